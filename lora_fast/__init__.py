@@ -1,0 +1,66 @@
+"""Fused LoRA and QLoRA training.
+
+    y[M,N] = g[N] ⊙ (x[M,K] W[N,K]ᵀ + s · b[N] ⊙ ((d[R] ⊙ (drop(x) A[R,K]ᵀ)) B[N,R]ᵀ)) + bias[N]
+
+``accelerate(model)`` switches an existing PEFT model to the fused path, ``convert(model, ...)``
+adapts a model without PEFT, ``functional.adapted_linear`` is the operation itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# An installed package holds lora_fast/kernels; in a checkout that folder is the repository's own.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__ = [*__path__, str(Path(__file__).parent.parent)]
+
+if TYPE_CHECKING:
+    from . import functional, reference
+    from .acceleration import accelerate, decelerate
+    from .backend import set_backend
+    from .conversion import convert
+    from .modules import LoRALinear
+    from .nf4 import NF4Weight
+    from .reporting import Report, report
+
+# Resolved on first use, so that `import lora_fast` loads neither Triton nor PEFT nor transformers.
+_LAZY = {
+    "LoRALinear": "modules",
+    "NF4Weight": "nf4",
+    "Report": "reporting",
+    "accelerate": "acceleration",
+    "convert": "conversion",
+    "decelerate": "acceleration",
+    "report": "reporting",
+    "set_backend": "backend",
+}
+_LAZY_MODULES = ("functional", "reference")
+
+__all__ = [
+    "LoRALinear",
+    "NF4Weight",
+    "Report",
+    "accelerate",
+    "convert",
+    "decelerate",
+    "functional",
+    "reference",
+    "report",
+    "set_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
