@@ -1,0 +1,169 @@
+"""The accuracy rule that every numeric test uses; no test carries a tolerance of its own.
+
+For a result ``actual``, the same quantity ``ref64`` in float64 and ``eager`` from plain PyTorch in
+the dtypes under test:
+
+    finite(actual)
+    max|actual - ref64| <= 2 · (max|eager - ref64| + eps · max|ref64|)
+    rms(actual - ref64) <= ceiling · rms(ref64)
+
+``eps`` and ``ceiling`` belong to the coarser of ``actual.dtype`` and the compute dtype: a float32
+gradient accumulated from bfloat16 products inherits the error of the products, a bfloat16 result
+of float32 products the rounding of its store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+RMS_CEILING = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+def assert_accurate(
+    actual: torch.Tensor,
+    ref64: torch.Tensor,
+    eager: torch.Tensor,
+    *,
+    name: str,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
+    """Assert the rule of this module for one tensor.
+
+    ``compute_dtype`` is the dtype of the factors of the matrix products; by default that of
+    ``actual``. Pass it for every gradient of a parameter that is kept in a wider dtype.
+
+    AssertionError: ``actual`` breaks the rule; the message has the figures and the worst element.
+    ValueError: the yardstick itself is unusable (wrong dtype or shape, not finite).
+    """
+    dtype = _coarser(actual.dtype, compute_dtype or actual.dtype)
+    actual64, ref64, eager64 = (t.detach().cpu() for t in (actual, ref64, eager))
+    _check_yardstick(ref64, eager64, name)
+    assert actual64.shape == ref64.shape, (
+        f"{name}: shape must be {tuple(ref64.shape)}, got {tuple(actual64.shape)}"
+    )
+    if actual64.numel() == 0:
+        return
+    actual64, eager64 = actual64.double(), eager64.double()
+
+    finite = torch.isfinite(actual64)
+    assert finite.all(), (
+        f"{name}: {int((~finite).sum())} of {actual64.numel()} elements are not finite, "
+        f"the first at {_index_of(~finite)}"
+    )
+    scale = ref64.abs().max().item()
+    error = (actual64 - ref64).abs()
+    err, err_eager = error.max().item(), (eager64 - ref64).abs().max().item()
+    eps = torch.finfo(dtype).eps
+    bound = 2 * (err_eager + eps * scale)
+    rms_ref = _rms(ref64)
+    rms, rms_eager = _rms(actual64 - ref64), _rms(eager64 - ref64)
+    worst = _index_of(error == err)
+    figures = (
+        f"{name} ({dtype}, shape {tuple(ref64.shape)}): max|error| {err:.3e}, allowed {bound:.3e} "
+        f"(eager {err_eager:.3e}, eps·max|ref| {eps * scale:.3e}); "
+        f"rms {rms:.3e}, allowed {RMS_CEILING[dtype] * rms_ref:.3e} "
+        f"(eager {rms_eager:.3e}, rms(ref) {rms_ref:.3e}); "
+        f"worst at {worst}: got {actual64[worst].item():.6g}, must be {ref64[worst].item():.6g}; "
+        f"best fit actual ≈ {_fitted_scale(actual64, ref64):.5f} · ref"
+    )
+    assert err <= bound, figures
+    if rms_ref > 0:
+        assert rms <= RMS_CEILING[dtype] * rms_ref, figures
+
+
+def assert_all_accurate(
+    actual: Mapping[str, torch.Tensor | None],
+    ref64: Mapping[str, torch.Tensor | None],
+    eager: Mapping[str, torch.Tensor | None],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    name: str = "",
+) -> None:
+    """Assert the rule for every entry (an output or a gradient) of three mappings with equal keys.
+
+    An entry that is None in the reference (no gradient) must be None in ``actual``, and vice versa.
+    """
+    assert actual.keys() == ref64.keys() == eager.keys(), (
+        f"{name}: keys differ: {sorted(actual)}, {sorted(ref64)}, {sorted(eager)}"
+    )
+    failures = []
+    for key, ref in ref64.items():
+        got, plain = actual[key], eager[key]
+        label = f"{name}.{key}" if name else key
+        if ref is None or got is None or plain is None:
+            if not (ref is None and got is None and plain is None):
+                failures.append(
+                    f"{label}: None in {_absent(actual=got, ref64=ref, eager=plain)} alone"
+                )
+            continue
+        try:
+            assert_accurate(got, ref, plain, name=label, compute_dtype=compute_dtype)
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, "\n".join(failures)
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, *, name: str) -> None:
+    """Assert equal dtype, shape and bit pattern (NaN equals the same NaN, -0 differs from +0)."""
+    assert actual.dtype == expected.dtype, (
+        f"{name}: dtype must be {expected.dtype}, got {actual.dtype}"
+    )
+    assert actual.shape == expected.shape, (
+        f"{name}: shape must be {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    )
+    left, right = (_bits(t) for t in (actual, expected))
+    differ = left != right
+    if differ.any():
+        where = _index_of(differ)
+        raise AssertionError(
+            f"{name}: {int(differ.sum())} of {differ.numel()} elements differ in their bits, the "
+            f"first at {where}: got {actual[where].item()!r}, must be {expected[where].item()!r}"
+        )
+
+
+def _check_yardstick(ref64: torch.Tensor, eager: torch.Tensor, name: str) -> None:
+    if ref64.dtype != torch.float64:
+        raise ValueError(f"{name}: ref64 must be float64, got {ref64.dtype}")
+    if eager.dtype not in RMS_CEILING:
+        raise ValueError(f"{name}: eager must be in a dtype under test, got {eager.dtype}")
+    if eager.shape != ref64.shape:
+        raise ValueError(
+            f"{name}: eager must have the shape {tuple(ref64.shape)}, got {tuple(eager.shape)}"
+        )
+    for label, tensor in (("ref64", ref64), ("eager", eager)):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: {label} must be finite, or it would excuse any error")
+
+
+def _coarser(*dtypes: torch.dtype) -> torch.dtype:
+    for dtype in dtypes:
+        if dtype not in RMS_CEILING:
+            raise ValueError(f"dtype must be one of {list(RMS_CEILING)}, got {dtype}")
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def _fitted_scale(actual: torch.Tensor, ref: torch.Tensor) -> float:
+    """The least-squares factor: tells a wrong scale apart from noise at a glance."""
+    energy = ref.square().sum().item()
+    return (actual * ref).sum().item() / energy if energy > 0 else float("nan")
+
+
+def _index_of(mask: torch.Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[0].tolist())
+
+
+def _absent(**tensors: torch.Tensor | None) -> str:
+    return " and ".join(name for name, tensor in tensors.items() if tensor is None)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.dtype.is_floating_point:
+        return tensor.detach().cpu()
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return tensor.detach().cpu().contiguous().view(width)
