@@ -1,0 +1,75 @@
+"""The equation as one torch.autograd.Function.
+
+What is kept for the backward pass, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where B,
+b or d trains, y where g trains. Dropout keeps its seed, never a mask. An NF4 weight stays packed and is
+decoded again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from .factors import Factors, Needs
+from .nf4 import NF4Weight
+
+# Positions of the differentiable arguments of apply(), in the order of Needs.
+_DIFFERENTIABLE = ("x", "weight", "bias", "A", "B", "b", "d", "g")
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """apply(x, weight, bias, A, B, b, d, g, scaling, dropout_p, dropout_seed) → y; x [..., K] is in the
+    compute dtype, everything else in its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | NF4Weight, *rest: Any) -> Tensor:
+        bias, A, B, b, d, g, scaling, dropout_p, dropout_seed = rest
+        f = Factors(weight, bias, A, B, b, d, g, scaling, dropout_p, dropout_seed)
+        needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
+        with _without_autocast(x):
+            y, S = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        nf4 = isinstance(weight, NF4Weight)
+        ctx.save_for_backward(
+            x if needs.saves_x else None,
+            S,
+            y if needs.saves_y else None,
+            None if nf4 else weight,
+            bias,
+            A,
+            B,
+            b,
+            d,
+            g,
+        )
+        ctx.nf4 = weight if nf4 else None
+        ctx.constants = (scaling, dropout_p, dropout_seed)
+        ctx.x_shape = x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        x, S, y, weight, *vectors = ctx.saved_tensors
+        needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
+        f = Factors(ctx.nf4 if weight is None else weight, *vectors, *ctx.constants)
+        with _without_autocast(dY):
+            grads = dispatch.backward(
+                dY.reshape(-1, dY.shape[-1]),
+                None if x is None else x.reshape(-1, x.shape[-1]),
+                S,
+                None if y is None else y.reshape(-1, y.shape[-1]),
+                f,
+                needs,
+            )
+        dX = None if grads.x is None else grads.x.view(ctx.x_shape)
+        return (dX, *grads[1:], None, None, None)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """Every cast is made by hand: autocast would round float32 products a second time."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,57 @@
+"""Which backend computes: ``auto``, ``triton`` or ``torch``.
+
+``auto`` takes Triton for tensors on a device that Triton has a driver for, else torch. ``triton``
+launches on whatever device the tensors are on and asks no question about CUDA. ``torch`` is the same
+autograd.Function on aten and bitsandbytes calls. The environment variable ``LORA_FAST_BACKEND`` sets
+the choice at start-up, :func:`set_backend` later.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal, cast, get_args
+
+import torch
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def _checked(name: str, origin: str) -> Backend:
+    if name not in get_args(Backend):
+        raise ValueError(f"{origin} must be one of {', '.join(get_args(Backend))}, got {name!r}")
+    return cast(Backend, name)
+
+
+_choice: Backend = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
+
+
+class set_backend:  # noqa: N801 - a function that can also be used with `with`
+    """Choose the backend: ``set_backend("triton")``, or for a block ``with set_backend("torch"):``.
+
+    Takes effect at once. Raises ValueError for a name that is not auto, triton or torch.
+    """
+
+    def __init__(self, name: Backend) -> None:
+        global _choice
+        self._previous = _choice
+        _choice = _checked(name, "name")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        global _choice
+        _choice = self._previous
+
+
+def get_backend() -> Backend:
+    """The current choice, not yet resolved for a device."""
+    return _choice
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether operations on tensors of `device` go to the Triton kernels."""
+    if _choice == "auto":
+        return device.type in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
+    return _choice == "triton"

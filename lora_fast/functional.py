@@ -1,0 +1,66 @@
+"""The operation itself, for those who have their own modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import AdaptedLinear
+from .nf4 import NF4Weight
+from .validation import check_adapted_linear
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None = None,
+    *,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    g: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+) -> Tensor:
+    """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias, fused forward and backward.
+
+    x [..., K] · weight [N, K], dense or :class:`NF4Weight` · bias, b, g [N] · A [R, K] · B [N, R] · d [R]
+    → y [..., N]. Absent factors cost nothing. The compute dtype, and y's, is autocast's where autocast is
+    on, else x's; products accumulate in float32; gradients arrive in the dtype of their factor.
+    ``scaling`` may be a tensor of one element (it is read on its device and gets no gradient).
+    ``dropout_p`` drops elements of x on their way into A, with a mask that is a pure function of
+    ``dropout_seed``, row and column; without a seed one is drawn from torch's generator of x's device.
+
+    Raises TypeError or ValueError that names the argument for operands that do not fit together.
+    Differentiating twice raises RuntimeError.
+    Sources: LoRA (Hu et al. 2021, eq. 3), QLoRA (Dettmers et al. 2023, eq. 5), VeRA (Kopiczko et al. 2023,
+    eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
+    """
+    check_adapted_linear(
+        x, weight, {"bias": bias, "b": b, "d": d, "g": g}, A, B, scaling, dropout_p
+    )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if isinstance(scaling, Tensor):
+        scaling, b = 1.0, _scaled_gain(scaling, b, B)
+    if A is None:
+        dropout_p = 0.0
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = _draw_seed(x.device)
+    return AdaptedLinear.apply(
+        x, weight, bias, A, B, b, d, g, float(scaling), float(dropout_p), dropout_seed or 0
+    )
+
+
+def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor | None:
+    """s as part of b, so that a scaling on the GPU is never waited for."""
+    if B is None:
+        return None
+    s = scaling.detach().reshape(()).to(device=B.device, dtype=torch.float32)
+    return s.expand(B.shape[0]) if b is None else b * s
+
+
+def _draw_seed(device: torch.device) -> int:
+    return int(torch.randint(2**62, (), device=device))

@@ -1,0 +1,117 @@
+"""NF4 weights in bitsandbytes' storage.
+
+A weight [N, K] is flattened; ``blocksize`` consecutive elements share one absmax. Byte i holds element
+2i in its high nibble and 2i+1 in its low one. With double quantisation
+
+    absmax[i] = code2[absmax_u8[i]] · absmax2[i // blocksize2] + offset
+
+W = code[nibble] · absmax in float32, rounded once to the wanted dtype (QLoRA, Dettmers et al. 2023, §3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """A frozen NF4 weight [N, K]: a view of bitsandbytes' storage, nothing is copied.
+
+    packed: the quantised bytes, flat uint8. quant_state: bitsandbytes' own description of them.
+    Build one with :meth:`from_params4bit` or :meth:`from_dense`.
+    """
+
+    packed: Tensor
+    quant_state: Any
+
+    quant_type = "nf4"
+
+    @classmethod
+    def from_params4bit(cls, weight: Any) -> NF4Weight:
+        """Wrap the weight of a ``bitsandbytes.nn.Linear4bit`` (any ``quant_storage``), without a copy.
+
+        Raises TypeError if `weight` is not quantised, NotImplementedError for fp4 and for
+        bitsandbytes' AVX512 inference packing, ValueError for a shape that is not [N, K].
+        """
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            raise TypeError(
+                "weight must be a quantised bitsandbytes Params4bit with a quant_state, got "
+                f"{type(weight).__name__} without one; move the layer to its device to quantise it"
+            )
+        if state.quant_type != "nf4":
+            raise NotImplementedError(f"weight must be quantised as nf4, got {state.quant_type}")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise NotImplementedError(
+                "weight must be in bitsandbytes' plain layout, got its CPU inference packing"
+            )
+        if len(state.shape) != 2:
+            raise ValueError(f"weight must have shape [N, K], got {tuple(state.shape)}")
+        data = weight.data
+        return cls(
+            data.view(-1) if data.dtype == torch.uint8 else data.view(-1).view(torch.uint8), state
+        )
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, *, blocksize: int = 64, double_quant: bool = True
+    ) -> NF4Weight:
+        """Quantise a dense [N, K] weight (bfloat16, float16 or float32) with bitsandbytes."""
+        if weight.dim() != 2:
+            raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
+        if blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+        packed, state = bnb.quantize_4bit(
+            weight.detach(), blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
+        )
+        return cls(packed.view(-1), state)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.quant_state.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense weight that was quantised."""
+        return self.quant_state.dtype
+
+    @property
+    def nested(self) -> bool:
+        """Whether the absmax values are themselves quantised (double quantisation)."""
+        return bool(self.quant_state.nested)
+
+    @property
+    def blocksize(self) -> int:
+        return int(self.quant_state.blocksize)
+
+    def absmax(self) -> Tensor:
+        """float32 absmax of every block, double quantisation undone."""
+        state = self.quant_state
+        if not self.nested:
+            return state.absmax.float()
+        return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense [N, K] in `dtype` (default: the dtype before quantisation).
+
+        float64 is the exact float64 image of the float32 product code · absmax.
+        """
+        wanted = dtype or self.dtype
+        direct = (
+            wanted if wanted in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+        )
+        out = torch.ops.bitsandbytes.dequantize_4bit.default(
+            self.packed, self.absmax(), self.blocksize, "nf4", list(self.shape), direct
+        )
+        return out.to(wanted)

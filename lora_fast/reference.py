@@ -1,0 +1,75 @@
+"""The specification: the whole equation in plain torch, differentiated by autograd.
+
+    V = x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)          y = g ⊙ V + bias
+
+Any floating dtype, float64 included. Nothing is fused, nothing is saved by hand, nothing is
+rounded on purpose; every backend is compared with what this file returns. It imports no other
+part of the package: an NF4 weight is recognised by its ``dequantize`` method.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str) -> Tensor:
+    """Boolean [M, K], True where an element is kept: a pure function of seed, M, K and p."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    keep = torch.empty((M, K), dtype=torch.bool, device=device)
+    return keep.bernoulli_(1.0 - p, generator=generator)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None = None,
+    *,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    g: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias.
+
+    x [..., K], weight [N, K] (a tensor or an object with ``dequantize(dtype)``), bias [N], A [R, K],
+    B [N, R], b [N], d [R], g [N] → y [..., N]. Every operand is cast to x's dtype, the result has it.
+    ``dropout_mask`` [M, K] (True: kept) takes the place of the mask drawn from ``dropout_seed``.
+    Sources: LoRA (Hu et al. 2021, eq. 3), VeRA (Kopiczko et al. 2023, eq. 2: b, d),
+    DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
+    """
+    dtype = x.dtype
+    rows = x.reshape(-1, x.shape[-1])
+    dense = weight.dequantize(dtype) if hasattr(weight, "quant_type") else weight.to(dtype)
+    V = rows @ dense.T
+    if A is not None and B is not None:
+        V = V + scaling * _gain(b, dtype) * (
+            (_gain(d, dtype) * (_drop(rows, dropout_p, dropout_seed, dropout_mask) @ A.to(dtype).T))
+            @ B.to(dtype).T
+        )
+    y = _gain(g, dtype) * V
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _gain(vector: Tensor | None, dtype: torch.dtype) -> Tensor | float:
+    return 1.0 if vector is None else vector.to(dtype)
+
+
+def _drop(x: Tensor, p: float, seed: int | None, mask: Tensor | None) -> Tensor:
+    if p == 0.0:
+        return x
+    if mask is None:
+        if seed is None:
+            raise ValueError("dropout_seed must be given when dropout_p > 0, got None")
+        mask = dropout_mask(seed, x.shape[0], x.shape[1], p, x.device)
+    kept = torch.where(mask, x, torch.zeros_like(x))
+    return kept / (1.0 - p) if p < 1.0 else kept

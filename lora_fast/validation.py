@@ -1,0 +1,106 @@
+"""Checks of what users hand in. Every message names the argument, what it must be and what it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .nf4 import NF4Weight
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_adapted_linear(
+    x: Any, weight: Any, vectors: dict[str, Any], A: Any, B: Any, scaling: Any, dropout_p: Any
+) -> None:
+    """Raise TypeError or ValueError unless the operands of the equation fit together."""
+    _check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension [..., K], got a scalar")
+    if not isinstance(weight, NF4Weight):
+        if getattr(weight, "quant_state", None) is not None:
+            raise TypeError(
+                "weight must be a dense tensor or an NF4Weight, got a bitsandbytes Params4bit; "
+                "wrap it with NF4Weight.from_params4bit(weight)"
+            )
+        _check_floating("weight", weight)
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(
+            f"x must have K = {K} features like weight [N, K] = {tuple(weight.shape)}, "
+            f"got {tuple(x.shape)}"
+        )
+    _check_same_device("weight", weight, x)
+    R = _check_low_rank(A, B, N, K, x)
+    for name, size in (("bias", N), ("b", N), ("d", R), ("g", N)):
+        _check_vector(name, vectors[name], size, x)
+    check_scaling(scaling)
+    check_probability("dropout_p", dropout_p)
+
+
+def check_scaling(scaling: Any) -> None:
+    """Raise unless `scaling` is a finite number, or a tensor of one element."""
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling must be one number, got shape {tuple(scaling.shape)}")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
+    elif not math.isfinite(scaling):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+
+
+def check_probability(name: str, p: Any) -> None:
+    """Raise unless 0 ≤ p ≤ 1."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {p}")
+
+
+def _check_low_rank(A: Any, B: Any, N: int, K: int, x: Tensor) -> int | None:
+    if (A is None) != (B is None):
+        given, missing = ("A", "B") if B is None else ("B", "A")
+        raise ValueError(f"{missing} must be given when {given} is: the adapter is the product B A")
+    if A is None:
+        return None
+    for name, factor in (("A", A), ("B", B)):
+        _check_floating(name, factor)
+        if factor.dim() != 2:
+            raise ValueError(f"{name} must have two dimensions, got shape {tuple(factor.shape)}")
+        _check_same_device(name, factor, x)
+    R = int(A.shape[0])
+    if R < 1:
+        raise ValueError(f"A must have rank R ≥ 1, got shape {tuple(A.shape)}")
+    if A.shape[1] != K:
+        raise ValueError(f"A must have shape [R, K] with K = {K}, got {tuple(A.shape)}")
+    if tuple(B.shape) != (N, R):
+        raise ValueError(f"B must have shape [N, R] = ({N}, {R}), got {tuple(B.shape)}")
+    return R
+
+
+def _check_vector(name: str, vector: Any, size: int | None, x: Tensor) -> None:
+    if vector is None:
+        return
+    _check_floating(name, vector)
+    if size is None:
+        raise ValueError(f"{name} must be None when there is no adapter (A and B are None)")
+    if tuple(vector.shape) != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}")
+    _check_same_device(name, vector, x)
+
+
+def _check_floating(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+
+
+def _check_same_device(name: str, value: Tensor | NF4Weight, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
