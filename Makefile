@@ -1,0 +1,44 @@
+# Every target does its own set-up: a virtual environment in .venv, this package and its pinned
+# dependencies. It is redone only when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+bin := $(VENV)/bin
+installed := $(VENV)/.installed
+
+.PHONY: train test lint format bench gpu clean
+
+train: $(installed)
+	$(bin)/lora-fast train $(ARGS)
+
+test: $(installed)
+	$(bin)/python tests/run.py --jobs $(JOBS) $(ARGS)
+
+lint: $(installed)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+format: $(installed)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+bench: $(installed)
+	$(bin)/python -m pytest bench -q --benchmark-disable-gc $(ARGS)
+
+gpu: $(installed)
+	$(bin)/python bench/gpu.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(bin)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(installed): pyproject.toml constraints.txt | $(bin)/python
+	$(bin)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@

@@ -1,0 +1,115 @@
+"""Run the whole test suite: every leg, whatever the others say, and one summary line.
+
+The legs are separate processes because Triton decides at import whether it compiles or interprets.
+A leg that fails, crashes or finds no test makes the run fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PTX_EXECUTOR = ROOT.parent / "shared" / "tools"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One pytest process: what it selects and what its environment adds."""
+
+    name: str
+    select: str
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Counts of one leg. ``failed`` includes errors, and is at least 1 when the process failed."""
+
+    leg: Leg
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+
+
+def cpu_legs() -> list[Leg]:
+    """The legs that need no GPU."""
+    executor = {}
+    if PTX_EXECUTOR.is_dir():
+        inherited = os.environ.get("PYTHONPATH")
+        executor["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PTX_EXECUTOR), inherited]))
+    return [
+        Leg("default", "not interpreter and not compiled and not offline and not gpu"),
+        Leg("interpreter", "interpreter and not gpu", {"TRITON_INTERPRET": "1"}),
+        Leg("compiled", "(compiled or offline) and not gpu", executor),
+    ]
+
+
+def run_leg(leg: Leg, jobs: int, extra: list[str]) -> Outcome:
+    """Run ``leg`` with ``jobs`` workers of one thread each and count its results."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            *(sys.executable, "-m", "pytest", "-q", "-m", leg.select, "-p", "no:benchmark"),
+            *("-n", str(jobs), "--dist", "worksteal", "--timeout", "300", "--durations", "5"),
+            *(f"--junitxml={report}", *extra),
+        ]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **leg.env}
+        if "TRITON_INTERPRET" not in leg.env:
+            env.pop("TRITON_INTERPRET", None)
+        print(f"\n== {leg.name}: pytest -m '{leg.select}'", flush=True)
+        started = time.monotonic()
+        code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+        return _count(leg, report, code, time.monotonic() - started)
+
+
+def _count(leg: Leg, report: Path, code: int, seconds: float) -> Outcome:
+    """Read the counts from pytest's JUnit file; a failed process counts at least one failure."""
+    total = failed = skipped = 0
+    if report.is_file():
+        for suite in ET.parse(report).getroot().iter("testsuite"):
+            total += int(suite.get("tests", 0))
+            failed += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+            skipped += int(suite.get("skipped", 0))
+    passed = max(0, total - failed - skipped)
+    if code != 0:
+        failed = max(1, failed)
+    return Outcome(leg, passed, failed, skipped, seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes per leg (default 2)")
+    parser.add_argument("--leg", action="append", help="run this leg only (may be repeated)")
+    options, extra = parser.parse_known_args()
+    legs = cpu_legs()
+    names = [leg.name for leg in legs]
+    if unknown := set(options.leg or []) - set(names):
+        parser.error(f"--leg must be one of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    outcomes = [
+        run_leg(leg, options.jobs, extra)
+        for leg in legs
+        if options.leg is None or leg.name in options.leg
+    ]
+    print()
+    for o in outcomes:
+        verdict = "FAILED" if o.failed else "ok"
+        print(
+            f"{o.leg.name:12} {verdict:7} {o.passed} passed, {o.failed} failed, "
+            f"{o.skipped} skipped in {o.seconds:.0f} s"
+        )
+    totals = [sum(getattr(o, key) for o in outcomes) for key in ("passed", "failed", "skipped")]
+    print("{} passed, {} failed, {} skipped".format(*totals), flush=True)
+    return 1 if totals[1] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
