@@ -32,7 +32,8 @@ class AdaptedLinear(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
         with _without_autocast(x):
             y, S = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
-        y = y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view to autograd, so that the caller may modify the result in place.
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         nf4 = isinstance(weight, NF4Weight)
         ctx.save_for_backward(
             x if needs.saves_x else None,
