@@ -1,0 +1,214 @@
+"""Fixtures of every test: fixed seeds, poisoned memory, and the machine that runs the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_EXECUTOR = importlib.util.find_spec("ptxrun") is not None
+
+if INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.install()
+
+# The same examples every time; `executor` keeps no state between examples.
+settings.register_profile(
+    "reproducible",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("reproducible")
+
+
+def _reason_to_skip(item: pytest.Item) -> str | None:
+    marks = {mark.name for mark in item.iter_markers()}
+    needs_triton = marks & {"interpreter", "compiled", "offline"}
+    if needs_triton and not HAS_TRITON:
+        return "Triton is not installed"
+    if "interpreter" in marks and not INTERPRETED:
+        return "needs TRITON_INTERPRET=1 before the process starts"
+    if marks & {"compiled", "offline", "gpu"} and INTERPRETED:
+        return "TRITON_INTERPRET=1: this process interprets kernels instead of compiling them"
+    if "gpu" in marks:
+        return None if torch.cuda.is_available() else "needs a CUDA device"
+    if "compiled" in marks and not HAS_EXECUTOR:
+        return "needs the PTX executor on PYTHONPATH"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = _reason_to_skip(item)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """The same random numbers for a test whether it runs alone, in parallel or last."""
+    random.seed(0)
+    torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+_ALLOCATORS: list[tuple[Any, str]] = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch, "empty_permuted"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison() -> Iterator[None]:
+    """Fill what Python allocates without initialising it: NaN, or 0x5A bytes in integers.
+
+    A patch of the functions, and not torch.utils.deterministic.fill_uninitialized_memory, which
+    needs deterministic algorithms and so changes what the tests run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in _ALLOCATORS:
+            patch.setattr(owner, name, _poisoning(getattr(owner, name)))
+        yield
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.device.type != "meta":
+            with torch.no_grad():
+                tensor.fill_(_poison_of(tensor.dtype))
+        return tensor
+
+    return poisoned
+
+
+def _poison_of(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    if dtype == torch.bool:
+        return True
+    return int.from_bytes(b"\x5a" * dtype.itemsize, "little")
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A machine that runs Triton kernels: Triton's interpreter, the PTX executor, or a GPU.
+
+    Tensors of a test belong on ``device``. ``arch`` is the compute capability (90) of compiled
+    code, None in the interpreter.
+    """
+
+    name: str
+    device: torch.device
+    arch: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Make this the machine that kernels run on."""
+        if self.name.startswith("sm_"):
+            import ptxrun
+
+            with ptxrun.installed(self.arch, **self.options):
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
+    def with_options(self, **options: Any) -> Iterator[None]:
+        """Other options of the PTX executor for a block: ``schedule="reverse"``, ``resident=1``."""
+        import ptxrun
+
+        ptxrun.install(self.arch, **{**self.options, **options})
+        try:
+            yield
+        finally:
+            ptxrun.install(self.arch, **self.options)
+
+    @contextlib.contextmanager
+    def counting_launches(self) -> Iterator[list[str]]:
+        """The names of the kernels that are launched inside the block, in order."""
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        names: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for kind in (InterpretedFunction, JITFunction):
+                patch.setattr(kind, "run", _recording(kind.run, names))
+            yield names
+
+
+def _recording(run: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    def recorded(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        if not warmup:
+            names.append(self.fn.__name__)
+        return run(self, *args, warmup=warmup, **kwargs)
+
+    return recorded
+
+
+def _interpreter() -> Executor:
+    return Executor("interpreter", torch.device("cpu"), None)
+
+
+def _ptx(arch: int) -> Executor:
+    return Executor(f"sm_{arch}", torch.device("cpu"), arch, {"check_global_race": True})
+
+
+def _gpu() -> Executor:
+    major, minor = torch.cuda.get_device_capability()
+    return Executor("gpu", torch.device("cuda"), 10 * major + minor)
+
+
+_PTX_PARAMS = [
+    pytest.param(functools.partial(_ptx, arch), id=f"sm_{arch}", marks=pytest.mark.compiled)
+    for arch in (80, 90, 100)
+]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(_interpreter, id="interpreter", marks=pytest.mark.interpreter),
+        *_PTX_PARAMS,
+        pytest.param(_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.compiled]),
+    ],
+)
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """Every machine that can run kernels, one after the other; its backend is Triton."""
+    yield from _started(request.param())
+
+
+@pytest.fixture(params=_PTX_PARAMS)
+def ptx_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """The PTX executor alone, for what only it has: schedules, resident CTAs, planted races."""
+    yield from _started(request.param())
+
+
+def _started(machine: Executor) -> Iterator[Executor]:
+    import lora_fast
+
+    with machine.running(), lora_fast.set_backend("triton"):
+        yield machine
