@@ -37,8 +37,9 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(bin)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(installed): pyproject.toml constraints.txt | $(bin)/python
+	@echo "Installing lora_fast and its pinned dependencies into $(VENV), once (minutes)."
 	$(bin)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $@
