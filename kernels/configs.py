@@ -1,0 +1,118 @@
+"""Launch configurations: frozen, and chosen by pure functions of shape, dtype and architecture.
+
+`arch` is the compute capability of an NVIDIA GPU as Triton names it (80, 89, 90, 100, 120), or None where
+there is none (the interpreter, other vendors).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.runtime import driver
+
+MAX_BLOCK_R = 64
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile sizes of ticketed_gemm. BLOCK_S rows make one producer tile; it divides BLOCK_M."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_S: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class StripConfig:
+    """Tile sizes of strips: BLOCK_L columns stay with a CTA, which walks down its rows by BLOCK_M."""
+
+    BLOCK_M: int
+    BLOCK_L: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Packed bytes per CTA of nf4_decode."""
+
+    BLOCK: int
+    num_warps: int
+
+
+# 64 columns of K make full 128-byte lines of 16-bit operands. Three stages of (128 + 128) × 64 × 2 bytes
+# are 96 KiB: two CTAs on an H100 or A100, and the epilogue's S and factor tiles still fit.
+_GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
+# Consumer parts (sm_86, sm_89, sm_120) have 99 KiB of shared memory for a block.
+_GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stages=3)
+# tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
+_GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
+_GEMM_16BIT_FEW_ROWS = GemmConfig(64, 64, 64, 64, 8, num_warps=4, num_stages=3)
+# IEEE float32 products run on the FMA pipes: small tiles, registers are the limit.
+_GEMM_FLOAT32 = GemmConfig(64, 64, 16, 32, 8, num_warps=4, num_stages=2)
+
+_STRIP_16BIT = StripConfig(64, 256, num_warps=8, num_stages=2)
+_STRIP_16BIT_SM100 = StripConfig(64, 128, num_warps=4, num_stages=2)
+_STRIP_FLOAT32 = StripConfig(32, 64, num_warps=4, num_stages=2)
+
+_SMALL_SHARED = (86, 87, 89, 120, 121)
+# CTAs that one launch of strips aims for. A constant, not the size of the device: the order of the sums,
+# and with it every bit of the result, is the same everywhere.
+_STRIP_CTAS = 128
+
+
+def current_arch() -> int | None:
+    """Compute capability of the active Triton driver; None in the interpreter and on other vendors."""
+    if triton.knobs.runtime.interpret:
+        return None
+    target = driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else None
+
+
+def pick_gemm(M: int, dtype: torch.dtype, arch: int | None) -> GemmConfig:
+    """The configuration of ticketed_gemm for M rows."""
+    if dtype == torch.float32:
+        return _GEMM_FLOAT32
+    if M <= 64:
+        return _GEMM_16BIT_FEW_ROWS
+    if arch in _SMALL_SHARED:
+        return _GEMM_16BIT_SMALL_SHARED
+    return _GEMM_16BIT_SM100 if arch == 100 else _GEMM_16BIT
+
+
+def pick_strips(dtype: torch.dtype, arch: int | None) -> StripConfig:
+    """The configuration of strips."""
+    if dtype == torch.float32:
+        return _STRIP_FLOAT32
+    return _STRIP_16BIT_SM100 if arch == 100 else _STRIP_16BIT
+
+
+def pick_decode() -> DecodeConfig:
+    """The configuration of nf4_decode."""
+    return DecodeConfig(1024, num_warps=4)
+
+
+def rank_block(R: int) -> int:
+    """Columns of the rank in one tile: R padded to 16, in chunks of at most 64."""
+    return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(R)))
+
+
+def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
+    """Into how many ranges strips cuts M rows, and how many rows a range has (a multiple of block_m).
+
+    `programs` is the number of CTAs for one range.
+    """
+    wanted = min(-(-_STRIP_CTAS // max(1, programs)), -(-M // block_m))
+    rows = -(-(-(-M // wanted)) // block_m) * block_m
+    return -(-M // rows), rows
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: IEEE products for float32 unless torch's user allowed TF32."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"

@@ -1,0 +1,304 @@
+"""One read of a tall matrix X [M, L] against the narrow S [M, R]: the gradients of both factors.
+
+    grad_expand  X = dY [M, N], S = drop(x) Aᵀ     T = dVᵀ S = g ⊙ (dYᵀ S)               [N, R]
+                 dB = s · b dᵀ ⊙ T                 db = s · rowsum(B ⊙ T dᵀ)
+                 dd = s · colsum(b B ⊙ T)          dbias = Σ_M dY      dg = Σ_M dY ⊙ (y − bias) / g
+                 and, of the same tiles, partials of dS = dY (s · (g b) dᵀ ⊙ B)       [J, M, R]
+    grad_shrink  X = drop(x) [M, K], S = dS        dA = dSᵀ drop(x)                       [R, K]
+
+A CTA keeps BLOCK_L columns and one chunk of the rank in registers and walks down one range of rows, so T
+never leaves it until the range ends. Ranges write partial sums; the CTA that arrives last at a block of
+columns adds them in the order of the ranges. dS is summed over the blocks of columns by the launch that
+needs it (ticketed_gemm), in their order. No float atomics: two runs give the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import current_arch, pick_strips, precision_of, rank_block, row_ranges
+from .dropout import Dropout, keep_mask
+from .tiles import load_factor, load_tile, tile_pointers
+from .workspace import sync_words
+
+
+@triton.jit
+def _column_sums(x, y_ptr, bias, offs_m, offs_l, M, L, stride_ym, stride_yl, HAS_GAIN: tl.constexpr):
+    """Σ_m x and, with a gain, Σ_m x ⊙ (y − bias), of one tile, in float32."""
+    wide = x.to(tl.float32)
+    sums = tl.sum(wide, axis=0)
+    products = sums
+    if HAS_GAIN:
+        y = load_tile(y_ptr, offs_m, offs_l, stride_ym, stride_yl, M, L).to(tl.float32)
+        products = tl.sum(wide * (y - bias[None, :]), axis=0)
+    return sums, products
+
+
+@triton.jit
+def _sum_ranges(ptr, num_ranges, range_stride, offs, mask):
+    """Σ over ranges of one stored vector or tile, always in their order."""
+    total = tl.load(ptr + offs, mask=mask, other=0.0)
+    for i in range(1, num_ranges):
+        total += tl.load(ptr + tl.cast(i, tl.int64) * range_stride + offs, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _walk_rows(
+    x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr,
+    scaling, keep_scale, seed_low, seed_high, threshold, first_m, last_m, first_l, first_r,
+    M, L, R, stride_xm, stride_xl, stride_ym, stride_yl, stride_bl, stride_br,
+    HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PROJECTS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GAIN_GRAD: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x and Σ x ⊙ (y − bias); dS partials are stored."""
+    dtype = x_ptr.dtype.element_ty
+    offs_l = first_l + tl.arange(0, BLOCK_L)
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    mask_l = offs_l < L
+    T = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
+    sums = tl.zeros([BLOCK_L], tl.float32)
+    products = tl.zeros([BLOCK_L], tl.float32)
+    bias = tl.zeros([BLOCK_L], tl.float32)
+    if GAIN_GRAD and HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)
+    if PROJECTS:
+        factor = load_factor(
+            B_ptr, b_ptr, d_ptr, scaling, offs_l, offs_r, stride_bl, stride_br, L, R,
+            True, HAS_b, HAS_d, tl.float32,
+        )  # fmt: skip
+        if HAS_g:
+            factor *= tl.load(g_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)[:, None]
+        factor = factor.to(dtype)
+    for m in range(first_m, last_m, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        x = load_tile(x_ptr, offs_m, offs_l, stride_xm, stride_xl, last_m, L)
+        if DROPOUT:
+            x = tl.where(keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L), x, 0.0)
+        if PROJECTS:
+            dS = tl.dot(x, factor, input_precision=PRECISION)
+            mask = (offs_m < last_m)[:, None] & (offs_r < R)[None, :]
+            tl.store(tile_pointers(ds_ptr, offs_m, offs_r, R, 1), dS, mask=mask)
+        if OUTER:
+            S = load_tile(s_ptr, offs_m, offs_r, R, 1, last_m, R)
+            T = tl.dot(tl.trans(x), S, T, input_precision=PRECISION)
+        if SUMS:
+            tile_sums, tile_products = _column_sums(
+                x, y_ptr, bias, offs_m, offs_l, last_m, L, stride_ym, stride_yl, GAIN_GRAD
+            )
+            sums += tile_sums
+            products += tile_products
+    if DROPOUT:
+        T *= tl.cast(keep_scale, tl.float32)
+    return T, sums, products
+
+
+@triton.jit
+def _store_factor_gradients(
+    t_ptr, grad_ptr, B_ptr, b_ptr, d_ptr, g_ptr, db_ptr, dd_parts_ptr, scaling, offs_l, num_ranges, L, R,
+    stride_gl, stride_gr, stride_bl, stride_br,
+    HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr, SCALES: tl.constexpr,
+    GRAD: tl.constexpr, GRAD_b: tl.constexpr, GRAD_d: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dB (or dA), db and this block's part of dd, from the partial T of every range."""
+    mask_l = offs_l < L
+    db = tl.zeros([BLOCK_L], tl.float32)
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask = mask_l[:, None] & (offs_r < R)[None, :]
+        offs = offs_l.to(tl.int64)[:, None] * R + offs_r[None, :]
+        T = _sum_ranges(t_ptr, num_ranges, tl.cast(L, tl.int64) * R, offs, mask)
+        if SCALES:
+            T *= tl.cast(scaling, tl.float32)
+        if HAS_g:
+            T *= tl.load(g_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)[:, None]
+        b = tl.full([BLOCK_L], 1.0, tl.float32)
+        d = tl.full([BLOCK_R], 1.0, tl.float32)
+        if HAS_b:
+            b = tl.load(b_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)
+        if HAS_d:
+            d = tl.load(d_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)
+        if GRAD_b or GRAD_d:
+            B = load_tile(B_ptr, offs_l, offs_r, stride_bl, stride_br, L, R).to(tl.float32)
+            db += tl.sum(B * T * d[None, :], axis=1)
+            if GRAD_d:
+                part = tl.sum(B * T * b[:, None], axis=0)
+                block = tl.cast(tl.program_id(0), tl.int64)
+                tl.store(dd_parts_ptr + block * R + offs_r, part, mask=offs_r < R)
+        if GRAD:
+            grad = (T * b[:, None] * d[None, :]).to(grad_ptr.dtype.element_ty)
+            tl.store(tile_pointers(grad_ptr, offs_l, offs_r, stride_gl, stride_gr), grad, mask=mask)
+    if GRAD_b:
+        tl.store(db_ptr + offs_l, db.to(db_ptr.dtype.element_ty), mask=mask_l)
+
+
+@triton.jit
+def _store_column_gradients(
+    sums_ptr, g_ptr, dbias_ptr, dg_ptr, offs_l, num_ranges, L,
+    GRAD_BIAS: tl.constexpr, GRAD_g: tl.constexpr,
+):  # fmt: skip
+    """dbias and dg from the partial sums [2, ranges, L]."""
+    mask = offs_l < L
+    if GRAD_BIAS:
+        dbias = _sum_ranges(sums_ptr, num_ranges, L, offs_l, mask)
+        tl.store(dbias_ptr + offs_l, dbias.to(dbias_ptr.dtype.element_ty), mask=mask)
+    if GRAD_g:
+        products_ptr = sums_ptr + tl.cast(num_ranges, tl.int64) * L
+        g = tl.load(g_ptr + offs_l, mask=mask, other=1.0).to(tl.float32)
+        dg = _sum_ranges(products_ptr, num_ranges, L, offs_l, mask) / g
+        tl.store(dg_ptr + offs_l, dg.to(dg_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+def strips(
+    x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr, t_ptr, sums_ptr, dd_parts_ptr,
+    grad_ptr, db_ptr, dd_ptr, dbias_ptr, dg_ptr, sync_ptr,
+    scaling, keep_scale, seed_low, seed_high, threshold, M, L, R, rows_per_range, num_ranges,
+    stride_xm, stride_xl, stride_ym, stride_yl, stride_bl, stride_br, stride_gl, stride_gr,
+    HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr, PROJECTS: tl.constexpr, OUTER: tl.constexpr, GRAD: tl.constexpr,
+    GRAD_b: tl.constexpr, GRAD_d: tl.constexpr, GRAD_g: tl.constexpr, GRAD_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (block of columns, range of rows, chunk of the rank)."""
+    block, rows, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    SUMS: tl.constexpr = GRAD_BIAS or GRAD_g
+    first_m = rows * rows_per_range
+    last_m = tl.minimum(first_m + rows_per_range, M)
+    offs_l = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_l = offs_l < L
+    T, sums, products = _walk_rows(
+        x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
+        ds_ptr + tl.cast(block, tl.int64) * M * R if PROJECTS else ds_ptr,
+        scaling, keep_scale, seed_low, seed_high, threshold,
+        first_m, last_m, block * BLOCK_L, chunk * BLOCK_R, M, L, R,
+        stride_xm, stride_xl, stride_ym, stride_yl, stride_bl, stride_br,
+        HAS_b, HAS_d, HAS_g, HAS_BIAS, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT,
+        BLOCK_M, BLOCK_L, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    if OUTER:
+        t_rows = t_ptr + tl.cast(rows, tl.int64) * L * R
+        mask = mask_l[:, None] & (offs_r < R)[None, :]
+        tl.store(tile_pointers(t_rows, offs_l, offs_r, R, 1), T, mask=mask)
+    if SUMS and chunk == 0:
+        tl.store(sums_ptr + tl.cast(rows, tl.int64) * L + offs_l, sums, mask=mask_l)
+        after = tl.cast(num_ranges + rows, tl.int64) * L
+        tl.store(sums_ptr + after + offs_l, products, mask=mask_l)
+    if OUTER or SUMS:
+        # Every warp's partial sums must be stored before one thread counts this CTA as arrived.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(sync_ptr + 1 + block, 1, sem="acq_rel")
+        if arrived == num_ranges * tl.num_programs(2) - 1:
+            tl.store(sync_ptr + 1 + block, 0)
+            if OUTER:
+                _store_factor_gradients(
+                    t_ptr, grad_ptr, B_ptr, b_ptr, d_ptr, g_ptr, db_ptr, dd_parts_ptr, scaling, offs_l,
+                    num_ranges, L, R, stride_gl, stride_gr, stride_bl, stride_br,
+                    HAS_b, HAS_d, HAS_g, SCALES, GRAD, GRAD_b, GRAD_d, BLOCK_L, BLOCK_R,
+                )  # fmt: skip
+            if SUMS:
+                _store_column_gradients(
+                    sums_ptr, g_ptr, dbias_ptr, dg_ptr, offs_l, num_ranges, L, GRAD_BIAS, GRAD_g
+                )
+            if GRAD_d:
+                tl.debug_barrier()
+                blocks = tl.num_programs(0)
+                if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == blocks - 1:
+                    tl.store(sync_ptr, 0)
+                    for r in range(0, R, BLOCK_R):
+                        offs = r + tl.arange(0, BLOCK_R)
+                        dd = _sum_ranges(dd_parts_ptr, blocks, R, offs, offs < R)
+                        tl.store(dd_ptr + offs, dd.to(dd_ptr.dtype.element_ty), mask=offs < R)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients of the output side a launch computes."""
+
+    B: bool = False
+    b: bool = False
+    d: bool = False
+    g: bool = False
+    bias: bool = False
+
+    @property
+    def outer(self):
+        return self.B or self.b or self.d
+
+    @property
+    def sums(self):
+        return self.g or self.bias
+
+
+def grad_expand(dY, S, y, bias, B, b, d, g, scaling, wanted, *, projects):
+    """Every wanted gradient of the output side, in one read of dY [M, N].
+
+    Returns the gradients as a dict by name (B, b, d, g, bias; in the dtype of the factor), and with
+    `projects` the partials [J, M, R] of dS, one for each block of columns, else None.
+    S [M, R] is needed for B, b and d; y [M, N] for g.
+    """
+    factors = {"B": B, "b": b, "d": d, "g": g, "bias": bias}
+    grads = {
+        name: dY.new_empty(factor.shape, dtype=factor.dtype)
+        for name, factor in factors.items()
+        if factor is not None and getattr(wanted, name)
+    }
+    no_dropout = Dropout()
+    partials = _launch(
+        dY, S, y, bias, B, b, d, g, grads, grads.get("B"), scaling, no_dropout,
+        R=0 if B is None else B.shape[1], wanted=wanted, projects=projects, scales=True,
+    )  # fmt: skip
+    return grads, partials
+
+
+def grad_shrink(x, dS, A, dropout):
+    """dA [R, K] in A's dtype, in one read of x [M, K]."""
+    dA = x.new_empty(A.shape, dtype=A.dtype)
+    _launch(
+        x, dS, None, None, None, None, None, None, {}, dA.T, 1.0, dropout,
+        R=A.shape[0], wanted=Wanted(B=True), projects=False, scales=False,
+    )  # fmt: skip
+    return dA
+
+
+def _launch(
+    x, S, y, bias, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
+):  # fmt: skip
+    (M, L), config = x.shape, pick_strips(x.dtype, current_arch())
+    BLOCK_R = rank_block(R)
+    blocks = triton.cdiv(L, config.BLOCK_L)
+    chunks = triton.cdiv(R, BLOCK_R) if wanted.outer or projects else 1
+    ranges, rows_per_range = row_ranges(M, blocks * chunks, config.BLOCK_M)
+    float32 = {"dtype": torch.float32}
+    partials = x.new_empty((blocks, M, R), **float32) if projects else None
+    T = x.new_empty((ranges, L, R), **float32) if wanted.outer else None
+    sums = x.new_empty((2, ranges, L), **float32) if wanted.sums else None
+    dd_parts = x.new_empty((blocks, R), **float32) if wanted.d else None
+    if blocks == 0:
+        return partials
+    seed_low, seed_high, threshold = dropout.words()
+    strips[(blocks, ranges, chunks)](
+        x, S, y, bias, b, d, g, B, partials, T, sums, dd_parts,
+        grad, grads.get("b"), grads.get("d"), grads.get("bias"), grads.get("g"),
+        sync_words(x.device, 1 + blocks),
+        float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
+        M, L, R, rows_per_range, ranges,
+        *x.stride(), *_strides(y), *_strides(B), *_strides(grad),
+        HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None, HAS_BIAS=bias is not None,
+        SCALES=scales, PROJECTS=projects, OUTER=wanted.outer, GRAD=grad is not None,
+        GRAD_b=wanted.b, GRAD_d=wanted.d, GRAD_g=wanted.g, GRAD_BIAS=wanted.bias,
+        DROPOUT=dropout.p > 0.0, BLOCK_M=config.BLOCK_M, BLOCK_L=config.BLOCK_L, BLOCK_R=BLOCK_R,
+        PRECISION=precision_of(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partials
+
+
+def _strides(matrix):
+    return (0, 0) if matrix is None else matrix.stride()

@@ -1,0 +1,269 @@
+"""One launch for a linear layer with a low-rank branch: the forward pass and the input gradient.
+
+    forward  y[M,N]  = g ⊙ (x[M,K] W[N,K]ᵀ + S[M,R] Qᵀ) + bias     S = drop(x) Aᵀ    Q = s · b dᵀ ⊙ B
+    dX       dX[M,K] = (g ⊙ dY[M,N]) W[N,K] + drop'(dS[M,R] A)     dS = (g ⊙ dY) Q   or a sum of partials
+
+Both are out[M, N'] = X[M, K'] W' + S · outᵀ with the letters exchanged, so one kernel serves both. Its
+tiles are handed out by an atomic ticket. The first tickets produce S for a few rows each (the shrink, or
+the sum of the partials that the strips kernel left), store it and release a flag per row block. All later
+tickets are ordinary GEMM tiles: their whole K-loop runs first, then they acquire the flag of their row
+block, add S · outᵀ to the same accumulator and store the tile once. A producer waits for nobody and
+tickets are taken in start order, so there is no schedule in which it deadlocks.
+
+sync holds int32 zeros [ticket, finished, flag of row block 0, 1, …]; the CTA that finishes last leaves
+zeros behind.
+"""
+
+import triton
+import triton.language as tl
+
+from .configs import current_arch, pick_gemm, precision_of, rank_block
+from .dropout import keep_mask
+from .tiles import load_factor, load_tile, tile_pointers
+from .workspace import sync_words
+
+# Words of sync before the first flag: the ticket and the count of finished CTAs.
+FLAGS = 2
+
+
+@triton.jit
+def _shrink_tile(
+    x_ptr, in_ptr, b_ptr, d_ptr, g_ptr, scaling, keep_scale, seed_low, seed_high, threshold,
+    offs_m, offs_r, M, K, R, stride_xm, stride_xk, stride_in_l, stride_in_r,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S[m, r] = X[m, :] · in[:, r] in float32, X masked by dropout or multiplied by g on the way."""
+    dtype = x_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_m, offs_k, stride_xm, stride_xk, M, K)
+        factor = load_factor(
+            in_ptr, b_ptr, d_ptr, scaling, offs_k, offs_r, stride_in_l, stride_in_r, K, R,
+            IN_IS_B, HAS_b, HAS_d, dtype,
+        )  # fmt: skip
+        if DROPOUT:
+            x = tl.where(keep_mask(seed_low, seed_high, threshold, offs_m, k * BLOCK_K, BLOCK_K), x, 0.0)
+        if HAS_g:
+            x = _times_gain(x, g_ptr, offs_k, K)
+        acc = tl.dot(x, factor, acc, input_precision=PRECISION)
+    if DROPOUT:
+        acc *= tl.cast(keep_scale, tl.float32)
+    return acc
+
+
+@triton.jit
+def _times_gain(x, g_ptr, offs_k, K):
+    gain = tl.load(g_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * gain[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _sum_partials(
+    partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Σ_j partials[j, m, r], always in the order of j."""
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for j in range(0, num_partials):
+        acc += load_tile(partials_ptr + tl.cast(j, tl.int64) * M * R, offs_m, offs_r, R, 1, M, R)
+    return acc
+
+
+@triton.jit
+def _group_rows(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column block of a tile; GROUP_M row blocks share the columns of W that sit in L2."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = (tile // per_group) * GROUP_M
+    rows = tl.minimum(blocks_m - first, GROUP_M)
+    within = tile % per_group
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def _produce(
+    ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, sync_ptr,
+    scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials,
+    stride_xm, stride_xk, stride_in_l, stride_in_r,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
+    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store BLOCK_S × BLOCK_R of S, then raise the flag of its row block."""
+    chunks = tl.cdiv(R, BLOCK_R)
+    strip = ticket // chunks
+    offs_m = strip * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_r = (ticket % chunks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if SUMS_PARTIALS:
+        S = _sum_partials(partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_S, BLOCK_R)
+    else:
+        S = _shrink_tile(
+            x_ptr, in_ptr, b_ptr, d_ptr, g_ptr, scaling, keep_scale, seed_low, seed_high, threshold,
+            offs_m, offs_r, M, K, R, stride_xm, stride_xk, stride_in_l, stride_in_r,
+            IN_IS_B, HAS_b, HAS_d, HAS_g and IN_IS_B, DROPOUT and not IN_IS_B,
+            BLOCK_S, BLOCK_K, BLOCK_R, PRECISION,
+        )  # fmt: skip
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    tl.store(tile_pointers(s_ptr, offs_m, offs_r, R, 1), S.to(s_ptr.dtype.element_ty), mask=mask)
+    # Every warp's part of S must be stored before one thread releases the flag.
+    tl.debug_barrier()
+    tl.atomic_add(sync_ptr + 2 + strip * BLOCK_S // BLOCK_M, 1, sem="release")
+
+
+@triton.jit
+def _consume(
+    tile, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, sync_ptr,
+    scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK_M × BLOCK_N tile: the K-loop over W, then S · outᵀ, then g and the bias."""
+    block_m, block_n = _group_rows(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = (offs_m < M)[:, None]
+    mask_n = (offs_n < N)[None, :]
+    x_ptrs = tile_pointers(x_ptr, offs_m, offs_k, stride_xm, stride_xk)
+    w_ptrs = tile_pointers(w_ptr, offs_k, offs_n, stride_wk, stride_wn)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_m, other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n, other=0.0)
+        else:
+            mask_k = offs_k < K - k * BLOCK_K
+            x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
+        if HAS_g and IN_IS_B:
+            x = _times_gain(x, g_ptr, k * BLOCK_K + offs_k, K)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
+    if HAS_ADAPTER:
+        rows = tl.minimum(BLOCK_M, M - block_m * BLOCK_M)
+        expected = tl.cdiv(rows, BLOCK_S) * tl.cdiv(R, BLOCK_R)
+        while tl.atomic_add(sync_ptr + 2 + block_m, 0, sem="acquire") < expected:
+            pass
+        # Dropout masks the low-rank part of dX alone, which then needs an accumulator of its own.
+        low_rank = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if DROPOUT and IN_IS_B else acc
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            S = load_tile(s_ptr, offs_m, offs_r, R, 1, M, R)
+            factor = load_factor(
+                out_ptr, b_ptr, d_ptr, scaling, offs_n, offs_r, stride_out_l, stride_out_r, N, R,
+                not IN_IS_B, HAS_b, HAS_d, x_ptr.dtype.element_ty,
+            )  # fmt: skip
+            low_rank = tl.dot(S, tl.trans(factor), low_rank, input_precision=PRECISION)
+        if DROPOUT and IN_IS_B:
+            keep = keep_mask(seed_low, seed_high, threshold, offs_m, block_n * BLOCK_N, BLOCK_N)
+            acc += tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
+        else:
+            acc = low_rank
+    if HAS_g and not IN_IS_B:
+        acc *= tl.load(g_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = tile_pointers(y_ptr, offs_m, offs_n, stride_ym, 1)
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "num_producers", "num_tiles"])
+def ticketed_gemm(
+    x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, sync_ptr,
+    scaling, keep_scale, seed_low, seed_high, threshold,
+    M, N, K, R, num_partials, num_producers, num_tiles,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_in_l, stride_in_r, stride_out_l, stride_out_r,
+    stride_ym,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, SUMS_PARTIALS: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
+
+    IN_IS_B tells the two uses apart: False is the forward pass (in = A, out = B with its gains, g on
+    the output), True the input gradient (in = B with its gains, out = A, g on X).
+    """
+    ticket = tl.program_id(0)
+    if HAS_ADAPTER:
+        ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
+    if ticket < num_producers:
+        _produce(
+            ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, sync_ptr,
+            scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials,
+            stride_xm, stride_xk, stride_in_l, stride_in_r, IN_IS_B, HAS_b, HAS_d, HAS_g,
+            SUMS_PARTIALS, DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+        )  # fmt: skip
+    else:
+        _consume(
+            ticket - num_producers, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr,
+            sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
+            stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
+            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, DROPOUT, EVEN_K,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_S, GROUP_M, PRECISION,
+        )  # fmt: skip
+    if HAS_ADAPTER:
+        finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
+        if finished == num_tiles - 1:
+            words = 2 + tl.cdiv(M, BLOCK_M)
+            for first in range(0, words, 128):
+                offs = first + tl.arange(0, 128)
+                tl.store(sync_ptr + offs, tl.zeros([128], tl.int32), mask=offs < words)
+
+
+def forward(x, weight, bias, A, B, b, d, g, scaling, dropout):
+    """y [M, N] and S [M, R] (None without an adapter) in one launch, for x [M, K] and weight [N, K]."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    S = None if A is None else x.new_empty(x.shape[0], A.shape[0])
+    in_factor = None if A is None else A.T
+    _launch(x, weight.T, y, S, None, in_factor, B, b, d, g, bias, scaling, dropout, is_grad=False)
+    return y, S
+
+
+def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, *, wants_dX):
+    """dX [M, K] (None unless wanted) and dS [M, R] in one launch, for dY [M, N] and weight [N, K].
+
+    partials [J, M, R] are the parts of dS that the strips kernel left; None lets this launch form dS.
+    """
+    dX = dY.new_empty(dY.shape[0], weight.shape[1]) if wants_dX else None
+    dS = None if A is None else dY.new_empty(dY.shape[0], A.shape[0])
+    out_factor = None if A is None else A.T
+    _launch(dY, weight, dX, dS, partials, B, out_factor, b, d, g, None, scaling, dropout, is_grad=True)
+    return dX, dS
+
+
+def _launch(x, w, y, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, *, is_grad):
+    """w [K', N'] is contracted over its rows; in_factor [K', R], out_factor [N', R]."""
+    (M, K), N = x.shape, w.shape[1]
+    R = 0 if S is None else S.shape[1]
+    config = pick_gemm(M, x.dtype, current_arch())
+    BLOCK_R = rank_block(R)
+    producers = triton.cdiv(M, config.BLOCK_S) * triton.cdiv(R, BLOCK_R)
+    tiles = 0 if y is None else triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    if producers + tiles == 0:
+        return
+    sync = None if S is None else sync_words(x.device, FLAGS + triton.cdiv(M, config.BLOCK_M))
+    seed_low, seed_high, threshold = dropout.words()
+    ticketed_gemm[(producers + tiles,)](
+        x, w, S, partials, in_factor, out_factor, b, d, g, bias, y, sync,
+        float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
+        M, N, K, R, 0 if partials is None else partials.shape[0], producers, producers + tiles,
+        *x.stride(), *w.stride(), *_strides(in_factor), *_strides(out_factor), N,
+        IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
+        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, SUMS_PARTIALS=partials is not None,
+        DROPOUT=dropout.p > 0.0, EVEN_K=K % config.BLOCK_K == 0, BLOCK_R=BLOCK_R,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
+        BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _strides(factor):
+    return (0, 0) if factor is None else factor.stride()

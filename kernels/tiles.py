@@ -1,0 +1,38 @@
+"""Pieces that the GEMM and the strip kernels share: masked tiles, gains, the dropout mask.
+
+Tiles are named by their index letters, m for rows (tokens), l for a long dimension (K or N), r for the
+rank. Offsets into tensors are int64.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_pointers(ptr, offs_0, offs_1, stride_0, stride_1):
+    """Pointers to the tile [offs_0, offs_1] of a strided matrix."""
+    rows = offs_0.to(tl.int64)[:, None] * stride_0
+    return ptr + rows + offs_1.to(tl.int64)[None, :] * stride_1
+
+
+@triton.jit
+def load_tile(ptr, offs_0, offs_1, stride_0, stride_1, size_0, size_1):
+    """The tile [offs_0, offs_1], zero outside of [0, size_0) × [0, size_1)."""
+    mask = (offs_0 < size_0)[:, None] & (offs_1 < size_1)[None, :]
+    return tl.load(tile_pointers(ptr, offs_0, offs_1, stride_0, stride_1), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_factor(
+    ptr, b_ptr, d_ptr, scaling, offs_l, offs_r, stride_l, stride_r, L, R,
+    IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A as [K, R], or s · b dᵀ ⊙ B as [N, R]; the gains are multiplied in float32 and rounded once."""
+    tile = load_tile(ptr, offs_l, offs_r, stride_l, stride_r, L, R)
+    if IS_B:
+        tile = tile.to(tl.float32) * tl.cast(scaling, tl.float32)
+        if HAS_b:
+            tile *= tl.load(b_ptr + offs_l, mask=offs_l < L, other=0.0).to(tl.float32)[:, None]
+        if HAS_d:
+            tile *= tl.load(d_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
+    return tile.to(DTYPE)

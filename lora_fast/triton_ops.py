@@ -1,0 +1,98 @@
+"""The Triton backend: the factors of the equation, handed to the kernels.
+
+One launch forward, at most three backward, one more per direction to decode an NF4 weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .factors import Factors, Gradients, Needs
+from .kernels import nf4_decode, strips, ticketed_gemm
+from .kernels import dropout as dropout_kernels
+from .nf4 import NF4Weight
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """The boolean [M, K] keep-mask that the kernels use for `seed`."""
+    return dropout_kernels.dropout_mask(M, K, dropout_kernels.Dropout(p, seed), device)
+
+
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and, where the backward pass needs it, S [M, R]; x is [M, K] in the compute dtype."""
+    _check_dtype(x)
+    weight = _dense(f.weight, x.dtype)
+    y, S = ticketed_gemm.forward(
+        x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f)
+    )
+    return y, S if needs.saves_S else None
+
+
+def backward(
+    dY: Tensor, x: Tensor | None, S: Tensor | None, y: Tensor | None, f: Factors, needs: Needs
+) -> Gradients:
+    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], y [M, N] as forward left them."""
+    if dY.shape[0] == 0:
+        return _empty_batch(dY, f, needs)
+    grads: dict[str, Tensor | None] = {}
+    partials = None
+    needs_dS = f.has_adapter and (needs.x or needs.A)
+    wanted = strips.Wanted(needs.B, needs.b, needs.d, needs.g, needs.bias)
+    if wanted.outer or wanted.sums:
+        grads, partials = strips.grad_expand(
+            dY, S, y, f.bias, f.B, f.b, f.d, f.g, f.scaling, wanted,
+            projects=needs_dS and wanted.outer,
+        )  # fmt: skip
+    if needs_dS or needs.x:
+        weight = _dense(f.weight, dY.dtype) if needs.x else _shape_only(f.weight, dY)
+        dX, dS = ticketed_gemm.grad_input(
+            dY, weight, partials, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), wants_dX=needs.x
+        )
+        grads["x"] = dX
+        if needs.A:
+            grads["A"] = strips.grad_shrink(x, dS, f.A, _dropout(f))
+    if needs.weight and x is not None:
+        grads["weight"] = _weight_gradient(dY, x, f)
+    return Gradients(**grads)
+
+
+def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:
+    K = f.weight.shape[1]
+    zeros = {
+        name: torch.zeros_like(getattr(f, name))
+        for name in Needs._fields[1:]
+        if getattr(needs, name)
+    }
+    return Gradients(x=dY.new_empty((0, K)) if needs.x else None, **zeros)
+
+
+def _weight_gradient(dY: Tensor, x: Tensor, f: Factors) -> Tensor:
+    """dW = dVᵀ x: a plain product of two large matrices, which cuBLAS does best."""
+    dV = dY if f.g is None else (dY * f.g).to(dY.dtype)
+    return (dV.T @ x).to(f.weight.dtype)
+
+
+def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, NF4Weight):
+        return nf4_decode.decode(weight.packed, weight.quant_state, dtype)
+    return weight.to(dtype)
+
+
+def _shape_only(weight: Tensor | NF4Weight, like: Tensor) -> Tensor:
+    """Stands for a weight that no tile reads: only dS is wanted."""
+    return like.new_empty(()).expand(weight.shape)
+
+
+def _dropout(f: Factors) -> dropout_kernels.Dropout:
+    return dropout_kernels.Dropout(f.dropout_p if f.has_adapter else 0.0, f.dropout_seed)
+
+
+def _check_dtype(x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"x must be float32, bfloat16 or float16 for the triton backend, got {x.dtype}; "
+            "set_backend('torch') computes in float64"
+        )
