@@ -1,0 +1,89 @@
+"""Switch a PEFT model to the fused path, and back."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .base_linear import CallCounts
+from .reporting import adapted_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
+    """Let the PEFT LoRA layers of `model` run fused; in place, and idempotent. Returns `model`.
+
+        y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias
+
+    The class of every ``lora.Linear`` and ``lora.bnb.Linear4bit`` becomes a subclass of it. Their
+    parameters, state_dict keys, repr and adapter methods stay as they are. What the fused path
+    does not cover (merged or disabled adapters, ``adapter_names``, variants such as DoRA, hooks on
+    the inner layers, …) runs PEFT's own forward; :func:`lora_fast.report` tells where, and why.
+    Adapters that are added to these layers later are covered. Layers that PEFT wraps later are
+    not: call ``accelerate`` again.
+
+    ``group_shared_inputs`` has no effect in this version: no layers are grouped.
+
+    Raises TypeError if `model` is not a Module, ValueError if it contains no LoRA layer; `model`
+    is then as it was.
+    """
+    _check(model)
+    if not isinstance(group_shared_inputs, bool):
+        raise TypeError(
+            f"group_shared_inputs must be a bool, got {type(group_shared_inputs).__name__}"
+        )
+    if next(adapted_layers(model), None) is None:
+        raise ValueError(
+            "model must contain LoRA layers, got none; add them with peft.get_peft_model or "
+            "lora_fast.convert"
+        )
+    if "peft.tuners.lora" not in sys.modules:
+        return model
+    from .peft_layers import FUSED_CLASSES
+
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module) in FUSED_CLASSES and "forward" not in module.__dict__
+    ]
+    _switch(layers, FUSED_CLASSES)
+    for layer in layers:
+        layer._lora_fast_calls = CallCounts()
+    return model
+
+
+def decelerate(model: Model) -> Model:
+    """Undo :func:`accelerate` exactly, in place; without accelerated layers nothing changes.
+
+    Raises TypeError if `model` is not a Module.
+    """
+    _check(model)
+    if "lora_fast.peft_layers" not in sys.modules:
+        return model
+    from .peft_layers import STOCK_CLASSES
+
+    layers: list[Any] = [module for module in model.modules() if type(module) in STOCK_CLASSES]
+    _switch(layers, STOCK_CLASSES)
+    for layer in layers:
+        del layer._lora_fast_calls
+    return model
+
+
+def _switch(layers: list[nn.Module], classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Give every layer its class in `classes`, or leave all of them as they were."""
+    previous = [type(layer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.__class__ = classes[type(layer)]
+    except BaseException:
+        for layer, cls in zip(layers, previous, strict=True):
+            layer.__class__ = cls
+        raise
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

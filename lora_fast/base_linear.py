@@ -1,0 +1,207 @@
+"""The frozen linear layer under an adapter: ``nn.Linear``, or bitsandbytes' ``Linear4bit`` in NF4.
+
+    y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias
+
+An *obstacle* is the reason, in words for the report, why this equation cannot be computed by
+:func:`lora_fast.functional.adapted_linear`; None means that it can. Everything is read from the
+layers when asked, nothing is remembered: weights, hooks and dtypes may change between two calls.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, LinearNF4, Params4bit
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+
+from .backend import uses_triton
+from .functional import adapted_linear
+from .nf4 import NF4Weight
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_FOUR_BIT = (Linear4bit, LinearNF4)
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class CallCounts:
+    """How often one layer ran fused, and how often and why it ran the plain path instead."""
+
+    fused: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    compiled: bool = False
+
+    def add_fallback(self, reason: str) -> None:
+        # A counter that changes inside torch.compile would be a reason to compile again at each call.
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        else:
+            self.fallbacks[reason] += 1
+
+    def by_reason(self) -> dict[str, int]:
+        """Fallbacks by reason; compiled calls, which cannot be counted, appear as one."""
+        return {**self.fallbacks, **({"torch.compile": 1} if self.compiled else {})}
+
+
+def module_obstacle(module: nn.Module, role: str, *types: type) -> str | None:
+    """Why calling `module` may do more than the forward of exactly one of `types`."""
+    if type(module) not in types:
+        return f"{role} is {type(module).__name__}"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"hooks on {role}"
+    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        return f"forward of {role} replaced"
+    return None
+
+
+def tensor_obstacle(tensor: Tensor | None, role: str) -> str | None:
+    """Why `tensor` is not ordinary dense memory (DTensor, torchao's subclasses, meta, sparse)."""
+    if tensor is None:
+        return None
+    if type(tensor) not in _PLAIN_TENSORS:
+        return f"{role} is {type(tensor).__name__}"
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return f"{role} is {'on the meta device' if tensor.is_meta else tensor.layout}"
+    return None
+
+
+def base_obstacle(base: Any) -> str | None:
+    """Why the base layer's weight and bias cannot enter the equation directly."""
+    found = module_obstacle(base, "base layer", nn.Linear, *_FOUR_BIT)
+    if found is None:
+        found = _nf4_obstacle(base) if is_four_bit(base) else tensor_obstacle(base.weight, "weight")
+    return found or tensor_obstacle(base.bias, "bias")
+
+
+def environment_obstacle() -> str | None:
+    """Why the surroundings need PyTorch's own operations, or every module to be called."""
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit tracing"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode autograd"
+    if module_hooks._has_any_global_hook():
+        return "global module hooks"
+    return None
+
+
+def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
+    """Why x and `factors` (A, B, …) do not fit `base`; the plain path then raises its own error."""
+    if not isinstance(x, Tensor):
+        return f"x is {type(x).__name__}"
+    found = tensor_obstacle(x, "x")
+    if found is not None:
+        return found
+    N, K = weight_shape(base)
+    if x.dim() == 0 or x.shape[-1] != K or N == 0 or K == 0:
+        return "shape of x"
+    device = base.weight.device
+    if x.device != device or any(t is not None and t.device != device for t in factors):
+        return "tensors on different devices"
+    return _dtype_obstacle(base, x, factors)
+
+
+def dropout_obstacle(p: float, device: torch.device) -> str | None:
+    """Why dropout with probability p cannot run inside the operation."""
+    return "dropout" if p > 0.0 and uses_triton(device) else None
+
+
+def adapted(
+    base: Any,
+    x: Tensor,
+    *,
+    A: Tensor,
+    B: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The equation of this module: x [..., K] → y [..., N], with `bias` in the place of the base's.
+
+    The result has the dtype that `base` alone would give: the compute dtype for a dense layer, x's
+    for a 4-bit one. Call it only when :func:`base_obstacle` and :func:`call_obstacle` find nothing.
+    """
+    if not is_four_bit(base):
+        return adapted_linear(x, base.weight, bias, A=A, B=B, scaling=scaling, dropout_p=dropout_p)
+    dtype = _four_bit_dtype(base, x)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    y = adapted_linear(
+        x if autocast else x.to(dtype),
+        NF4Weight.from_params4bit(base.weight),
+        bias,
+        A=A,
+        B=B,
+        scaling=scaling,
+        dropout_p=dropout_p,
+    )
+    return y.to(x.dtype)
+
+
+def is_four_bit(base: nn.Module) -> bool:
+    return isinstance(base, Linear4bit)
+
+
+def describe(base: nn.Module) -> str:
+    """The weight's storage in one word, for the report: bfloat16, nf4, …"""
+    if isinstance(base, Linear4bit):
+        return str(getattr(base.weight, "quant_type", "4bit"))
+    weight = getattr(base, "weight", None)
+    return str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else "unknown"
+
+
+def _nf4_obstacle(base: Any) -> str | None:
+    # FSDP replaces the parameter; bitsandbytes keeps the state on the module for that case.
+    state = getattr(base.weight, "quant_state", None) or base.quant_state
+    if state is None:
+        return "base layer is not quantised yet"
+    if state.quant_type != "nf4":
+        return f"base layer is {state.quant_type}"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "weight is in bitsandbytes' CPU inference packing"
+    if type(base.weight) not in (Params4bit, *_PLAIN_TENSORS):
+        return f"weight is {type(base.weight).__name__}"
+    return None
+
+
+def weight_shape(base: Any) -> tuple[int, ...]:
+    """(N, K) of the base's weight, packed or not."""
+    if not is_four_bit(base):
+        return tuple(base.weight.shape)
+    # The same repair that Linear4bit.forward makes when FSDP has replaced the parameter.
+    fix_4bit_weight_quant_state_from_module(base)
+    return tuple(base.weight.quant_state.shape)
+
+
+def _four_bit_dtype(base: Any, x: Tensor) -> torch.dtype:
+    """The dtype to which Linear4bit.forward casts x; settled by the first input, as there."""
+    if not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    return base.compute_dtype or x.dtype
+
+
+def _dtype_obstacle(base: Any, x: Tensor, factors: tuple[Tensor | None, ...]) -> str | None:
+    operands = [x, *(t for t in (base.bias, *factors) if t is not None)]
+    if not is_four_bit(base):
+        operands.append(base.weight)
+        mixed = {t.dtype for t in (x, base.weight, base.bias) if t is not None}
+        if len(mixed) > 1 and not torch.is_autocast_enabled(x.device.type):
+            return "x and base layer differ in dtype"
+    for t in operands:
+        if t.dtype not in _COMPUTE_DTYPES:
+            return f"dtype {str(t.dtype).removeprefix('torch.')}"
+    return None

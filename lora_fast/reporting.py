@@ -1,0 +1,140 @@
+"""Which adapted layers run fused, which do not, and why."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .base_linear import CallCounts, describe, environment_obstacle
+from .modules import LoRALinear
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    ``obstacle``: why the next call would run the plain path, None if it would run fused (unless
+    its input rules that out). ``fused_calls`` and ``fallback_calls`` (by reason) count so far.
+    """
+
+    name: str
+    kind: str
+    base: str
+    obstacle: str | None
+    fused_calls: int
+    fallback_calls: dict[str, int]
+
+    @property
+    def fused(self) -> bool:
+        return self.obstacle is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every adapted layer, in the order of ``model.named_modules()``. Prints as a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def fused_calls(self) -> int:
+        """Forward passes of a layer that ran fused, over all layers."""
+        return sum(layer.fused_calls for layer in self.layers)
+
+    @property
+    def fallback_calls(self) -> dict[str, int]:
+        """Forward passes of a layer that ran the plain path, by reason, over all layers."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.fallback_calls)
+        return dict(total)
+
+    @property
+    def all_fused(self) -> bool:
+        """Whether there are layers, all would run fused, and no call so far did not."""
+        return bool(self.layers) and not self.fallback_calls and all(x.fused for x in self.layers)
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "base", "next call", "fused calls", "fallback calls")
+        lines = _aligned([header, *map(_row, self.layers)])
+        fused = sum(layer.fused for layer in self.layers)
+        slow = sum(self.fallback_calls.values())
+        lines.append(
+            f"{fused} of {len(self.layers)} adapted layers fused; "
+            f"{self.fused_calls} fused calls, {slow} fallback calls"
+        )
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Report on every LoRA layer of `model`, PEFT's and lora_fast's, at any time.
+
+    Before the first call it predicts, from the present state of each layer, what the call would do.
+    PEFT's layers that :func:`lora_fast.accelerate` has not switched, or cannot, are listed as such.
+
+    Raises TypeError if `model` is not a Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return Report(tuple(_layer_report(name, layer) for name, layer in adapted_layers(model)))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every LoRALinear and every LoRA layer of PEFT in `model`."""
+    peft_lora = sys.modules.get("peft.tuners.lora")
+    kinds = (LoRALinear,) if peft_lora is None else (LoRALinear, peft_lora.LoraLayer)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
+
+
+def _layer_report(name: str, layer: Any) -> LayerReport:
+    calls = getattr(layer, "_lora_fast_calls", None) or CallCounts()
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
+    return LayerReport(
+        name=name,
+        kind=_kind(layer),
+        base=describe(base),
+        obstacle=environment_obstacle() or _obstacle(layer),
+        fused_calls=calls.fused,
+        fallback_calls=calls.by_reason(),
+    )
+
+
+def _obstacle(layer: Any) -> str | None:
+    if isinstance(layer, LoRALinear):
+        return layer.obstacle()
+    from . import peft_layers
+
+    if type(layer) in peft_layers.STOCK_CLASSES:
+        return peft_layers.layer_obstacle(layer)
+    if type(layer) not in peft_layers.FUSED_CLASSES:
+        return f"{_kind(layer)} has no fused path"
+    if "forward" in layer.__dict__:
+        return "forward of the layer replaced"
+    return "not accelerated"
+
+
+def _kind(layer: nn.Module) -> str:
+    """As PEFT's repr calls the layer: lora.Linear, lora.Embedding, adalora.SVDLinear, …"""
+    homes = (cls.__module__ for cls in type(layer).__mro__)
+    home = next((name for name in homes if name.startswith("peft.tuners.")), None)
+    return layer._get_name() if home is None else f"{home.split('.')[2]}.{layer._get_name()}"
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    slow = ", ".join(f"{count} × {reason}" for reason, count in layer.fallback_calls.items())
+    path = "fused" if layer.obstacle is None else f"fallback: {layer.obstacle}"
+    return (layer.name, layer.kind, layer.base, path, str(layer.fused_calls), slow or "0")
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
