@@ -1,0 +1,259 @@
+"""A Triton driver for a GPU that is not there: it compiles every launch and records it.
+
+``with recording(90) as log:`` makes Triton believe in an sm_90 device. Launches pass the real JIT
+binder (argument specialisation, heuristics, configuration choice, grid), the real compiler and
+ptxas, and end up in ``log.launches`` instead of on a device. Nothing is computed.
+
+Tensors are best made on the ``meta`` device: they have shapes, dtypes, strides and aligned
+addresses but no memory, so real model shapes cost nothing. A kernel that asks for more shared
+memory than the device has raises triton's OutOfResources, as it would on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.driver import driver as triton_driver
+
+from . import resources
+
+_DEVICE_INDEX_BASE = 1000
+"""Triton caches kernels per device index; the indices of stubs must be nobody else's."""
+
+
+@dataclass(frozen=True)
+class TensorArgument:
+    """What a launch was given for a pointer: the geometry of the tensor, not its data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    divisible_by_16: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements; an element that several indices share counts once per index."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One specialisation of a kernel for one target, with everything the compiler made of it."""
+
+    name: str
+    target: GPUTarget
+    metadata: Any
+    binary: bytes = field(repr=False)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one CTA."""
+        return int(self.metadata.shared)
+
+    @property
+    def num_warps(self) -> int:
+        return int(self.metadata.num_warps)
+
+    @property
+    def num_stages(self) -> int:
+        return int(self.metadata.num_stages)
+
+    def text(self, stage: str) -> str:
+        """One of the compiler's stages: ttir, ttgir, llir, ptx (NVIDIA) or amdgcn (AMD)."""
+        group = get_cache_manager(self.metadata.hash).get_group(f"{self.name[:150]}.json") or {}
+        path = group.get(f"{self.name[:150]}.{stage}")
+        if path is None:
+            raise ValueError(f"stage must be one of {sorted(group)}, got {stage!r}")
+        with open(path) as file:
+            return file.read()
+
+    @functools.cached_property
+    def resources(self) -> resources.Resources:
+        """Registers, local memory, shared memory, occupancy and the loops with matrix products."""
+        threads = self.num_warps * self.target.warp_size
+        if self.target.backend == "hip":
+            text = self.text("amdgcn")
+            return resources.of_amdgcn(text, threads, self.shared_bytes, self.target.arch)
+        return resources.of_cubin(self.binary, self.target.arch, threads, self.shared_bytes)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch; ``arguments`` holds a TensorArgument for each pointer."""
+
+    name: str
+    grid: tuple[int, int, int]
+    arguments: Mapping[str, Any]
+    constexprs: Mapping[str, Any]
+    kernel: CompiledKernel
+
+    @property
+    def num_programs(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+@dataclass
+class Log:
+    """The launches of one ``recording`` block, in order."""
+
+    target: GPUTarget
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return [launch.name for launch in self.launches]
+
+    @property
+    def kernels(self) -> list[CompiledKernel]:
+        """The distinct compiled kernels, in the order of their first launch."""
+        return list({id(launch.kernel): launch.kernel for launch in self.launches}.values())
+
+
+def target_of(arch: int | str) -> GPUTarget:
+    """90 → sm_90; "gfx942" → an AMD target. ValueError for a device without a table of limits."""
+    resources.limits_of(arch)
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+@contextlib.contextmanager
+def recording(arch: int | str) -> Iterator[Log]:
+    """Make the stub for ``arch`` Triton's active driver for a block, and yield its log."""
+    log = Log(target_of(arch))
+    previous = triton_driver._active
+    triton_driver.set_active(StubDriver(log))
+    try:
+        yield log
+    finally:
+        triton_driver._active = previous
+
+
+class StubDriver:
+    """The interface that triton.runtime asks of a driver; every launch goes to ``log``."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.limits = resources.limits_of(log.target.arch)
+        self.utils = _Utils(log.target, self.limits)
+        self.launcher_cls = _Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return self.log.target
+
+    def get_current_device(self) -> int:
+        return _DEVICE_INDEX_BASE + list(resources.LIMITS).index(self.log.target.arch)
+
+    def set_current_device(self, device: int) -> None:
+        """There is one device."""
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
+        return divmod(int(self.log.target.arch), 10)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        """All configurations of an autotuner cost the same, so that the first one wins."""
+
+        def bench(fn: Any, *args: Any, quantiles: Any = None, **kwargs: Any) -> float | list[float]:
+            return [1.0] * len(quantiles) if quantiles else 1.0
+
+        return bench
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+class _Utils:
+    def __init__(self, target: GPUTarget, limits: resources.DeviceLimits) -> None:
+        self._target = target
+        self._limits = limits
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": self._limits.shared_per_block,
+            "max_num_regs": self._limits.registers_per_sm,
+            "multiprocessor_count": self._limits.multiprocessors,
+            "warpSize": self._target.warp_size,
+        }
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """(module, function, registers, spills, most threads): the binary stands for all of it."""
+        return binary, binary, 0, 0, 1024
+
+
+class _Launcher:
+    """Stands where Triton puts the compiled C launcher of one kernel."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self._src = src
+        self._metadata = metadata
+        self._kernel: CompiledKernel | None = None
+
+    def __call__(
+        self,
+        grid_x: int,
+        grid_y: int,
+        grid_z: int,
+        stream: int,
+        binary: bytes,
+        kernel_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Any,
+        exit_hook: Any,
+        *args: Any,
+    ) -> None:
+        log = triton_driver.active.log
+        if self._kernel is None:
+            self._kernel = CompiledKernel(
+                self._metadata.name, self._metadata.target, self._metadata, binary
+            )
+        if grid_x * grid_y * grid_z == 0:
+            return
+        log.launches.append(
+            Launch(
+                self._src.fn.__name__,
+                (int(grid_x), int(grid_y), int(grid_z)),
+                self._arguments(args),
+                self._constexprs(),
+                self._kernel,
+            )
+        )
+
+    def _arguments(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        signature = self._src.signature
+        return {
+            name: self._described(index, arg)
+            for index, (name, arg) in enumerate(zip(signature, args, strict=True))
+            if signature[name] != "constexpr"
+        }
+
+    def _described(self, index: int, arg: Any) -> Any:
+        if not isinstance(arg, torch.Tensor):
+            return arg
+        attributes = [key for key, value in self._src.attrs.get((index,), []) if value == 16]
+        return TensorArgument(
+            tuple(arg.shape), arg.stride(), arg.dtype, "tt.divisibility" in attributes
+        )
+
+    def _constexprs(self) -> dict[str, Any]:
+        names = list(self._src.signature)
+        return {
+            names[path[0]]: value for path, value in self._src.constants.items() if len(path) == 1
+        }
