@@ -112,7 +112,7 @@ def build(case: Case, device: torch.device) -> dict[str, Layer]:
     dY = torch.randn(case.M, case.N, device=device, dtype=case.dtype)
     make: dict[str, Callable[[], nn.Module]] = {
         "frozen": lambda: dense,
-        "bitsandbytes": lambda: _linear4bit(dense),
+        "bitsandbytes": lambda: linear4bit(dense),
         "peft": lambda: _peft(_base(case, dense), case.R),
         "lora_fast": lambda: _accelerated(_peft(_base(case, dense), case.R)),
     }
@@ -127,10 +127,11 @@ def fused_calls(layer: Layer) -> int:
 
 
 def _base(case: Case, dense: nn.Linear) -> nn.Module:
-    return _linear4bit(dense) if case.weight == "nf4" else copy.deepcopy(dense)
+    return linear4bit(dense) if case.weight == "nf4" else copy.deepcopy(dense)
 
 
-def _linear4bit(dense: nn.Linear) -> nn.Module:
+def linear4bit(dense: nn.Linear) -> nn.Module:
+    """NF4 with double quantisation of ``dense``, on its device; no bias."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(

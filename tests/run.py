@@ -7,13 +7,14 @@ A leg that fails, crashes or finds no test makes the run fail.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,9 @@ def cpu_legs() -> list[Leg]:
     ]
 
 
+GPU_LEG = Leg("gpu", "gpu")
+
+
 def run_leg(leg: Leg, jobs: int, extra: list[str]) -> Outcome:
     """Run ``leg`` with ``jobs`` workers of one thread each and count its results."""
     with tempfile.TemporaryDirectory() as folder:
@@ -88,17 +92,18 @@ def _count(leg: Leg, report: Path, code: int, seconds: float) -> Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="worker processes per leg (default 2)")
-    parser.add_argument("--leg", action="append", help="run this leg only (may be repeated)")
+    parser.add_argument(
+        "--leg",
+        action="append",
+        choices=["default", "interpreter", "compiled", "gpu"],
+        help="run this leg (may be repeated); without it, all that need no GPU",
+    )
+    parser.add_argument("--json", type=Path, help="also write the counts to this file")
     options, extra = parser.parse_known_args()
     legs = cpu_legs()
-    names = [leg.name for leg in legs]
-    if unknown := set(options.leg or []) - set(names):
-        parser.error(f"--leg must be one of {', '.join(names)}, got {', '.join(sorted(unknown))}")
-    outcomes = [
-        run_leg(leg, options.jobs, extra)
-        for leg in legs
-        if options.leg is None or leg.name in options.leg
-    ]
+    if options.leg:
+        legs = [leg for leg in (*legs, GPU_LEG) if leg.name in options.leg]
+    outcomes = [run_leg(leg, options.jobs, extra) for leg in legs]
     print()
     for o in outcomes:
         verdict = "FAILED" if o.failed else "ok"
@@ -106,6 +111,10 @@ def main() -> int:
             f"{o.leg.name:12} {verdict:7} {o.passed} passed, {o.failed} failed, "
             f"{o.skipped} skipped in {o.seconds:.0f} s"
         )
+    if not PTX_EXECUTOR.is_dir() and any(o.leg.name == "compiled" for o in outcomes):
+        print(f"Tests that execute compiled PTX were skipped: no executor in {PTX_EXECUTOR}.")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
     totals = [sum(getattr(o, key) for o in outcomes) for key in ("passed", "failed", "skipped")]
     print("{} passed, {} failed, {} skipped".format(*totals), flush=True)
     return 1 if totals[1] else 0

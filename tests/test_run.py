@@ -1,0 +1,90 @@
+"""The runner of the suite reports every leg, and calls nothing green that is not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import run
+
+SUITE = """
+import os
+import pytest
+
+def test_passes():
+    assert "TRITON_INTERPRET" not in os.environ
+
+@pytest.mark.broken
+def test_fails():
+    assert False
+
+@pytest.mark.broken
+def test_passes_too():
+    pass
+
+@pytest.mark.broken
+def test_is_skipped():
+    pytest.skip("on purpose")
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small tree with tests, in the place of this one."""
+    (tmp_path / "test_small.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n  broken: fails\n  absent: no test\n"
+    )
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return tmp_path
+
+
+def run_main(
+    legs: list[run.Leg], report: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, list[tuple[str, int, int, int]]]:
+    monkeypatch.setattr(run, "cpu_legs", lambda: legs)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--jobs", "1", "--json", str(report), *arguments])
+    code = run.main()
+    counts = [
+        (o["leg"]["name"], o["passed"], o["failed"], o["skipped"])
+        for o in json.loads(report.read_text())
+    ]
+    return code, counts
+
+
+def test_a_failing_leg_fails_the_run_but_every_leg_runs(
+    suite: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    legs = [run.Leg("bad", "broken"), run.Leg("none", "absent"), run.Leg("good", "not broken")]
+    code, counts = run_main(legs, suite / "report.json", monkeypatch)
+    assert code == 1
+    assert counts == [("bad", 1, 1, 1), ("none", 0, 1, 0), ("good", 1, 0, 0)]
+    assert capfd.readouterr().out.splitlines()[-1] == "2 passed, 2 failed, 1 skipped"
+
+
+def test_a_leg_that_dies_is_a_failure(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (suite / "conftest.py").write_text("raise SystemExit(7)")
+    legs = [run.Leg("good", "not broken")]
+    assert run_main(legs, suite / "report.json", monkeypatch) == (1, [("good", 0, 1, 0)])
+
+
+def test_green_is_green_and_a_leg_can_be_chosen(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    legs = [run.Leg("default", "not broken"), run.Leg("interpreter", "broken")]
+    arguments = ("--leg", "default", "-k", "passes")
+    code, counts = run_main(legs, suite / "report.json", monkeypatch, *arguments)
+    assert (code, counts) == (0, [("default", 1, 0, 0)])
+
+
+def test_the_legs_leave_no_test_out() -> None:
+    """Whatever markers a test has, at least one leg selects it; on a CPU only `gpu` is left."""
+    selections = [leg.select for leg in (*run.cpu_legs(), run.GPU_LEG)]
+    markers = ("interpreter", "compiled", "offline", "gpu")
+    for chosen in range(2 ** len(markers)):
+        marks = {name: bool(chosen >> i & 1) for i, name in enumerate(markers)}
+        assert any(eval(selection, {}, marks) for selection in selections), marks
