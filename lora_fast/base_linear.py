@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-from .backend import uses_triton
 from .functional import adapted_linear
 from .nf4 import NF4Weight
 
@@ -38,7 +37,7 @@ class CallCounts:
     compiled: bool = False
 
     def add_fallback(self, reason: str) -> None:
-        # A counter that changes inside torch.compile would be a reason to compile again at each call.
+        # Inside torch.compile a counter that changes is a reason to compile again at each call.
         if torch.compiler.is_compiling():
             self.compiled = True
         else:
@@ -113,11 +112,6 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     if x.device != device or any(t is not None and t.device != device for t in factors):
         return "tensors on different devices"
     return _dtype_obstacle(base, x, factors)
-
-
-def dropout_obstacle(p: float, device: torch.device) -> str | None:
-    """Why dropout with probability p cannot run inside the operation."""
-    return "dropout" if p > 0.0 and uses_triton(device) else None
 
 
 def adapted(

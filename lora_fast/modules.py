@@ -14,7 +14,6 @@ from .base_linear import (
     adapted,
     base_obstacle,
     call_obstacle,
-    dropout_obstacle,
     environment_obstacle,
     tensor_obstacle,
 )
@@ -100,7 +99,6 @@ class LoRALinear(nn.Module):
             or tensor_obstacle(self.lora_A, "lora_A")
             or tensor_obstacle(self.lora_B, "lora_B")
             or base_obstacle(self.base_layer)
-            or dropout_obstacle(self._dropout_p, self.lora_A.device)
         )
 
     @torch.no_grad()

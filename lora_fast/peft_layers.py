@@ -24,7 +24,6 @@ from .base_linear import (
     adapted,
     base_obstacle,
     call_obstacle,
-    dropout_obstacle,
     environment_obstacle,
     module_obstacle,
     tensor_obstacle,
@@ -79,12 +78,9 @@ def layer_obstacle(layer: Any) -> str | None:
         found = _adapter_obstacle(layer, name)
         if found is not None:
             return found
-    probabilities = {_dropout_p(layer.lora_dropout[name]) for name in names}
-    if len(names) > 1 and probabilities != {0.0}:
+    if len(names) > 1 and any(_dropout_p(layer.lora_dropout[name]) for name in names):
         return "dropout with several adapters"
-    return base_obstacle(layer.base_layer) or dropout_obstacle(
-        max(probabilities), layer.base_layer.weight.device
-    )
+    return base_obstacle(layer.base_layer)
 
 
 def _fused_or_stock(
