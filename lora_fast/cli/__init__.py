@@ -1,0 +1,1 @@
+"""The ``lora-fast`` command line: one module per command, ``app`` joins them."""

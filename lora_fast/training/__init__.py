@@ -1,0 +1,1 @@
+"""Fine-tuning runs: data, models, metrics and artefacts behind ``lora-fast train``."""

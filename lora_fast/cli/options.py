@@ -1,0 +1,150 @@
+"""The options that commands share, one alias each; their defaults are those of TrainConfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DATA = "Model and data"
+ADAPTER = "Adapter"
+TRAINING = "Training"
+RUN = "Run"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH|HUB_ID",
+        help="Base model. builtin: all-MiniLM-L6-v2, 22M parameters, as installed.",
+        rich_help_panel=DATA,
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE.jsonl|builtin",
+        help="Lines with text, label and optionally text_pair; for causal-lm text or messages. "
+        "builtin: does this docstring describe this function?",
+        rich_help_panel=DATA,
+    ),
+]
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="Held-out examples, else a tenth of --data.",
+        rich_help_panel=DATA,
+    ),
+]
+Task = Annotated[
+    str,
+    typer.Option(
+        metavar="classification|causal-lm", help="What the model learns.", rich_help_panel=DATA
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens kept of an example: 64 builtin, 256 classification, 1024 causal-lm.",
+        rich_help_panel=DATA,
+    ),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        metavar="nf4|none", help="nf4: frozen weights in 4 bits (QLoRA).", rich_help_panel=ADAPTER
+    ),
+]
+Rank = Annotated[int, typer.Option("--r", help="Rank of the update.", rich_help_panel=ADAPTER)]
+Alpha = Annotated[
+    float, typer.Option(help="The update is scaled by alpha / r.", rich_help_panel=ADAPTER)
+]
+Dropout = Annotated[
+    float, typer.Option(help="Dropout on the input of the adapter.", rich_help_panel=ADAPTER)
+]
+TargetModules = Annotated[
+    str,
+    typer.Option(
+        metavar="all-linear|NAME,NAME", help="Linear layers to adapt.", rich_help_panel=ADAPTER
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Peak of the cosine schedule: 1e-3 to 1e-4 by model size.", rich_help_panel=TRAINING
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Optimizer steps: 250 builtin.", rich_help_panel=TRAINING)
+]
+Epochs = Annotated[
+    float | None,
+    typer.Option(help="Or passes over --data: 3, causal-lm 1.", rich_help_panel=TRAINING),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Examples per batch: 32, causal-lm 8.", rich_help_panel=TRAINING),
+]
+GradAccum = Annotated[int, typer.Option(help="Batches per step.", rich_help_panel=TRAINING)]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Recompute activations in backward: less memory, more time.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Optim = Annotated[
+    str,
+    typer.Option(
+        help="One of transformers' optimizers; on a GPU also paged_adamw_32bit, paged_adamw_8bit.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16",
+        help="Compute type; auto: bfloat16 on a GPU, float32 on the CPU.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="Of split, order, initial weights.", rich_help_panel=TRAINING)
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        help="Train stock PEFT as well: same order, seeds and initial weights, side by side.",
+        rich_help_panel=RUN,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Takes adapter, metrics.json, loss.png and checkpoints; else the next runs/N.",
+        rich_help_panel=RUN,
+    ),
+]
+SaveEvery = Annotated[
+    int | None,
+    typer.Option(help="Steps between checkpoints; else a fifth of all.", rich_help_panel=RUN),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue the run in --out, else the latest runs/N, with its own options.",
+        rich_help_panel=RUN,
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=RUN)
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks and library warnings.", rich_help_panel=RUN),
+]

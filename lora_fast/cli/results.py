@@ -1,0 +1,112 @@
+"""The tables at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lora_fast.training.run import Outcome
+
+from .console import ARM_TITLES
+
+SCORE_TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "roc_auc": "ROC AUC",
+    "loss": "loss",
+    "perplexity": "perplexity",
+}
+BASELINE_TITLES = {
+    "majority": "majority class",
+    "linear_probe": "linear probe, frozen model",
+    "base_model": "before training",
+}
+
+
+def show_outcome(console: Console, outcome: Outcome) -> None:
+    """Print the scores, the costs, the fused layers and where everything is."""
+    found = outcome.metrics
+    console.print()
+    console.print(score_table(found))
+    console.print(cost_table(found))
+    console.print(fused_line(found))
+    for reason, count in found["fused"]["fallback_reasons"].items():
+        console.print(f"  [yellow]{count} × plain PEFT path: {escape(reason)}[/]")
+    if "comparison" in found:
+        difference = found["comparison"]["max_relative_loss_difference"]
+        console.print(f"Largest difference of the two loss curves: {difference:.1e}, relative")
+    console.print(f"\nAdapter, metrics.json, loss.png: [bold]{escape(str(outcome.out))}[/]")
+    console.print("[dim]README.md there has the code that loads the adapter.[/]")
+
+
+def score_table(found: dict[str, Any]) -> Table:
+    """Return held-out scores of the baselines and of what was trained, a row each."""
+    rows = {BASELINE_TITLES[name]: scores for name, scores in found["baselines"].items()}
+    rows |= {ARM_TITLES[name]: arm["held_out"] for name, arm in found["results"].items()}
+    shown = [name for name in SCORE_TITLES if any(name in scores for scores in rows.values())]
+    table = _table(f"{found['examples']['held_out']:,} held-out examples")
+    for name in shown:
+        table.add_column(SCORE_TITLES[name], justify="right")
+    for title, scores in rows.items():
+        style = "bold" if title == ARM_TITLES["lora_fast"] else None
+        cells = (f"{scores[name]:.3f}" if name in scores else "" for name in shown)
+        table.add_row(title, *cells, style=style)
+    return table
+
+
+def cost_table(found: dict[str, Any]) -> Table:
+    """Return what training cost; beside stock PEFT, with ratios, when comparing."""
+    results = found["results"]
+    comparison = found.get("comparison")
+    arms = [name for name in ("stock", "lora_fast") if name in results]
+    table = _table("training")
+    for name in arms:
+        table.add_column(ARM_TITLES[name], justify="right")
+    if comparison:
+        table.add_column("ratio", justify="right")
+
+    def row(title: str, values: list[str], ratio: float | None = None) -> None:
+        shown = [f"{ratio:.3f}" if ratio is not None else ""] if comparison else []
+        table.add_row(title, *values, *shown)
+
+    trained, share = found["trainable_parameters"], found["trainable_percent"]
+    row("trainable parameters", [f"{trained:,} ({share:.2f}%)"] * len(arms))
+    row("tokens/s", [_number(results[a]["tokens_per_second"], "{:,.0f}") for a in arms])
+    row("step time", [_number(results[a]["step_seconds"], "{:.3f} s") for a in arms])
+    if comparison:
+        turns = comparison["forward_backward_seconds"]
+        values = [f"{turns[a]:.3f} s" for a in arms]
+        row("forward + backward, in turns", values, comparison["step_time_ratio"])
+    saved = [results[a]["saved_activation_bytes"] for a in arms]
+    ratio = comparison["saved_activation_ratio"] if comparison else None
+    row("activations saved for backward", [_bytes(value) for value in saved], ratio)
+    return table
+
+
+def fused_line(found: dict[str, Any]) -> str:
+    """Return how many of the adapted layers run fused, and how often they did."""
+    fused = found["fused"]
+    colour = "green" if fused["all_fused"] else "yellow"
+    slow = sum(fused["fallback_calls"].values())
+    return (
+        f"[{colour}]{fused['fused_layers']} of {fused['adapted_layers']} adapted layers fused[/] "
+        f"({fused['backend']} backend): {fused['fused_calls']:,} fused calls, {slow:,} others"
+    )
+
+
+def _table(title: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title)
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _bytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**20:,.1f} MiB"

@@ -1,0 +1,96 @@
+"""``lora-fast train``: fine-tune a model with LoRA or QLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import typer
+
+from lora_fast.training.config import TrainConfig, option_name
+from lora_fast.training.errors import TrainingError
+
+from . import options as opt
+from .errors import one_line_errors
+
+RUNS = Path("runs")
+DEFAULT = TrainConfig()
+
+
+def train(
+    context: typer.Context,
+    model: opt.Model = DEFAULT.model,
+    data: opt.Data = DEFAULT.data,
+    eval_data: opt.EvalData = DEFAULT.eval_data,
+    task: opt.Task = DEFAULT.task,
+    max_length: opt.MaxLength = DEFAULT.max_length,
+    quantize: opt.Quantize = DEFAULT.quantize,
+    r: opt.Rank = DEFAULT.r,
+    alpha: opt.Alpha = DEFAULT.alpha,
+    dropout: opt.Dropout = DEFAULT.dropout,
+    target_modules: opt.TargetModules = DEFAULT.target_modules,
+    lr: opt.LearningRate = DEFAULT.lr,
+    steps: opt.Steps = DEFAULT.steps,
+    epochs: opt.Epochs = DEFAULT.epochs,
+    batch_size: opt.BatchSize = DEFAULT.batch_size,
+    grad_accum: opt.GradAccum = DEFAULT.grad_accum,
+    gradient_checkpointing: opt.GradientCheckpointing = DEFAULT.gradient_checkpointing,
+    optim: opt.Optim = DEFAULT.optim,
+    dtype: opt.Dtype = DEFAULT.dtype,
+    seed: opt.Seed = DEFAULT.seed,
+    compare: opt.Compare = DEFAULT.compare,
+    out: opt.Out = None,
+    save_every: opt.SaveEvery = DEFAULT.save_every,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Fine-tune a model with LoRA or QLoRA through lora_fast.
+
+    Without options: QLoRA of a small pretrained model on built-in text, offline, in minutes.
+    """
+    folder = out or default_folder(resume=resume)
+    with one_line_errors(folder, debug=debug):
+        config = TrainConfig(**{f.name: context.params[f.name] for f in fields(TrainConfig)})
+        if resume:
+            refuse_other_options(context, config, TrainConfig.load(folder))
+        _train(config, folder, resume=resume, overwrite=overwrite, debug=debug)
+
+
+def default_folder(*, resume: bool) -> Path:
+    """Return ``runs/N``: the next free number, or the last one there is when resuming."""
+    last = max((int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()), default=0)
+    return RUNS / str(max(last, 1) if resume else last + 1)
+
+
+def refuse_other_options(context: typer.Context, given: TrainConfig, stored: TrainConfig) -> None:
+    """Check that a resumed run is not asked to become another one.
+
+    Raises:
+        TrainingError: an option on the command line differs from the one the run began with.
+    """
+    for field in fields(TrainConfig):
+        source = context.get_parameter_source(field.name)
+        asked, began = getattr(given, field.name), getattr(stored, field.name)
+        if source is not None and source.name == "COMMANDLINE" and asked != began:
+            option = option_name(field.name)
+            raise TrainingError(f"--resume goes on with {option} {began}, got {option} {asked}")
+
+
+def _train(
+    config: TrainConfig, folder: Path, *, resume: bool, overwrite: bool, debug: bool
+) -> None:
+    from .console import Terminal, quiet_libraries
+
+    terminal = Terminal()
+    terminal.stage("Starting")
+    if not debug:
+        quiet_libraries()
+    from lora_fast.training.run import prepare_out, run_training
+
+    from .results import show_outcome
+
+    with terminal:
+        config = prepare_out(folder, config, resume=resume, overwrite=overwrite)
+        outcome = run_training(config, folder, terminal)
+    show_outcome(terminal.console, outcome)

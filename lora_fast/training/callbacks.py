@@ -1,0 +1,113 @@
+"""What happens between the steps of transformers' Trainer: progress, clocks, Ctrl-C, divergence."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .errors import TrainingError
+from .events import Observer
+from .measurement import synchronize
+
+WARMUP_STEPS = 2
+
+
+class StepClock(TrainerCallback):
+    """Measures every optimizer step, without checkpoints and logging, and counts its tokens."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self._start = 0.0
+        self._tokens_before = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._tokens_before = int(state.num_input_tokens_seen)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        synchronize(args.device)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        synchronize(args.device)
+        self.seconds.append(time.perf_counter() - self._start)
+        self.tokens.append(int(state.num_input_tokens_seen) - self._tokens_before)
+        self._tokens_before = int(state.num_input_tokens_seen)
+
+    def tokens_per_second(self) -> float:
+        """Tokens that are not padding, over all measured steps but the first two."""
+        skip = WARMUP_STEPS if len(self.seconds) > WARMUP_STEPS else 0
+        seconds = sum(self.seconds[skip:])
+        return sum(self.tokens[skip:]) / seconds if seconds else 0.0
+
+
+class Progress(TrainerCallback):
+    """Tells an observer about every step, and stops a run whose loss is no longer a number."""
+
+    def __init__(self, arm: str, observer: Observer, clock: StepClock) -> None:
+        self.arm = arm
+        self.observer = observer
+        self.clock = clock
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.observer.training(self.arm, state.global_step, state.max_steps)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss = logs["loss"]
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {state.global_step}: try a lower --lr")
+        rate = self.clock.tokens_per_second()
+        self.observer.step(state.global_step, loss, logs.get("learning_rate", 0.0), rate)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.observer.trained()
+
+
+class StopRequest(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once :meth:`ask` was called."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def ask(self) -> None:
+        """Ask for the stop. May be called from a signal handler."""
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@contextmanager
+def stop_on_signals(request: StopRequest, observer: Observer) -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.asked:
+            raise KeyboardInterrupt
+        request.ask()
+        observer.note("Stopping after this step, with a checkpoint; once more to stop at once.")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,145 @@
+"""What a run is: every option of ``lora-fast train``, checked once, stored with the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import TrainingError
+
+BUILTIN = "builtin"
+TASKS = ("classification", "causal-lm")
+QUANTIZERS = ("nf4", "none")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CONFIG_FILE = "run.json"
+
+BUILTIN_STEPS = 250
+BUILTIN_MAX_LENGTH = 64
+WARMUP = 0.06
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of one run. None means: chosen by :meth:`with_defaults`, see there.
+
+    Raises:
+        TrainingError: an option is outside its range, or two of them contradict each other.
+    """
+
+    model: str = BUILTIN
+    data: str = BUILTIN
+    eval_data: str | None = None
+    task: str = "classification"
+    quantize: str = "nf4"
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    lr: float | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    grad_accum: int = 1
+    max_length: int | None = None
+    gradient_checkpointing: bool = False
+    optim: str = "adamw_torch"
+    dtype: str = "auto"
+    seed: int = 0
+    save_every: int | None = None
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("--task", self.task, TASKS)
+        _one_of("--quantize", self.quantize, QUANTIZERS)
+        _one_of("--dtype", self.dtype, DTYPES)
+        for name in ("r", "steps", "batch_size", "grad_accum", "max_length", "save_every"):
+            _check(name, getattr(self, name), lambda v: v >= 1, "at least 1")
+        for name in ("alpha", "lr", "epochs"):
+            _check(name, getattr(self, name), lambda v: 0 < v < float("inf"), "positive")
+        _check("dropout", self.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
+        _check("seed", self.seed, lambda v: 0 <= v < 2**32, "in [0, 2**32)")
+        if self.steps is not None and self.epochs is not None:
+            raise TrainingError("--steps and --epochs must not be given together")
+        if self.data == BUILTIN and self.task != "classification":
+            raise TrainingError(
+                "--task causal-lm needs --data FILE.jsonl: the built-in data is pairs"
+            )
+        if self.data == BUILTIN and self.eval_data is not None:
+            raise TrainingError(
+                "--eval-data needs --data FILE.jsonl: the built-in data has its own"
+            )
+
+    def with_defaults(self, parameters: int) -> TrainConfig:
+        """Return the same run with every None but ``steps``/``epochs`` of the other kind filled in.
+
+        ``parameters`` is the size of the base model, which the learning rate depends on.
+        """
+        classification = self.task == "classification"
+        builtin = self.data == BUILTIN
+        steps, epochs = self.steps, self.epochs
+        if steps is None and epochs is None:
+            steps, epochs = (
+                (BUILTIN_STEPS, None) if builtin else (None, 3.0 if classification else 1.0)
+            )
+        length = BUILTIN_MAX_LENGTH if builtin else 256 if classification else 1024
+        return replace(
+            self,
+            steps=steps,
+            epochs=epochs,
+            lr=self.lr or default_learning_rate(parameters),
+            batch_size=self.batch_size or (32 if classification else 8),
+            max_length=self.max_length or length,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the options to ``folder/run.json``, where ``--resume`` finds them."""
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainConfig:
+        """Read the options of the run in ``folder``.
+
+        Raises:
+            TrainingError: there is no run in ``folder``, or its options cannot be read.
+        """
+        path = folder / CONFIG_FILE
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text())
+            unknown = set(stored) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown options {sorted(unknown)}")
+            return cls(**stored)
+        except FileNotFoundError:
+            raise TrainingError(f"nothing to resume: {folder} holds no run") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise TrainingError(f"cannot resume: {path} is unreadable ({error})") from error
+
+
+def default_learning_rate(parameters: int) -> float:
+    """Return a peak learning rate for LoRA on a base model of that many parameters.
+
+    2e-4 up to 13B and 1e-4 above are QLoRA's (Dettmers et al. 2023, table 9); small models need
+    more: 4e-4 to 5e-4 for RoBERTa base in the LoRA paper (Hu et al. 2021, table 9).
+    """
+    if parameters < 60e6:
+        return 1e-3
+    if parameters < 1e9:
+        return 5e-4
+    return 2e-4 if parameters < 20e9 else 1e-4
+
+
+def option_name(field: str) -> str:
+    """Return how the command line spells a field of :class:`TrainConfig`."""
+    return "--" + field.replace("_", "-")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise TrainingError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check(name: str, value: Any, holds: Any, rule: str) -> None:
+    if value is not None and not holds(value):
+        raise TrainingError(f"{option_name(name)} must be {rule}, got {value}")

@@ -1,0 +1,45 @@
+"""What a user did or met that stops a run: one line each, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+_NO_SPACE = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file")
+
+
+class TrainingError(Exception):
+    """A run cannot start or go on, for a reason that the message gives in one line."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run. ``out`` is where it can be resumed, ``step`` its last checkpoint.
+
+    ``step`` is None when the run stopped before its first checkpoint.
+    """
+
+    def __init__(self, out: Path, step: int | None) -> None:
+        super().__init__(f"interrupted; resume from {out}" if step else "interrupted")
+        self.out = out
+        self.step = step
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message that says something."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+def explain_write_failure(error: BaseException, folder: Path) -> str | None:
+    """Return one line if ``error`` means that ``folder`` cannot be written, else None.
+
+    safetensors and torch.save wrap the operating system's error, so their texts are read as well.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _NO_SPACE):
+        return f"no space left on the disk that holds {folder}"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
+        where = getattr(error, "filename", None) or folder
+        return f"cannot write {where}: {os.strerror(number)}"
+    return None

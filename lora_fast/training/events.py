@@ -1,0 +1,40 @@
+"""What a run tells whoever watches it. The command line draws it; tests record it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Observer(Protocol):
+    """Receives the progress of a run. Every method returns at once."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the run begins."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know, in one line."""
+
+    def training(self, arm: str, first_step: int, total_steps: int) -> None:
+        """The training of ``arm`` begins behind ``first_step`` finished steps."""
+
+    def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+        """An optimizer step is done; ``loss`` is its mean over the batch."""
+
+    def trained(self) -> None:
+        """The training announced last has ended or stopped."""
+
+
+class Silent:
+    """An observer that ignores everything."""
+
+    def stage(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def training(self, arm: str, first_step: int, total_steps: int) -> None: ...
+
+    def step(
+        self, step: int, loss: float, learning_rate: float, tokens_per_second: float
+    ) -> None: ...
+
+    def trained(self) -> None: ...

