@@ -24,7 +24,7 @@ from bench.device_label import label  # noqa: E402 - needs the path
 from bench.steps import Step, run_steps  # noqa: E402
 
 PYTHON = sys.executable
-TRAIN = (PYTHON, "-c", "from lora_fast.cli.app import main; main()", "train")
+TRAIN = (PYTHON, "-m", "lora_fast.cli.app", "train")
 STEPS = (
     Step(
         "tests",
