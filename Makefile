@@ -27,13 +27,16 @@ format: $(installed)
 	$(bin)/ruff format .
 
 bench: $(installed)
-	$(bin)/python -m pytest bench -q --benchmark-disable-gc $(ARGS)
+	$(bin)/python -m pytest bench -q --benchmark-max-time 0.3 --benchmark-disable-gc \
+	    --benchmark-columns median,iqr,rounds --benchmark-sort name $(ARGS)
+	$(bin)/python -m bench.linear
+	$(bin)/python -m bench.llama_layer
 
 gpu: $(installed)
 	$(bin)/python bench/gpu.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(bin)/python:
