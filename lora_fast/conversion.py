@@ -51,7 +51,7 @@ def convert(
     Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), QLoRA (Dettmers et al. 2023).
     """
     _check_arguments(model, method, quantize)
-    check_lora_arguments(r, lora_alpha, lora_dropout)
+    check_lora_arguments(r, lora_alpha, lora_dropout, dtype)
     kept = _kept(model, modules_to_save)
     targets = _targets(model, target_modules, kept)
 

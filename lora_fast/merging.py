@@ -26,12 +26,14 @@ def add_to_weight(base: Any, delta: Tensor) -> nn.Parameter:
     four_bit = is_four_bit(base)
     W = NF4Weight.from_params4bit(old).dequantize(torch.float32) if four_bit else old
     merged = W.to(delta.dtype) + delta
+    if not four_bit:
+        merged = merged.to(old.dtype)
     if not torch.isfinite(merged).all():
         raise ValueError("the merged weight must be finite, got NaN or infinity")
     if four_bit:
         _set_four_bit(base, _quantised_like(old, merged))
     else:
-        base.weight = nn.Parameter(merged.to(old.dtype), requires_grad=False)
+        base.weight = nn.Parameter(merged, requires_grad=False)
     return old
 
 

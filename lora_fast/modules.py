@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_lora_arguments(r, lora_alpha, lora_dropout)
+        check_lora_arguments(r, lora_alpha, lora_dropout, dtype)
         check_base(base_layer)
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -137,8 +137,8 @@ class LoRALinear(nn.Module):
         return (y + F.linear(F.linear(rows, self.lora_A), self.lora_B) * self.scaling).to(y.dtype)
 
 
-def check_lora_arguments(r: Any, lora_alpha: Any, lora_dropout: Any) -> None:
-    """Raise unless r ≥ 1, lora_alpha is finite and lora_dropout lies in [0, 1]."""
+def check_lora_arguments(r: Any, lora_alpha: Any, lora_dropout: Any, dtype: Any) -> None:
+    """Raise unless r ≥ 1, lora_alpha is finite, lora_dropout in [0, 1] and dtype a floating one."""
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r must be an int, got {type(r).__name__}")
     if r < 1:
@@ -148,6 +148,8 @@ def check_lora_arguments(r: Any, lora_alpha: Any, lora_dropout: Any) -> None:
     if not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
     check_probability("lora_dropout", lora_dropout)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
 
 
 def check_base(linear: Any) -> None:
