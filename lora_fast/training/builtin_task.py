@@ -111,14 +111,11 @@ def read_functions(root: Path) -> dict[str, list[Described]]:
 def negatives(function: Described, members: list[Described]) -> list[str]:
     """Return the descriptions in ``members`` that cannot be the one of ``function``.
 
-    Another function with the same signature as words may well deserve the same description, so it
-    gives no negative.
+    A function with the same signature as words may well deserve the same description, so it gives
+    no negative.
     """
-    return [
-        m.description
-        for m in members
-        if m.description != function.description and m.signature != function.signature
-    ]
+    own = {m.description for m in members if m.signature == function.signature}
+    return [m.description for m in members if m.description not in own]
 
 
 def describe(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Described | None:
@@ -157,8 +154,16 @@ def _functions_of(path: Path) -> list[Described]:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
-    nodes = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    return [found for found in map(describe, nodes) if found is not None]
+    return [found for found in map(describe, _function_nodes(tree)) if found is not None]
+
+
+def _function_nodes(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    # Only statements hold functions; ast.walk would spend most of its time inside expressions.
+    for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+        for child in getattr(node, block, ()):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            yield from _function_nodes(child)
 
 
 def _both_labels(

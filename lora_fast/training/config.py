@@ -62,6 +62,8 @@ class TrainConfig:
         _check("seed", self.seed, lambda v: 0 <= v < 2**32, "in [0, 2**32)")
         if self.steps is not None and self.epochs is not None:
             raise TrainingError("--steps and --epochs must not be given together")
+        if self.model == BUILTIN and self.task != "classification":
+            raise TrainingError("--task causal-lm needs --model: the built-in model is an encoder")
         if self.data == BUILTIN and self.task != "classification":
             raise TrainingError(
                 "--task causal-lm needs --data FILE.jsonl: the built-in data is pairs"
@@ -113,7 +115,7 @@ class TrainConfig:
             return cls(**stored)
         except FileNotFoundError:
             raise TrainingError(f"nothing to resume: {folder} holds no run") from None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, TrainingError) as error:
             raise TrainingError(f"cannot resume: {path} is unreadable ({error})") from error
 
 

@@ -1,0 +1,131 @@
+"""Tiny models with their tokenizers on disk, small data files, and whole runs on them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from lora_fast.cli.app import main
+
+WORDS = ["the", "a", "sky", "sea", "is", "was", "blue", "good", "bad", "very", "user", "assistant"]
+WORDS += [":", "!", "?"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' : ' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' ! ' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + ' ? ' }}{% endif %}{% endfor %}"
+)
+
+
+def save_bert(folder: Path, *, pooler: bool = True) -> Path:
+    """Write a two-layer BERT with dropout and its tokenizer; without pooler weights on request."""
+    torch.manual_seed(0)
+    kind = BertModel if pooler else BertForMaskedLM
+    config = BertConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=48,
+        initializer_range=0.2,
+    )
+    kind(config).save_pretrained(folder)
+    tokenizer = _word_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, SPECIAL.index(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=48,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_llama(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """Write a two-layer Llama with tied embeddings; its tokenizer has no padding token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=_word_tokenizer(),
+        unk_token="[UNK]",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=chat_template,
+        model_max_length=64,
+    ).save_pretrained(folder)
+    return folder
+
+
+def sentiment_rows(count: int = 96) -> list[dict[str, Any]]:
+    """Return sentences of differing length whose label is whether they say good or bad."""
+    rng = random.Random(0)
+    rows = []
+    for index in range(count):
+        words = rng.choices(["the", "sky", "sea", "is", "was", "very"], k=rng.randint(2, 12))
+        words.insert(rng.randrange(len(words)), "good" if index % 2 else "bad")
+        rows.append({"text": " ".join(words), "label": index % 2})
+    return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write one JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_cli(*arguments: object) -> int:
+    """Run ``lora-fast`` in this process and return its exit code."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    raise AssertionError("main must exit")
+
+
+def metrics_of(out: Path) -> dict[str, Any]:
+    """Return what a run wrote to ``metrics.json``."""
+    return json.loads((out / "metrics.json").read_text())
+
+
+def _word_tokenizer() -> Tokenizer:
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return tokenizer
