@@ -52,12 +52,13 @@ _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stag
 # tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
 _GEMM_16BIT_FEW_ROWS = GemmConfig(64, 64, 64, 64, 8, num_warps=4, num_stages=3)
-# IEEE float32 products run on the FMA pipes: small tiles, registers are the limit.
-_GEMM_FLOAT32 = GemmConfig(64, 64, 16, 32, 8, num_warps=4, num_stages=2)
+# IEEE float32 products run on the FMA pipes: small tiles, registers are the limit. Fewer than 64 rows,
+# because Triton 3.7.1 can give an "ieee" product of 64 rows or more to tcgen05 on sm_100, as TF32.
+_GEMM_FLOAT32 = GemmConfig(32, 64, 16, 32, 8, num_warps=4, num_stages=2)
 
 _STRIP_16BIT = StripConfig(64, 256, num_warps=8, num_stages=2)
 _STRIP_16BIT_SM100 = StripConfig(64, 128, num_warps=4, num_stages=2)
-_STRIP_FLOAT32 = StripConfig(32, 64, num_warps=4, num_stages=2)
+_STRIP_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
 
 _SMALL_SHARED = (86, 87, 89, 120, 121)
 # CTAs that one launch of strips aims for. A constant, not the size of the device: the order of the sums,

@@ -23,6 +23,9 @@ from .dropout import Dropout, keep_mask
 from .tiles import load_factor, load_tile, tile_pointers
 from .workspace import sync_words
 
+# Arguments that change from call to call: a new value must not mean a new compilation.
+_VARYING = ("M", "rows_per_range", "num_ranges", "seed_low", "seed_high", "threshold")
+
 
 @triton.jit
 def _column_sums(x, y_ptr, bias, offs_m, offs_l, M, L, stride_ym, stride_yl, HAS_GAIN: tl.constexpr):
@@ -154,7 +157,7 @@ def _store_column_gradients(
         tl.store(dg_ptr + offs_l, dg.to(dg_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=_VARYING)
 def strips(
     x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr, t_ptr, sums_ptr, dd_parts_ptr,
     grad_ptr, db_ptr, dd_ptr, dbias_ptr, dg_ptr, sync_ptr,

@@ -24,6 +24,10 @@ from .workspace import sync_words
 
 # Words of sync before the first flag: the ticket and the count of finished CTAs.
 FLAGS = 2
+# Arguments that change from call to call: a new value must not mean a new compilation.
+_VARYING = (
+    "M", "num_partials", "num_producers", "num_tiles", "seed_low", "seed_high", "threshold",
+)  # fmt: skip
 
 
 @triton.jit
@@ -173,7 +177,7 @@ def _consume(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "num_producers", "num_tiles"])
+@triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
     x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold,
