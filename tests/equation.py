@@ -1,0 +1,201 @@
+"""Cases of the equation: operands, and its outputs and gradients by three routes.
+
+``fused``     functional.adapted_linear with the backend of the moment
+``exact``     the reference in float64, autograd
+``eager``     plain PyTorch in the dtypes under test, as stock PEFT computes: the yardstick
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accuracy import assert_all_accurate
+
+from lora_fast import NF4Weight, dispatch, functional, reference
+
+FACTORS = ("x", "bias", "A", "B", "b", "d", "g")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point in the space of shapes, dtypes, strides and factors."""
+
+    M: int = 70
+    K: int = 72
+    N: int = 88
+    R: int = 5
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
+    nf4: bool = False
+    nested: bool = True
+    blocksize: int = 64
+    factors: tuple[str, ...] = ("x", "bias", "A", "B")
+    trains: tuple[str, ...] | None = None
+    p: float = 0.0
+    seed: int = 3
+    scaling: float = 0.7
+    x_layout: str = "contiguous"
+    dY_layout: str = "contiguous"
+    lead: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        names = [str(self.dtype).removeprefix("torch.")]
+        if self.adapter_dtype:
+            names.append("adapter-" + str(self.adapter_dtype).removeprefix("torch."))
+        names += ["nf4" if self.nf4 else "dense", f"{self.M}x{self.K}x{self.N}", f"R{self.R}"]
+        names += [name for name in ("b", "d", "g") if name in self.factors]
+        names += [f"p{self.p}"] * (self.p > 0)
+        names += [f"x-{self.x_layout}"] * (self.x_layout != "contiguous")
+        names += [f"dY-{self.dY_layout}"] * (self.dY_layout != "contiguous")
+        return "-".join(names)
+
+
+@dataclass
+class Operands:
+    """Tensors of a case, on a device; x and dY in their layouts."""
+
+    case: Case
+    tensors: dict[str, torch.Tensor]
+    weight: Any
+    dense: torch.Tensor
+    dY: torch.Tensor
+    mask: torch.Tensor | None = field(default=None)
+
+
+def lay_out(values: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values with other strides (for zero-stride: the first row, repeated)."""
+    if layout == "contiguous":
+        return values
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    if layout == "sliced":
+        wide = torch.zeros(*values.shape[:-1], 2 * values.shape[-1] + 3, dtype=values.dtype)
+        wide = wide.to(values.device)
+        wide[..., 1 : 1 + 2 * values.shape[-1] : 2] = values
+        return wide[..., 1 : 1 + 2 * values.shape[-1] : 2]
+    if layout == "zero-stride":
+        return values[:1].expand_as(values)
+    raise ValueError(f"layout must be a known one, got {layout!r}")
+
+
+def make(case: Case, device: torch.device | str = "cpu") -> Operands:
+    """Random operands of a case, the same for every device."""
+    adapter = case.adapter_dtype or case.dtype
+    M, K, N, R = case.M, case.K, case.N, case.R
+    shapes = {"x": (M, K), "bias": (N,), "A": (R, K), "B": (N, R), "b": (N,), "d": (R,), "g": (N,)}
+    trains = case.factors if case.trains is None else case.trains
+    tensors = {}
+    for name in case.factors:
+        dtype = case.dtype if name in ("x", "bias") else adapter
+        values = torch.randn(shapes[name], dtype=torch.float64).to(dtype).to(device)
+        if name == "x":
+            values = lay_out(values, case.x_layout)
+            values = values.reshape(*case.lead, K) if case.lead else values
+        tensors[name] = values.requires_grad_(name in trains)
+    dense = torch.randn(N, K, dtype=torch.float64).to(case.dtype).to(device)
+    weight: Any = dense
+    if case.nf4:
+        weight = NF4Weight.from_dense(dense, blocksize=case.blocksize, double_quant=case.nested)
+        dense = weight.dequantize(case.dtype)
+    dY = lay_out(torch.randn(M, N).to(case.dtype).to(device), case.dY_layout)
+    mask = None
+    if case.p:
+        mask = dispatch.dropout_mask(case.seed, M, K, case.p, torch.device(device)).cpu()
+    dY = dY.reshape(*case.lead, N) if case.lead else dY
+    return Operands(case, tensors, weight, dense, dY, mask)
+
+
+def fused(o: Operands) -> dict[str, torch.Tensor | None]:
+    """Output and gradients by the code under test."""
+
+    def call(t: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional.adapted_linear(
+            t["x"], o.weight, t.get("bias"), A=t.get("A"), B=t.get("B"), b=t.get("b"), d=t.get("d"),
+            g=t.get("g"), scaling=o.case.scaling, dropout_p=o.case.p,
+            dropout_seed=o.case.seed if o.case.p else None,
+        )  # fmt: skip
+
+    return _differentiate(o, call, lambda value: value)
+
+
+def exact(o: Operands) -> dict[str, torch.Tensor | None]:
+    """Output and gradients by the reference in float64, with the mask that the backend used."""
+
+    def call(t: dict[str, torch.Tensor]) -> torch.Tensor:
+        return reference.adapted_linear(
+            t["x"], o.dense.cpu().double(), t.get("bias"), A=t.get("A"), B=t.get("B"),
+            b=t.get("b"), d=t.get("d"), g=t.get("g"), scaling=o.case.scaling, dropout_p=o.case.p,
+            dropout_mask=o.mask,
+        )  # fmt: skip
+
+    return _differentiate(o, call, lambda value: value.detach().cpu().double())
+
+
+def eager(o: Operands) -> dict[str, torch.Tensor | None]:
+    """Output and gradients by plain PyTorch; autocast where the adapter is wider than x."""
+    case = o.case
+
+    def call(t: dict[str, torch.Tensor]) -> torch.Tensor:
+        mixed = case.adapter_dtype not in (None, case.dtype)
+        with torch.autocast("cpu", dtype=case.dtype, enabled=mixed):
+            return _eager_forward(t, o)
+
+    return _differentiate(o, call, lambda value: value.detach().cpu())
+
+
+def _eager_forward(t: dict[str, torch.Tensor], o: Operands) -> torch.Tensor:
+    x, linear = t["x"], torch.nn.functional.linear
+    V = linear(x, o.dense.cpu())
+    if "A" in t:
+        dropped = x
+        if o.mask is not None:
+            dropped = x * o.mask.reshape(x.shape) / max(1.0 - o.case.p, 1e-30)
+        U = linear(dropped, t["A"])
+        U = U * t["d"] if "d" in t else U
+        Q = linear(U, t["B"])
+        Q = Q * t["b"] if "b" in t else Q
+        V = V + Q * o.case.scaling
+    V = V * t["g"] if "g" in t else V
+    V = V + t["bias"] if "bias" in t else V
+    return V.to(o.case.dtype)
+
+
+def _differentiate(
+    o: Operands,
+    call: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    convert: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor | None]:
+    leaves = {
+        name: convert(value).detach().requires_grad_(value.requires_grad)
+        for name, value in o.tensors.items()
+    }
+    y = call(leaves)
+    results: dict[str, torch.Tensor | None] = {"y": y.detach()}
+    if y.requires_grad:
+        y.backward(convert(o.dY).to(y.dtype))
+    for name, leaf in leaves.items():
+        results["d" + name] = leaf.grad
+    return results
+
+
+def check(case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
+    """Assert the accuracy rule for a case; returns what the code under test computed."""
+    operands = make(case, device)
+    results = fused(operands)
+    assert_all_accurate(
+        results, exact(operands), eager(operands), compute_dtype=case.dtype, name=str(case)
+    )
+    return results
+
+
+def variations(base: Case, **axes: tuple[Any, ...]) -> list[Case]:
+    """The base case with one field changed at a time."""
+    return [base] + [
+        replace(base, **{name: value})
+        for name, values in axes.items()
+        for value in values
+        if value != getattr(base, name)
+    ]

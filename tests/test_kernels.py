@@ -1,0 +1,73 @@
+"""The kernels against the float64 reference: interpreted, compiled and executed, or on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import assert_same_bits
+from equation import Case, check, fused, make, variations
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GAINS = ("x", "bias", "A", "B", "b", "d", "g")
+
+# Ragged in every dimension, more than one tile of rows and of columns, several row ranges.
+RAGGED = Case(M=150, K=72, N=136, dtype=BF16, adapter_dtype=FP32)
+
+CASES = [
+    *variations(RAGGED, R=(1, 8, 16, 100), adapter_dtype=(None,), nf4=(True,)),
+    replace(RAGGED, K=75, N=131, M=33, R=8, x_layout="transposed", dY_layout="sliced"),
+    replace(RAGGED, M=129, K=64, N=64, R=16, x_layout="sliced", dY_layout="zero-stride"),
+    replace(RAGGED, M=1, factors=("x", "A", "B")),
+    replace(RAGGED, dtype=FP16, adapter_dtype=None, R=16),
+    replace(RAGGED, dtype=FP16, adapter_dtype=None, nf4=True, nested=False, R=5),
+    replace(RAGGED, dtype=FP32, adapter_dtype=None, M=70, R=8),
+    replace(RAGGED, dtype=FP32, adapter_dtype=None, M=35, R=100, dY_layout="transposed"),
+    replace(RAGGED, M=70, R=80, factors=GAINS),
+    replace(RAGGED, M=70, p=0.3),
+    replace(RAGGED, M=70, dtype=FP32, adapter_dtype=None, p=0.3, factors=GAINS, nf4=True),
+]
+
+LAUNCHES = ["ticketed_gemm"], ["strips", "ticketed_gemm", "strips"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference(executor, case):
+    check(case, executor.device)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_launches(executor, nf4):
+    operands = make(replace(RAGGED, nf4=nf4), executor.device)
+    with executor.counting_launches() as names:
+        fused(operands)
+    decode = ["nf4_decode"] * nf4
+    forward, (first, *rest) = LAUNCHES
+    assert names == [*decode, *forward, first, *decode, *rest]
+
+
+def test_two_runs_give_the_same_bits(executor):
+    operands = make(replace(RAGGED, M=300, p=0.1, factors=GAINS), executor.device)
+    first, second = fused(operands), fused(operands)
+    for name in first:
+        assert_same_bits(first[name], second[name], name=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "reverse", "resident": 1},
+        {"schedule": "reverse"},
+        {"schedule": "random:7", "resident": 3},
+    ],
+    ids=["reverse-resident1", "reverse", "random-resident3"],
+)
+@pytest.mark.parametrize("R", [16, 100])
+def test_every_schedule_gives_the_same_bits(ptx_executor, options, R):
+    operands = make(replace(RAGGED, M=200, R=R), ptx_executor.device)
+    expected = fused(operands)
+    with ptx_executor.with_options(**options):
+        results = fused(operands)
+    for name, value in expected.items():
+        assert_same_bits(results[name], value, name=name)
