@@ -11,7 +11,7 @@ hot-swapped, and scalings become tensors, at any time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -65,96 +65,75 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 STOCK_CLASSES = {fused: stock for stock, fused in FUSED_CLASSES.items()}
 
 
+class _Adapter(NamedTuple):
+    """One active adapter, as it is at this moment."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    dropout_p: float
+
+
 def layer_obstacle(layer: Any) -> str | None:
     """Why this PEFT layer, in its present state, runs PEFT's own forward whatever the input."""
-    if layer.disable_adapters:
-        return "adapters disabled"
-    if layer.merged:
-        return "merged"
-    names = _active_adapters(layer)
-    if not names:
-        return "no active adapter"
-    for name in names:
-        found = _adapter_obstacle(layer, name)
-        if found is not None:
-            return found
-    if len(names) > 1 and any(_dropout_p(layer.lora_dropout[name]) for name in names):
-        return "dropout with several adapters"
-    return base_obstacle(layer.base_layer)
+    return _read(layer)[1]
 
 
 def _fused_or_stock(
     layer: Any, stock: Callable[..., Tensor], x: Tensor, args: tuple[Any, ...], kwargs: Any
 ) -> Tensor:
-    found = (
-        environment_obstacle()
-        or layer_obstacle(layer)
-        or _arguments_obstacle(args, kwargs)
-        or _input_obstacle(layer, x)
-    )
-    calls = layer._lora_fast_calls
+    calls: CallCounts = layer._lora_fast_calls
+    adapters: list[_Adapter] = []
+    found = environment_obstacle() or _arguments_obstacle(args, kwargs)
+    if found is None:
+        adapters, found = _read(layer)
+    if found is None:
+        found = _input_obstacle(layer, adapters, x)
     if found is not None:
         calls.add_fallback(found)
         return stock(x, *args, **kwargs)
-    y = _fused(layer, x)
-    calls.fused += 1
-    return y
-
-
-def _fused(layer: Any, x: Tensor) -> Tensor:
-    names = _active_adapters(layer)
-    A, B, scaling = _stacked(layer, names)
+    A, B, scaling = _stacked(adapters)
     y = adapted(
         layer.base_layer,
         x,
         A=A,
         B=B,
         scaling=scaling,
-        bias=_total_bias(layer, names),
-        dropout_p=_dropout_p(layer.lora_dropout[names[0]]),
+        bias=_total_bias(layer.base_layer.bias, adapters),
+        dropout_p=adapters[0].dropout_p,
     )
+    calls.fused += 1
     return y.to(_result_dtype(layer, y))
 
 
-def _stacked(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, float | Tensor]:
-    """A [ΣR, K], B [N, ΣR] and one scaling with s B A = Σ sᵢ Bᵢ Aᵢ."""
-    As = [layer.lora_A[name].weight for name in names]
-    Bs = [layer.lora_B[name].weight for name in names]
-    scalings = [layer.scaling[name] for name in names]
-    if len(names) == 1:
-        return As[0], Bs[0], scalings[0]
-    if all(isinstance(s, (int, float)) and s == scalings[0] for s in scalings):
-        return torch.cat(As), torch.cat(Bs, dim=1), scalings[0]
-    scaled = [B.float() * s for B, s in zip(Bs, scalings, strict=True)]
-    return torch.cat(As), torch.cat(scaled, dim=1), 1.0
+def _read(layer: Any) -> tuple[list[_Adapter], str | None]:
+    """The active adapters, all of them unless the state of the layer holds an obstacle."""
+    adapters: list[_Adapter] = []
+    if layer.disable_adapters:
+        return adapters, "adapters disabled"
+    if layer.merged:
+        return adapters, "merged"
+    lora_A, lora_B, lora_dropout = layer.lora_A, layer.lora_B, layer.lora_dropout
+    for name in layer.active_adapters:
+        if name not in lora_A:
+            continue
+        if name in layer.lora_variant:
+            return adapters, f"variant {type(layer.lora_variant[name]).__name__}"
+        A, B, dropout = lora_A[name], lora_B[name], lora_dropout[name]
+        found = _children_obstacle(A, B, dropout)
+        if found is not None:
+            return adapters, found
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        adapters.append(_Adapter(A.weight, B.weight, B.bias, layer.scaling[name], p))
+    if not adapters:
+        return adapters, "no active adapter"
+    if len(adapters) > 1 and any(adapter.dropout_p for adapter in adapters):
+        return adapters, "dropout with several adapters"
+    return adapters, base_obstacle(layer.base_layer)
 
 
-def _total_bias(layer: Any, names: list[str]) -> Tensor | None:
-    """The base's bias plus sᵢ times the bias of each lora_B (``lora_bias=True``), in float32."""
-    total = layer.base_layer.bias
-    for name in names:
-        bias = layer.lora_B[name].bias
-        if bias is not None:
-            term = bias.float() * layer.scaling[name]
-            total = term if total is None else total.float() + term
-    return total
-
-
-def _result_dtype(layer: Any, y: Tensor) -> torch.dtype:
-    """lora.Linear returns the base layer's dtype; lora.Linear4bit promotes under CUDA autocast."""
-    if isinstance(layer, Linear4bit) and torch.is_autocast_enabled():
-        return torch.promote_types(y.dtype, torch.get_autocast_dtype("cuda"))
-    return y.dtype
-
-
-def _active_adapters(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _adapter_obstacle(layer: Any, name: str) -> str | None:
-    if name in layer.lora_variant:
-        return f"variant {type(layer.lora_variant[name]).__name__}"
-    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+def _children_obstacle(A: Any, B: Any, dropout: nn.Module) -> str | None:
     return (
         module_obstacle(A, "lora_A", nn.Linear)
         or module_obstacle(B, "lora_B", nn.Linear)
@@ -166,11 +145,9 @@ def _adapter_obstacle(layer: Any, name: str) -> str | None:
     )
 
 
-def _dropout_p(dropout: nn.Module) -> float:
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
 def _arguments_obstacle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if not args and not kwargs:
+        return None
     if kwargs.get("adapter_names") is not None:
         return "adapter_names"
     if args or not _VARIANT_ARGUMENTS.issuperset(kwargs.keys() - {"adapter_names"}):
@@ -178,35 +155,55 @@ def _arguments_obstacle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
     return None
 
 
-def _input_obstacle(layer: Any, x: Any) -> str | None:
+def _input_obstacle(layer: Any, adapters: list[_Adapter], x: Any) -> str | None:
     """Where PEFT itself would raise for x, its own forward is called to do so."""
-    names = _active_adapters(layer)
-    factors = [t for name in names for t in _factors(layer, name)]
+    factors = [t for adapter in adapters for t in (adapter.A, adapter.B, adapter.bias)]
     found = call_obstacle(layer.base_layer, x, *factors)
     if found is not None:
         return found
     N, K = weight_shape(layer.base_layer)
-    for name in names:
-        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if A.shape[1] != K or B.shape != (N, A.shape[0]):
+    for adapter in adapters:
+        if adapter.A.shape[1] != K or adapter.B.shape != (N, adapter.A.shape[0]):
             return "shapes of lora_A and lora_B"
     if torch.is_autocast_enabled() and x.device.type != "cuda" and isinstance(layer, Linear4bit):
         return "CUDA autocast off CUDA"
-    return None if torch.is_autocast_enabled(x.device.type) else _cast_obstacle(layer, x, names)
+    return None if torch.is_autocast_enabled(x.device.type) else _cast_obstacle(layer, adapters, x)
 
 
-def _cast_obstacle(layer: Any, x: Tensor, names: list[str]) -> str | None:
+def _cast_obstacle(layer: Any, adapters: list[_Adapter], x: Tensor) -> str | None:
     """Without autocast, PEFT casts x to lora_A's dtype, and nothing else to anything."""
-    for name in names:
-        dtypes = {t.dtype for t in _factors(layer, name)}
-        if len(dtypes) > 1:
+    for A, B, bias, *_ in adapters:
+        if A.dtype != B.dtype or (bias is not None and bias.dtype != B.dtype):
             return "lora_A and lora_B differ in dtype"
-        if not layer.cast_input_dtype_enabled and x.dtype not in dtypes:
+        if not layer.cast_input_dtype_enabled and x.dtype != A.dtype:
             return "x and lora_A differ in dtype"
     return None
 
 
-def _factors(layer: Any, name: str) -> list[Tensor]:
-    lora_B = layer.lora_B[name]
-    factors = [layer.lora_A[name].weight, lora_B.weight]
-    return factors if lora_B.bias is None else [*factors, lora_B.bias]
+def _stacked(adapters: list[_Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
+    """A [ΣR, K], B [N, ΣR] and one scaling with s B A = Σ sᵢ Bᵢ Aᵢ."""
+    first = adapters[0]
+    if len(adapters) == 1:
+        return first.A, first.B, first.scaling
+    A = torch.cat([adapter.A for adapter in adapters])
+    if all(isinstance(s, (int, float)) and s == first.scaling for *_, s, _ in adapters):
+        return A, torch.cat([adapter.B for adapter in adapters], dim=1), first.scaling
+    scaled = [adapter.B.float() * adapter.scaling for adapter in adapters]
+    return A, torch.cat(scaled, dim=1), 1.0
+
+
+def _total_bias(base_bias: Tensor | None, adapters: list[_Adapter]) -> Tensor | None:
+    """The base's bias plus sᵢ times the bias of each lora_B (``lora_bias=True``), in float32."""
+    total = base_bias
+    for adapter in adapters:
+        if adapter.bias is not None:
+            term = adapter.bias.float() * adapter.scaling
+            total = term if total is None else total.float() + term
+    return total
+
+
+def _result_dtype(layer: Any, y: Tensor) -> torch.dtype:
+    """lora.Linear returns the base layer's dtype; lora.Linear4bit promotes under CUDA autocast."""
+    if isinstance(layer, Linear4bit) and torch.is_autocast_enabled():
+        return torch.promote_types(y.dtype, torch.get_autocast_dtype("cuda"))
+    return y.dtype

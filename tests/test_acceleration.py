@@ -184,9 +184,11 @@ def _lower_rank(model: Any) -> None:
     model.set_adapter("other")
 
 
-def _both(alpha: float, dtype: torch.dtype = F32) -> Callable[[Any], None]:
+def _both(r: int, alpha: float, dtype: torch.dtype = F32) -> Callable[[Any], None]:
     def activate(model: Any) -> None:
-        model.add_adapter("other", lora_config(r=3, lora_alpha=alpha), autocast_adapter_dtype=False)
+        model.add_adapter("other", lora_config(r=r, lora_alpha=alpha), autocast_adapter_dtype=False)
+        scalings = lora_layers(model)[0].scaling
+        assert (scalings["default"] == scalings["other"]) == (r == 10)
         lora_layers(model)[0].lora_A["other"].to(dtype)
         lora_layers(model)[0].lora_B["other"].to(dtype)
         model.base_model.set_adapter(["default", "other"])
@@ -228,9 +230,9 @@ def _replace_modules(model: Any) -> None:
 
 CHANGES = {
     "switch to another adapter": _lower_rank,
-    "two adapters, one scaling": _both(3 * 8 / 5),
-    "two adapters, two scalings": _both(1.0),
-    "two adapters, two dtypes": _both(1.0, BF16),
+    "two adapters, one scaling": _both(10, 16),
+    "two adapters, two scalings": _both(3, 1.0),
+    "two adapters, two dtypes": _both(3, 1.0, BF16),
     "switch back and delete": _back_and_delete,
     "merge and unmerge": _merge_and_unmerge,
     "disable and enable": _disable_and_enable,
@@ -259,7 +261,7 @@ def test_changes_of_nf4_layers() -> None:
     stock = peft_model("nf4")
     fused = accelerated_copy(stock)
     x = torch.randn(9, K)
-    for change in (_both(1.0), lambda model: model.set_adapter("other"), _merge_and_unmerge):
+    for change in (_both(3, 1.0), lambda model: model.set_adapter("other"), _merge_and_unmerge):
         for model in (stock, fused):
             torch.manual_seed(7)
             change(model)

@@ -23,7 +23,7 @@ from lora_models import (
 )
 from torch import Tensor, nn
 
-from lora_fast import dispatch, reference
+from lora_fast import dispatch, peft_layers, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["dense", "nf4"]
@@ -114,7 +114,7 @@ def test_a_gradient_off_by_one_percent_is_caught(
 def test_a_dropped_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = peft_model()
     fused = accelerated_copy(stock)
-    monkeypatch.setattr("lora_fast.peft_layers._total_bias", lambda layer, names: None)
+    monkeypatch.setattr("lora_fast.peft_layers._total_bias", lambda *arguments: None)
     with pytest.raises(AssertionError, match=r"y \("):
         compare(fused, stock, torch.randn(21, K), compute_dtype=F32)
 
@@ -351,3 +351,18 @@ def test_saves_x_and_the_shrink_only() -> None:
             fused(x)
         extra = sum(size for pointer, size in saved.items() if pointer not in parameters)
         assert extra == x.nbytes + 64 * 5 * 2, kind
+
+
+def test_result_dtype_under_cuda_autocast() -> None:
+    """lora.Linear4bit adds its terms without casting back where CUDA autocast is on."""
+    dense, nf4 = (lora_layers(accelerated_copy(peft_model(kind)))[0] for kind in KINDS)
+    y = torch.zeros(1, dtype=F16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        autocast = torch.get_autocast_dtype("cuda")
+        assert peft_layers._result_dtype(nf4, y) == (y + y.to(autocast)).dtype
+        assert peft_layers._result_dtype(nf4, y.to(BF16)) == (y.to(BF16) + y.to(autocast)).dtype
+        assert peft_layers._result_dtype(dense, y) == F16
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert peft_layers._result_dtype(nf4, y) == F16
