@@ -50,13 +50,17 @@ LIMITS: dict[int | str, DeviceLimits] = {
 
 @dataclass(frozen=True)
 class Resources:
-    """``local_bytes`` is the local memory of a thread: its stack, which holds spilled registers."""
+    """``local_bytes`` is the local memory of a thread: its stack, which holds spilled registers.
+
+    ``instructions`` counts the kernel's machine code by class, ``mma`` its matrix products by kind.
+    """
 
     registers: int
     local_bytes: int
     shared_bytes: int
     threads: int
     ctas_per_sm: int
+    instructions: Counter[str] = field(repr=False)
     mma: Counter[str]
     hot_loops: list[sass.Loop] = field(repr=False)
 
@@ -99,13 +103,14 @@ def of_cubin(cubin: bytes, arch: int, threads: int, shared_bytes: int) -> Resour
         shared_bytes=shared_bytes,
         threads=threads,
         ctas_per_sm=ctas_per_sm(arch, registers, shared_bytes, threads),
+        instructions=Counter(i.kind for i in instructions),
         mma=Counter(i.base for i in instructions if i.is_mma),
         hot_loops=sass.hot_loops(instructions),
     )
 
 
 def of_amdgcn(assembly: str, threads: int, shared_bytes: int, arch: str) -> Resources:
-    """Resources of the one kernel in AMD assembly text; its loops are not analysed."""
+    """Resources of the one kernel in AMD assembly text; its instructions are not analysed."""
     vector = int(_amd_metadata(assembly, "vgpr_count"))
     return Resources(
         registers=vector,
@@ -113,6 +118,7 @@ def of_amdgcn(assembly: str, threads: int, shared_bytes: int, arch: str) -> Reso
         shared_bytes=shared_bytes,
         threads=threads,
         ctas_per_sm=ctas_per_sm(arch, vector, shared_bytes, threads),
+        instructions=Counter(),
         mma=Counter(re.findall(r"^\s+(v_mfma)_", assembly, re.MULTILINE)),
         hot_loops=[],
     )

@@ -208,7 +208,13 @@ def ptx_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
 
 
 def _started(machine: Executor) -> Iterator[Executor]:
+    from lora_fast.kernels import workspace
+
     import lora_fast
 
-    with machine.running(), lora_fast.set_backend("triton"):
-        yield machine
+    try:
+        with machine.running(), lora_fast.set_backend("triton"):
+            yield machine
+    finally:
+        # A launch that was aborted on purpose leaves tickets behind, which the next would take up.
+        workspace.forget()

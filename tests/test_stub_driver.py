@@ -176,6 +176,7 @@ def test_a_kernel_without_products_has_no_hot_loop() -> None:
     x = torch.empty(1024, device="meta")
     kernel = _compiled(90, add_kernel[(8,)], x, x, 1024, BLOCK=128)
     assert not kernel.resources.mma
+    assert kernel.resources.instructions["global"] >= 2
     with pytest.raises(ValueError, match="no loop"):
         _ = kernel.resources.hot_loop
 
