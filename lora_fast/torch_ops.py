@@ -121,19 +121,20 @@ def _shrink_gradient(dS: Tensor, xw: Tensor, f: Factors) -> Tensor:
 def _expand_gradients(
     T: Tensor, f: Factors, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dB, db, dd from T = dVᵀ S [N, R] in float32 (or float64)."""
+    """dB, db, dd from T = dVᵀ S [N, R], which is not rounded below float32."""
     assert f.B is not None
     T = T * f.scaling
     dB = db = dd = None
     if needs.B:
         dB = T if f.d is None else T * f.d
         dB = (dB if f.b is None else dB * f.b.unsqueeze(1)).to(f.B.dtype)
-    if needs.b and f.b is not None:
-        TB = T * f.B
-        db = (TB.sum(1) if f.d is None else TB @ f.d.to(TB.dtype)).to(f.b.dtype)
-    if needs.d and f.d is not None:
-        TB = T * f.B
-        dd = (TB.sum(0) if f.b is None else f.b.to(TB.dtype) @ TB).to(f.d.dtype)
+    if needs.b or needs.d:
+        # Sums of N · R products with cancellation: float64 costs nothing at this size.
+        TB = T.double() * f.B
+        if needs.b and f.b is not None:
+            db = (TB.sum(1) if f.d is None else TB @ f.d.double()).to(f.b.dtype)
+        if needs.d and f.d is not None:
+            dd = (TB.sum(0) if f.b is None else f.b.double() @ TB).to(f.d.dtype)
     return dB, db, dd
 
 

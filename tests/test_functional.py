@@ -1,0 +1,315 @@
+"""The operation as users call it, on the torch backend: accuracy, autograd's contract, bad input."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import assert_same_bits
+from equation import FACTORS, Case, check, eager, fused, make, variations
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_fast import NF4Weight, functional, set_backend, torch_ops
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BASE = Case(M=37, K=41, N=29, R=5)
+
+
+@pytest.fixture(autouse=True)
+def _torch_backend():
+    with set_backend("torch"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["p0", "p0.1"])
+def test_every_factor_in_every_dtype(dtype, nf4, p):
+    for R in (1, 8, 64, 100, 256):
+        check(replace(BASE, dtype=dtype, nf4=nf4, p=p, R=R))
+        check(replace(BASE, dtype=dtype, nf4=nf4, p=p, R=R, factors=FACTORS))
+
+
+@pytest.mark.parametrize(
+    "case",
+    variations(
+        replace(BASE, dtype=BF16, adapter_dtype=FP32),
+        M=(0, 1),
+        R=(1024,),
+        dtype=(FP16, FP32),
+        x_layout=("transposed", "sliced", "zero-stride"),
+        dY_layout=("transposed", "sliced", "zero-stride"),
+        factors=(("x",), ("x", "bias"), ("x", "g"), ("x", "A", "B"), FACTORS),
+    ),
+    ids=str,
+)
+def test_shapes_and_layouts(case):
+    check(case)
+
+
+@pytest.mark.parametrize("lead", [(2, 3, 6), (4, 9), ()], ids=str)
+def test_leading_dimensions(lead):
+    check(replace(BASE, M=36, lead=lead, dtype=BF16, adapter_dtype=FP32))
+
+
+@settings(max_examples=40)
+@given(
+    M=st.integers(0, 40), K=st.integers(8, 70), N=st.integers(8, 70), R=st.integers(1, 40),
+    dtype=st.sampled_from([FP32, BF16, FP16]), nf4=st.booleans(),
+    x_layout=st.sampled_from(["contiguous", "transposed", "sliced"]),
+    dY_layout=st.sampled_from(["contiguous", "transposed", "sliced"]),
+    gains=st.sets(st.sampled_from(["b", "d", "g", "bias"])),
+)  # fmt: skip
+def test_any_shape(M, K, N, R, dtype, nf4, x_layout, dY_layout, gains):
+    # Results of fewer elements than 8 have no maximum worth the name: eager's error may be 0 by luck.
+    factors = tuple(name for name in FACTORS if name in {"x", "A", "B", *gains})
+    check(Case(M, K, N, R, dtype, nf4=nf4, factors=factors, x_layout=x_layout, dY_layout=dY_layout))
+
+
+@pytest.mark.parametrize("count", range(len(FACTORS) + 1))
+def test_every_subset_of_gradients(count):
+    for trains in itertools.combinations(FACTORS, count):
+        results = check(replace(BASE, M=9, factors=FACTORS, trains=trains))
+        assert {name for name in FACTORS if results["d" + name] is not None} == set(trains)
+
+
+def saved_tensors(case: Case) -> list[torch.Tensor]:
+    """What the graph keeps beyond the operands' own storage, each storage once."""
+    operands = make(case)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = functional.adapted_linear(
+            operands.tensors["x"], operands.weight, operands.tensors.get("bias"),
+            **{name: operands.tensors.get(name) for name in ("A", "B", "b", "d", "g")},
+            dropout_p=case.p, dropout_seed=case.seed if case.p else None,
+        )  # fmt: skip
+    parameters = {t.untyped_storage().data_ptr() for n, t in operands.tensors.items() if n != "x"}
+    parameters.add(operands.dense.untyped_storage().data_ptr())
+    by_storage = {t.untyped_storage().data_ptr(): t for t in kept}
+    named = {
+        operands.tensors["x"].untyped_storage().data_ptr(): "x",
+        y.untyped_storage().data_ptr(): "y",
+    }
+    return sorted(
+        named.get(pointer, f"{tuple(t.shape)} {t.dtype}")
+        for pointer, t in by_storage.items()
+        if pointer not in parameters
+    )
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["p0", "p0.1"])
+@pytest.mark.parametrize(
+    ("method", "factors", "trains", "expected"),
+    [
+        ("LoRA", ("x", "A", "B"), ("x", "A", "B"), ["S", "x"]),
+        ("LoRA-FA", ("x", "A", "B"), ("x", "B"), ["S"]),
+        ("frozen adapter", ("x", "A", "B"), ("x",), []),
+        ("VeRA", ("x", "A", "B", "b", "d"), ("x", "b", "d"), ["S"]),
+        ("DoRA", ("x", "A", "B", "g"), ("x", "A", "B", "g"), ["S", "x", "y"]),
+        ("AdaLoRA", ("x", "A", "B", "d"), ("x", "A", "B", "d"), ["S", "x"]),
+        ("IA3", ("x", "g"), ("x", "g"), ["y"]),
+        ("BitFit", ("x", "bias"), ("x", "bias"), []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_saves_what_the_method_needs_and_nothing_else(method, factors, trains, expected, nf4, p):
+    case = replace(
+        BASE, dtype=BF16, adapter_dtype=FP32, nf4=nf4, factors=factors, trains=trains,
+        p=p if "A" in factors else 0.0,
+    )  # fmt: skip
+    S = f"({case.M}, {case.R}) torch.bfloat16"
+    assert saved_tensors(case) == sorted(S if name == "S" else name for name in expected)
+
+
+def test_inputs_are_not_modified():
+    operands = make(replace(BASE, factors=FACTORS))
+    before = {name: value.detach().clone() for name, value in operands.tensors.items()}
+    dY = operands.dY.clone()
+    fused(operands)
+    for name, value in before.items():
+        assert_same_bits(operands.tensors[name], value, name=name)
+    assert_same_bits(operands.dY, dY, name="dY")
+
+
+def test_second_backward_gives_the_same_bits_and_double_backward_is_refused():
+    operands = make(replace(BASE, factors=FACTORS, p=0.2))
+    t = operands.tensors
+    leaves = list(t.values())
+    y = functional.adapted_linear(
+        t["x"], operands.weight, t["bias"], A=t["A"], B=t["B"], b=t["b"], d=t["d"], g=t["g"],
+        dropout_p=0.2,
+    )  # fmt: skip
+    first = torch.autograd.grad(y, leaves, operands.dY, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, operands.dY, retain_graph=True)
+    for name, a, b in zip(t, first, second, strict=True):
+        assert_same_bits(a, b, name=name)
+    (dx,) = torch.autograd.grad(y, t["x"], operands.dY.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_gradient_of_a_trained_weight():
+    t = make(BASE).tensors
+    weight = torch.randn(BASE.N, BASE.K, requires_grad=True)
+    y = functional.adapted_linear(t["x"], weight, t["bias"], A=t["A"], B=t["B"])
+    dY = torch.randn_like(y)
+    y.backward(dY)
+    torch.testing.assert_close(weight.grad, dY.T @ t["x"])
+
+
+def test_three_steps_move_what_trains_and_nothing_else():
+    operands = make(replace(BASE, factors=FACTORS, trains=("A", "B", "d", "bias")))
+    t = operands.tensors
+    before = {name: value.detach().clone() for name, value in t.items()}
+    optimizer = torch.optim.AdamW([value for value in t.values() if value.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        y = functional.adapted_linear(t["x"], operands.weight, t["bias"], A=t["A"], B=t["B"],
+                                      b=t["b"], d=t["d"], g=t["g"])  # fmt: skip
+        y.square().mean().backward()
+        optimizer.step()
+    moved = {name for name in t if not torch.equal(t[name].detach(), before[name])}
+    assert moved == {"A", "B", "d", "bias"}
+
+
+def test_four_micro_batches_equal_one_batch():
+    operands = make(replace(BASE, M=32))
+    t = operands.tensors
+
+    def gradient(parts: int) -> torch.Tensor:
+        t["A"].grad = None
+        for x, dY in zip(t["x"].chunk(parts), operands.dY.chunk(parts), strict=True):
+            functional.adapted_linear(x, operands.weight, A=t["A"], B=t["B"]).backward(dY)
+        return t["A"].grad
+
+    torch.testing.assert_close(gradient(4), gradient(1), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_stays_in_its_row():
+    operands = make(BASE)
+    t = operands.tensors
+    with torch.no_grad():
+        t["x"][3] = float("nan")
+        y = functional.adapted_linear(t["x"], operands.weight, A=t["A"], B=t["B"])
+    assert y[3].isnan().all()
+    assert y.isnan().any(1).sum() == 1
+
+
+def test_autocast_sets_the_compute_dtype():
+    operands = make(replace(BASE, dtype=FP32))
+    t = operands.tensors
+    with torch.autocast("cpu", dtype=BF16):
+        y = functional.adapted_linear(t["x"], operands.weight, t["bias"], A=t["A"], B=t["B"])
+    assert y.dtype == BF16
+    y.sum().backward()
+    assert [t[name].grad.dtype for name in ("x", "A", "B", "bias")] == [FP32] * 4
+
+
+def test_scaling_may_be_a_tensor():
+    operands = make(BASE)
+    t = operands.tensors
+    results = []
+    for scaling in (0.7, torch.tensor(0.7), torch.tensor([0.7])):
+        y = functional.adapted_linear(
+            t["x"], operands.weight, t["bias"], A=t["A"], B=t["B"], scaling=scaling
+        )
+        results.append((y, *torch.autograd.grad(y, (t["x"], t["A"], t["B"]), operands.dY)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_dropout_seed_is_drawn_from_torchs_generator():
+    t = make(BASE).tensors
+    weight = torch.randn(BASE.N, BASE.K)
+
+    def run() -> torch.Tensor:
+        return functional.adapted_linear(t["x"], weight, A=t["A"], B=t["B"], dropout_p=0.5)
+
+    torch.manual_seed(5)
+    first, second = run(), run()
+    torch.manual_seed(5)
+    assert_same_bits(run(), first, name="same seed")
+    assert not torch.equal(first, second)
+
+
+def test_all_dropped_leaves_the_base_and_no_adapter_gradient():
+    operands = make(replace(BASE, p=1.0))
+    results = check(operands.case)
+    assert not results["dA"].any() and not results["dB"].any()
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dA", "dB", "db", "dd", "dg", "dbias"])
+def test_the_rule_notices_one_percent(monkeypatch, name):
+    """A test of the tests: any output or gradient that is 1.01 times too large is caught."""
+
+    def forward(*args):
+        y, S = original_forward(*args)
+        return (y * 1.01 if name == "y" else y), S
+
+    def backward(*args):
+        grads = original_backward(*args)
+        field = name.removeprefix("d")
+        return grads if name == "y" else grads._replace(**{field: getattr(grads, field) * 1.01})
+
+    original_forward, original_backward = torch_ops.forward, torch_ops.backward
+    monkeypatch.setattr(torch_ops, "forward", forward)
+    monkeypatch.setattr(torch_ops, "backward", backward)
+    for dtype in (FP32, BF16):
+        with pytest.raises(AssertionError, match=f"[.]{name} "):
+            check(replace(BASE, dtype=dtype, factors=FACTORS))
+
+
+def test_the_rule_notices_a_dropped_bias_and_swapped_nibbles(monkeypatch):
+    original = torch_ops.forward
+    monkeypatch.setattr(
+        torch_ops, "forward", lambda x, f, needs: original(x, replace(f, bias=None), needs)
+    )
+    with pytest.raises(AssertionError, match="[.]y "):
+        check(BASE)
+    monkeypatch.setattr(torch_ops, "forward", original)
+    operands = make(replace(BASE, nf4=True))
+    swapped = (operands.weight.packed >> 4) | (operands.weight.packed << 4)
+    operands.weight = NF4Weight(swapped, operands.weight.quant_state)
+    assert not torch.allclose(fused(operands)["y"], eager(operands)["y"], atol=0.1)
+
+
+X, W, A, B = torch.randn(3, 6), torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "kwargs"),
+    [
+        (TypeError, "x must be a torch.Tensor, got list", dict(x=[1.0])),
+        (TypeError, "x must be float64", dict(x=torch.ones(3, 6, dtype=torch.int32))),
+        (ValueError, "x must have K = 6 features", dict(x=torch.randn(3, 7))),
+        (ValueError, "x must have at least one dimension", dict(x=torch.tensor(1.0))),
+        (ValueError, r"weight must have shape \[N, K\]", dict(weight=torch.randn(5, 6, 1))),
+        (TypeError, "weight must be a torch.Tensor, got NoneType", dict(weight=None)),
+        (ValueError, "B must be given when A is", dict(B=None)),
+        (ValueError, "A must be given when B is", dict(A=None)),
+        (ValueError, r"A must have shape \[R, K\] with K = 6", dict(A=torch.randn(2, 5))),
+        (ValueError, "A must have rank R ≥ 1", dict(A=torch.randn(0, 6), B=torch.randn(5, 0))),
+        (ValueError, r"B must have shape \[N, R\] = \(5, 2\)", dict(B=torch.randn(2, 5))),
+        (ValueError, r"bias must have shape \(5,\)", dict(bias=torch.randn(6))),
+        (ValueError, r"d must have shape \(2,\)", dict(d=torch.randn(5))),
+        (ValueError, "d must be None when there is no adapter", dict(A=None, B=None, d=A[0])),
+        (TypeError, "g must be a torch.Tensor, got float", dict(g=1.0)),
+        (ValueError, "scaling must be finite, got nan", dict(scaling=float("nan"))),
+        (ValueError, "scaling must be finite, got inf", dict(scaling=float("inf"))),
+        (ValueError, "scaling must be one number", dict(scaling=torch.ones(2))),
+        (TypeError, "scaling must be a number, got str", dict(scaling="1")),
+        (ValueError, r"dropout_p must lie in \[0, 1\], got 1.5", dict(dropout_p=1.5)),
+        (TypeError, "dropout_p must be a number", dict(dropout_p="0.1")),
+        (ValueError, "weight must be on x's device cpu, got meta", dict(weight=W.to("meta"))),
+        (ValueError, "A must be on x's device cpu, got meta", dict(A=A.to("meta"))),
+    ],
+)
+def test_bad_input_is_named(kind, message, kwargs):
+    arguments = {**dict(x=X, weight=W, bias=None, A=A, B=B), **kwargs}
+    with pytest.raises(kind, match=message):
+        functional.adapted_linear(**arguments)

@@ -1,0 +1,74 @@
+"""The specification itself: against finite differences and against the formula written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_fast import NF4Weight, reference
+
+NAMES = ("x", "weight", "bias", "A", "B", "b", "d", "g")
+
+
+def operands(M=4, K=6, N=5, R=3):
+    shapes = dict(x=(M, K), weight=(N, K), bias=(N,), A=(R, K), B=(N, R), b=(N,), d=(R,), g=(N,))
+    return {
+        name: torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+def test_gradcheck_of_every_factor(p):
+    t = operands()
+
+    def call(*values):
+        named = dict(zip(NAMES, values, strict=True))
+        x, weight, bias = (named.pop(name) for name in ("x", "weight", "bias"))
+        return reference.adapted_linear(
+            x, weight, bias, **named, scaling=1.7, dropout_p=p, dropout_seed=5
+        )
+
+    assert torch.autograd.gradcheck(call, tuple(t[name] for name in NAMES))
+
+
+def test_element_by_element():
+    t = {name: value.detach() for name, value in operands().items()}
+    keep = reference.dropout_mask(11, 4, 6, 0.5, "cpu")
+    y = reference.adapted_linear(
+        t["x"], t["weight"], t["bias"], A=t["A"], B=t["B"], b=t["b"], d=t["d"], g=t["g"],
+        scaling=0.3, dropout_p=0.5, dropout_seed=11,
+    )  # fmt: skip
+    for m in range(4):
+        S = [
+            sum(float(t["A"][r, k] * t["x"][m, k]) / 0.5 for k in range(6) if keep[m, k])
+            for r in range(3)
+        ]
+        for n in range(5):
+            base = sum(float(t["x"][m, k] * t["weight"][n, k]) for k in range(6))
+            low_rank = sum(float(t["d"][r] * t["B"][n, r]) * S[r] for r in range(3))
+            expected = float(t["g"][n]) * (base + 0.3 * float(t["b"][n]) * low_rank)
+            assert float(y[m, n]) == pytest.approx(expected + float(t["bias"][n]), rel=1e-12)
+
+
+def test_dropout_is_a_function_of_the_seed():
+    masks = [reference.dropout_mask(seed, 64, 64, 0.25, "cpu") for seed in (1, 1, 2)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    assert 0.7 < masks[0].double().mean() < 0.8
+    assert reference.dropout_mask(1, 8, 8, 0.0, "cpu").all()
+    assert not reference.dropout_mask(1, 8, 8, 1.0, "cpu").any()
+
+
+def test_dropout_without_seed_is_refused():
+    t = operands()
+    with pytest.raises(ValueError, match="dropout_seed must be given"):
+        reference.adapted_linear(t["x"], t["weight"], A=t["A"], B=t["B"], dropout_p=0.1)
+
+
+def test_nf4_weight_is_what_it_decodes_to():
+    weight = NF4Weight.from_dense(torch.randn(8, 6))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(
+        reference.adapted_linear(x, weight), x @ weight.dequantize(torch.float32).double().T
+    )
