@@ -78,6 +78,7 @@ def save_llama(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Pa
         intermediate_size=128,
         max_position_embeddings=64,
         tie_word_embeddings=True,
+        initializer_range=0.2,
         bos_token_id=SPECIAL.index("<s>"),
         eos_token_id=SPECIAL.index("</s>"),
     )

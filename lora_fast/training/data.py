@@ -130,6 +130,7 @@ class Collator:
 class LengthGroupedOrder(Sampler[int]):
     """A shuffled order whose batches hold examples of similar length, a function of (seed, epoch).
 
+    ``batch_size`` is that of an optimizer step, all its accumulated batches together.
     Nothing is drawn from torch's global generator: a resumed run sees the very order of an
     uninterrupted one, and stock PEFT sees the order that lora_fast sees.
     """

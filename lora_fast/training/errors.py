@@ -6,7 +6,8 @@ import errno
 import os
 from pathlib import Path
 
-_NO_SPACE = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file")
+_NO_SPACE = ("No space left on device", "os error 28")
+_CUT_OFF = ("PytorchStreamWriter failed writing file", "unexpected pos")
 
 
 class TrainingError(Exception):
@@ -34,12 +35,15 @@ def first_line(error: BaseException) -> str:
 def explain_write_failure(error: BaseException, folder: Path) -> str | None:
     """Return one line if ``error`` means that ``folder`` cannot be written, else None.
 
-    safetensors and torch.save wrap the operating system's error, so their texts are read as well.
+    safetensors wraps the operating system's error in its text, and torch.save loses it: what is
+    left there says only that the file could not be written to its end.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _NO_SPACE):
         return f"no space left on the disk that holds {folder}"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
+    if any(text in str(error) for text in _CUT_OFF):
+        return f"could not write a file in {folder} to its end: is the disk full?"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EEXIST, errno.ENOTDIR):
         where = getattr(error, "filename", None) or folder
         return f"cannot write {where}: {os.strerror(number)}"
     return None

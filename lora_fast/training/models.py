@@ -71,6 +71,9 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # unreadable files surface as many kinds of error
         raise TrainingError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Where the files are absent, transformers may make up a tokenizer that knows no word.
+        raise TrainingError(f"cannot load the tokenizer of {name}: it has no vocabulary")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise TrainingError(
@@ -87,6 +90,7 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
         TrainingError: it cannot be loaded, or has no linear layers to quantise.
     """
     name = resolve_model(config.model)
+    _check_readable(name)
     tokenizer = load_tokenizer(name)
     device, dtype = choose_device_and_dtype(config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
@@ -207,6 +211,17 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     """Return (trainable, all) parameters; one in 4 bits counts as one."""
     trainable, total = model.get_nb_trainable_parameters()
     return int(trainable), int(total)
+
+
+def _check_readable(name: str) -> None:
+    from transformers import AutoConfig
+
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise TrainingError(f"cannot load the model {name}: no such folder")
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:  # unreadable files surface as many kinds of error
+        raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error
 
 
 def _load(

@@ -21,7 +21,7 @@ from .errors import TrainingError
 from .events import Observer
 from .experiment import Experiment
 from .summary import arm_summary, comparison_summary, run_summary
-from .trainer import Arm, train_arm
+from .trainer import Arm, check_optimizer, train_arm
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def run_training(config: TrainConfig, out: Path, observer: Observer) -> Outcome:
         TrainingError: the data, the model or an option does not allow it.
         Interrupted: the user stopped it.
     """
+    check_optimizer(config.optim, models.choose_device_and_dtype(config.dtype)[0])
     setting = _set_up(config, observer)
     initial = {n: p.detach().clone() for n, p in _trainable(setting.model)}
     arms: dict[str, Arm] = {}

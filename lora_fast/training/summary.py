@@ -102,7 +102,8 @@ def training_batches(setting: Experiment, count: int) -> list[Batch]:
     """Return the first ``count`` batches of the run, on the model's device."""
     size = setting.config.batch_size or 1
     lengths = [len(example["input_ids"]) for example in setting.train]
-    order = list(LengthGroupedOrder(lengths, size, setting.config.seed))[: count * size]
+    step_size = size * setting.config.grad_accum
+    order = list(LengthGroupedOrder(lengths, step_size, setting.config.seed))[: count * size]
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     collated = (setting.collator([setting.train[i] for i in indices]) for indices in batches)
     device = setting.base.device

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.training_args import OptimizerNames
 
 from .callbacks import Progress, StepClock, StopRequest, stop_on_signals
 from .checkpoints import CHECKPOINTS, STATE, latest_checkpoint, step_of
@@ -37,7 +38,8 @@ class OrderedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        return LengthGroupedOrder(lengths, self.args.train_batch_size, self.args.seed)
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedOrder(lengths, step_size, self.args.seed)
 
 
 def train_arm(
@@ -54,7 +56,7 @@ def train_arm(
 
     Raises:
         Interrupted: the user asked to stop; a checkpoint is written.
-        TrainingError: the loss is no longer a number, or the optimizer does not exist here.
+        TrainingError: the loss is no longer a number, or the optimizer's package is absent.
     """
     folder = out / CHECKPOINTS / name
     clock, request = StepClock(), StopRequest()
@@ -88,11 +90,7 @@ def train_arm(
 def training_arguments(
     config: TrainConfig, folder: Path, steps: int, dtype: torch.dtype
 ) -> TrainingArguments:
-    """Return the Trainer's arguments for ``steps`` steps of a configuration without unknowns.
-
-    Raises:
-        ValueError: the optimizer is unknown to transformers.
-    """
+    """Return the Trainer's arguments for ``steps`` steps of a configuration without unknowns."""
     checkpointing: dict[str, Any] = {}
     if config.gradient_checkpointing:
         checkpointing["gradient_checkpointing"] = True
@@ -127,6 +125,19 @@ def training_arguments(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would replicate the quantised model at every step
     return arguments
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Check that transformers has the optimizer and that the device can run it.
+
+    Raises:
+        TrainingError: it has not, or cannot.
+    """
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if name not in known:
+        raise TrainingError(f"--optim must be one of {', '.join(known)}, got {name!r}")
+    if name.startswith("paged_") and device.type == "cpu":
+        raise TrainingError(f"--optim {name} needs a GPU: it pages its state between GPU and CPU")
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:

@@ -1,0 +1,52 @@
+"""Which checkpoint a run goes on from, whatever ended it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_fast.training.checkpoints import NEEDED, STATE, latest_checkpoint, latest_step
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in NEEDED:
+        (path / name).write_bytes(b"x")
+    (path / STATE).write_text(f'{{"global_step": {step}}}')
+    return path
+
+
+def test_numbers_count_not_names(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 9)
+    last = checkpoint(tmp_path, 100)
+    checkpoint(tmp_path, 20)
+    (tmp_path / "checkpoint-last").mkdir()
+    (tmp_path / "checkpoint-500").write_text("a file")
+    assert latest_checkpoint(tmp_path) == last
+
+
+@pytest.mark.parametrize("name", [STATE, *NEEDED])
+def test_one_that_was_cut_off_does_not_count(tmp_path: Path, name: str) -> None:
+    whole = checkpoint(tmp_path, 10)
+    (checkpoint(tmp_path, 20) / name).unlink()
+    assert latest_checkpoint(tmp_path) == whole
+
+
+@pytest.mark.parametrize("state", ["", '{"global_step": 2', "[]", "{}"])
+def test_a_state_that_was_cut_off_does_not_count(tmp_path: Path, state: str) -> None:
+    (checkpoint(tmp_path, 20) / STATE).write_text(state)
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_nothing_yet(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    assert latest_step(tmp_path) is None
+
+
+def test_the_last_step_of_any_arm(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoints" / "stock", 30)
+    checkpoint(tmp_path / "checkpoints" / "lora_fast", 10)
+    (tmp_path / "checkpoints" / "empty").mkdir()
+    assert latest_step(tmp_path) == 30

@@ -1,0 +1,352 @@
+"""Whole runs on tiny models: equal curves, equal resumption, adapters that load elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_runs import metrics_of, save_bert, save_llama, sentiment_rows, write_jsonl
+
+from lora_fast.training import metrics, models
+from lora_fast.training.checkpoints import latest_checkpoint
+from lora_fast.training.config import TrainConfig
+from lora_fast.training.data import Collator, encode, load_rows
+from lora_fast.training.errors import Interrupted, TrainingError
+from lora_fast.training.events import Silent
+from lora_fast.training.run import Outcome, prepare_out, run_training
+
+
+@pytest.fixture(scope="module")
+def bert_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("bert")
+    return TrainConfig(
+        model=str(save_bert(folder / "model")),
+        data=str(write_jsonl(folder / "data.jsonl", sentiment_rows())),
+        steps=8,
+        batch_size=8,
+        r=4,
+        lr=3e-3,
+    )
+
+
+@pytest.fixture(scope="module")
+def llama_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("llama")
+    answer = {"role": "assistant", "content": "very blue"}
+    rows: list[dict[str, Any]] = []
+    for question in itertools.product(["the", "a", "user"], ["sky", "sea"], ["is", "was"]):
+        words = " ".join(question)
+        rows.append({"text": f"{words} very blue"})
+        rows.append({"messages": [{"role": "user", "content": words}, answer]})
+    return TrainConfig(
+        model=str(save_llama(folder / "model")),
+        data=str(write_jsonl(folder / "data.jsonl", rows)),
+        task="causal-lm",
+        steps=12,
+        lr=1e-2,
+        r=4,
+    )
+
+
+def run(config: TrainConfig, out: Path, observer: Any = None, *, resume: bool = False) -> Outcome:
+    config = prepare_out(out, config, resume=resume, overwrite=False)
+    return run_training(config, out, observer or Silent())
+
+
+class AtStep(Silent):
+    """Does something when a step of an arm is done."""
+
+    def __init__(self, arm: str, step: int, action: Callable[[], None]) -> None:
+        self.arm, self.when, self.action = arm, step, action
+        self.current = ""
+
+    def training(self, arm: str, first_step: int, total_steps: int) -> None:
+        self.current = arm
+
+    def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+        if (self.current, step) == (self.arm, self.when):
+            self.action()
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    ours, theirs = adapter(first), adapter(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    results = [metrics_of(out)["results"] for out in (first, second)]
+    for arm in results[0]:
+        assert results[0][arm]["losses"] == results[1][arm]["losses"]
+        assert results[0][arm]["held_out"] == results[1][arm]["held_out"]
+
+
+def logits(config: TrainConfig, model: Any) -> np.ndarray:
+    tokenizer = models.load_tokenizer(config.model)
+    rows = load_rows(config)
+    examples = encode(rows.held_out, tokenizer, replace(config, max_length=48))
+    return metrics.predict_logits(model, examples, Collator(tokenizer), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def compared(bert_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run(replace(bert_config, compare=True), tmp_path_factory.mktemp("compared") / "out")
+
+
+def test_both_arms_have_the_same_curve_and_ours_ran_fused(compared: Outcome) -> None:
+    found = compared.metrics
+    stock, ours = (np.array(found["results"][arm]["losses"]) for arm in ("stock", "lora_fast"))
+    assert len(stock) == len(ours) == 8
+    np.testing.assert_allclose(ours, stock, rtol=1e-4)
+    assert found["comparison"]["max_relative_loss_difference"] <= 1e-4
+    assert len(set(stock)) == 8
+    fused = found["fused"]
+    assert (fused["adapted_layers"], fused["fused_layers"], fused["all_fused"]) == (13, 13, True)
+    # 8 training steps, 1 batch for the bytes, 1 for the held-out examples.
+    assert fused["fused_calls"] == 13 * 10
+    assert fused["fallback_calls"] == {}
+
+
+def test_lora_fast_saves_no_more_for_backward(compared: Outcome) -> None:
+    results = compared.metrics["results"]
+    ours, stock = (results[arm]["saved_activation_bytes"] for arm in ("lora_fast", "stock"))
+    # Without dropout and in float32, PEFT too saves x and S; bfloat16 tells the two apart below.
+    assert 0 < ours <= stock
+    assert compared.metrics["comparison"]["saved_activation_ratio"] == ours / stock
+    assert compared.metrics["comparison"]["step_time_ratio"] > 0
+
+
+def test_the_arms_learn(compared: Outcome, bert_config: TrainConfig) -> None:
+    found = compared.metrics
+    losses = found["results"]["lora_fast"]["losses"]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert set(found["baselines"]) == {"majority", "linear_probe"}
+    assert found["examples"] == {"train": 86, "held_out": 10}
+
+
+def test_what_metrics_json_holds(compared: Outcome) -> None:
+    stored = metrics_of(compared.out)
+    assert set(stored) == {
+        "lora_fast", "versions", "device", "threads", "dtype", "model", "quantized", "config",
+        "labels", "examples", "trainable_parameters", "total_parameters", "trainable_percent",
+        "fused", "baselines", "results", "comparison",
+    }  # fmt: skip
+    for arm in stored["results"].values():
+        assert set(arm) == {
+            "held_out", "losses", "step_seconds", "tokens_per_second", "saved_activation_bytes",
+        }  # fmt: skip
+        assert set(arm["held_out"]) == {"loss", "accuracy", "f1", "roc_auc"}
+        assert arm["tokens_per_second"] > 0
+    assert stored["quantized"] == "nf4"
+    assert stored["config"]["max_length"] == 48
+    share = 100 * stored["trainable_parameters"] / stored["total_parameters"]
+    assert stored["trainable_percent"] == pytest.approx(share)
+
+
+def test_the_folder_of_a_run(compared: Outcome) -> None:
+    names = {path.name for path in compared.out.iterdir()}
+    assert names >= {
+        "adapter_config.json", "adapter_model.safetensors", "metrics.json", "loss.png",
+        "README.md", "layers.txt", "run.json", "tokenizer.json", "checkpoints",
+    }  # fmt: skip
+    assert (compared.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "13 of 13 adapted layers fused" in (compared.out / "layers.txt").read_text()
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_the_card_s_code_loads_the_adapter_in_stock_peft(
+    bert_config: TrainConfig, tmp_path: Path, quantize: str
+) -> None:
+    config = replace(bert_config, quantize=quantize)
+    kept: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        add = models.add_adapter
+        patch.setattr(models, "add_adapter", lambda *a: kept.append(add(*a)) or kept[0])
+        run(config, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    scope: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], scope)  # type: ignore[index]
+    assert type(scope["model"]).__mro__[1] is PeftModel
+    trained, loaded = logits(config, kept[0]), logits(config, scope["model"])
+    np.testing.assert_allclose(loaded, trained, atol=1e-4, rtol=0)
+    assert np.ptp(trained) > 0.1
+
+
+def test_two_runs_give_the_same_bits(bert_config: TrainConfig, tmp_path: Path) -> None:
+    run(bert_config, tmp_path / "a")
+    run(bert_config, tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_seeds_differ(bert_config: TrainConfig, tmp_path: Path) -> None:
+    run(replace(bert_config, steps=2), tmp_path / "a")
+    run(replace(bert_config, steps=2, seed=1), tmp_path / "b")
+    losses = [metrics_of(tmp_path / n)["results"]["lora_fast"]["losses"] for n in "ab"]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("arm", "step"), [("stock", 3), ("lora_fast", 5)])
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
+    bert_config: TrainConfig, compared: Outcome, tmp_path: Path, arm: str, step: int
+) -> None:
+    config, out = replace(bert_config, compare=True), tmp_path / "out"
+    with pytest.raises(Interrupted) as caught:
+        run(config, out, AtStep(arm, step, interrupt))
+    # The loss of a step is told when the step is over: the run stops after the next one.
+    assert caught.value.step == step + 1
+    assert not (out / "metrics.json").exists()
+    run(TrainConfig(), out, resume=True)
+    assert_same_run(out, compared.out)
+
+
+def test_a_killed_run_resumes_from_its_last_complete_checkpoint(
+    bert_config: TrainConfig, tmp_path: Path
+) -> None:
+    # Two epochs of 11 batches: the order of the second one must be found again, too.
+    config = replace(bert_config, steps=16, save_every=4)
+    run(config, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    out = tmp_path / "killed"
+    with pytest.raises(Killed):
+        run(config, out, AtStep("lora_fast", 14, kill))
+    checkpoints = out / "checkpoints" / "lora_fast"
+    shutil.copytree(checkpoints / "checkpoint-12", checkpoints / "checkpoint-14")
+    (checkpoints / "checkpoint-14" / "trainer_state.json").write_text('{"global_step": 1')
+    assert latest_checkpoint(checkpoints) == checkpoints / "checkpoint-12"
+    run(TrainConfig(), out, resume=True)
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_trains_no_further(compared: Outcome, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(compared.out, out)
+    run(TrainConfig(), out, resume=True)
+    assert_same_run(out, compared.out)
+
+
+def test_gradient_accumulation_is_one_larger_batch(
+    bert_config: TrainConfig, tmp_path: Path
+) -> None:
+    rows = [{"text": f"the sky is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(40)]
+    data = write_jsonl(tmp_path / "even.jsonl", rows)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[:2])
+    config = replace(
+        bert_config, data=str(data), eval_data=str(held_out), steps=3, target_modules="query"
+    )
+    model = tmp_path / "model"
+    shutil.copytree(bert_config.model, model)
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace('dropout_prob": 0.1', 'dropout_prob": 0.0'))
+    config = replace(config, model=str(model))
+    run(replace(config, batch_size=8), tmp_path / "whole")
+    run(replace(config, batch_size=2, grad_accum=4), tmp_path / "parts")
+    ours, theirs = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    bert_config: TrainConfig, compared: Outcome, tmp_path: Path
+) -> None:
+    found = run(replace(bert_config, gradient_checkpointing=True), tmp_path / "out").metrics
+    ours = found["results"]["lora_fast"]
+    expected = compared.metrics["results"]["lora_fast"]["losses"]
+    np.testing.assert_allclose(ours["losses"], expected, rtol=1e-4)
+    assert ours["saved_activation_bytes"] is None
+
+
+def test_bfloat16_trains_float32_adapters(bert_config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(bert_config, dtype="bfloat16", compare=True)
+    found = run(config, tmp_path / "out").metrics
+    losses = found["results"]["lora_fast"]["losses"]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert found["dtype"] == "bfloat16"
+    assert {value.dtype for value in adapter(tmp_path / "out").values()} == {torch.float32}
+    assert found["fused"]["all_fused"]
+    assert found["comparison"]["saved_activation_ratio"] < 1
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_a_language_model_learns_texts_and_conversations(
+    llama_config: TrainConfig, tmp_path: Path, quantize: str
+) -> None:
+    config = replace(llama_config, quantize=quantize, compare=True)
+    found = run(config, tmp_path / "out").metrics
+    before = found["baselines"]["base_model"]
+    after = found["results"]["lora_fast"]["held_out"]
+    assert after["perplexity"] < before["perplexity"] / 1.5
+    assert after["tokens"] == before["tokens"]
+    assert found["fused"]["all_fused"]
+    assert found["fused"]["adapted_layers"] == 14
+    assert found["comparison"]["max_relative_loss_difference"] <= 1e-4
+    assert found["labels"] == []
+
+
+def test_a_run_is_not_replaced_by_accident(compared: Outcome, bert_config: TrainConfig) -> None:
+    with pytest.raises(TrainingError, match="already holds a run: continue it with --resume"):
+        prepare_out(compared.out, bert_config, resume=False, overwrite=False)
+    assert (compared.out / "metrics.json").exists()
+
+
+def test_a_run_is_replaced_on_request(
+    compared: Outcome, bert_config: TrainConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(compared.out, out)
+    config = prepare_out(out, replace(bert_config, steps=2), resume=False, overwrite=True)
+    assert config.steps == 2
+    assert not (out / "metrics.json").exists()
+    assert not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 49}, "--max-length must be at most 48"),
+        ({"optim": "galore_adamw"}, "cannot set up training: .*galore"),
+        ({"lr": 1e30}, "the loss is (nan|inf) at step .*try a lower --lr"),
+    ],
+)
+def test_options_that_this_model_or_machine_cannot_have(
+    bert_config: TrainConfig, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        run(replace(bert_config, **options), tmp_path / "out")
+
+
+def test_notes_what_trains_in_full(bert_config: TrainConfig, tmp_path: Path) -> None:
+    class Notes(Silent):
+        said: list[str] = []  # noqa: RUF012
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    model = save_bert(tmp_path / "model", pooler=False)
+    notes = Notes()
+    run(replace(bert_config, model=str(model), steps=1), tmp_path / "out", notes)
+    assert notes.said == ["Not in the checkpoint, trained in full: bert.pooler.dense"]
+    assert any("pooler" in name for name in adapter(tmp_path / "out"))
