@@ -1,7 +1,7 @@
 """Launch configurations: frozen, and chosen by pure functions of shape, dtype and architecture.
 
-`arch` is the compute capability of an NVIDIA GPU as Triton names it (80, 89, 90, 100, 120), or None where
-there is none (the interpreter, other vendors).
+`arch` is the compute capability of an NVIDIA GPU as Triton names it (80, 89, 90, 100, 120), or None
+where there is none (the interpreter, other vendors).
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class StripConfig:
-    """Tile sizes of strips: BLOCK_L columns stay with a CTA, which walks down its rows by BLOCK_M."""
+    """Tile sizes of strips: a CTA keeps BLOCK_L columns and walks down its rows by BLOCK_M."""
 
     BLOCK_M: int
     BLOCK_L: int
@@ -44,16 +44,17 @@ class DecodeConfig:
     num_warps: int
 
 
-# 64 columns of K make full 128-byte lines of 16-bit operands. Three stages of (128 + 128) × 64 × 2 bytes
-# are 96 KiB: two CTAs on an H100 or A100, and the epilogue's S and factor tiles still fit.
+# 64 columns of K make full 128-byte lines of 16-bit operands. Three stages of (128 + 128) × 64 × 2
+# bytes are 96 KiB: two CTAs on an H100 or A100, and the epilogue's S and factor tiles still fit.
 _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
 # Consumer parts (sm_86, sm_89, sm_120) have 99 KiB of shared memory for a block.
 _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stages=3)
 # tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
 _GEMM_16BIT_FEW_ROWS = GemmConfig(64, 64, 64, 64, 8, num_warps=4, num_stages=3)
-# IEEE float32 products run on the FMA pipes: small tiles, registers are the limit. Fewer than 64 rows,
-# because Triton 3.7.1 can give an "ieee" product of 64 rows or more to tcgen05 on sm_100, as TF32.
+# IEEE float32 products run on the FMA pipes: small tiles, registers are the limit. Fewer than 64
+# rows, because Triton 3.7.1 can give an "ieee" product of 64 rows or more to tcgen05 on sm_100, as
+# TF32.
 _GEMM_FLOAT32 = GemmConfig(32, 64, 16, 32, 8, num_warps=4, num_stages=2)
 
 _STRIP_16BIT = StripConfig(64, 256, num_warps=8, num_stages=2)
@@ -61,13 +62,13 @@ _STRIP_16BIT_SM100 = StripConfig(64, 128, num_warps=4, num_stages=2)
 _STRIP_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
 
 _SMALL_SHARED = (86, 87, 89, 120, 121)
-# CTAs that one launch of strips aims for. A constant, not the size of the device: the order of the sums,
-# and with it every bit of the result, is the same everywhere.
+# CTAs that one launch of strips aims for. A constant, not the size of the device: the order of the
+# sums, and with it every bit of the result, is the same everywhere.
 _STRIP_CTAS = 128
 
 
 def current_arch() -> int | None:
-    """Compute capability of the active Triton driver; None in the interpreter and on other vendors."""
+    """Compute capability of Triton's device; None in the interpreter and on other vendors."""
     if triton.knobs.runtime.interpret:
         return None
     target = driver.active.get_current_target()
@@ -103,13 +104,14 @@ def rank_block(R: int) -> int:
 
 
 def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
-    """Into how many ranges strips cuts M rows, and how many rows a range has (a multiple of block_m).
+    """Number of ranges that strips cuts M rows into, and rows in a range (a multiple of block_m).
 
     `programs` is the number of CTAs for one range.
     """
-    wanted = min(-(-_STRIP_CTAS // max(1, programs)), -(-M // block_m))
-    rows = -(-(-(-M // wanted)) // block_m) * block_m
-    return -(-M // rows), rows
+    blocks = triton.cdiv(M, block_m)
+    wanted = min(triton.cdiv(_STRIP_CTAS, max(1, programs)), blocks)
+    rows = triton.cdiv(blocks, wanted) * block_m
+    return triton.cdiv(M, rows), rows
 
 
 def precision_of(dtype: torch.dtype) -> str:

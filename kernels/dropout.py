@@ -31,10 +31,10 @@ def _as_int32(word):
 
 @triton.jit
 def keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L: tl.constexpr):
-    """True where dropout keeps element (m, l): Philox of (seed, m, l // 4), word l % 4, ≥ threshold.
+    """True where dropout keeps element (m, l): word l % 4 of Philox(seed, m, l // 4) ≥ threshold.
 
-    threshold is p · 2³² as an unsigned integer. first_l must be a multiple of 4. The mask does not depend
-    on how the matrix is cut into tiles.
+    threshold is p · 2³² as an unsigned integer. first_l must be a multiple of 4. The mask does not
+    depend on how the matrix is cut into tiles.
     """
     quads = first_l // 4 + tl.arange(0, BLOCK_L // 4)
     rows = offs_m[:, None] + tl.zeros([1, BLOCK_L // 4], tl.int32)

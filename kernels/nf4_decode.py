@@ -1,11 +1,11 @@
 """NF4 → dense, in one launch, double quantisation included.
 
     W[i] = round(code[nibble_i] · absmax[i // blocksize])                     to the wanted dtype
-    absmax[j] = code2[absmax_u8[j]] · absmax2[j // blocksize2] + offset       with double quantisation
+    absmax[j] = code2[absmax_u8[j]] · absmax2[j // blocksize2] + offset     (double quantisation)
 
-Byte i of the packed weight holds element 2i in its high nibble and 2i + 1 in its low one. All products are
-float32 and rounded once; the sum with the offset is not contracted into a fused multiply-add, so every
-bit equals bitsandbytes' own decoding.
+Byte i of the packed weight holds element 2i in its high nibble and 2i + 1 in its low one. All
+products are float32 and rounded once; the sum with the offset is not contracted into a fused
+multiply-add, so every bit equals bitsandbytes' own decoding.
 """
 
 import torch
@@ -54,15 +54,15 @@ def nf4_decode(
 
 
 def decode(packed, quant_state, dtype):
-    """The dense weight [N, K] in `dtype`; packed is flat uint8, quant_state as bitsandbytes made it."""
+    """The dense weight [N, K] in `dtype`; packed is flat uint8, quant_state bitsandbytes' own."""
     w = torch.empty(tuple(quant_state.shape), dtype=dtype, device=packed.device)
     if w.numel() == 0:
         return w
     config, nested = pick_decode(), bool(quant_state.nested)
-    state2 = quant_state.state2 if nested else None
+    state2 = quant_state.state2
+    nesting = (state2.absmax, state2.code, quant_state.offset) if nested else (None, None, None)
     nf4_decode[(triton.cdiv(packed.numel(), config.BLOCK),)](
-        packed, quant_state.absmax, state2.absmax if nested else None, state2.code if nested else None,
-        quant_state.offset if nested else None, quant_state.code, w,
+        packed, quant_state.absmax, *nesting, quant_state.code, w,
         w.numel(), quant_state.absmax.numel(),
         BLOCKSIZE=int(quant_state.blocksize), BLOCKSIZE2=int(state2.blocksize) if nested else 1,
         IS_NESTED=nested, BLOCK=config.BLOCK, num_warps=config.num_warps, enable_fp_fusion=False,

@@ -6,10 +6,11 @@
                  and, of the same tiles, partials of dS = dY (s · (g b) dᵀ ⊙ B)       [J, M, R]
     grad_shrink  X = drop(x) [M, K], S = dS        dA = dSᵀ drop(x)                       [R, K]
 
-A CTA keeps BLOCK_L columns and one chunk of the rank in registers and walks down one range of rows, so T
-never leaves it until the range ends. Ranges write partial sums; the CTA that arrives last at a block of
-columns adds them in the order of the ranges. dS is summed over the blocks of columns by the launch that
-needs it (ticketed_gemm), in their order. No float atomics: two runs give the same bits.
+A CTA keeps BLOCK_L columns and one chunk of the rank in registers and walks down one range of rows,
+so T never leaves it until the range ends. Ranges write partial sums; the CTA that arrives last at a
+block of columns adds them in the order of the ranges. dS is summed over the blocks of columns by
+the launch that needs it (ticketed_gemm), in their order. No float atomics: two runs give the same
+bits.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ _VARYING = ("M", "rows_per_range", "num_ranges", "seed_low", "seed_high", "thres
 
 
 @triton.jit
-def _column_sums(x, y_ptr, bias, offs_m, offs_l, M, L, stride_ym, stride_yl, HAS_GAIN: tl.constexpr):
+def _column_sums(
+    x, y_ptr, bias, offs_m, offs_l, M, L, stride_ym, stride_yl, HAS_GAIN: tl.constexpr
+):
     """Σ_m x and, with a gain, Σ_m x ⊙ (y − bias), of one tile, in float32."""
     wide = x.to(tl.float32)
     sums = tl.sum(wide, axis=0)
@@ -58,7 +61,7 @@ def _walk_rows(
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x and Σ x ⊙ (y − bias); dS partials are stored."""
+    """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x, Σ x ⊙ (y − bias); stores dS partials."""
     dtype = x_ptr.dtype.element_ty
     offs_l = first_l + tl.arange(0, BLOCK_L)
     offs_r = first_r + tl.arange(0, BLOCK_R)
@@ -81,7 +84,9 @@ def _walk_rows(
         offs_m = m + tl.arange(0, BLOCK_M)
         x = load_tile(x_ptr, offs_m, offs_l, stride_xm, stride_xl, last_m, L)
         if DROPOUT:
-            x = tl.where(keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L), x, 0.0)
+            x = tl.where(
+                keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L), x, 0.0
+            )
         if PROJECTS:
             dS = tl.dot(x, factor, input_precision=PRECISION)
             mask = (offs_m < last_m)[:, None] & (offs_r < R)[None, :]
@@ -102,8 +107,8 @@ def _walk_rows(
 
 @triton.jit
 def _store_factor_gradients(
-    t_ptr, grad_ptr, B_ptr, b_ptr, d_ptr, g_ptr, db_ptr, dd_parts_ptr, scaling, offs_l, num_ranges, L, R,
-    stride_gl, stride_gr, stride_bl, stride_br,
+    t_ptr, grad_ptr, B_ptr, b_ptr, d_ptr, g_ptr, db_ptr, dd_parts_ptr,
+    scaling, offs_l, num_ranges, L, R, stride_gl, stride_gr, stride_bl, stride_br,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr, SCALES: tl.constexpr,
     GRAD: tl.constexpr, GRAD_b: tl.constexpr, GRAD_d: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -159,8 +164,8 @@ def _store_column_gradients(
 
 @triton.jit(do_not_specialize=_VARYING)
 def strips(
-    x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr, t_ptr, sums_ptr, dd_parts_ptr,
-    grad_ptr, db_ptr, dd_ptr, dbias_ptr, dg_ptr, sync_ptr,
+    x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
+    ds_ptr, t_ptr, sums_ptr, dd_parts_ptr, grad_ptr, db_ptr, dd_ptr, dbias_ptr, dg_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, L, R, rows_per_range, num_ranges,
     stride_xm, stride_xl, stride_ym, stride_yl, stride_bl, stride_br, stride_gl, stride_gr,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -202,8 +207,8 @@ def strips(
             tl.store(sync_ptr + 1 + block, 0)
             if OUTER:
                 _store_factor_gradients(
-                    t_ptr, grad_ptr, B_ptr, b_ptr, d_ptr, g_ptr, db_ptr, dd_parts_ptr, scaling, offs_l,
-                    num_ranges, L, R, stride_gl, stride_gr, stride_bl, stride_br,
+                    t_ptr, grad_ptr, B_ptr, b_ptr, d_ptr, g_ptr, db_ptr, dd_parts_ptr,
+                    scaling, offs_l, num_ranges, L, R, stride_gl, stride_gr, stride_bl, stride_br,
                     HAS_b, HAS_d, HAS_g, SCALES, GRAD, GRAD_b, GRAD_d, BLOCK_L, BLOCK_R,
                 )  # fmt: skip
             if SUMS:

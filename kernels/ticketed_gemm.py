@@ -1,17 +1,19 @@
 """One launch for a linear layer with a low-rank branch: the forward pass and the input gradient.
 
-    forward  y[M,N]  = g ⊙ (x[M,K] W[N,K]ᵀ + S[M,R] Qᵀ) + bias     S = drop(x) Aᵀ    Q = s · b dᵀ ⊙ B
-    dX       dX[M,K] = (g ⊙ dY[M,N]) W[N,K] + drop'(dS[M,R] A)     dS = (g ⊙ dY) Q   or a sum of partials
+    forward  y[M,N]  = g ⊙ (x[M,K] W[N,K]ᵀ + S[M,R] Qᵀ) + bias     S = drop(x) Aᵀ
+    dX       dX[M,K] = (g ⊙ dY[M,N]) W[N,K] + drop'(dS[M,R] A)     dS = (g ⊙ dY) Q, or its parts
+    with     Q[N,R]  = s · b dᵀ ⊙ B
 
-Both are out[M, N'] = X[M, K'] W' + S · outᵀ with the letters exchanged, so one kernel serves both. Its
-tiles are handed out by an atomic ticket. The first tickets produce S for a few rows each (the shrink, or
-the sum of the partials that the strips kernel left), store it and release a flag per row block. All later
-tickets are ordinary GEMM tiles: their whole K-loop runs first, then they acquire the flag of their row
-block, add S · outᵀ to the same accumulator and store the tile once. A producer waits for nobody and
-tickets are taken in start order, so there is no schedule in which it deadlocks.
+Both are out[M, N'] = X[M, K'] W' + S · outᵀ with the letters exchanged, so one kernel serves both.
+Its tiles are handed out by an atomic ticket. The first tickets produce S for a few rows each (the
+shrink, or the sum of the partials that the strips kernel left), store it and release a flag per row
+block. All later tickets are ordinary GEMM tiles: their whole K-loop runs first, then they acquire
+the flag of their row block, add S · outᵀ to the same accumulator and store the tile once. A
+producer waits for nobody and tickets are taken in start order, so there is no schedule in which it
+deadlocks.
 
-sync holds int32 zeros [ticket, finished, flag of row block 0, 1, …]; the CTA that finishes last leaves
-zeros behind.
+sync holds int32 zeros [ticket, finished, flag of row block 0, 1, …]; the CTA that finishes last
+leaves zeros behind.
 """
 
 import triton
@@ -38,7 +40,7 @@ def _shrink_tile(
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S[m, r] = X[m, :] · in[:, r] in float32, X masked by dropout or multiplied by g on the way."""
+    """S[m, r] = X[m, :] · in[:, r] in float32; dropout or g is applied to X on the way."""
     dtype = x_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
@@ -49,7 +51,9 @@ def _shrink_tile(
             IN_IS_B, HAS_b, HAS_d, dtype,
         )  # fmt: skip
         if DROPOUT:
-            x = tl.where(keep_mask(seed_low, seed_high, threshold, offs_m, k * BLOCK_K, BLOCK_K), x, 0.0)
+            x = tl.where(
+                keep_mask(seed_low, seed_high, threshold, offs_m, k * BLOCK_K, BLOCK_K), x, 0.0
+            )
         if HAS_g:
             x = _times_gain(x, g_ptr, offs_k, K)
         acc = tl.dot(x, factor, acc, input_precision=PRECISION)
@@ -92,8 +96,8 @@ def _produce(
     scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials,
     stride_xm, stride_xk, stride_in_l, stride_in_r,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store BLOCK_S × BLOCK_R of S, then raise the flag of its row block."""
     chunks = tl.cdiv(R, BLOCK_R)
@@ -179,11 +183,12 @@ def _consume(
 
 @triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
-    x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, sync_ptr,
+    x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
+    y_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold,
     M, N, K, R, num_partials, num_producers, num_tiles,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_in_l, stride_in_r, stride_out_l, stride_out_r,
-    stride_ym,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_in_l, stride_in_r,
+    stride_out_l, stride_out_r, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, SUMS_PARTIALS: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -192,8 +197,8 @@ def ticketed_gemm(
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
-    IN_IS_B tells the two uses apart: False is the forward pass (in = A, out = B with its gains, g on
-    the output), True the input gradient (in = B with its gains, out = A, g on X).
+    IN_IS_B tells the two uses apart: False is the forward pass (in = A, out = B with its gains, g
+    on the output), True the input gradient (in = B with its gains, out = A, g on X).
     """
     ticket = tl.program_id(0)
     if HAS_ADAPTER:
@@ -207,8 +212,8 @@ def ticketed_gemm(
         )  # fmt: skip
     else:
         _consume(
-            ticket - num_producers, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr,
-            sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
+            ticket - num_producers, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
+            y_ptr, sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
             IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, DROPOUT, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_S, GROUP_M, PRECISION,
@@ -223,7 +228,7 @@ def ticketed_gemm(
 
 
 def forward(x, weight, bias, A, B, b, d, g, scaling, dropout):
-    """y [M, N] and S [M, R] (None without an adapter) in one launch, for x [M, K] and weight [N, K]."""
+    """y [M, N] and S [M, R] (None without an adapter) in one launch; x [M, K], weight [N, K]."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     S = None if A is None else x.new_empty(x.shape[0], A.shape[0])
     in_factor = None if A is None else A.T
@@ -234,16 +239,21 @@ def forward(x, weight, bias, A, B, b, d, g, scaling, dropout):
 def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, *, wants_dX):
     """dX [M, K] (None unless wanted) and dS [M, R] in one launch, for dY [M, N] and weight [N, K].
 
-    partials [J, M, R] are the parts of dS that the strips kernel left; None lets this launch form dS.
+    partials [J, M, R] are the parts of dS that the strips kernel left; with None this launch
+    forms dS itself.
     """
     dX = dY.new_empty(dY.shape[0], weight.shape[1]) if wants_dX else None
     dS = None if A is None else dY.new_empty(dY.shape[0], A.shape[0])
     out_factor = None if A is None else A.T
-    _launch(dY, weight, dX, dS, partials, B, out_factor, b, d, g, None, scaling, dropout, is_grad=True)
+    _launch(
+        dY, weight, dX, dS, partials, B, out_factor, b, d, g, None, scaling, dropout, is_grad=True
+    )
     return dX, dS
 
 
-def _launch(x, w, y, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, *, is_grad):
+def _launch(
+    x, w, y, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, *, is_grad
+):
     """w [K', N'] is contracted over its rows; in_factor [K', R], out_factor [N', R]."""
     (M, K), N = x.shape, w.shape[1]
     R = 0 if S is None else S.shape[1]

@@ -1,7 +1,7 @@
 """Pieces that the GEMM and the strip kernels share: masked tiles, gains, the dropout mask.
 
-Tiles are named by their index letters, m for rows (tokens), l for a long dimension (K or N), r for the
-rank. Offsets into tensors are int64.
+Tiles are named by their index letters, m for rows (tokens), l for a long dimension (K or N), r for
+the rank. Offsets into tensors are int64.
 """
 
 import triton
@@ -27,7 +27,7 @@ def load_factor(
     ptr, b_ptr, d_ptr, scaling, offs_l, offs_r, stride_l, stride_r, L, R,
     IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A as [K, R], or s · b dᵀ ⊙ B as [N, R]; the gains are multiplied in float32 and rounded once."""
+    """A as [K, R], or s · b dᵀ ⊙ B as [N, R], multiplied in float32 and rounded once."""
     tile = load_tile(ptr, offs_l, offs_r, stride_l, stride_r, L, R)
     if IS_B:
         tile = tile.to(tl.float32) * tl.cast(scaling, tl.float32)

@@ -1,7 +1,7 @@
 """Small int32 words that the CTAs of one launch meet on: tickets, flags, arrival counters.
 
-Every kernel that uses them leaves zeros behind, so one buffer per device and stream serves all launches
-without a memset and without a host synchronisation.
+Every kernel that uses them leaves zeros behind, so one buffer per device and stream serves all
+launches without a memset and without a host synchronisation.
 """
 
 import torch
@@ -13,8 +13,8 @@ _cache: dict[tuple[str, int | None, int], torch.Tensor] = {}
 def sync_words(device: torch.device, count: int) -> torch.Tensor:
     """At least `count` int32 zeros that no other stream uses.
 
-    While a CUDA graph is captured the words are new and belong to the graph: its replays may overlap
-    with anything.
+    While a CUDA graph is captured the words are new and belong to the graph: its replays may
+    overlap with anything.
     """
     stream = 0
     if device.type == "cuda":

@@ -1,8 +1,8 @@
 """The equation as one torch.autograd.Function.
 
-What is kept for the backward pass, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where B,
-b or d trains, y where g trains. Dropout keeps its seed, never a mask. An NF4 weight stays packed and is
-decoded again.
+What is kept for the backward pass, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where
+B, b or d trains, y where g trains. Dropout keeps its seed, never a mask. An NF4 weight stays packed
+and is decoded again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _DIFFERENTIABLE = ("x", "weight", "bias", "A", "B", "b", "d", "g")
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """apply(x, weight, bias, A, B, b, d, g, scaling, dropout_p, dropout_seed) → y; x [..., K] is in the
-    compute dtype, everything else in its own."""
+    """apply(x, weight, bias, A, B, b, d, g, scaling, dropout_p, dropout_seed) → y; x [..., K] is in
+    the compute dtype, everything else in its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | NF4Weight, *rest: Any) -> Tensor:

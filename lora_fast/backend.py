@@ -1,9 +1,9 @@
 """Which backend computes: ``auto``, ``triton`` or ``torch``.
 
 ``auto`` takes Triton for tensors on a device that Triton has a driver for, else torch. ``triton``
-launches on whatever device the tensors are on and asks no question about CUDA. ``torch`` is the same
-autograd.Function on aten and bitsandbytes calls. The environment variable ``LORA_FAST_BACKEND`` sets
-the choice at start-up, :func:`set_backend` later.
+launches on whatever device the tensors are on and asks no question about CUDA. ``torch`` is the
+same autograd.Function on aten and bitsandbytes calls. The environment variable
+``LORA_FAST_BACKEND`` sets the choice at start-up, :func:`set_backend` later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _checked(name: str, origin: str) -> Backend:
 _choice: Backend = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
 
 
-class set_backend:  # noqa: N801 - a function that can also be used with `with`
+class set_backend:
     """Choose the backend: ``set_backend("triton")``, or for a block ``with set_backend("torch"):``.
 
     Takes effect at once. Raises ValueError for a name that is not auto, triton or torch.

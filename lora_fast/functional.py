@@ -26,17 +26,18 @@ def adapted_linear(
 ) -> Tensor:
     """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias, fused forward and backward.
 
-    x [..., K] · weight [N, K], dense or :class:`NF4Weight` · bias, b, g [N] · A [R, K] · B [N, R] · d [R]
-    → y [..., N]. Absent factors cost nothing. The compute dtype, and y's, is autocast's where autocast is
-    on, else x's; products accumulate in float32; gradients arrive in the dtype of their factor.
-    ``scaling`` may be a tensor of one element (it is read on its device and gets no gradient).
-    ``dropout_p`` drops elements of x on their way into A, with a mask that is a pure function of
-    ``dropout_seed``, row and column; without a seed one is drawn from torch's generator of x's device.
+    x [..., K] · weight [N, K], dense or :class:`NF4Weight` · bias, b, g [N] · A [R, K] · B [N, R] ·
+    d [R] → y [..., N]. Absent factors cost nothing. The compute dtype, and y's, is autocast's where
+    autocast is on, else x's; products accumulate in float32; gradients arrive in the dtype of their
+    factor. ``scaling`` may be a tensor of one element (it is read on its device and gets no
+    gradient). ``dropout_p`` drops elements of x on their way into A, with a mask that is a pure
+    function of ``dropout_seed``, row and column; without a seed one is drawn from torch's generator
+    of x's device.
 
     Raises TypeError or ValueError that names the argument for operands that do not fit together.
     Differentiating twice raises RuntimeError.
-    Sources: LoRA (Hu et al. 2021, eq. 3), QLoRA (Dettmers et al. 2023, eq. 5), VeRA (Kopiczko et al. 2023,
-    eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
+    Sources: LoRA (Hu et al. 2021, eq. 3), QLoRA (Dettmers et al. 2023, eq. 5), VeRA (Kopiczko et
+    al. 2023, eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
     """
     check_adapted_linear(
         x, weight, {"bias": bias, "b": b, "d": d, "g": g}, A, B, scaling, dropout_p
@@ -44,7 +45,8 @@ def adapted_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(scaling, Tensor):
-        scaling, b = 1.0, _scaled_gain(scaling, b, B)
+        b = _scaled_gain(scaling, b, B)
+        scaling = 1.0
     if A is None:
         dropout_p = 0.0
     if dropout_p > 0.0 and dropout_seed is None:

@@ -1,11 +1,12 @@
 """NF4 weights in bitsandbytes' storage.
 
-A weight [N, K] is flattened; ``blocksize`` consecutive elements share one absmax. Byte i holds element
-2i in its high nibble and 2i+1 in its low one. With double quantisation
+A weight [N, K] is flattened; ``blocksize`` consecutive elements share one absmax. Byte i holds
+element 2i in its high nibble and 2i+1 in its low one. With double quantisation
 
     absmax[i] = code2[absmax_u8[i]] · absmax2[i // blocksize2] + offset
 
-W = code[nibble] · absmax in float32, rounded once to the wanted dtype (QLoRA, Dettmers et al. 2023, §3).
+W = code[nibble] · absmax in float32, rounded once to the wanted dtype (QLoRA, Dettmers et al. 2023,
+§3).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class NF4Weight:
 
     @classmethod
     def from_params4bit(cls, weight: Any) -> NF4Weight:
-        """Wrap the weight of a ``bitsandbytes.nn.Linear4bit`` (any ``quant_storage``), without a copy.
+        """Wrap the weight of a ``bitsandbytes.nn.Linear4bit`` (any ``quant_storage``), without a
+        copy.
 
         Raises TypeError if `weight` is not quantised, NotImplementedError for fp4 and for
         bitsandbytes' AVX512 inference packing, ValueError for a shape that is not [N, K].

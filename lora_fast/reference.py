@@ -39,11 +39,11 @@ def adapted_linear(
 ) -> Tensor:
     """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias.
 
-    x [..., K], weight [N, K] (a tensor or an object with ``dequantize(dtype)``), bias [N], A [R, K],
-    B [N, R], b [N], d [R], g [N] → y [..., N]. Every operand is cast to x's dtype, the result has it.
-    ``dropout_mask`` [M, K] (True: kept) takes the place of the mask drawn from ``dropout_seed``.
-    Sources: LoRA (Hu et al. 2021, eq. 3), VeRA (Kopiczko et al. 2023, eq. 2: b, d),
-    DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
+    x [..., K], weight [N, K] (a tensor or an object with ``dequantize(dtype)``), bias [N], A [R,
+    K], B [N, R], b [N], d [R], g [N] → y [..., N]. Every operand is cast to x's dtype, the result
+    has it. ``dropout_mask`` [M, K] (True: kept) takes the place of the mask drawn from
+    ``dropout_seed``. Sources: LoRA (Hu et al. 2021, eq. 3), VeRA (Kopiczko et al. 2023, eq. 2: b,
+    d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
     """
     dtype = x.dtype
     rows = x.reshape(-1, x.shape[-1])

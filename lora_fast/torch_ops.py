@@ -19,24 +19,16 @@ from torch import Tensor
 
 from .factors import Factors, Gradients, Needs
 from .nf4 import NF4Weight
-from .reference import dropout_mask as _dropout_mask
-
-
-def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """The boolean [M, K] keep-mask that this backend uses for `seed`."""
-    return _dropout_mask(seed, M, K, p, device)
+from .reference import dropout_mask
 
 
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and, where the backward pass needs it, S [M, R]; x is [M, K] in the compute dtype."""
+    """y [M, N] and, where the backward pass needs it, S [M, R]; x [M, K] has the compute dtype."""
     dtype, work = x.dtype, _working_dtype(x)
     rows = x.to(work)
     weight = _dense(f.weight, dtype).to(work)
     bias = None if f.bias is None else f.bias.to(work)
-    if bias is None or f.g is not None:
-        V = rows @ weight.T
-    else:
-        V = torch.addmm(bias, rows, weight.T)
+    V = torch.nn.functional.linear(rows, weight, bias if f.g is None else None)
     S = None
     if f.A is not None and f.B is not None:
         S = _shrink(rows, f, dtype)
@@ -51,7 +43,7 @@ def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]
 def backward(
     dY: Tensor, x: Tensor | None, S: Tensor | None, y: Tensor | None, f: Factors, needs: Needs
 ) -> Gradients:
-    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], y [M, N] as :func:`forward` left them."""
+    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], y [M, N] as forward left them."""
     dtype, work = dY.dtype, _working_dtype(dY)
     dYw = dY.to(work)
     dV = dYw if f.g is None else dYw * f.g.to(work)
@@ -80,7 +72,7 @@ def _shrink(rows: Tensor, f: Factors, dtype: torch.dtype) -> Tensor:
     A = f.A.to(dtype).to(rows.dtype)
     if f.dropout_p == 0.0:
         return (rows @ A.T).to(dtype)
-    mask = dropout_mask(f.dropout_seed, *rows.shape, f.dropout_p, rows.device)
+    mask = _mask(f, rows)
     return (rows.masked_fill(~mask, 0.0) @ A.T).mul_(_keep_scale(f)).to(dtype)
 
 
@@ -103,7 +95,7 @@ def _input_gradient(dV: Tensor, dS: Tensor | None, f: Factors, dtype: torch.dtyp
         if f.dropout_p == 0.0:
             dX.addmm_(dS.to(work), A)
         else:
-            mask = dropout_mask(f.dropout_seed, *dX.shape, f.dropout_p, dX.device)
+            mask = _mask(f, dX)
             dX.add_((dS.to(work) @ A).masked_fill_(~mask, 0.0), alpha=_keep_scale(f))
     return dX.to(dtype)
 
@@ -114,7 +106,7 @@ def _shrink_gradient(dS: Tensor, xw: Tensor, f: Factors) -> Tensor:
     left = dS.to(xw.dtype).T
     if f.dropout_p == 0.0:
         return _product(left, xw).to(f.A.dtype)
-    mask = dropout_mask(f.dropout_seed, *xw.shape, f.dropout_p, xw.device)
+    mask = _mask(f, xw)
     return (_product(left, xw.masked_fill(~mask, 0.0)) * _keep_scale(f)).to(f.A.dtype)
 
 
@@ -159,6 +151,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _sum_rows(dY: Tensor) -> Tensor:
     return dY.sum(0, dtype=torch.promote_types(dY.dtype, torch.float32))
+
+
+def _mask(f: Factors, like: Tensor) -> Tensor:
+    M, K = like.shape
+    return dropout_mask(f.dropout_seed, M, K, f.dropout_p, like.device)
 
 
 def _keep_scale(f: Factors) -> float:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .factors import Factors, Gradients, Needs
-from .kernels import nf4_decode, strips, ticketed_gemm
 from .kernels import dropout as dropout_kernels
+from .kernels import nf4_decode, strips, ticketed_gemm
 from .nf4 import NF4Weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,12 +22,10 @@ def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str
 
 
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and, where the backward pass needs it, S [M, R]; x is [M, K] in the compute dtype."""
+    """y [M, N] and, where the backward pass needs it, S [M, R]; x [M, K] has the compute dtype."""
     _check_dtype(x)
     weight = _dense(f.weight, x.dtype)
-    y, S = ticketed_gemm.forward(
-        x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f)
-    )
+    y, S = ticketed_gemm.forward(x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f))
     return y, S if needs.saves_S else None
 
 

@@ -1,4 +1,4 @@
-"""Checks of what users hand in. Every message names the argument, what it must be and what it is."""
+"""Checks of what users hand in; messages name the argument, what it must be and what it is."""
 
 from __future__ import annotations
 

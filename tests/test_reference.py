@@ -11,7 +11,16 @@ NAMES = ("x", "weight", "bias", "A", "B", "b", "d", "g")
 
 
 def operands(M=4, K=6, N=5, R=3):
-    shapes = dict(x=(M, K), weight=(N, K), bias=(N,), A=(R, K), B=(N, R), b=(N,), d=(R,), g=(N,))
+    shapes = {
+        "x": (M, K),
+        "weight": (N, K),
+        "bias": (N,),
+        "A": (R, K),
+        "B": (N, R),
+        "b": (N,),
+        "d": (R,),
+        "g": (N,),
+    }
     return {
         name: torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for name, shape in shapes.items()

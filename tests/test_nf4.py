@@ -1,0 +1,74 @@
+"""NF4 weights against bitsandbytes, bit for bit, and what is refused."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnbf
+import pytest
+import torch
+from accuracy import assert_same_bits
+
+from lora_fast import NF4Weight
+from lora_fast.nf4 import BLOCKSIZES
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def params4bit(weight, **kwargs):
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, quant_type="nf4", **kwargs
+    )
+    layer.load_state_dict({"weight": weight})
+    return layer.to("cpu").weight
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decodes_as_bitsandbytes_does(dtype, nested):
+    for blocksize in BLOCKSIZES:
+        for shape in ((64, 64), (33, 18), (5, 7), (65, 130)):
+            weight = NF4Weight.from_dense(
+                torch.randn(shape).to(dtype), blocksize=blocksize, double_quant=nested
+            )
+            expected = bnbf.dequantize_4bit(weight.packed.view(-1, 1), weight.quant_state)
+            assert_same_bits(weight.dequantize(), expected, name=f"{blocksize} {shape}")
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_wraps_params4bit_without_a_copy(storage):
+    dense = torch.randn(32, 64)
+    p = params4bit(dense, quant_storage=storage)
+    weight = NF4Weight.from_params4bit(p)
+    assert weight.packed.data_ptr() == p.data_ptr()
+    assert weight.packed.dtype == torch.uint8
+    assert (weight.shape, weight.nested, weight.blocksize) == ((32, 64), True, 64)
+    assert_same_bits(weight.dequantize(), bnbf.dequantize_4bit(p.data, p.quant_state), name="W")
+
+
+def test_float64_is_the_exact_image_of_float32():
+    weight = NF4Weight.from_dense(torch.randn(16, 16))
+    assert torch.equal(weight.dequantize(torch.float64), weight.dequantize(torch.float32).double())
+
+
+def test_high_nibble_comes_first():
+    dense = torch.tensor([[1.0, -1.0]]).repeat(1, 32)
+    weight = NF4Weight.from_dense(dense, double_quant=False)
+    assert weight.packed.tolist() == [0xF0] * 32
+    assert torch.equal(weight.dequantize(), dense)
+
+
+def test_what_is_not_nf4_is_refused():
+    dense = torch.randn(32, 64)
+    with pytest.raises(TypeError, match="weight must be a quantised bitsandbytes Params4bit"):
+        NF4Weight.from_params4bit(dense)
+    fp4 = bnb.nn.Linear4bit(64, 32, quant_type="fp4").to("cpu")
+    with pytest.raises(NotImplementedError, match="weight must be quantised as nf4, got fp4"):
+        NF4Weight.from_params4bit(fp4.weight)
+    packed = params4bit(dense)
+    packed.quant_state.packing_format_for_cpu = True
+    with pytest.raises(NotImplementedError, match="plain layout"):
+        NF4Weight.from_params4bit(packed)
+    with pytest.raises(ValueError, match=r"weight must have shape \[N, K\]"):
+        NF4Weight.from_dense(torch.randn(64))
+    with pytest.raises(ValueError, match="blocksize must be one of"):
+        NF4Weight.from_dense(dense, blocksize=48)
