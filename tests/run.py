@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ class Outcome:
     failed: int
     skipped: int
     seconds: float
+    cpu_seconds: float
 
 
 def cpu_legs() -> list[Leg]:
@@ -63,20 +65,27 @@ def run_leg(leg: Leg, jobs: int, extra: list[str]) -> Outcome:
         report = Path(folder) / "report.xml"
         command = [
             *(sys.executable, "-m", "pytest", "-q", "-m", leg.select, "-p", "no:benchmark"),
-            *("-n", str(jobs), "--dist", "worksteal", "--timeout", "300", "--durations", "5"),
+            *("-n", str(jobs), "--dist", "worksteal", "--timeout", "600", "--durations", "5"),
             *(f"--junitxml={report}", *extra),
         ]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **leg.env}
-        if "TRITON_INTERPRET" not in leg.env:
-            env.pop("TRITON_INTERPRET", None)
+        for name in {"TRITON_INTERPRET", "LORA_FAST_BACKEND"} - leg.env.keys():
+            env.pop(name, None)  # what the caller's shell has set is no part of the suite
         print(f"\n== {leg.name}: pytest -m '{leg.select}'", flush=True)
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), _cpu_seconds()
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
-        return _count(leg, report, code, time.monotonic() - started)
+        seconds, cpu_seconds = time.monotonic() - started, _cpu_seconds() - cpu_started
+        return Outcome(leg, *_count(report, code), seconds, cpu_seconds)
 
 
-def _count(leg: Leg, report: Path, code: int, seconds: float) -> Outcome:
-    """Read the counts from pytest's JUnit file; a failed process counts at least one failure."""
+def _cpu_seconds() -> float:
+    """CPU time of all children so far: what a leg costs on a machine that has other work, too."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _count(report: Path, code: int) -> tuple[int, int, int]:
+    """Passed, failed, skipped in pytest's JUnit file; a failed process has at least one failure."""
     total = failed = skipped = 0
     if report.is_file():
         for suite in ET.parse(report).getroot().iter("testsuite"):
@@ -86,7 +95,7 @@ def _count(leg: Leg, report: Path, code: int, seconds: float) -> Outcome:
     passed = max(0, total - failed - skipped)
     if code != 0:
         failed = max(1, failed)
-    return Outcome(leg, passed, failed, skipped, seconds)
+    return passed, failed, skipped
 
 
 def main() -> int:
@@ -109,7 +118,7 @@ def main() -> int:
         verdict = "FAILED" if o.failed else "ok"
         print(
             f"{o.leg.name:12} {verdict:7} {o.passed} passed, {o.failed} failed, "
-            f"{o.skipped} skipped in {o.seconds:.0f} s"
+            f"{o.skipped} skipped in {o.seconds:.0f} s (CPU {o.cpu_seconds:.0f} s)"
         )
     if not PTX_EXECUTOR.is_dir() and any(o.leg.name == "compiled" for o in outcomes):
         print(f"Tests that execute compiled PTX were skipped: no executor in {PTX_EXECUTOR}.")
