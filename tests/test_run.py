@@ -40,6 +40,9 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Most of the time would go into plugins that these few tests do not use.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin,pytest_timeout")
     return tmp_path
 
 
