@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
 
-from .base_linear import CallCounts
+from .base_linear import CallCounts, runs_own_forward
 from .reporting import adapted_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +24,7 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     does not cover (merged or disabled adapters, ``adapter_names``, variants such as DoRA, hooks on
     the inner layers, …) runs PEFT's own forward; :func:`lora_fast.report` tells where, and why.
     Adapters that are added to these layers later are covered. Layers that PEFT wraps later are
-    not: call ``accelerate`` again.
+    not: call ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError.
 
     ``group_shared_inputs`` has no effect in this version: no layers are grouped.
 
@@ -47,7 +48,7 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     layers: list[Any] = [
         module
         for module in model.modules()
-        if type(module) in FUSED_CLASSES and "forward" not in module.__dict__
+        if type(module) in FUSED_CLASSES and runs_own_forward(module)
     ]
     _switch(layers, FUSED_CLASSES)
     for layer in layers:
@@ -77,11 +78,20 @@ def _switch(layers: list[nn.Module], classes: dict[type[nn.Module], type[nn.Modu
     previous = [type(layer) for layer in layers]
     try:
         for layer in layers:
-            layer.__class__ = classes[type(layer)]
+            _set_class(layer, classes[type(layer)])
     except BaseException:
         for layer, cls in zip(layers, previous, strict=True):
-            layer.__class__ = cls
+            _set_class(layer, cls)
         raise
+
+
+def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    forward = type(layer).forward
+    layer.__class__ = cls
+    # Hugging Face's device hooks keep the forward of the class as a method bound to the layer.
+    for name in ("forward", "_old_forward"):
+        if getattr(layer.__dict__.get(name), "__func__", None) is forward:
+            layer.__dict__[name] = MethodType(cls.forward, layer)
 
 
 def _check(model: Any) -> None:

@@ -9,6 +9,7 @@ layers when asked, nothing is remembered: weights, hooks and dtypes may change b
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,9 +60,34 @@ def module_obstacle(module: nn.Module, role: str, *types: type) -> str | None:
         or module._backward_pre_hooks
     ):
         return f"hooks on {role}"
-    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+    if not runs_own_forward(module) or module._compiled_call_impl is not None:
         return f"forward of {role} replaced"
     return None
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether calling `module` comes down to the forward of its class, on tensors of one device."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return True
+    if _only_moves_input(module, forward):
+        forward = module.__dict__.get("_old_forward")
+    return (
+        getattr(forward, "__self__", None) is module
+        and getattr(forward, "__func__", None) is type(module).forward
+    )
+
+
+def _only_moves_input(module: nn.Module, forward: Any) -> bool:
+    """The hook of a ``device_map`` over several devices, which takes x to the weight's device."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    return (
+        type(hook).__module__ == "accelerate.hooks"
+        and type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and isinstance(forward, functools.partial)
+        and forward.func.__module__ == "accelerate.hooks"
+    )
 
 
 def tensor_obstacle(tensor: Tensor | None, role: str) -> str | None:

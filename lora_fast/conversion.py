@@ -43,7 +43,8 @@ def convert(
     regular expression for the whole dotted name; or "all-linear", every linear layer but the output
     head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit``.
     ``quantize="nf4"`` quantises the targets that are dense (blocks of 64, double quantisation,
-    computing in the dtype of the weight). Everything is frozen but the adapters and
+    computing in the dtype of the weight); the dense weights are let go when all are quantised, so
+    that a failure changes nothing. Everything is frozen but the adapters and
     `modules_to_save` (names or ends of names, such as that of a new head), which are never adapted.
     A layer that is reachable by several names keeps being one layer.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .base_linear import CallCounts, describe, environment_obstacle
+from .base_linear import CallCounts, describe, environment_obstacle, runs_own_forward
 from .modules import LoRALinear
 
 
@@ -114,7 +114,7 @@ def _obstacle(layer: Any) -> str | None:
         return peft_layers.layer_obstacle(layer)
     if type(layer) not in peft_layers.FUSED_CLASSES:
         return f"{_kind(layer)} has no fused path"
-    if "forward" in layer.__dict__:
+    if not runs_own_forward(layer):
         return "forward of the layer replaced"
     return "not accelerated"
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from lora_models import (
     K,
     Mlp,
@@ -121,7 +123,7 @@ def test_wrong_flag() -> None:
 
 
 def test_a_replaced_forward_of_the_layer_is_kept() -> None:
-    """accelerate's device hooks replace the forward of the instance; a new class would not show."""
+    """Under a forward of the instance's own, a new class would not show."""
     model = peft_model()
     (layer,) = lora_layers(model)
     layer.forward = lambda x: x.new_zeros(())
@@ -129,6 +131,41 @@ def test_a_replaced_forward_of_the_layer_is_kept() -> None:
     assert type(layer) is lora.Linear
     assert model(torch.randn(2, K)).shape == ()
     assert lora_fast.report(model).layers[0].obstacle == "forward of the layer replaced"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_device_map_hooks_of_the_base_model_do_not_matter(kind: str, when: str) -> None:
+    """transformers' device_map hooks every module of a model that spans several devices."""
+    stock = peft_model(kind, model=Mlp())
+    fused = copy.deepcopy(stock)
+    if when == "before":
+        dispatch_model(fused, {"": "cpu"}, force_hooks=True)
+    lora_fast.accelerate(fused)
+    if when == "after":
+        dispatch_model(fused, {"": "cpu"}, force_hooks=True)
+    layer = lora_layers(fused)[0]
+    assert "forward" in vars(layer) and "forward" in vars(layer.base_layer)
+    x = torch.randn(9, K)
+    assert lora_fast.report(fused).all_fused
+    compare(fused, stock, x, compute_dtype=F32)
+    assert counted(fused) == (2, {})
+
+    remove_hook_from_submodules(fused)
+    compare(fused, stock, x, compute_dtype=F32)
+    assert counted(fused) == (4, {})
+    lora_fast.decelerate(fused)
+    assert_equal_runs(run(fused, x), run(stock, x))
+    assert counted(fused) == (0, {})
+
+
+def test_offloading_hooks_run_as_they_are() -> None:
+    stock = peft_model()
+    fused = accelerated_copy(stock)
+    add_hook_to_module(lora_layers(fused)[0].base_layer, AlignDevicesHook("cpu", offload=True))
+    x = torch.randn(9, K)
+    assert_equal_runs(run(fused, x), run(stock, x))
+    assert counted(fused) == (0, {"forward of base layer replaced": 1})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,7 @@ from lora_fast.base_linear import (
     tensor_obstacle,
     weight_shape,
 )
+from lora_fast.functional import adapted_linear
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -95,6 +96,19 @@ def test_the_first_input_settles_the_compute_dtype(first: torch.dtype) -> None:
         assert y.dtype == theirs(x).dtype == dtype
         assert ours.compute_dtype == theirs.compute_dtype
         assert ours.compute_type_is_set and theirs.compute_type_is_set
+
+
+@pytest.mark.parametrize("autocast", [None, F16])
+def test_four_bit_layers_compute_in_their_dtype(autocast: torch.dtype | None) -> None:
+    """In the layer's compute dtype, in autocast's where that is on, and back to x's dtype."""
+    base = nf4_linear(nn.Linear(K, N), BF16)
+    A, B, x = torch.randn(2, K), torch.randn(N, 2), torch.randn(3, K)
+    weight = NF4Weight.from_params4bit(base.weight)
+    factors: Any = {"A": A, "B": B, "scaling": 0.7}
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        y = adapted(base, x, bias=base.bias, **factors)
+    expected = adapted_linear(x.to(autocast or BF16), weight, base.bias, **factors)
+    assert torch.equal(y, expected.to(F32))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, BF16])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from typing import Any
 
@@ -98,9 +97,6 @@ def test_parameters_are_named_and_initialised_as_in_peft() -> None:
     shapes = {n: tuple(p.shape) for n, p in layer.named_parameters() if p.requires_grad}
     assert shapes == {"lora_A": (3, K), "lora_B": (N, 3)}
     assert not layer.lora_B.any()
-    # kaiming_uniform with a = √5 draws from ±1/√K.
-    assert 0.9 / math.sqrt(K) < layer.lora_A.abs().max() <= 1 / math.sqrt(K)
-    assert layer.lora_A.mean().abs() < 0.1 / math.sqrt(K)
     torch.manual_seed(4)
     layer.reset_parameters()
     torch.manual_seed(4)
