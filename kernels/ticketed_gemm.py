@@ -190,8 +190,8 @@ def ticketed_gemm(
     stride_xm, stride_xk, stride_wk, stride_wn, stride_in_l, stride_in_r,
     stride_out_l, stride_out_r, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, SUMS_PARTIALS: tl.constexpr,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, WRITES_Y: tl.constexpr,
+    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +203,7 @@ def ticketed_gemm(
     ticket = tl.program_id(0)
     if HAS_ADAPTER:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
-    if ticket < num_producers:
+    if not WRITES_Y or (HAS_ADAPTER and ticket < num_producers):
         _produce(
             ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, sync_ptr,
             scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials,
@@ -271,11 +271,14 @@ def _launch(
         M, N, K, R, 0 if partials is None else partials.shape[0], producers, producers + tiles,
         *x.stride(), *w.stride(), *_strides(in_factor), *_strides(out_factor), N,
         IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
-        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, SUMS_PARTIALS=partials is not None,
-        DROPOUT=dropout.p > 0.0, EVEN_K=K % config.BLOCK_K == 0, BLOCK_R=BLOCK_R,
-        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
+        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, WRITES_Y=y is not None,
+        SUMS_PARTIALS=partials is not None, DROPOUT=dropout.p > 0.0,
+        EVEN_K=K % config.BLOCK_K == 0, BLOCK_R=BLOCK_R, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps,
+        # An operand that is scaled in registers is not safe in the pipeline: Triton 3.7.1 overwrites
+        # it on sm_90 before the wgmma that reads it was waited for.
+        num_stages=1 if g is not None and is_grad else config.num_stages,
     )  # fmt: skip
 
 
