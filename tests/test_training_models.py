@@ -110,6 +110,21 @@ def test_the_language_model_head_is_neither_quantised_nor_adapted(llama: Path) -
     assert total > models.base_parameters(base.model) - trainable
 
 
+def test_absent_weights_of_a_language_model_leave_its_head_alone(
+    llama: Path, tmp_path: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama)
+    weights = model.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    models.load_tokenizer(str(llama)).save_pretrained(tmp_path)
+    base = models.load_base(config(tmp_path, task="causal-lm"), [])
+    found = kinds(base.model)
+    assert base.new_modules == ["model.layers.1.mlp.up_proj"]
+    assert found["lm_head"] is found["model.layers.1.mlp.up_proj"] is nn.Linear
+    assert found["model.layers.0.mlp.up_proj"] is bnb.nn.Linear4bit
+
+
 def test_initial_weights_depend_on_the_seed(bert: Path) -> None:
     def head(seed: int) -> torch.Tensor:
         return models.load_base(config(bert, seed=seed), LABELS).model.classifier.weight

@@ -52,6 +52,11 @@ class Terminal:
         """Print one line, above whatever is running."""
         self.console.print(f"[yellow]![/] {escape(text)}")
 
+    def fact(self, name: str, text: str) -> None:
+        """Print one line about the run, once the stage before it is done."""
+        self._close(done=True)
+        self.console.print(f"  [bold]{escape(name):<6}[/] {escape(text)}")
+
     def training(self, arm: str, first_step: int, total_steps: int) -> None:
         """Show the progress bar of one arm."""
         title = f"Training with {ARM_TITLES.get(arm, arm)}"

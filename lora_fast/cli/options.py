@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lora_fast.training import config
+
 DATA = "Model and data"
 ADAPTER = "Adapter"
 TRAINING = "Training"
@@ -46,7 +48,9 @@ Task = Annotated[
 MaxLength = Annotated[
     int | None,
     typer.Option(
-        help="Tokens kept of an example: 64 builtin, 256 classification, 1024 causal-lm.",
+        help=f"Tokens kept of an example: {config.BUILTIN_MAX_LENGTH} builtin, "
+        f"{config.MAX_LENGTH['classification']} classification, "
+        f"{config.MAX_LENGTH['causal-lm']} causal-lm.",
         rich_help_panel=DATA,
     ),
 ]
@@ -76,15 +80,26 @@ LearningRate = Annotated[
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Optimizer steps: 250 builtin.", rich_help_panel=TRAINING)
+    int | None,
+    typer.Option(
+        help=f"Optimizer steps: {config.BUILTIN_STEPS} builtin.", rich_help_panel=TRAINING
+    ),
 ]
 Epochs = Annotated[
     float | None,
-    typer.Option(help="Or passes over --data: 3, causal-lm 1.", rich_help_panel=TRAINING),
+    typer.Option(
+        help=f"Or passes over --data: {config.EPOCHS['classification']:g}, "
+        f"causal-lm {config.EPOCHS['causal-lm']:g}.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(help="Examples per batch: 32, causal-lm 8.", rich_help_panel=TRAINING),
+    typer.Option(
+        help=f"Examples per batch: {config.BATCH_SIZE['classification']}, "
+        f"causal-lm {config.BATCH_SIZE['causal-lm']}.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 GradAccum = Annotated[int, typer.Option(help="Batches per step.", rich_help_panel=TRAINING)]
 GradientCheckpointing = Annotated[

@@ -34,8 +34,8 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     console.print(score_table(found))
     console.print(cost_table(found))
     console.print(fused_line(found))
-    for reason, count in found["fused"]["fallback_reasons"].items():
-        console.print(f"  [yellow]{count} × plain PEFT path: {escape(reason)}[/]")
+    for reason, count in found["fused"]["fallback_calls"].items():
+        console.print(f"  [yellow]plain PEFT path, {count:,} calls: {escape(reason)}[/]")
     if "comparison" in found:
         difference = found["comparison"]["max_relative_loss_difference"]
         console.print(f"Largest difference of the two loss curves: {difference:.1e}, relative")

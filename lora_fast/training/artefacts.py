@@ -101,7 +101,7 @@ library_name: peft
 tags: [lora, lora_fast]
 ---
 
-# LoRA adapter for {Path(base.name).name}
+# LoRA adapter for {base.title}
 
 Task: {config.task}. Data: {config.data}. r = {config.r}, alpha = {config.alpha:g}, \
 {"NF4" if base.quantized else "unquantised"} base, \

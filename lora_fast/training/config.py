@@ -17,6 +17,9 @@ CONFIG_FILE = "run.json"
 
 BUILTIN_STEPS = 250
 BUILTIN_MAX_LENGTH = 64
+EPOCHS = {"classification": 3.0, "causal-lm": 1.0}
+BATCH_SIZE = {"classification": 32, "causal-lm": 8}
+MAX_LENGTH = {"classification": 256, "causal-lm": 1024}
 WARMUP = 0.06
 
 
@@ -74,24 +77,19 @@ class TrainConfig:
             )
 
     def with_defaults(self, parameters: int) -> TrainConfig:
-        """Return the same run with every None but ``steps``/``epochs`` of the other kind filled in.
+        """Return the same run with what is None chosen: of steps and epochs one, else everything.
 
         ``parameters`` is the size of the base model, which the learning rate depends on.
         """
-        classification = self.task == "classification"
         builtin = self.data == BUILTIN
-        steps, epochs = self.steps, self.epochs
-        if steps is None and epochs is None:
-            steps, epochs = (
-                (BUILTIN_STEPS, None) if builtin else (None, 3.0 if classification else 1.0)
-            )
-        length = BUILTIN_MAX_LENGTH if builtin else 256 if classification else 1024
+        undecided = self.steps is None and self.epochs is None
+        length = BUILTIN_MAX_LENGTH if builtin else MAX_LENGTH[self.task]
         return replace(
             self,
-            steps=steps,
-            epochs=epochs,
+            steps=BUILTIN_STEPS if undecided and builtin else self.steps,
+            epochs=EPOCHS[self.task] if undecided and not builtin else self.epochs,
             lr=self.lr or default_learning_rate(parameters),
-            batch_size=self.batch_size or (32 if classification else 8),
+            batch_size=self.batch_size or BATCH_SIZE[self.task],
             max_length=self.max_length or length,
         )
 

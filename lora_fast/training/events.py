@@ -14,6 +14,9 @@ class Observer(Protocol):
     def note(self, text: str) -> None:
         """Something the user should know, in one line."""
 
+    def fact(self, name: str, text: str) -> None:
+        """What the run is about to do, in a word and a line."""
+
     def training(self, arm: str, first_step: int, total_steps: int) -> None:
         """The training of ``arm`` begins behind ``first_step`` finished steps."""
 
@@ -30,6 +33,8 @@ class Silent:
     def stage(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def fact(self, name: str, text: str) -> None: ...
 
     def training(self, arm: str, first_step: int, total_steps: int) -> None: ...
 

