@@ -51,6 +51,8 @@ _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
 _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stages=3)
 # tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
+# Two accumulators of 128 columns do not fit the registers of 4 warps.
+_GEMM_16BIT_SM100_NARROW = GemmConfig(128, 64, 64, 64, 8, num_warps=4, num_stages=3)
 _GEMM_16BIT_FEW_ROWS = GemmConfig(64, 64, 64, 64, 8, num_warps=4, num_stages=3)
 # IEEE float32 products run on the FMA pipes: small tiles, registers are the limit. Fewer than 64
 # rows, because Triton 3.7.1 can give an "ieee" product of 64 rows or more to tcgen05 on sm_100, as
@@ -75,15 +77,19 @@ def current_arch() -> int | None:
     return int(target.arch) if target.backend == "cuda" else None
 
 
-def pick_gemm(M: int, dtype: torch.dtype, arch: int | None) -> GemmConfig:
-    """The configuration of ticketed_gemm for M rows."""
+def pick_gemm(
+    M: int, dtype: torch.dtype, arch: int | None, *, two_accumulators: bool = False
+) -> GemmConfig:
+    """The configuration of ticketed_gemm for M rows; dropout's dX needs a second accumulator."""
     if dtype == torch.float32:
         return _GEMM_FLOAT32
     if M <= 64:
         return _GEMM_16BIT_FEW_ROWS
     if arch in _SMALL_SHARED:
         return _GEMM_16BIT_SMALL_SHARED
-    return _GEMM_16BIT_SM100 if arch == 100 else _GEMM_16BIT
+    if arch == 100:
+        return _GEMM_16BIT_SM100_NARROW if two_accumulators else _GEMM_16BIT_SM100
+    return _GEMM_16BIT
 
 
 def pick_strips(dtype: torch.dtype, arch: int | None) -> StripConfig:

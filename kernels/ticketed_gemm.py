@@ -191,9 +191,9 @@ def ticketed_gemm(
     stride_out_l, stride_out_r, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, WRITES_Y: tl.constexpr,
-    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
@@ -257,7 +257,8 @@ def _launch(
     """w [K', N'] is contracted over its rows; in_factor [K', R], out_factor [N', R]."""
     (M, K), N = x.shape, w.shape[1]
     R = 0 if S is None else S.shape[1]
-    config = pick_gemm(M, x.dtype, current_arch())
+    two_accumulators = is_grad and dropout.p > 0.0
+    config = pick_gemm(M, x.dtype, current_arch(), two_accumulators=two_accumulators)
     BLOCK_R = rank_block(R)
     producers = triton.cdiv(M, config.BLOCK_S) * triton.cdiv(R, BLOCK_R)
     tiles = 0 if y is None else triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
@@ -273,11 +274,11 @@ def _launch(
         IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, WRITES_Y=y is not None,
         SUMS_PARTIALS=partials is not None, DROPOUT=dropout.p > 0.0,
-        EVEN_K=K % config.BLOCK_K == 0, BLOCK_R=BLOCK_R, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
-        BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
-        num_warps=config.num_warps,
-        # An operand that is scaled in registers is not safe in the pipeline: Triton 3.7.1 overwrites
-        # it on sm_90 before the wgmma that reads it was waited for.
+        EVEN_K=K % config.BLOCK_K == 0, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R, BLOCK_S=config.BLOCK_S,
+        GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype), num_warps=config.num_warps,
+        # An operand scaled in registers is not safe in the pipeline: Triton 3.7.1 overwrites it on
+        # sm_90 before the wgmma that reads it was waited for.
         num_stages=1 if g is not None and is_grad else config.num_stages,
     )  # fmt: skip
 

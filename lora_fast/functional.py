@@ -65,4 +65,11 @@ def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor 
 
 
 def _draw_seed(device: torch.device) -> int:
-    return int(torch.randint(2**62, (), device=device))
+    """A seed from torch's generator of `device`, whose state advances; CUDA is not waited for."""
+    if device.type != "cuda":
+        return int(torch.randint(2**62, (), device=device))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)
+    return (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset) % 2**62

@@ -24,8 +24,11 @@ def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and, where the backward pass needs it, S [M, R]; x [M, K] has the compute dtype."""
     _check_dtype(x)
-    weight = _dense(f.weight, x.dtype)
-    y, S = ticketed_gemm.forward(x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f))
+    with torch.cuda.device_of(x):
+        weight = _dense(f.weight, x.dtype)
+        y, S = ticketed_gemm.forward(
+            x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f)
+        )
     return y, S if needs.saves_S else None
 
 
@@ -35,6 +38,14 @@ def backward(
     """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], y [M, N] as forward left them."""
     if dY.shape[0] == 0:
         return _empty_batch(dY, f, needs)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(dY):
+        return _gradients(dY, x, S, y, f, needs)
+
+
+def _gradients(
+    dY: Tensor, x: Tensor | None, S: Tensor | None, y: Tensor | None, f: Factors, needs: Needs
+) -> Gradients:
     grads: dict[str, Tensor | None] = {}
     partials = None
     needs_dS = f.has_adapter and (needs.x or needs.A)

@@ -313,3 +313,13 @@ def test_bad_input_is_named(kind, message, kwargs):
     arguments = {**{"x": X, "weight": W, "bias": None, "A": A, "B": B}, **kwargs}
     with pytest.raises(kind, match=message):
         functional.adapted_linear(**arguments)
+
+
+@pytest.mark.gpu
+def test_dropout_seed_on_a_gpu_follows_its_generator():
+    """The same state gives the same seed, every draw another one; nothing waits for the device."""
+    device = torch.device("cuda")
+    torch.manual_seed(5)
+    first, second = functional._draw_seed(device), functional._draw_seed(device)
+    torch.manual_seed(5)
+    assert functional._draw_seed(device) == first != second
