@@ -8,8 +8,12 @@ import torch
 from .device_label import default_device, label, steady
 
 
-def pytest_report_header() -> str:
-    return label(steady(default_device()))
+def pytest_configure() -> None:
+    steady(default_device())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(label(default_device()))
 
 
 @pytest.fixture(scope="session")
