@@ -189,15 +189,19 @@ _PTX_PARAMS = [
 ]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(_interpreter, id="interpreter", marks=pytest.mark.interpreter),
-        *_PTX_PARAMS,
-        pytest.param(_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.compiled]),
-    ],
-)
+_INTERPRETER_PARAM = pytest.param(_interpreter, id="interpreter", marks=pytest.mark.interpreter)
+_GPU_PARAM = pytest.param(_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.compiled])
+
+
+@pytest.fixture(params=[_INTERPRETER_PARAM, *_PTX_PARAMS, _GPU_PARAM])
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     """Every machine that can run kernels, one after the other; its backend is Triton."""
+    yield from _started(request.param())
+
+
+@pytest.fixture(params=[_INTERPRETER_PARAM, _PTX_PARAMS[1], _GPU_PARAM])
+def typical_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """One architecture for all: for cases that differ little from those that run on each."""
     yield from _started(request.param())
 
 
