@@ -87,7 +87,7 @@ def pick_gemm(
         return _GEMM_16BIT_FEW_ROWS
     if arch in _SMALL_SHARED:
         return _GEMM_16BIT_SMALL_SHARED
-    if arch == 100:
+    if _has_tensor_memory(arch):
         return _GEMM_16BIT_SM100_NARROW if two_accumulators else _GEMM_16BIT_SM100
     return _GEMM_16BIT
 
@@ -96,7 +96,11 @@ def pick_strips(dtype: torch.dtype, arch: int | None) -> StripConfig:
     """The configuration of strips."""
     if dtype == torch.float32:
         return _STRIP_FLOAT32
-    return _STRIP_16BIT_SM100 if arch == 100 else _STRIP_16BIT
+    return _STRIP_16BIT_SM100 if _has_tensor_memory(arch) else _STRIP_16BIT
+
+
+def _has_tensor_memory(arch: int | None) -> bool:
+    return arch is not None and arch // 10 in (10, 11)
 
 
 def pick_decode() -> DecodeConfig:
@@ -122,6 +126,9 @@ def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
 
 def precision_of(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: IEEE products for float32 unless torch's user allowed TF32."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"

@@ -2,7 +2,7 @@
 
     grad_expand  X = dY [M, N], S = drop(x) Aᵀ     T = dVᵀ S = g ⊙ (dYᵀ S)               [N, R]
                  dB = s · b dᵀ ⊙ T                 db = s · rowsum(B ⊙ T dᵀ)
-                 dd = s · colsum(b B ⊙ T)          dbias = Σ_M dY      dg = Σ_M dY ⊙ (y − bias) / g
+                 dd = s · colsum(b B ⊙ T)          dbias = Σ_M dY      dg = Σ_M dY ⊙ V
                  and, of the same tiles, partials of dS = dY (s · (g b) dᵀ ⊙ B)       [J, M, R]
     grad_shrink  X = drop(x) [M, K], S = dS        dA = dSᵀ drop(x)                       [R, K]
 
@@ -29,16 +29,14 @@ _VARYING = ("M", "rows_per_range", "num_ranges", "seed_low", "seed_high", "thres
 
 
 @triton.jit
-def _column_sums(
-    x, y_ptr, bias, offs_m, offs_l, M, L, stride_ym, stride_yl, HAS_GAIN: tl.constexpr
-):
-    """Σ_m x and, with a gain, Σ_m x ⊙ (y − bias), of one tile, in float32."""
+def _column_sums(x, v_ptr, offs_m, offs_l, M, L, stride_vm, stride_vl, HAS_GAIN: tl.constexpr):
+    """Σ_m x and, with a gain, Σ_m x ⊙ V, of one tile, in float32."""
     wide = x.to(tl.float32)
     sums = tl.sum(wide, axis=0)
     products = sums
     if HAS_GAIN:
-        y = load_tile(y_ptr, offs_m, offs_l, stride_ym, stride_yl, M, L).to(tl.float32)
-        products = tl.sum(wide * (y - bias[None, :]), axis=0)
+        V = load_tile(v_ptr, offs_m, offs_l, stride_vm, stride_vl, M, L).to(tl.float32)
+        products = tl.sum(wide * V, axis=0)
     return sums, products
 
 
@@ -53,15 +51,15 @@ def _sum_ranges(ptr, num_ranges, range_stride, offs, mask):
 
 @triton.jit
 def _walk_rows(
-    x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr,
+    x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, first_m, last_m, first_l, first_r,
-    M, L, R, stride_xm, stride_xl, stride_ym, stride_yl, stride_bl, stride_br,
-    HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr, HAS_BIAS: tl.constexpr,
+    M, L, R, stride_xm, stride_xl, stride_vm, stride_vl, stride_bl, stride_br,
+    HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     PROJECTS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GAIN_GRAD: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x, Σ x ⊙ (y − bias); stores dS partials."""
+    """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x, Σ x ⊙ V; stores dS partials."""
     dtype = x_ptr.dtype.element_ty
     offs_l = first_l + tl.arange(0, BLOCK_L)
     offs_r = first_r + tl.arange(0, BLOCK_R)
@@ -69,12 +67,9 @@ def _walk_rows(
     T = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
     sums = tl.zeros([BLOCK_L], tl.float32)
     products = tl.zeros([BLOCK_L], tl.float32)
-    bias = tl.zeros([BLOCK_L], tl.float32)
-    if GAIN_GRAD and HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)
     if PROJECTS:
         factor = load_factor(
-            B_ptr, b_ptr, d_ptr, scaling, offs_l, offs_r, stride_bl, stride_br, L, R,
+            B_ptr, b_ptr, d_ptr, 1.0, offs_l, offs_r, stride_bl, stride_br, L, R,
             True, HAS_b, HAS_d, tl.float32,
         )  # fmt: skip
         if HAS_g:
@@ -88,7 +83,8 @@ def _walk_rows(
                 keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L), x, 0.0
             )
         if PROJECTS:
-            dS = tl.dot(x, factor, input_precision=PRECISION)
+            # Scaled after the product: s · B can be too small for float16.
+            dS = tl.dot(x, factor, input_precision=PRECISION) * tl.cast(scaling, tl.float32)
             mask = (offs_m < last_m)[:, None] & (offs_r < R)[None, :]
             tl.store(tile_pointers(ds_ptr, offs_m, offs_r, R, 1), dS, mask=mask)
         if OUTER:
@@ -96,7 +92,7 @@ def _walk_rows(
             T = tl.dot(tl.trans(x), S, T, input_precision=PRECISION)
         if SUMS:
             tile_sums, tile_products = _column_sums(
-                x, y_ptr, bias, offs_m, offs_l, last_m, L, stride_ym, stride_yl, GAIN_GRAD
+                x, v_ptr, offs_m, offs_l, last_m, L, stride_vm, stride_vl, GAIN_GRAD
             )
             sums += tile_sums
             products += tile_products
@@ -147,7 +143,7 @@ def _store_factor_gradients(
 
 @triton.jit
 def _store_column_gradients(
-    sums_ptr, g_ptr, dbias_ptr, dg_ptr, offs_l, num_ranges, L,
+    sums_ptr, dbias_ptr, dg_ptr, offs_l, num_ranges, L,
     GRAD_BIAS: tl.constexpr, GRAD_g: tl.constexpr,
 ):  # fmt: skip
     """dbias and dg from the partial sums [2, ranges, L]."""
@@ -157,18 +153,17 @@ def _store_column_gradients(
         tl.store(dbias_ptr + offs_l, dbias.to(dbias_ptr.dtype.element_ty), mask=mask)
     if GRAD_g:
         products_ptr = sums_ptr + tl.cast(num_ranges, tl.int64) * L
-        g = tl.load(g_ptr + offs_l, mask=mask, other=1.0).to(tl.float32)
-        dg = _sum_ranges(products_ptr, num_ranges, L, offs_l, mask) / g
+        dg = _sum_ranges(products_ptr, num_ranges, L, offs_l, mask)
         tl.store(dg_ptr + offs_l, dg.to(dg_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def strips(
-    x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
+    x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
     ds_ptr, t_ptr, sums_ptr, dd_parts_ptr, grad_ptr, db_ptr, dd_ptr, dbias_ptr, dg_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, L, R, rows_per_range, num_ranges,
-    stride_xm, stride_xl, stride_ym, stride_yl, stride_bl, stride_br, stride_gl, stride_gr,
-    HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr, HAS_BIAS: tl.constexpr,
+    stride_xm, stride_xl, stride_vm, stride_vl, stride_bl, stride_br, stride_gl, stride_gr,
+    HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     SCALES: tl.constexpr, PROJECTS: tl.constexpr, OUTER: tl.constexpr, GRAD: tl.constexpr,
     GRAD_b: tl.constexpr, GRAD_d: tl.constexpr, GRAD_g: tl.constexpr, GRAD_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -183,12 +178,12 @@ def strips(
     offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_l = offs_l < L
     T, sums, products = _walk_rows(
-        x_ptr, s_ptr, y_ptr, bias_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
+        x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
         ds_ptr + tl.cast(block, tl.int64) * M * R if PROJECTS else ds_ptr,
         scaling, keep_scale, seed_low, seed_high, threshold,
         first_m, last_m, block * BLOCK_L, chunk * BLOCK_R, M, L, R,
-        stride_xm, stride_xl, stride_ym, stride_yl, stride_bl, stride_br,
-        HAS_b, HAS_d, HAS_g, HAS_BIAS, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT,
+        stride_xm, stride_xl, stride_vm, stride_vl, stride_bl, stride_br,
+        HAS_b, HAS_d, HAS_g, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT,
         BLOCK_M, BLOCK_L, BLOCK_R, PRECISION,
     )  # fmt: skip
     if OUTER:
@@ -213,7 +208,7 @@ def strips(
                 )  # fmt: skip
             if SUMS:
                 _store_column_gradients(
-                    sums_ptr, g_ptr, dbias_ptr, dg_ptr, offs_l, num_ranges, L, GRAD_BIAS, GRAD_g
+                    sums_ptr, dbias_ptr, dg_ptr, offs_l, num_ranges, L, GRAD_BIAS, GRAD_g
                 )
             if GRAD_d:
                 tl.debug_barrier()
@@ -245,12 +240,12 @@ class Wanted:
         return self.g or self.bias
 
 
-def grad_expand(dY, S, y, bias, B, b, d, g, scaling, wanted, *, projects):
+def grad_expand(dY, S, V, bias, B, b, d, g, scaling, wanted, *, projects):
     """Every wanted gradient of the output side, in one read of dY [M, N].
 
     Returns the gradients as a dict by name (B, b, d, g, bias; in the dtype of the factor), and with
     `projects` the partials [J, M, R] of dS, one for each block of columns, else None.
-    S [M, R] is needed for B, b and d; y [M, N] for g.
+    S [M, R] is needed for B, b and d; V [M, N] for g.
     """
     factors = {"B": B, "b": b, "d": d, "g": g, "bias": bias}
     grads = {
@@ -260,24 +255,30 @@ def grad_expand(dY, S, y, bias, B, b, d, g, scaling, wanted, *, projects):
     }
     no_dropout = Dropout()
     partials = _launch(
-        dY, S, y, bias, B, b, d, g, grads, grads.get("B"), scaling, no_dropout,
+        dY, S, V, B, b, d, g, grads, grads.get("B"), scaling, no_dropout,
         R=0 if B is None else B.shape[1], wanted=wanted, projects=projects, scales=True,
     )  # fmt: skip
     return grads, partials
+
+
+def projection_pays(N, R, dtype):
+    """Whether writing and reading partials of dS costs less than a second read of dY [M, N]."""
+    blocks = triton.cdiv(N, pick_strips(dtype, current_arch()).BLOCK_L)
+    return 2 * 4 * blocks * R <= N * dtype.itemsize
 
 
 def grad_shrink(x, dS, A, dropout):
     """dA [R, K] in A's dtype, in one read of x [M, K]."""
     dA = x.new_empty(A.shape, dtype=A.dtype)
     _launch(
-        x, dS, None, None, None, None, None, None, {}, dA.T, 1.0, dropout,
+        x, dS, None, None, None, None, None, {}, dA.T, 1.0, dropout,
         R=A.shape[0], wanted=Wanted(B=True), projects=False, scales=False,
     )  # fmt: skip
     return dA
 
 
 def _launch(
-    x, S, y, bias, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
+    x, S, V, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
 ):  # fmt: skip
     (M, L), config = x.shape, pick_strips(x.dtype, current_arch())
     BLOCK_R = rank_block(R)
@@ -293,13 +294,13 @@ def _launch(
         return partials
     seed_low, seed_high, threshold = dropout.words()
     strips[(blocks, ranges, chunks)](
-        x, S, y, bias, b, d, g, B, partials, T, sums, dd_parts,
+        x, S, V, b, d, g, B, partials, T, sums, dd_parts,
         grad, grads.get("b"), grads.get("d"), grads.get("bias"), grads.get("g"),
         sync_words(x.device, 1 + blocks),
         float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
         M, L, R, rows_per_range, ranges,
-        *x.stride(), *_strides(y), *_strides(B), *_strides(grad),
-        HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None, HAS_BIAS=bias is not None,
+        *x.stride(), *_strides(V), *_strides(B), *_strides(grad),
+        HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         SCALES=scales, PROJECTS=projects, OUTER=wanted.outer, GRAD=grad is not None,
         GRAD_b=wanted.b, GRAD_d=wanted.d, GRAD_g=wanted.g, GRAD_BIAS=wanted.bias,
         DROPOUT=dropout.p > 0.0, BLOCK_M=config.BLOCK_M, BLOCK_L=config.BLOCK_L, BLOCK_R=BLOCK_R,

@@ -16,6 +16,7 @@ sync holds int32 zeros [ticket, finished, flag of row block 0, 1, …]; the CTA 
 leaves zeros behind.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -47,7 +48,7 @@ def _shrink_tile(
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, offs_m, offs_k, stride_xm, stride_xk, M, K)
         factor = load_factor(
-            in_ptr, b_ptr, d_ptr, scaling, offs_k, offs_r, stride_in_l, stride_in_r, K, R,
+            in_ptr, b_ptr, d_ptr, 1.0, offs_k, offs_r, stride_in_l, stride_in_r, K, R,
             IN_IS_B, HAS_b, HAS_d, dtype,
         )  # fmt: skip
         if DROPOUT:
@@ -59,6 +60,8 @@ def _shrink_tile(
         acc = tl.dot(x, factor, acc, input_precision=PRECISION)
     if DROPOUT:
         acc *= tl.cast(keep_scale, tl.float32)
+    if IN_IS_B:
+        acc *= tl.cast(scaling, tl.float32)
     return acc
 
 
@@ -122,11 +125,12 @@ def _produce(
 
 @triton.jit
 def _consume(
-    tile, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, sync_ptr,
+    tile, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, SAVES_V: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -173,6 +177,9 @@ def _consume(
             acc += tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
         else:
             acc = low_rank
+    if SAVES_V:
+        v_ptrs = tile_pointers(v_ptr, offs_m, offs_n, N, 1)
+        tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mask_m & mask_n)
     if HAS_g and not IN_IS_B:
         acc *= tl.load(g_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
@@ -184,14 +191,14 @@ def _consume(
 @triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
     x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
-    y_ptr, sync_ptr,
+    y_ptr, v_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold,
     M, N, K, R, num_partials, num_producers, num_tiles,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_in_l, stride_in_r,
     stride_out_l, stride_out_r, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, WRITES_Y: tl.constexpr,
-    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    SAVES_V: tl.constexpr, SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -213,9 +220,9 @@ def ticketed_gemm(
     else:
         _consume(
             ticket - num_producers, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
-            y_ptr, sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
+            y_ptr, v_ptr, sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
-            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, DROPOUT, EVEN_K,
+            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, SAVES_V, DROPOUT, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_S, GROUP_M, PRECISION,
         )  # fmt: skip
     if HAS_ADAPTER:
@@ -227,13 +234,19 @@ def ticketed_gemm(
                 tl.store(sync_ptr + offs, tl.zeros([128], tl.int32), mask=offs < words)
 
 
-def forward(x, weight, bias, A, B, b, d, g, scaling, dropout):
-    """y [M, N] and S [M, R] (None without an adapter) in one launch; x [M, K], weight [N, K]."""
+def forward(x, weight, bias, A, B, b, d, g, scaling, dropout, *, saves_V=False):
+    """y [M, N], S [M, R] (None without an adapter) and V [M, N] (None unless saved) in one launch.
+
+    x [M, K], weight [N, K]; V is y before g and the bias.
+    """
     y = x.new_empty(x.shape[0], weight.shape[0])
     S = None if A is None else x.new_empty(x.shape[0], A.shape[0])
     in_factor = None if A is None else A.T
-    _launch(x, weight.T, y, S, None, in_factor, B, b, d, g, bias, scaling, dropout, is_grad=False)
-    return y, S
+    V = torch.empty_like(y) if saves_V else None
+    _launch(
+        x, weight.T, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, is_grad=False
+    )
+    return y, S, V
 
 
 def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, *, wants_dX):
@@ -246,13 +259,27 @@ def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, *, wants_d
     dS = None if A is None else dY.new_empty(dY.shape[0], A.shape[0])
     out_factor = None if A is None else A.T
     _launch(
-        dY, weight, dX, dS, partials, B, out_factor, b, d, g, None, scaling, dropout, is_grad=True
+        dY,
+        weight,
+        dX,
+        None,
+        dS,
+        partials,
+        B,
+        out_factor,
+        b,
+        d,
+        g,
+        None,
+        scaling,
+        dropout,
+        is_grad=True,
     )
     return dX, dS
 
 
 def _launch(
-    x, w, y, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, *, is_grad
+    x, w, y, V, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, *, is_grad
 ):
     """w [K', N'] is contracted over its rows; in_factor [K', R], out_factor [N', R]."""
     (M, K), N = x.shape, w.shape[1]
@@ -267,13 +294,13 @@ def _launch(
     sync = None if S is None else sync_words(x.device, FLAGS + triton.cdiv(M, config.BLOCK_M))
     seed_low, seed_high, threshold = dropout.words()
     ticketed_gemm[(producers + tiles,)](
-        x, w, S, partials, in_factor, out_factor, b, d, g, bias, y, sync,
+        x, w, S, partials, in_factor, out_factor, b, d, g, bias, y, V, sync,
         float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
         M, N, K, R, 0 if partials is None else partials.shape[0], producers, producers + tiles,
         *x.stride(), *w.stride(), *_strides(in_factor), *_strides(out_factor), N,
         IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, WRITES_Y=y is not None,
-        SUMS_PARTIALS=partials is not None, DROPOUT=dropout.p > 0.0,
+        SAVES_V=V is not None, SUMS_PARTIALS=partials is not None, DROPOUT=dropout.p > 0.0,
         EVEN_K=K % config.BLOCK_K == 0, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R, BLOCK_S=config.BLOCK_S,
         GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype), num_warps=config.num_warps,

@@ -1,8 +1,8 @@
 """The equation as one torch.autograd.Function.
 
 What is kept for the backward pass, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where
-B, b or d trains, y where g trains. Dropout keeps its seed, never a mask. An NF4 weight stays packed
-and is decoded again.
+B, b or d trains, V = (y − bias) / g where g trains. Dropout keeps its seed, never a mask. An NF4
+weight stays packed and is decoded again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class AdaptedLinear(torch.autograd.Function):
         f = Factors(weight, bias, A, B, b, d, g, scaling, dropout_p, dropout_seed)
         needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
         with _without_autocast(x):
-            y, S = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
+            y, S, V = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
         # Not a view to autograd, so that the caller may modify the result in place.
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         nf4 = isinstance(weight, NF4Weight)
         ctx.save_for_backward(
             x if needs.saves_x else None,
             S,
-            y if needs.saves_y else None,
+            V,
             None if nf4 else weight,
             bias,
             A,
@@ -55,7 +55,7 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        x, S, y, weight, *vectors = ctx.saved_tensors
+        x, S, V, weight, *vectors = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
         f = Factors(ctx.nf4 if weight is None else weight, *vectors, *ctx.constants)
         with _without_autocast(dY):
@@ -63,7 +63,7 @@ class AdaptedLinear(torch.autograd.Function):
                 dY.reshape(-1, dY.shape[-1]),
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 S,
-                None if y is None else y.reshape(-1, y.shape[-1]),
+                V,
                 f,
                 needs,
             )

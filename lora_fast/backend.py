@@ -1,13 +1,14 @@
 """Which backend computes: ``auto``, ``triton`` or ``torch``.
 
-``auto`` takes Triton for tensors on a device that Triton has a driver for, else torch. ``triton``
-launches on whatever device the tensors are on and asks no question about CUDA. ``torch`` is the
-same autograd.Function on aten and bitsandbytes calls. The environment variable
+``auto`` takes Triton for tensors on an NVIDIA GPU of compute capability 8.0 or more, else torch.
+``triton`` launches on whatever device the tensors are on and asks no question about CUDA. ``torch``
+is the same autograd.Function on aten and bitsandbytes calls. The environment variable
 ``LORA_FAST_BACKEND`` sets the choice at start-up, :func:`set_backend` later.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Literal, cast, get_args
@@ -53,5 +54,13 @@ def get_backend() -> Backend:
 def uses_triton(device: torch.device) -> bool:
     """Whether operations on tensors of `device` go to the Triton kernels."""
     if _choice == "auto":
-        return device.type in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
+        return device.type == "cuda" and _kernels_run_on(device.index)
     return _choice == "triton"
+
+
+@functools.cache
+def _kernels_run_on(index: int | None) -> bool:
+    """Whether the kernels were compiled and proven for the GPU `index` (None: the current one)."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(index) >= (8, 0)

@@ -16,16 +16,16 @@ from .backend import uses_triton
 from .factors import Factors, Gradients, Needs
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and S [M, R] (None unless the backward pass needs it) for x [M, K]."""
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N], S [M, R] and V [M, N] (None unless the backward pass needs them) for x [M, K]."""
     return _backend(x).forward(x, f, needs)
 
 
 def backward(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, y: Tensor | None, f: Factors, needs: Needs
+    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
 ) -> Gradients:
     """Every gradient that `needs` names, from dY [M, N] and what the forward pass saved."""
-    return _backend(dY).backward(dY, x, S, y, f, needs)
+    return _backend(dY).backward(dY, x, S, V, f, needs)
 
 
 def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:

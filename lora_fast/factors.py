@@ -54,7 +54,7 @@ class Needs(NamedTuple):
         return self.B or self.b or self.d
 
     @property
-    def saves_y(self) -> bool:
+    def saves_V(self) -> bool:
         return self.g
 
 

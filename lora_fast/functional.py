@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .autograd import AdaptedLinear
 from .nf4 import NF4Weight
-from .validation import check_adapted_linear
+from .validation import check_adapted_linear, check_dropout
 
 
 def adapted_linear(
@@ -39,10 +39,9 @@ def adapted_linear(
     Sources: LoRA (Hu et al. 2021, eq. 3), QLoRA (Dettmers et al. 2023, eq. 5), VeRA (Kopiczko et
     al. 2023, eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
     """
-    check_adapted_linear(
-        x, weight, {"bias": bias, "b": b, "d": d, "g": g}, A, B, scaling, dropout_p
-    )
-    if torch.is_autocast_enabled(x.device.type):
+    check_adapted_linear(x, weight, {"bias": bias, "b": b, "d": d, "g": g}, A, B, scaling)
+    check_dropout(dropout_p, dropout_seed)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(scaling, Tensor):
         b = _scaled_gain(scaling, b, B)
@@ -61,13 +60,18 @@ def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor 
     if B is None:
         return None
     s = scaling.detach().reshape(()).to(device=B.device, dtype=torch.float32)
-    return s.expand(B.shape[0]) if b is None else b * s
+    return s.expand(B.shape[0]) if b is None else b.float() * s
 
 
 def _draw_seed(device: torch.device) -> int:
     """A seed from torch's generator of `device`, whose state advances; CUDA is not waited for."""
     if device.type != "cuda":
         return int(torch.randint(2**62, (), device=device))
+    if torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "dropout_p must be 0 while a CUDA graph is captured, or dropout_seed given: "
+            "every replay would use the same mask"
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
     offset = generator.get_offset()

@@ -22,8 +22,8 @@ from .nf4 import NF4Weight
 from .reference import dropout_mask
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and, where the backward pass needs it, S [M, R]; x [M, K] has the compute dtype."""
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N] and, where the backward pass needs them, S [M, R] and V [M, N]; x is [M, K]."""
     dtype, work = x.dtype, _working_dtype(x)
     rows = x.to(work)
     weight = _dense(f.weight, dtype).to(work)
@@ -33,17 +33,19 @@ def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]
     if f.A is not None and f.B is not None:
         S = _shrink(rows, f, dtype)
         V.addmm_(S.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
+    y, saved = V, None
     if f.g is not None:
-        V.mul_(f.g.to(work))
+        saved = V.to(dtype) if needs.saves_V else None
+        y = V * f.g.to(work)
         if bias is not None:
-            V.add_(bias)
-    return V.to(dtype), S if needs.saves_S else None
+            y.add_(bias)
+    return y.to(dtype), S if needs.saves_S else None, saved
 
 
 def backward(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, y: Tensor | None, f: Factors, needs: Needs
+    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
 ) -> Gradients:
-    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], y [M, N] as forward left them."""
+    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], V [M, N] as forward left them."""
     dtype, work = dY.dtype, _working_dtype(dY)
     dYw = dY.to(work)
     dV = dYw if f.g is None else dYw * f.g.to(work)
@@ -62,7 +64,7 @@ def backward(
         B=dB,
         b=db,
         d=dd,
-        g=_gain_gradient(dY, y, f) if needs.g and y is not None else None,
+        g=_gain_gradient(dY, V, f) if needs.g and V is not None else None,
     )
 
 
@@ -130,14 +132,11 @@ def _expand_gradients(
     return dB, db, dd
 
 
-def _gain_gradient(dY: Tensor, y: Tensor, f: Factors) -> Tensor:
-    """dg = Σ_M dY ⊙ V with V = (y − bias) / g rebuilt from the saved output."""
+def _gain_gradient(dY: Tensor, V: Tensor, f: Factors) -> Tensor:
+    """dg = Σ_M dY ⊙ V."""
     assert f.g is not None
     wide = torch.promote_types(dY.dtype, torch.float32)
-    V = y.to(wide)
-    if f.bias is not None:
-        V = V - f.bias.to(wide)
-    return ((dY.to(wide) * V).sum(0) / f.g.to(wide)).to(f.g.dtype)
+    return (dY.to(wide) * V.to(wide)).sum(0).to(f.g.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -172,15 +171,12 @@ def _weight_dtype(f: Factors) -> torch.dtype:
 
 def _working_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products are formed; float32 where 16-bit products would be emulated."""
-    if (
-        x.device.type == "cpu"
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and not _cpu_has_16bit()
-    ):
-        return torch.float32
-    return x.dtype
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return x.dtype
+    native = x.dtype == torch.bfloat16 and _cpu_has_bfloat16()
+    return x.dtype if native else torch.float32
 
 
 @functools.cache
-def _cpu_has_16bit() -> bool:
+def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -5,12 +5,16 @@ One launch forward, at most three backward, one more per direction to decode an 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .factors import Factors, Gradients, Needs
 from .kernels import dropout as dropout_kernels
-from .kernels import nf4_decode, strips, ticketed_gemm
+from .kernels import nf4_decode, strips, ticketed_gemm, workspace
 from .nf4 import NF4Weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,30 +25,31 @@ def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str
     return dropout_kernels.dropout_mask(M, K, dropout_kernels.Dropout(p, seed), device)
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and, where the backward pass needs it, S [M, R]; x [M, K] has the compute dtype."""
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N] and, where the backward pass needs them, S [M, R] and V [M, N]; x is [M, K]."""
     _check_dtype(x)
-    with torch.cuda.device_of(x):
+    f = _with_dense_vectors(f)
+    with _launching(x):
         weight = _dense(f.weight, x.dtype)
-        y, S = ticketed_gemm.forward(
-            x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f)
-        )
-    return y, S if needs.saves_S else None
+        y, S, V = ticketed_gemm.forward(
+            x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f),
+            saves_V=needs.saves_V,
+        )  # fmt: skip
+    return y, S if needs.saves_S else None, V
 
 
 def backward(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, y: Tensor | None, f: Factors, needs: Needs
+    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
 ) -> Gradients:
-    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], y [M, N] as forward left them."""
+    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], V [M, N] as forward left them."""
     if dY.shape[0] == 0:
         return _empty_batch(dY, f, needs)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(dY):
-        return _gradients(dY, x, S, y, f, needs)
+    with _launching(dY):
+        return _gradients(dY, x, S, V, _with_dense_vectors(f), needs)
 
 
 def _gradients(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, y: Tensor | None, f: Factors, needs: Needs
+    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
 ) -> Gradients:
     grads: dict[str, Tensor | None] = {}
     partials = None
@@ -52,8 +57,8 @@ def _gradients(
     wanted = strips.Wanted(needs.B, needs.b, needs.d, needs.g, needs.bias)
     if wanted.outer or wanted.sums:
         grads, partials = strips.grad_expand(
-            dY, S, y, f.bias, f.B, f.b, f.d, f.g, f.scaling, wanted,
-            projects=needs_dS and wanted.outer,
+            dY, S, V, f.bias, f.B, f.b, f.d, f.g, f.scaling, wanted,
+            projects=needs_dS and wanted.outer and _projection_pays(dY, f),
         )  # fmt: skip
     if needs_dS or needs.x:
         weight = _dense(f.weight, dY.dtype) if needs.x else _shape_only(f.weight, dY)
@@ -66,6 +71,27 @@ def _gradients(
     if needs.weight and x is not None:
         grads["weight"] = _weight_gradient(dY, x, f)
     return Gradients(**grads)
+
+
+@contextlib.contextmanager
+def _launching(x: Tensor) -> Iterator[None]:
+    """Launch on x's device, which need not be the current one; leave no tickets of a failure."""
+    try:
+        with torch.cuda.device_of(x):
+            yield
+    except BaseException:
+        workspace.forget()
+        raise
+
+
+def _with_dense_vectors(f: Factors) -> Factors:
+    """The kernels read vectors of N or R elements one after the other."""
+    bias, b, d, g = (None if v is None else v.contiguous() for v in (f.bias, f.b, f.d, f.g))
+    return replace(f, bias=bias, b=b, d=d, g=g)
+
+
+def _projection_pays(dY: Tensor, f: Factors) -> bool:
+    return f.A is not None and strips.projection_pays(dY.shape[1], f.A.shape[0], dY.dtype)
 
 
 def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:

@@ -14,7 +14,7 @@ _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_adapted_linear(
-    x: Any, weight: Any, vectors: dict[str, Any], A: Any, B: Any, scaling: Any, dropout_p: Any
+    x: Any, weight: Any, vectors: dict[str, Any], A: Any, B: Any, scaling: Any
 ) -> None:
     """Raise TypeError or ValueError unless the operands of the equation fit together."""
     _check_floating("x", x)
@@ -30,6 +30,8 @@ def check_adapted_linear(
     if len(weight.shape) != 2:
         raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
     N, K = weight.shape
+    if N == 0 or K == 0:
+        raise ValueError(f"weight must have N ≥ 1 and K ≥ 1, got {tuple(weight.shape)}")
     if x.shape[-1] != K:
         raise ValueError(
             f"x must have K = {K} features like weight [N, K] = {tuple(weight.shape)}, "
@@ -37,10 +39,20 @@ def check_adapted_linear(
         )
     _check_same_device("weight", weight, x)
     R = _check_low_rank(A, B, N, K, x)
-    for name, size in (("bias", N), ("b", N), ("d", R), ("g", N)):
+    for name, size in (("bias", N), ("b", R and N), ("d", R), ("g", N)):
         _check_vector(name, vectors[name], size, x)
     check_scaling(scaling)
-    check_probability("dropout_p", dropout_p)
+
+
+def check_dropout(p: Any, seed: Any) -> None:
+    """Raise unless `p` is a probability and `seed` None or a non-negative integer below 2⁶³."""
+    check_probability("dropout_p", p)
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed must be an integer, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"dropout_seed must lie in [0, 2**63), got {seed}")
 
 
 def check_scaling(scaling: Any) -> None:

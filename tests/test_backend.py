@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_fast import dispatch, set_backend, torch_ops
+from lora_fast import backend, dispatch, set_backend, torch_ops
 from lora_fast.backend import get_backend, uses_triton
 
 
@@ -33,10 +33,22 @@ def test_a_call_sets_the_choice():
         set_backend(before)
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((8, 0), None, True), ((12, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
+)
+def test_auto_takes_triton_where_it_is_proven(monkeypatch, capability, hip, expected):
+    backend._kernels_run_on.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with set_backend("auto"):
+        assert uses_triton(torch.device("cuda", 0)) is expected
+        assert not uses_triton(torch.device("cpu"))
+    backend._kernels_run_on.cache_clear()
+
+
 def test_the_choice_decides():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    with set_backend("auto"):
-        assert not uses_triton(cpu) and uses_triton(cuda)
     with set_backend("triton"):
         assert uses_triton(cpu)
     with set_backend("torch"):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_same_bits
-from equation import FACTORS, Case, check, eager, fused, make, variations
+from accuracy import assert_all_accurate, assert_same_bits
+from equation import FACTORS, Case, check, eager, exact, fused, make, variations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,9 +109,9 @@ def saved_tensors(case: Case) -> list[torch.Tensor]:
         ("LoRA-FA", ("x", "A", "B"), ("x", "B"), ["S"]),
         ("frozen adapter", ("x", "A", "B"), ("x",), []),
         ("VeRA", ("x", "A", "B", "b", "d"), ("x", "b", "d"), ["S"]),
-        ("DoRA", ("x", "A", "B", "g"), ("x", "A", "B", "g"), ["S", "x", "y"]),
+        ("DoRA", ("x", "A", "B", "g"), ("x", "A", "B", "g"), ["S", "V", "x"]),
         ("AdaLoRA", ("x", "A", "B", "d"), ("x", "A", "B", "d"), ["S", "x"]),
-        ("IA3", ("x", "g"), ("x", "g"), ["y"]),
+        ("IA3", ("x", "g"), ("x", "g"), ["V"]),
         ("BitFit", ("x", "bias"), ("x", "bias"), []),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -121,8 +121,9 @@ def test_saves_what_the_method_needs_and_nothing_else(method, factors, trains, e
         BASE, dtype=BF16, adapter_dtype=FP32, nf4=nf4, factors=factors, trains=trains,
         p=p if "A" in factors else 0.0,
     )  # fmt: skip
-    S = f"({case.M}, {case.R}) torch.bfloat16"
-    assert saved_tensors(case) == sorted(S if name == "S" else name for name in expected)
+    shapes = {"S": (case.M, case.R), "V": (case.M, case.N)}
+    named = (f"{shapes[n]} torch.bfloat16" if n in shapes else n for n in expected)
+    assert saved_tensors(case) == sorted(named)
 
 
 def test_inputs_are_not_modified():
@@ -223,6 +224,18 @@ def test_scaling_may_be_a_tensor():
             torch.testing.assert_close(a, b)
 
 
+def test_gain_of_zero_and_small_gains_beside_a_large_bias():
+    case = replace(BASE, dtype=BF16, adapter_dtype=FP32, factors=("x", "bias", "A", "B", "g"))
+    operands = make(case)
+    with torch.no_grad():
+        operands.tensors["g"][:9] = 0.0
+        operands.tensors["g"][9:19] = 1e-3
+        operands.tensors["bias"].mul_(100)
+    assert_all_accurate(
+        fused(operands), exact(operands), eager(operands), compute_dtype=BF16, name="gains"
+    )
+
+
 def test_dropout_seed_is_drawn_from_torchs_generator():
     t = make(BASE).tensors
     weight = torch.randn(BASE.N, BASE.K)
@@ -248,8 +261,8 @@ def test_the_rule_notices_one_percent(monkeypatch, name):
     """A test of the tests: any output or gradient that is 1.01 times too large is caught."""
 
     def forward(*args):
-        y, S = original_forward(*args)
-        return (y * 1.01 if name == "y" else y), S
+        y, *saved = original_forward(*args)
+        return (y * 1.01 if name == "y" else y), *saved
 
     def backward(*args):
         grads = original_backward(*args)
@@ -304,6 +317,14 @@ X, W, A, B = torch.randn(3, 6), torch.randn(5, 6), torch.randn(2, 6), torch.rand
         (ValueError, "scaling must be one number", {"scaling": torch.ones(2)}),
         (TypeError, "scaling must be a number, got str", {"scaling": "1"}),
         (ValueError, r"dropout_p must lie in \[0, 1\], got 1.5", {"dropout_p": 1.5}),
+        (
+            ValueError,
+            "b must be None when there is no adapter",
+            {"A": None, "B": None, "b": W[:, 0]},
+        ),
+        (TypeError, "dropout_seed must be an integer, got float", {"dropout_seed": 1.5}),
+        (ValueError, "dropout_seed must lie in", {"dropout_seed": -1}),
+        (ValueError, "weight must have N ≥ 1 and K ≥ 1", {"x": X[:, :0], "weight": W[:, :0]}),
         (TypeError, "dropout_p must be a number", {"dropout_p": "0.1"}),
         (ValueError, "weight must be on x's device cpu, got meta", {"weight": W.to("meta")}),
         (ValueError, "A must be on x's device cpu, got meta", {"A": A.to("meta")}),

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_same_bits
-from equation import Case, check, fused, make, variations
+from accuracy import assert_all_accurate, assert_same_bits
+from equation import Case, check, eager, exact, fused, lay_out, make, variations
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GAINS = ("x", "bias", "A", "B", "b", "d", "g")
@@ -52,6 +52,33 @@ def test_agrees_with_the_reference(executor, case):
 @pytest.mark.parametrize("case", MORE_CASES, ids=str)
 def test_agrees_with_the_reference_in_rarer_cases(typical_executor, case):
     check(case, typical_executor.device)
+
+
+def test_vectors_may_have_any_stride(typical_executor):
+    """Sliced bias and d, an expanded b (what a scaling tensor becomes) and a g of stride 2."""
+    operands = make(replace(RAGGED, M=40, factors=GAINS), typical_executor.device)
+    for name in ("bias", "b", "d", "g"):
+        values = operands.tensors[name].detach()
+        strided = values[:1].expand_as(values) if name == "b" else lay_out(values, "sliced")
+        operands.tensors[name] = strided.requires_grad_()
+    results = fused(operands)
+    assert_all_accurate(
+        results, exact(operands), eager(operands), compute_dtype=BF16, name="strided"
+    )
+
+
+def test_small_factors_in_float16(typical_executor):
+    """The first steps of training: s · B far below the smallest normal float16."""
+    case = replace(ALIGNED, dtype=FP16, adapter_dtype=None, scaling=1 / 16, M=64)
+    operands = make(case, typical_executor.device)
+    with torch.no_grad():
+        operands.tensors["B"].mul_(1e-4)
+    for trains in (("x", "A", "B"), ("x", "A")):
+        for name, value in operands.tensors.items():
+            value.requires_grad_(name in trains)
+        assert_all_accurate(
+            fused(operands), exact(operands), eager(operands), compute_dtype=FP16, name="small"
+        )
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
