@@ -269,7 +269,7 @@ def test_a_run_shows_its_scores_and_where_it_is(
         "trainable parameters", "tokens/s", "activations saved for backward",
         "13 of 13 adapted layers fused", "step 4/4", "Largest difference of the two loss curves",
         "Adapter, metrics.json, loss.png: out", "bert, 0M parameters, NF4, float32 on cpu",
-        "86 examples to train, 10 held out", "4 steps of 32 examples, learning rate 0.001",
+        "86 examples to train, 10 held out", "4 steps of 32 examples, learning rate 0.0005",
     ):  # fmt: skip
         assert text in shown.out, text
     assert "\x1b" not in shown.out, "no escape sequences outside a terminal"

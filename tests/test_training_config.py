@@ -42,7 +42,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_defaults_of_the_builtin_run() -> None:
     found = TrainConfig().with_defaults(22_000_000)
     assert (found.r, found.alpha, found.dropout, found.quantize) == (16, 32.0, 0.0, "nf4")
-    assert (found.lr, found.batch_size, found.max_length) == (1e-3, 32, 64)
+    assert (found.lr, found.batch_size, found.max_length) == (5e-4, 32, 64)
     assert found.steps is not None
     assert found.epochs is None
 
@@ -65,7 +65,7 @@ def test_what_is_given_is_kept() -> None:
 
 def test_larger_models_learn_slower() -> None:
     rates = [default_learning_rate(int(n)) for n in (22e6, 125e6, 1.1e9, 7e9, 70e9)]
-    assert rates == [1e-3, 5e-4, 2e-4, 2e-4, 1e-4]
+    assert rates == [5e-4, 5e-4, 2e-4, 2e-4, 1e-4]
 
 
 def test_options_survive_on_disk(tmp_path: Path) -> None:

@@ -134,12 +134,17 @@ def test_lora_fast_saves_no_more_for_backward(compared: Outcome) -> None:
     assert compared.metrics["comparison"]["step_time_ratio"] > 0
 
 
-def test_the_arms_learn(compared: Outcome, bert_config: TrainConfig) -> None:
-    found = compared.metrics
-    losses = found["results"]["lora_fast"]["losses"]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    assert set(found["baselines"]) == {"majority", "linear_probe"}
-    assert found["examples"] == {"train": 86, "held_out": 10}
+def test_training_beats_the_baselines(bert_config: TrainConfig, tmp_path: Path) -> None:
+    rows = sentiment_rows(160)
+    data = write_jsonl(tmp_path / "train.jsonl", rows[:120])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[120:])
+    config = replace(bert_config, data=str(data), eval_data=str(held_out), steps=60, lr=5e-3)
+    found = run(replace(config, batch_size=16), tmp_path / "out").metrics
+    scores = found["results"]["lora_fast"]["held_out"]
+    assert scores["roc_auc"] > 0.9
+    assert found["baselines"]["majority"]["roc_auc"] == 0.5
+    assert found["baselines"]["linear_probe"]["roc_auc"] < scores["roc_auc"]
+    assert found["examples"] == {"train": 120, "held_out": 40}
 
 
 def test_what_metrics_json_holds(compared: Outcome) -> None:
@@ -279,11 +284,15 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     assert ours["saved_activation_bytes"] is None
 
 
-def test_bfloat16_trains_float32_adapters(bert_config: TrainConfig, tmp_path: Path) -> None:
+def test_bfloat16_trains_float32_adapters(
+    bert_config: TrainConfig, compared: Outcome, tmp_path: Path
+) -> None:
     config = replace(bert_config, dtype="bfloat16", compare=True)
     found = run(config, tmp_path / "out").metrics
-    losses = found["results"]["lora_fast"]["losses"]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    losses = [compared.metrics["results"]["lora_fast"]["losses"]]
+    losses += [arm["losses"] for arm in found["results"].values()]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.2)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=0.2)
     assert found["dtype"] == "bfloat16"
     assert {value.dtype for value in adapter(tmp_path / "out").values()} == {torch.float32}
     assert found["fused"]["all_fused"]

@@ -76,7 +76,7 @@ TargetModules = Annotated[
 LearningRate = Annotated[
     float | None,
     typer.Option(
-        help="Peak of the cosine schedule: 1e-3 to 1e-4 by model size.", rich_help_panel=TRAINING
+        help="Peak of the cosine schedule: 5e-4 to 1e-4 by model size.", rich_help_panel=TRAINING
     ),
 ]
 Steps = Annotated[

@@ -15,7 +15,7 @@ QUANTIZERS = ("nf4", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONFIG_FILE = "run.json"
 
-BUILTIN_STEPS = 250
+BUILTIN_STEPS = 300
 BUILTIN_MAX_LENGTH = 64
 EPOCHS = {"classification": 3.0, "causal-lm": 1.0}
 BATCH_SIZE = {"classification": 32, "causal-lm": 8}
@@ -120,11 +120,9 @@ class TrainConfig:
 def default_learning_rate(parameters: int) -> float:
     """Return a peak learning rate for LoRA on a base model of that many parameters.
 
-    2e-4 up to 13B and 1e-4 above are QLoRA's (Dettmers et al. 2023, table 9); small models need
-    more: 4e-4 to 5e-4 for RoBERTa base in the LoRA paper (Hu et al. 2021, table 9).
+    2e-4 up to 13B and 1e-4 above are QLoRA's (Dettmers et al. 2023, table 9). Small models need
+    more: 4e-4 and 5e-4 are RoBERTa base's in the LoRA paper (Hu et al. 2021, table 9).
     """
-    if parameters < 60e6:
-        return 1e-3
     if parameters < 1e9:
         return 5e-4
     return 2e-4 if parameters < 20e9 else 1e-4

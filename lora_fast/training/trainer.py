@@ -34,7 +34,22 @@ class Arm:
 
 
 class OrderedTrainer(Trainer):
-    """Trainer with the batches of :class:`LengthGroupedOrder`."""
+    """Trainer with the batches of :class:`LengthGroupedOrder`, whose log has unrounded losses."""
+
+    _step_loss: float | torch.Tensor = 0.0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on one batch and add its share to the loss of the optimizer step."""
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss = self._step_loss + loss
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the loss as it is: transformers before 5.0 rounds it to four digits."""
+        if "loss" in logs:
+            logs["loss"] = float(self._step_loss)
+            self._step_loss = 0.0
+        super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
