@@ -61,6 +61,9 @@ _GEMM_FLOAT32 = GemmConfig(32, 64, 16, 32, 8, num_warps=4, num_stages=2)
 
 _STRIP_16BIT = StripConfig(64, 256, num_warps=8, num_stages=2)
 _STRIP_16BIT_SM100 = StripConfig(64, 128, num_warps=4, num_stages=2)
+# T is BLOCK_L × BLOCK_R in registers: half the columns for a wide rank.
+_STRIP_16BIT_WIDE_RANK = StripConfig(64, 128, num_warps=8, num_stages=2)
+_STRIP_16BIT_WIDE_RANK_SM100 = StripConfig(64, 64, num_warps=4, num_stages=2)
 _STRIP_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
 
 _SMALL_SHARED = (86, 87, 89, 120, 121)
@@ -92,10 +95,12 @@ def pick_gemm(
     return _GEMM_16BIT
 
 
-def pick_strips(dtype: torch.dtype, arch: int | None) -> StripConfig:
-    """The configuration of strips."""
+def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:
+    """The configuration of strips for rank R."""
     if dtype == torch.float32:
         return _STRIP_FLOAT32
+    if R > 32:
+        return _STRIP_16BIT_WIDE_RANK_SM100 if _has_tensor_memory(arch) else _STRIP_16BIT_WIDE_RANK
     return _STRIP_16BIT_SM100 if _has_tensor_memory(arch) else _STRIP_16BIT
 
 
@@ -105,12 +110,21 @@ def _has_tensor_memory(arch: int | None) -> bool:
 
 def pick_decode() -> DecodeConfig:
     """The configuration of nf4_decode."""
-    return DecodeConfig(1024, num_warps=4)
+    return DecodeConfig(4096, num_warps=4)
 
 
 def rank_block(R: int) -> int:
     """Columns of the rank in one tile: R padded to 16, in chunks of at most 64."""
     return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(R)))
+
+
+def expand_block(R: int, dtype: torch.dtype) -> int:
+    """Columns of the rank in one step of S · outᵀ.
+
+    Few where elements do not load in vectors or multiply on the FMA pipes: either way each takes
+    registers of its own.
+    """
+    return 16 if dtype == torch.float32 or R % 16 else rank_block(R)
 
 
 def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:

@@ -33,23 +33,24 @@ def load_absmax(
 @triton.jit
 def nf4_decode(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, w_ptr,
-    num_elements, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
-    IS_NESTED: tl.constexpr, BLOCK: tl.constexpr,
+    num_bytes, num_elements, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+    IS_NESTED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK packed bytes → 2 · BLOCK weights."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offs = first + tl.arange(0, BLOCK)
-    packed = tl.load(packed_ptr + offs, mask=2 * offs < num_elements, other=0)
-    # A block of at least 32 elements holds whole bytes: both nibbles share their absmax.
-    blocks = (2 * offs) // BLOCKSIZE
+    """ROWS quantisation blocks: ROWS × BLOCKSIZE / 2 bytes → ROWS × BLOCKSIZE weights."""
+    BYTES: tl.constexpr = BLOCKSIZE // 2
+    # One absmax for each row of the tile, loaded and decoded once and not once for each byte.
+    blocks = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     absmax = load_absmax(
         absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, blocks, num_blocks, BLOCKSIZE2, IS_NESTED
     )
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    offs = first * BYTES + tl.arange(0, ROWS * BYTES)
+    packed = tl.load(packed_ptr + offs, mask=offs < num_bytes, other=0).to(tl.int32)
     code = tl.load(code_ptr + tl.arange(0, 16))
-    high = tl.gather(code, (packed >> 4).to(tl.int32), 0) * absmax
-    low = tl.gather(code, (packed & 0xF).to(tl.int32), 0) * absmax
-    w = tl.join(high, low).reshape(2 * BLOCK).to(w_ptr.dtype.element_ty)
-    elements = 2 * first + tl.arange(0, 2 * BLOCK)
+    high = tl.gather(code, packed >> 4, 0).reshape(ROWS, BYTES) * absmax[:, None]
+    low = tl.gather(code, packed & 0xF, 0).reshape(ROWS, BYTES) * absmax[:, None]
+    w = tl.join(high, low).reshape(ROWS * BLOCKSIZE).to(w_ptr.dtype.element_ty)
+    elements = first * BLOCKSIZE + tl.arange(0, ROWS * BLOCKSIZE)
     tl.store(w_ptr + elements, w, mask=elements < num_elements)
 
 
@@ -61,10 +62,12 @@ def decode(packed, quant_state, dtype):
     config, nested = pick_decode(), bool(quant_state.nested)
     state2 = quant_state.state2
     nesting = (state2.absmax, state2.code, quant_state.offset) if nested else (None, None, None)
-    nf4_decode[(triton.cdiv(packed.numel(), config.BLOCK),)](
+    blocksize, num_blocks = int(quant_state.blocksize), quant_state.absmax.numel()
+    rows = max(1, 2 * config.BLOCK // blocksize)
+    nf4_decode[(triton.cdiv(num_blocks, rows),)](
         packed, quant_state.absmax, *nesting, quant_state.code, w,
-        w.numel(), quant_state.absmax.numel(),
-        BLOCKSIZE=int(quant_state.blocksize), BLOCKSIZE2=int(state2.blocksize) if nested else 1,
-        IS_NESTED=nested, BLOCK=config.BLOCK, num_warps=config.num_warps, enable_fp_fusion=False,
+        packed.numel(), w.numel(), num_blocks,
+        BLOCKSIZE=blocksize, BLOCKSIZE2=int(state2.blocksize) if nested else 1,
+        IS_NESTED=nested, ROWS=rows, num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return w

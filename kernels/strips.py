@@ -110,10 +110,12 @@ def _store_factor_gradients(
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dB (or dA), db and this block's part of dd, from the partial T of every range."""
+    # Narrow tiles: with a rank that is no multiple of 16 every element takes an address of its own.
+    CHUNK: tl.constexpr = BLOCK_R if BLOCK_L * BLOCK_R <= 2048 else 16
     mask_l = offs_l < L
     db = tl.zeros([BLOCK_L], tl.float32)
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
+    for r in tl.range(0, R, CHUNK, num_stages=1):
+        offs_r = r + tl.arange(0, CHUNK)
         mask = mask_l[:, None] & (offs_r < R)[None, :]
         offs = offs_l.to(tl.int64)[:, None] * R + offs_r[None, :]
         T = _sum_ranges(t_ptr, num_ranges, tl.cast(L, tl.int64) * R, offs, mask)
@@ -122,7 +124,7 @@ def _store_factor_gradients(
         if HAS_g:
             T *= tl.load(g_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)[:, None]
         b = tl.full([BLOCK_L], 1.0, tl.float32)
-        d = tl.full([BLOCK_R], 1.0, tl.float32)
+        d = tl.full([CHUNK], 1.0, tl.float32)
         if HAS_b:
             b = tl.load(b_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)
         if HAS_d:
@@ -263,7 +265,7 @@ def grad_expand(dY, S, V, bias, B, b, d, g, scaling, wanted, *, projects):
 
 def projection_pays(N, R, dtype):
     """Whether writing and reading partials of dS costs less than a second read of dY [M, N]."""
-    blocks = triton.cdiv(N, pick_strips(dtype, current_arch()).BLOCK_L)
+    blocks = triton.cdiv(N, pick_strips(dtype, R, current_arch()).BLOCK_L)
     return 2 * 4 * blocks * R <= N * dtype.itemsize
 
 
@@ -280,7 +282,7 @@ def grad_shrink(x, dS, A, dropout):
 def _launch(
     x, S, V, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
 ):  # fmt: skip
-    (M, L), config = x.shape, pick_strips(x.dtype, current_arch())
+    (M, L), config = x.shape, pick_strips(x.dtype, R, current_arch())
     BLOCK_R = rank_block(R)
     blocks = triton.cdiv(L, config.BLOCK_L)
     chunks = triton.cdiv(R, BLOCK_R) if wanted.outer or projects else 1

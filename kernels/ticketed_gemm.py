@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import current_arch, pick_gemm, precision_of, rank_block
+from .configs import current_arch, expand_block, pick_gemm, precision_of, rank_block
 from .dropout import keep_mask
 from .tiles import load_factor, load_tile, tile_pointers
 from .workspace import sync_words
@@ -132,7 +132,7 @@ def _consume(
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, SAVES_V: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M × BLOCK_N tile: the K-loop over W, then S · outᵀ, then g and the bias."""
     block_m, block_n = _group_rows(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -164,8 +164,8 @@ def _consume(
             pass
         # Dropout masks the low-rank part of dX alone, which then needs an accumulator of its own.
         low_rank = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if DROPOUT and IN_IS_B else acc
-        for r in tl.range(0, R, BLOCK_R, num_stages=1):
-            offs_r = r + tl.arange(0, BLOCK_R)
+        for r in tl.range(0, R, BLOCK_E, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_E)
             S = load_tile(s_ptr, offs_m, offs_r, R, 1, M, R)
             factor = load_factor(
                 out_ptr, b_ptr, d_ptr, scaling, offs_n, offs_r, stride_out_l, stride_out_r, N, R,
@@ -200,7 +200,7 @@ def ticketed_gemm(
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, WRITES_Y: tl.constexpr,
     SAVES_V: tl.constexpr, SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
@@ -223,7 +223,7 @@ def ticketed_gemm(
             y_ptr, v_ptr, sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
             IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, SAVES_V, DROPOUT, EVEN_K,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_S, GROUP_M, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, GROUP_M, PRECISION,
         )  # fmt: skip
     if HAS_ADAPTER:
         finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
@@ -302,8 +302,9 @@ def _launch(
         HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, WRITES_Y=y is not None,
         SAVES_V=V is not None, SUMS_PARTIALS=partials is not None, DROPOUT=dropout.p > 0.0,
         EVEN_K=K % config.BLOCK_K == 0, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R, BLOCK_S=config.BLOCK_S,
-        GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype), num_warps=config.num_warps,
+        BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R, BLOCK_E=expand_block(R, x.dtype),
+        BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
+        num_warps=config.num_warps,
         # An operand scaled in registers is not safe in the pipeline: Triton 3.7.1 overwrites it on
         # sm_90 before the wgmma that reads it was waited for.
         num_stages=1 if g is not None and is_grad else config.num_stages,
