@@ -206,6 +206,9 @@ def test_what_was_not_foreseen_is_named() -> None:
     assert explain(RuntimeError("what\nmore"), out) == "RuntimeError: what (--debug shows where)"
     assert explain(torch.OutOfMemoryError("CUDA"), out).startswith("out of memory: try a lower --b")
     absent = ModuleNotFoundError("No module named 'peft'", name="peft")
+    backend = ValueError("LORA_FAST_BACKEND must be one of auto, triton, torch, got 'x'")
+    assert explain(backend, out) == str(backend)
+    assert "LORA_FAST_BACKEND=auto" in explain(RuntimeError("0 active drivers ([])."), out)
     assert explain(absent, out) == "peft is not installed: pip install 'lora_fast[train]'"
 
 

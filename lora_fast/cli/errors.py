@@ -44,6 +44,10 @@ def explain(error: Exception, out: Path) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: pip install 'lora_fast[train]'"
+    if isinstance(error, ValueError) and str(error).startswith("LORA_FAST_BACKEND"):
+        return first_line(error)
+    if "active drivers" in str(error):
+        return "Triton has no driver for this machine: use LORA_FAST_BACKEND=auto"
     written = explain_write_failure(error, out)
     if written is not None:
         return written

@@ -38,7 +38,10 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         console.print(f"  [yellow]plain PEFT path, {count:,} calls: {escape(reason)}[/]")
     if "comparison" in found:
         difference = found["comparison"]["max_relative_loss_difference"]
-        console.print(f"Largest difference of the two loss curves: {difference:.1e}, relative")
+        masks = " (each draws its own dropout masks)" if found["config"]["dropout"] else ""
+        console.print(
+            f"Largest difference of the two loss curves: {difference:.1e}, relative{masks}"
+        )
     console.print(f"\nAdapter, metrics.json, loss.png: [bold]{escape(str(outcome.out))}[/]")
     console.print("[dim]README.md there has the code that loads the adapter.[/]")
 
