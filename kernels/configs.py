@@ -44,6 +44,17 @@ class DecodeConfig:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class UpdateConfig:
+    """Tile sizes of weight_update; BLOCK_R columns of the rank in one product."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
 # 64 columns of K make full 128-byte lines of 16-bit operands. Three stages of (128 + 128) × 64 × 2
 # bytes are 96 KiB: two CTAs on an H100 or A100, and the epilogue's S and factor tiles still fit.
 _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
@@ -65,6 +76,9 @@ _STRIP_16BIT_SM100 = StripConfig(64, 128, num_warps=4, num_stages=2)
 _STRIP_16BIT_WIDE_RANK = StripConfig(64, 128, num_warps=8, num_stages=2)
 _STRIP_16BIT_WIDE_RANK_SM100 = StripConfig(64, 64, num_warps=4, num_stages=2)
 _STRIP_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
+
+# IEEE products again, so fewer than 64 rows; 128 columns make full lines of a W that is read once.
+_UPDATE = UpdateConfig(32, 128, 16, num_warps=4, num_stages=2)
 
 _SMALL_SHARED = (86, 87, 89, 120, 121)
 # CTAs that one launch of strips aims for. A constant, not the size of the device: the order of the
@@ -111,6 +125,11 @@ def _has_tensor_memory(arch: int | None) -> bool:
 def pick_decode() -> DecodeConfig:
     """The configuration of nf4_decode."""
     return DecodeConfig(4096, num_warps=4)
+
+
+def pick_update() -> UpdateConfig:
+    """The configuration of weight_update, for every dtype and rank."""
+    return _UPDATE
 
 
 def rank_block(R: int) -> int:

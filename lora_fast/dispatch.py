@@ -7,30 +7,61 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import torch_ops
 from .backend import uses_triton
-from .factors import Factors, Gradients, Needs
+from .factors import Factors, Gradients, Needs, Saved
+from .nf4 import NF4Weight
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N], S [M, R] and V [M, N] (None unless the backward pass needs them) for x [M, K]."""
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
+    """y [M, N] for x [M, K], and what the backward pass needs."""
     return _backend(x).forward(x, f, needs)
 
 
-def backward(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
-) -> Gradients:
+def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
     """Every gradient that `needs` names, from dY [M, N] and what the forward pass saved."""
-    return _backend(dY).backward(dY, x, S, V, f, needs)
+    return _backend(dY).backward(dY, x, saved, f, needs)
 
 
 def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
     """The keep-mask [M, K] that the backend in charge of `device` uses for `seed`."""
     return _select(device).dropout_mask(seed, M, K, p, device)
+
+
+@torch.no_grad()
+def update_weight(
+    W: Tensor,
+    out: Tensor,
+    *,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    g: Tensor | None = None,
+    scaling: float = 1.0,
+) -> None:
+    """out ← round(g ⊙ (W + s · (b ⊙ (B d)) A)) for dense W and out [N, K]; out may be W itself.
+
+    Products and sums in float32, in float64 where W is float64; one rounding to out's dtype.
+    """
+    backend = torch_ops if W.dtype == torch.float64 else _backend(W)
+    backend.update_weight(W, out, A, B, b, d, g, scaling)
+
+
+def row_norms(
+    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, state: Any
+) -> tuple[Tensor, Any]:
+    """‖W_i + s (B A)_i‖₂ [N] in float32, and the state that makes the next call cheaper.
+
+    `state` is what the previous call for the same W returned, or None.
+    """
+    device = weight.device
+    return _select(device).row_norms(weight, A, B, scaling, state)
 
 
 def _backend(x: Tensor) -> ModuleType:

@@ -13,69 +13,158 @@ instructions multiplies 16-bit operands as float32 (the same products, many time
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .factors import Factors, Gradients, Needs
+from .factors import Factors, Gradients, Needs, Saved
 from .nf4 import NF4Weight
-from .reference import dropout_mask
+from .torch_dropout import Dropout, dropout_mask
+
+__all__ = ["backward", "dropout_mask", "forward", "update_weight"]
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N] and, where the backward pass needs them, S [M, R] and V [M, N]; x is [M, K]."""
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
+    """y [M, N] and what the backward pass needs of S, V and dropout's mask; x is [M, K]."""
     dtype, work = x.dtype, _working_dtype(x)
     rows = x.to(work)
     weight = _dense(f.weight, dtype).to(work)
     bias = None if f.bias is None else f.bias.to(work)
     V = torch.nn.functional.linear(rows, weight, bias if f.g is None else None)
-    S = None
+    S = dropout = None
     if f.A is not None and f.B is not None:
-        S = _shrink(rows, f, dtype)
+        dropout = _dropout(f, x)
+        S = _shrink(rows, f, dtype, dropout)
         V.addmm_(S.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
-    y, saved = V, None
+    y, saved_V = V, None
     if f.g is not None:
-        saved = V.to(dtype) if needs.saves_V else None
-        y = V * f.g.to(work)
-        if bias is not None:
-            y.add_(bias)
-    return y.to(dtype), S if needs.saves_S else None, saved
+        saved_V = V.to(dtype) if needs.saves_V else None
+        gain = f.g.to(work)
+        y = V * gain if bias is None else torch.addcmul(bias, V, gain)
+    mask = dropout.mask if dropout is not None and needs.saves_mask else None
+    return y.to(dtype), Saved(S if needs.saves_S else None, saved_V, mask)
 
 
-def backward(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
-) -> Gradients:
-    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], V [M, N] as forward left them."""
+def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
+    """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
     dtype, work = dY.dtype, _working_dtype(dY)
     dYw = dY.to(work)
     dV = dYw if f.g is None else dYw * f.g.to(work)
     xw = None if x is None else x.to(work)
+    dropout = None if saved.mask is None else Dropout(saved.mask, f.dropout_p)
     dS = None
     if f.A is not None and (needs.A or needs.x):
-        dS = (dV @ _expand_factor(f, dtype).to(work)).mul_(f.scaling).to(dtype)
+        dS = _in_spans((dV @ _expand_factor(f, dtype).to(work)).mul_(f.scaling), f).to(dtype)
     dB = db = dd = None
-    if S is not None:
-        dB, db, dd = _expand_gradients(_product(dV.T, S.to(work)), f, needs)
+    if saved.S is not None:
+        dB, db, dd = _expand_gradients(_product(dV.T, saved.S.to(work)), f, needs)
     return Gradients(
-        x=_input_gradient(dV, dS, f, dtype) if needs.x else None,
+        x=_input_gradient(dV, dS, f, dtype, dropout) if needs.x else None,
         weight=_product(dV.T, xw).to(_weight_dtype(f)) if needs.weight and xw is not None else None,
         bias=_sum_rows(dY).to(f.bias.dtype) if needs.bias and f.bias is not None else None,
-        A=_shrink_gradient(dS, xw, f) if needs.A and dS is not None and xw is not None else None,
+        A=_shrink_gradient(dS, xw, f, dropout) if needs.A and xw is not None else None,
         B=dB,
         b=db,
         d=dd,
-        g=_gain_gradient(dY, V, f) if needs.g and V is not None else None,
+        g=_gain_gradient(dY, saved.V, f) if needs.g else None,
     )
 
 
-def _shrink(rows: Tensor, f: Factors, dtype: torch.dtype) -> Tensor:
+# Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.
+_UPDATE_ELEMENTS = 1 << 22
+
+
+def update_weight(
+    W: Tensor,
+    out: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    b: Tensor | None,
+    d: Tensor | None,
+    g: Tensor | None,
+    scaling: float,
+) -> None:
+    """out [N, K] ← round(g ⊙ (W + s · (b ⊙ (B d)) A)), a few rows at a time; out may be W."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    A = None if A is None else A.to(wide)
+    step = max(1, _UPDATE_ELEMENTS // max(1, W.shape[1]))
+    for start in range(0, W.shape[0], step):
+        rows = slice(start, start + step)
+        total = W[rows].to(wide, copy=True)
+        if A is not None and B is not None:
+            left = B[rows].to(wide)
+            left = left if d is None else left * d
+            left = left if b is None else left * b[rows].unsqueeze(1)
+            total.addmm_(left, A, alpha=scaling)
+        if g is not None:
+            total.mul_(g[rows].unsqueeze(1))
+        out[rows].copy_(total)
+
+
+class NormState(NamedTuple):
+    """What :func:`row_norms` found, and for which A, B and s."""
+
+    squares: Tensor
+    A: Tensor
+    B: Tensor
+    scaling: float
+    norms: Tensor
+
+
+def row_norms(
+    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, state: Any
+) -> tuple[Tensor, NormState]:
+    """‖W_i + s (B A)_i‖₂ [N] in float32, without an N × K product.
+
+    ‖W_i + s (B A)_i‖² = ‖W_i‖² + 2s (W Aᵀ)_i · B_i + s² B_i (A Aᵀ) B_iᵀ
+    """
+    known = state if isinstance(state, NormState) else None
+    # On a GPU the comparison would wait for it; there the norms are formed at every call.
+    if known is not None and A.device.type == "cpu" and _same(known, A, B, scaling):
+        return known.norms, known
+    W = _dense(weight, torch.float32)
+    squares = torch.linalg.vector_norm(W, dim=1).square_() if known is None else known.squares
+    a, b = A.float(), B.float()
+    cross = torch.linalg.vecdot(W @ a.T, b)
+    delta = torch.linalg.vecdot(b @ (a @ a.T), b)
+    total = squares + 2.0 * scaling * cross + scaling * scaling * delta
+    # Rounding can take a row that cancels below zero.
+    norms = total.clamp_(min=0.0).sqrt_()
+    return norms, NormState(squares, A.clone(), B.clone(), scaling, norms)
+
+
+def _same(known: NormState, A: Tensor, B: Tensor, scaling: float) -> bool:
+    factors = ((known.A, A), (known.B, B))
+    return known.scaling == scaling and all(
+        old.dtype == new.dtype and torch.equal(old, new) for old, new in factors
+    )
+
+
+def _shrink(rows: Tensor, f: Factors, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
     """S = drop(x) Aᵀ, rounded once to the compute dtype."""
     assert f.A is not None
     A = f.A.to(dtype).to(rows.dtype)
+    S = rows @ A.T if dropout is None else dropout.shrink(rows, A)
+    return _in_spans(S, f).to(dtype)
+
+
+def _in_spans(S: Tensor, f: Factors) -> Tensor:
+    """S, in place, with zeros where a row belongs to a sample that does not use the column."""
+    if f.rank_spans is None or S.shape[0] == 0:
+        return S
+    columns = torch.arange(S.shape[1], device=S.device)
+    used = (columns >= f.rank_spans[:, :1]) & (columns < f.rank_spans[:, 1:])
+    samples = used.shape[0]
+    S.view(samples, -1, S.shape[1]).masked_fill_(~used.unsqueeze(1), 0.0)
+    return S
+
+
+def _dropout(f: Factors, x: Tensor) -> Dropout | None:
     if f.dropout_p == 0.0:
-        return (rows @ A.T).to(dtype)
-    mask = _mask(f, rows)
-    return (rows.masked_fill(~mask, 0.0) @ A.T).mul_(_keep_scale(f)).to(dtype)
+        return None
+    M, K = x.shape
+    return Dropout(dropout_mask(f.dropout_seed, M, K, f.dropout_p, x.device), f.dropout_p)
 
 
 def _expand_factor(f: Factors, dtype: torch.dtype) -> Tensor:
@@ -89,27 +178,30 @@ def _expand_factor(f: Factors, dtype: torch.dtype) -> Tensor:
     return B.to(dtype)
 
 
-def _input_gradient(dV: Tensor, dS: Tensor | None, f: Factors, dtype: torch.dtype) -> Tensor:
+def _input_gradient(
+    dV: Tensor, dS: Tensor | None, f: Factors, dtype: torch.dtype, dropout: Dropout | None
+) -> Tensor:
     work = dV.dtype
     dX = dV @ _dense(f.weight, dtype).to(work)
     if dS is not None and f.A is not None:
         A = f.A.to(dtype).to(work)
-        if f.dropout_p == 0.0:
+        if dropout is None:
             dX.addmm_(dS.to(work), A)
         else:
-            mask = _mask(f, dX)
-            dX.add_((dS.to(work) @ A).masked_fill_(~mask, 0.0), alpha=_keep_scale(f))
+            dropout.add_input_gradient(dX, dS.to(work), A)
     return dX.to(dtype)
 
 
-def _shrink_gradient(dS: Tensor, xw: Tensor, f: Factors) -> Tensor:
+def _shrink_gradient(dS: Tensor | None, x: Tensor, f: Factors, dropout: Dropout | None) -> Tensor:
     """dA = dSᵀ drop(x), in A's dtype."""
-    assert f.A is not None
-    left = dS.to(xw.dtype).T
-    if f.dropout_p == 0.0:
-        return _product(left, xw).to(f.A.dtype)
-    mask = _mask(f, xw)
-    return (_product(left, xw.masked_fill(~mask, 0.0)) * _keep_scale(f)).to(f.A.dtype)
+    assert f.A is not None and dS is not None
+    dS = dS.to(x.dtype)
+    if dropout is None:
+        return _product(dS.T, x).to(f.A.dtype)
+    dA = torch.zeros_like(f.A, dtype=torch.promote_types(x.dtype, torch.float32))
+    for rows, kept in dropout.kept(x):
+        dA.add_(_product(dS[rows].T, kept))
+    return dA.mul_(dropout.keep_scale).to(f.A.dtype)
 
 
 def _expand_gradients(
@@ -132,9 +224,9 @@ def _expand_gradients(
     return dB, db, dd
 
 
-def _gain_gradient(dY: Tensor, V: Tensor, f: Factors) -> Tensor:
+def _gain_gradient(dY: Tensor, V: Tensor | None, f: Factors) -> Tensor:
     """dg = Σ_M dY ⊙ V."""
-    assert f.g is not None
+    assert f.g is not None and V is not None
     wide = torch.promote_types(dY.dtype, torch.float32)
     return (dY.to(wide) * V.to(wide)).sum(0).to(f.g.dtype)
 
@@ -150,15 +242,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _sum_rows(dY: Tensor) -> Tensor:
     return dY.sum(0, dtype=torch.promote_types(dY.dtype, torch.float32))
-
-
-def _mask(f: Factors, like: Tensor) -> Tensor:
-    M, K = like.shape
-    return dropout_mask(f.dropout_seed, M, K, f.dropout_p, like.device)
-
-
-def _keep_scale(f: Factors) -> float:
-    return 1.0 / (1.0 - f.dropout_p) if f.dropout_p < 1.0 else 0.0
 
 
 def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:

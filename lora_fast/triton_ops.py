@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .factors import Factors, Gradients, Needs
+from .factors import Factors, Gradients, Needs, Saved
 from .kernels import dropout as dropout_kernels
-from .kernels import nf4_decode, strips, ticketed_gemm, workspace
+from .kernels import nf4_decode, strips, ticketed_gemm, weight_update, workspace
 from .nf4 import NF4Weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,8 +25,8 @@ def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str
     return dropout_kernels.dropout_mask(M, K, dropout_kernels.Dropout(p, seed), device)
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N] and, where the backward pass needs them, S [M, R] and V [M, N]; x is [M, K]."""
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
+    """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
     _check_dtype(x)
     f = _with_dense_vectors(f)
     with _launching(x):
@@ -35,17 +35,34 @@ def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Tensor | None,
             x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f),
             saves_V=needs.saves_V,
         )  # fmt: skip
-    return y, S if needs.saves_S else None, V
+    return y, Saved(S if needs.saves_S else None, V)
 
 
-def backward(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
-) -> Gradients:
-    """Every wanted gradient for dY [M, N]; x [M, K], S [M, R], V [M, N] as forward left them."""
+def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
+    """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
     if dY.shape[0] == 0:
         return _empty_batch(dY, f, needs)
     with _launching(dY):
-        return _gradients(dY, x, S, V, _with_dense_vectors(f), needs)
+        return _gradients(dY, x, saved.S, saved.V, _with_dense_vectors(f), needs)
+
+
+def update_weight(
+    W: Tensor,
+    out: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    b: Tensor | None,
+    d: Tensor | None,
+    g: Tensor | None,
+    scaling: float,
+) -> None:
+    """out [N, K] ← round(g ⊙ (W + s · (b ⊙ (B d)) A)) in one launch; out may be W."""
+    _check_dtype(W)
+    vectors = (None if v is None else v.contiguous() for v in (b, d, g))
+    with _launching(W):
+        weight_update.update(W, out, A, B, *vectors, scaling)
+    # What autograd has saved of a tensor that a kernel overwrote must not pass for intact.
+    torch.autograd.graph.increment_version(out)
 
 
 def _gradients(

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs, nf4_decode, strips, ticketed_gemm
+from lora_fast.kernels import configs, nf4_decode, strips, ticketed_gemm, weight_update
 from triton.runtime.jit import JITFunction
 
 import lora_fast
@@ -154,6 +154,24 @@ def test_nf4_decode_fits_the_device(arch: int, nested: bool) -> None:
     _assert_fits(launch, arch)
     executed = launch.kernel.resources.instructions.total() * launch.kernel.num_warps * 32
     assert executed * launch.num_programs / (N * K) <= NF4_BUDGET
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_weight_update_fits_the_device(arch: int, dtype: torch.dtype) -> None:
+    N, K, R = 4096, 4096, 32
+
+    def meta(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    for vectors in ((None, None, None), (meta(N), meta(R), meta(N))):
+        W = meta(N, K, of=dtype)
+        with stub_driver.recording(arch) as log:
+            weight_update.update(W, W, meta(R, K), meta(N, R), *vectors, 0.5)
+        (launch,) = log.launches
+        _assert_fits(launch, arch)
+        # float32 products stay float32: no tensor core takes them.
+        assert not launch.kernel.resources.mma
 
 
 def test_the_cases_use_every_shipped_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
