@@ -2,6 +2,7 @@
 
     python bench/gpu.py [--fresh] [--only STEP] [--out FILE]
 
+The suite that needs no GPU runs first, on the machine that has one, then what a GPU alone can run.
 Results go to bench/results/<device>.json. Each step has a time limit; steps with a result there are
 skipped, so an interrupted run can be started again.
 """
@@ -26,6 +27,7 @@ from bench.steps import Step, run_steps  # noqa: E402
 PYTHON = sys.executable
 TRAIN = (PYTHON, "-m", "lora_fast.cli.app", "train")
 STEPS = (
+    Step("suite", (PYTHON, "tests/run.py", "--json", "{json}"), 1500),
     Step(
         "tests",
         (PYTHON, "tests/run.py", "--leg", "gpu", "--jobs", "1", "--json", "{json}"),
