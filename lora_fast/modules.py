@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,18 @@ from .base_linear import (
     base_obstacle,
     call_obstacle,
     environment_obstacle,
+    is_four_bit,
     tensor_obstacle,
 )
-from .merging import add_to_weight, restore_weight
+from .merging import KeptWeight, LowRank, Subtraction, merge, merged_linear
 from .validation import check_probability
+
+
+@dataclass(frozen=True, eq=False)
+class KeptLayer:
+    """The NF4 layer in whose place a dense, merged one stands."""
+
+    layer: Any
 
 
 class LoRALinear(nn.Module):
@@ -50,7 +59,7 @@ class LoRALinear(nn.Module):
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
-        self._unmerged: tuple[nn.Parameter] | None = None
+        self._undo: KeptWeight | Subtraction | KeptLayer | None = None
         self._lora_fast_calls = CallCounts()
         self.reset_parameters()
 
@@ -72,7 +81,7 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self._unmerged is not None
+        return self._undo is not None
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.obstacle() or call_obstacle(self.base_layer, x, self.lora_A, self.lora_B)
@@ -101,24 +110,34 @@ class LoRALinear(nn.Module):
             or base_obstacle(self.base_layer)
         )
 
-    @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, *, keep_weight: bool = True, dequantize: bool = False) -> None:
         """W ← W + s B A, computed in float32 and rounded (or quantised) once.
 
-        The unmerged weight is kept until :meth:`unmerge` puts it back. RuntimeError if already
-        merged, ValueError if the merged weight is not finite; the layer is then as it was.
+        ``keep_weight=True`` keeps the unmerged weight for :meth:`unmerge`, which is then exact to
+        the bit. ``keep_weight=False`` overwrites a dense W in place; unmerging subtracts, to within
+        one ulp of the larger of W and W + s B A. ``dequantize=True`` gives an NF4 layer a dense
+        weight, in the dtype it had before it was quantised, until it is unmerged.
+        RuntimeError if already merged, ValueError if the merged weight is not finite; the layer is
+        then as it was. The bounds are in :mod:`lora_fast.merging`.
         """
         if self.merged:
             raise RuntimeError("merge() must be called on an unmerged layer, got a merged one")
-        delta = self.scaling * (self.lora_B.float() @ self.lora_A.float())
-        self._unmerged = (add_to_weight(self.base_layer, delta),)
+        terms = [LowRank(self.lora_A.detach(), self.lora_B.detach(), self.scaling)]
+        if dequantize and is_four_bit(self.base_layer):
+            merged = merged_linear(self.base_layer, terms)
+            self._undo, self.base_layer = KeptLayer(self.base_layer), merged
+        else:
+            self._undo = merge(self.base_layer, terms, keep=keep_weight)
 
     def unmerge(self) -> None:
-        """Put the weight from before :meth:`merge` back, bit for bit. RuntimeError if unmerged."""
-        if self._unmerged is None:
+        """Give the layer the weight from before :meth:`merge`. RuntimeError if unmerged."""
+        if self._undo is None:
             raise RuntimeError("unmerge() must be called on a merged layer, got an unmerged one")
-        restore_weight(self.base_layer, self._unmerged[0])
-        self._unmerged = None
+        if isinstance(self._undo, KeptLayer):
+            self.base_layer = self._undo.layer.to(self.base_layer.weight.device)
+        else:
+            self._undo.restore(self.base_layer)
+        self._undo = None
 
     def extra_repr(self) -> str:
         return (

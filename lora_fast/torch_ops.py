@@ -96,7 +96,8 @@ def update_weight(
             left = B[rows].to(wide)
             left = left if d is None else left * d
             left = left if b is None else left * b[rows].unsqueeze(1)
-            total.addmm_(left, A, alpha=scaling)
+            # The product first, by itself: adding −Δ then takes out exactly what Δ brought.
+            total.add_(left @ A, alpha=scaling)
         if g is not None:
             total.mul_(g[rows].unsqueeze(1))
         out[rows].copy_(total)
