@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_fast.training.config import CONFIG_FILE, TrainConfig, default_learning_rate
+from lora_fast.training.config import CONFIG_FILE, TrainConfig
 from lora_fast.training.errors import TrainingError
 
 
@@ -58,14 +58,12 @@ def test_defaults_of_other_data(task: str, epochs: float, batch_size: int, max_l
 
 
 def test_what_is_given_is_kept() -> None:
-    given = TrainConfig(steps=7, lr=0.5, batch_size=3, max_length=9)
-    assert given.with_defaults(10) == given
+    given = TrainConfig(steps=7, lr=0.5, batch_size=3, max_length=9, r=2, alpha=1.0)
+    found = given.with_defaults(10)
+    assert (found.steps, found.lr, found.batch_size, found.max_length) == (7, 0.5, 3, 9)
+    assert (found.r, found.alpha) == (2, 1.0)
+    assert found.with_defaults(10) == found
     assert TrainConfig(epochs=0.5).with_defaults(10).steps is None
-
-
-def test_larger_models_learn_slower() -> None:
-    rates = [default_learning_rate(int(n)) for n in (22e6, 125e6, 1.1e9, 7e9, 70e9)]
-    assert rates == [5e-4, 5e-4, 2e-4, 2e-4, 1e-4]
 
 
 def test_options_survive_on_disk(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path, **options: Any) -> TrainConfig:
-    return TrainConfig(**{"model": str(model), "data": "d.jsonl", **options})
+    given = TrainConfig(**{"model": str(model), "data": "d.jsonl", **options})
+    return given.with_defaults(10)
 
 
 def kinds(model: nn.Module) -> dict[str, type]:
@@ -72,7 +73,7 @@ def test_weights_absent_from_the_checkpoint_are_not_frozen_in_four_bits(tmp_path
     base = models.load_base(given, LABELS)
     assert base.new_modules == ["bert.pooler.dense"]
     assert kinds(base.model)["bert.pooler.dense"] is nn.Linear
-    model = models.add_adapter(base, given)
+    model = models.add_adapter(base, given, 4)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("pooler.dense.modules_to_save" in name for name in trained)
     assert not any("pooler" in name and "lora" in name for name in trained)
@@ -87,7 +88,7 @@ def test_a_head_for_another_number_of_labels_is_replaced(tmp_path: Path, bert: P
 
 def test_every_linear_layer_is_adapted_in_float32(bert: Path) -> None:
     given = config(bert, dtype="bfloat16", r=4)
-    model = models.add_adapter(models.load_base(given, LABELS), given)
+    model = models.add_adapter(models.load_base(given, LABELS), given, 4)
     layers = [m for m in model.modules() if isinstance(m, lora.LoraLayer)]
     assert len(layers) == 13
     trainable = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}
@@ -103,7 +104,7 @@ def test_the_language_model_head_is_neither_quantised_nor_adapted(llama: Path) -
     assert base.new_modules == []
     assert kinds(base.model)["lm_head"] is nn.Linear
     assert base.tokenizer.pad_token == base.tokenizer.eos_token
-    model = models.add_adapter(base, given)
+    model = models.add_adapter(base, given, 4)
     assert sum(isinstance(m, lora.bnb.Linear4bit) for m in model.modules()) == 14
     trainable, total = models.parameter_counts(model)
     assert trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -145,12 +146,12 @@ def test_initial_weights_depend_on_the_seed(bert: Path) -> None:
 def test_target_modules_that_cannot_be(bert: Path, wanted: str, message: str) -> None:
     given = config(bert, target_modules=wanted)
     with pytest.raises(TrainingError, match=f"--target-modules.* {message}"):
-        models.add_adapter(models.load_base(given, LABELS), given)
+        models.add_adapter(models.load_base(given, LABELS), given, 4)
 
 
 def test_target_modules_by_name(bert: Path) -> None:
     given = config(bert, target_modules="query, attention.output.dense")
-    model = models.add_adapter(models.load_base(given, LABELS), given)
+    model = models.add_adapter(models.load_base(given, LABELS), given, 4)
     names = [n for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)]
     assert len(names) == 4
     assert all(n.endswith(("query", "attention.output.dense")) for n in names)

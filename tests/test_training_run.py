@@ -144,7 +144,7 @@ def test_training_beats_the_baselines(bert_config: TrainConfig, tmp_path: Path) 
     assert scores["roc_auc"] > 0.9
     assert found["baselines"]["majority"]["roc_auc"] == 0.5
     assert found["baselines"]["linear_probe"]["roc_auc"] < scores["roc_auc"]
-    assert found["examples"] == {"train": 120, "held_out": 40}
+    assert found["examples"] == {"train": 120, "validation": 0, "held_out": 40}
 
 
 def test_what_metrics_json_holds(compared: Outcome) -> None:
@@ -156,7 +156,8 @@ def test_what_metrics_json_holds(compared: Outcome) -> None:
     }  # fmt: skip
     for arm in stored["results"].values():
         assert set(arm) == {
-            "held_out", "losses", "step_seconds", "tokens_per_second", "saved_activation_bytes",
+            "held_out", "losses", "best_step", "effective_rank", "step_seconds",
+            "tokens_per_second", "saved_activation_bytes",
         }  # fmt: skip
         assert set(arm["held_out"]) == {"loss", "accuracy", "f1", "roc_auc"}
         assert arm["tokens_per_second"] > 0
@@ -170,6 +171,7 @@ def test_the_folder_of_a_run(compared: Outcome) -> None:
     names = {path.name for path in compared.out.iterdir()}
     assert names >= {
         "adapter_config.json", "adapter_model.safetensors", "metrics.json", "loss.png",
+        "effective_rank.png",
         "README.md", "layers.txt", "run.json", "tokenizer.json", "checkpoints",
     }  # fmt: skip
     assert (compared.out / "loss.png").read_bytes().startswith(b"\x89PNG")

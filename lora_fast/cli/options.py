@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_fast.training import config
+from lora_fast.training.methods import METHODS
 
 DATA = "Model and data"
 ADAPTER = "Adapter"
@@ -60,23 +61,68 @@ Quantize = Annotated[
         metavar="nf4|none", help="nf4: frozen weights in 4 bits (QLoRA).", rich_help_panel=ADAPTER
     ),
 ]
-Rank = Annotated[int, typer.Option("--r", help="Rank of the update.", rich_help_panel=ADAPTER)]
-Alpha = Annotated[
-    float, typer.Option(help="The update is scaled by alpha / r.", rich_help_panel=ADAPTER)
-]
-Dropout = Annotated[
-    float, typer.Option(help="Dropout on the input of the adapter.", rich_help_panel=ADAPTER)
-]
-TargetModules = Annotated[
+Method = Annotated[
     str,
     typer.Option(
-        metavar="all-linear|NAME,NAME", help="Linear layers to adapt.", rich_help_panel=ADAPTER
+        metavar="NAME",
+        help=f"What trains: {', '.join(METHODS)}. A method takes the options that mean something "
+        "to it, and refuses the others.",
+        rich_help_panel=ADAPTER,
     ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option("--r", help="Rank of the update: 16, vera 256.", rich_help_panel=ADAPTER),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        help="The update is scaled by alpha / r: 32; rslora by alpha / sqrt(r): 16.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Dropout = Annotated[
+    float | None,
+    typer.Option(help="Dropout on the input of the adapter: 0.", rich_help_panel=ADAPTER),
+]
+TargetModules = Annotated[
+    str | None,
+    typer.Option(
+        metavar="all-linear|NAME,NAME",
+        help="Linear layers to adapt: all-linear; ia3 those of its paper.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+LrRatio = Annotated[
+    float | None,
+    typer.Option(help="lora-plus: learning rate of B over that of A: 16.", rich_help_panel=ADAPTER),
+]
+DeltaScale = Annotated[
+    float | None,
+    typer.Option(
+        help="delta-lora: W moves by this times the change of the update: 2.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+DeltaStart = Annotated[
+    int | None,
+    typer.Option(
+        help="delta-lora: steps before W begins to move: a tenth of all.", rich_help_panel=ADAPTER
+    ),
+]
+Frequencies = Annotated[
+    int | None,
+    typer.Option(help="fourierft: coefficients a layer: 1000.", rich_help_panel=ADAPTER),
+]
+VirtualTokens = Annotated[
+    int | None,
+    typer.Option(help="prompt, prefix: tokens put in front: 20.", rich_help_panel=ADAPTER),
 ]
 LearningRate = Annotated[
     float | None,
     typer.Option(
-        help="Peak of the cosine schedule: 5e-4 to 1e-4 by model size.", rich_help_panel=TRAINING
+        help="Peak of the schedule; else by method and model size: lora 5e-4 to 1e-4.",
+        rich_help_panel=TRAINING,
     ),
 ]
 Steps = Annotated[
@@ -111,9 +157,30 @@ GradientCheckpointing = Annotated[
     ),
 ]
 Optim = Annotated[
+    str | None,
+    typer.Option(
+        help="One of transformers' optimizers: adamw_torch; on a GPU also paged_adamw_32bit, "
+        "paged_adamw_8bit.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Schedule = Annotated[
     str,
     typer.Option(
-        help="One of transformers' optimizers; on a GPU also paged_adamw_32bit, paged_adamw_8bit.",
+        metavar="|".join(config.SCHEDULES),
+        help="Course of the learning rate after the warm-up.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Warmup = Annotated[
+    float, typer.Option(help="Share of the steps that warm up.", rich_help_panel=TRAINING)
+]
+EarlyStopping = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Stop when the loss on a tenth of --data, held back, has not fallen for N "
+        "checkpoints, and go back to the best.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -140,7 +207,7 @@ Out = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Takes adapter, metrics.json, loss.png and checkpoints; else the next runs/N.",
+        help="Takes what trained, metrics.json, pictures and checkpoints; else the next runs/N.",
         rich_help_panel=RUN,
     ),
 ]

@@ -42,8 +42,8 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         console.print(
             f"Largest difference of the two loss curves: {difference:.1e}, relative{masks}"
         )
-    console.print(f"\nAdapter, metrics.json, loss.png: [bold]{escape(str(outcome.out))}[/]")
-    console.print("[dim]README.md there has the code that loads the adapter.[/]")
+    console.print(f"\nAdapter, metrics.json, pictures: [bold]{escape(str(outcome.out))}[/]")
+    console.print("[dim]README.md there has the code that loads what was trained.[/]")
 
 
 def score_table(found: dict[str, Any]) -> Table:
@@ -93,6 +93,8 @@ def cost_table(found: dict[str, Any]) -> Table:
 def fused_line(found: dict[str, Any]) -> str:
     """Return how many of the adapted layers run fused, and how often they did."""
     fused = found["fused"]
+    if not fused["adapted_layers"]:
+        return "No adapted linear layers: nothing to fuse"
     colour = "green" if fused["all_fused"] else "yellow"
     slow = sum(fused["fallback_calls"].values())
     return (

@@ -1,4 +1,4 @@
-"""``lora-fast train``: fine-tune a model with LoRA or QLoRA."""
+"""``lora-fast train``: fine-tune a model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ def train(
     eval_data: opt.EvalData = DEFAULT.eval_data,
     task: opt.Task = DEFAULT.task,
     max_length: opt.MaxLength = DEFAULT.max_length,
+    method: opt.Method = DEFAULT.method,
     quantize: opt.Quantize = DEFAULT.quantize,
     r: opt.Rank = DEFAULT.r,
     alpha: opt.Alpha = DEFAULT.alpha,
     dropout: opt.Dropout = DEFAULT.dropout,
     target_modules: opt.TargetModules = DEFAULT.target_modules,
+    lr_ratio: opt.LrRatio = DEFAULT.lr_ratio,
+    delta_scale: opt.DeltaScale = DEFAULT.delta_scale,
+    delta_start: opt.DeltaStart = DEFAULT.delta_start,
+    frequencies: opt.Frequencies = DEFAULT.frequencies,
+    virtual_tokens: opt.VirtualTokens = DEFAULT.virtual_tokens,
     lr: opt.LearningRate = DEFAULT.lr,
     steps: opt.Steps = DEFAULT.steps,
     epochs: opt.Epochs = DEFAULT.epochs,
@@ -36,6 +42,9 @@ def train(
     grad_accum: opt.GradAccum = DEFAULT.grad_accum,
     gradient_checkpointing: opt.GradientCheckpointing = DEFAULT.gradient_checkpointing,
     optim: opt.Optim = DEFAULT.optim,
+    schedule: opt.Schedule = DEFAULT.schedule,
+    warmup: opt.Warmup = DEFAULT.warmup,
+    early_stopping: opt.EarlyStopping = DEFAULT.early_stopping,
     dtype: opt.Dtype = DEFAULT.dtype,
     seed: opt.Seed = DEFAULT.seed,
     compare: opt.Compare = DEFAULT.compare,
@@ -45,7 +54,7 @@ def train(
     overwrite: opt.Overwrite = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Fine-tune a model with LoRA or QLoRA through lora_fast.
+    """Fine-tune a model with one of fifteen methods, fused where lora_fast covers it.
 
     Without options: QLoRA of a small pretrained model on built-in text, offline, in minutes.
     """

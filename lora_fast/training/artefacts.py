@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: the adapter, its card, ``metrics.json`` and ``loss.png``."""
+"""What a run leaves in its folder: what it trained, its card, ``metrics.json`` and pictures."""
 
 from __future__ import annotations
 
@@ -11,38 +11,62 @@ from typing import Any
 from lora_fast import Report
 
 from .experiment import Experiment
+from .methods import method_of
+from .plots import plot_losses, plot_ranks
+from .summary import method_options
+from .trainer import Arm
+from .weights import base_weights, save_weights, trained, unwrapped
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "layers.txt"
 PLOT_FILE = "loss.png"
+RANK_FILE = "effective_rank.png"
 CARD_FILE = "README.md"
-
-STOCK_COLOUR = "#b0413e"
-OUR_COLOUR = "#1f5fa8"
+WEIGHTS_FILE = "weights.safetensors"
 
 
 def save_artefacts(
     out: Path,
     setting: Experiment,
     summary: dict[str, Any],
-    curves: dict[str, list[float]],
+    arms: dict[str, Arm],
     layers: Report,
 ) -> None:
-    """Write the adapter and tokenizer, the card, the layer report, the plot and the metrics.
+    """Write what was trained, the tokenizer, the card, the layer report, pictures and metrics.
 
-    ``metrics.json`` comes last and in one piece: where it is, the rest is complete.
+    The adapter is in PEFT's format where PEFT has the method. ``weights.safetensors`` holds what
+    trained in the base itself (BitFit, linear probe), or the frozen weights that Delta-LoRA moved:
+    the weights as they are, not their change, since a 16-bit or NF4 weight is rounded at every
+    step. ``metrics.json`` comes last and in one piece: where it is, the rest is complete.
 
     Raises:
         OSError: ``out`` cannot be written.
     """
-    setting.model.save_pretrained(out, save_embedding_layers=False)
+    _save_model(out, setting)
     setting.base.tokenizer.save_pretrained(out)
     (out / CARD_FILE).write_text(model_card(setting, summary, out), encoding="utf-8")
     (out / REPORT_FILE).write_text(f"{layers}\n", encoding="utf-8")
-    plot_losses(curves, out / PLOT_FILE)
-    partial = out / f"{METRICS_FILE}.partial"
-    partial.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
-    os.replace(partial, out / METRICS_FILE)
+    plot_losses({name: arm.losses for name, arm in arms.items()}, out / PLOT_FILE)
+    if arms["lora_fast"].ranks:
+        plot_ranks(arms["lora_fast"].ranks, setting.config.r or 1, out / RANK_FILE)
+    write_json(summary, out / METRICS_FILE)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write ``value`` in one piece: the file is there as a whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def _save_model(out: Path, setting: Experiment) -> None:
+    method = method_of(setting.config)
+    if method.peft:
+        setting.model.save_pretrained(out, save_embedding_layers=False)
+    if method.changes_weights:
+        save_weights(unwrapped(base_weights(setting.model)), out / WEIGHTS_FILE)
+    elif not method.peft:
+        save_weights(trained(setting.model), out / WEIGHTS_FILE)
 
 
 def finite(value: Any) -> Any:
@@ -54,61 +78,22 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
-    """Draw training loss over steps: each step faint, a running mean on top of it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    if "lora_fast" in curves:
-        losses = curves["lora_fast"]
-        steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=OUR_COLOUR, alpha=0.25, linewidth=1)
-        # Beside another curve: wide and light enough to be seen below it.
-        width, alpha = (5.0, 0.45) if "stock" in curves else (1.8, 1.0)
-        means = running_mean(losses)
-        axes.plot(steps, means, OUR_COLOUR, linewidth=width, alpha=alpha, label="lora_fast")
-    if "stock" in curves:
-        losses = running_mean(curves["stock"])
-        steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=STOCK_COLOUR, linestyle="--", label="stock PEFT")
-    axes.set(xlabel="optimizer step", ylabel="training loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def running_mean(values: list[float]) -> list[float]:
-    """Return the mean of the last tenth of the curve (at most 20 values) at every step."""
-    window = max(1, min(20, len(values) // 10))
-    means = []
-    for end in range(1, len(values) + 1):
-        chosen = values[max(0, end - window) : end]
-        means.append(sum(chosen) / len(chosen))
-    return means
-
-
 def model_card(setting: Experiment, summary: dict[str, Any], out: Path) -> str:
-    """Return the adapter's README: what it is, its scores, and code that loads it."""
-    config, base = setting.config, setting.base
+    """Return the README: what was trained, its scores, and code that loads it."""
+    config, base, method = setting.config, setting.base, method_of(setting.config)
     scores = summary["results"]["lora_fast"]["held_out"]
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
+    options = "".join(f"{name} = {value}, " for name, value in method_options(config).items())
     return f"""---
 base_model: {base.name}
-library_name: peft
-tags: [lora, lora_fast]
+library_name: {"peft" if method.peft else "transformers"}
+tags: [{config.method}, lora_fast]
 ---
 
-# LoRA adapter for {base.title}
+# {method.title} for {base.title}
 
-Task: {config.task}. Data: {config.data}. r = {config.r}, alpha = {config.alpha:g}, \
-{"NF4" if base.quantized else "unquantised"} base, \
-{len(summary["results"]["lora_fast"]["losses"])} steps.
+Task: {config.task}. Data: {config.data}. {options}{"NF4" if base.quantized else "unquantised"} \
+base, {len(summary["results"]["lora_fast"]["losses"])} steps.
 
 | held-out | |
 |---|---|
@@ -123,8 +108,11 @@ Task: {config.task}. Data: {config.data}. r = {config.r}, alpha = {config.alpha:
 
 
 def loading_code(setting: Experiment, out: Path) -> str:
-    """Return Python that loads base model and adapter with transformers and PEFT alone."""
-    config, base = setting.config, setting.base
+    """Return Python that loads the base model and what was trained.
+
+    transformers and PEFT suffice, but for ``weights.safetensors``, which may hold NF4.
+    """
+    config, base, method = setting.config, setting.base, method_of(setting.config)
     kind = "SequenceClassification" if config.task == "classification" else "CausalLM"
     options = [f"dtype={base.dtype}"]
     imports = f"AutoModelFor{kind}"
@@ -140,12 +128,18 @@ def loading_code(setting: Experiment, out: Path) -> str:
         bnb_4bit_compute_dtype={base.dtype},{skipped}
     )""")
     arguments = ",\n    ".join(options)
-    return f"""import torch
-from peft import PeftModel
-from transformers import {imports}
-
-base = AutoModelFor{kind}.from_pretrained(
-    {base.name!r},
-    {arguments},
-)
-model = PeftModel.from_pretrained(base, {str(out)!r}).eval()"""
+    weights = method.changes_weights or not method.peft
+    lines = ["import torch"]
+    lines += ["from peft import PeftModel"] if method.peft else []
+    lines += [f"from transformers import {imports}"]
+    lines += ["", "from lora_fast.training.weights import load_weights"] if weights else []
+    lines += [
+        "",
+        f"model = AutoModelFor{kind}.from_pretrained(",
+        f"    {base.name!r},",
+        f"    {arguments},",
+        ")",
+    ]
+    lines += [f"load_weights(model, {str(out / WEIGHTS_FILE)!r})"] if weights else []
+    lines += [f"model = PeftModel.from_pretrained(model, {str(out)!r})"] if method.peft else []
+    return "\n".join([*lines, "model.eval()"])

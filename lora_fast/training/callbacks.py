@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from .errors import TrainingError
 from .events import Observer
@@ -73,6 +73,35 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.observer.trained()
+
+
+class RankAllocation(TrainerCallback):
+    """Lets AdaLoRA's allocator see the gradients of every step and move its budget.
+
+    Between two allocations a pruned direction may grow again, and PEFT saves without it: at the
+    end of training it is pruned once more, so that what is scored is what is saved.
+    """
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        allocator = model.base_model.rankallocator
+        if allocator.peft_config.rank_pattern:
+            allocator.mask_using_rank_pattern(
+                model.base_model.model, allocator.peft_config.rank_pattern
+            )
+
+
+def early_stopping(patience: int, stored: dict[str, Any]) -> EarlyStoppingCallback:
+    """Return transformers' early stopping, its count as ``stored`` in the checkpoint, if any."""
+    callback = EarlyStoppingCallback(early_stopping_patience=patience)
+    callback.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
+    return callback
 
 
 class StopRequest(TrainerCallback):

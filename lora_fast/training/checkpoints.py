@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 CHECKPOINTS = "checkpoints"
 STATE = "trainer_state.json"
-NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors")
+WEIGHTS = "trained.safetensors"
+NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -37,6 +39,23 @@ def is_complete(checkpoint: Path) -> bool:
 def step_of(checkpoint: Path) -> int:
     """Return the number of finished steps that ``checkpoint`` holds."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def stored_state(checkpoint: Path | None) -> dict[str, Any]:
+    """Return Trainer's state as ``checkpoint`` holds it, empty without a checkpoint."""
+    if checkpoint is None:
+        return {}
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def stored_attributes(checkpoint: Path | None, callback: str) -> dict[str, Any]:
+    """Return what ``checkpoint`` holds of a callback, by the name of its class."""
+    found = stored_state(checkpoint).get("stateful_callbacks", {}).get(callback, {})
+    attributes: dict[str, Any] = (found[0] if isinstance(found, list) else found).get(
+        "attributes", {}
+    )
+    return attributes
 
 
 def latest_step(out: Path) -> int | None:

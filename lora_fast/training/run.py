@@ -11,17 +11,31 @@ from typing import Any
 import torch
 
 from lora_fast import Report, accelerate, report
+from lora_fast.reporting import adapted_layers
 
 from . import metrics, models
 from .artefacts import METRICS_FILE, save_artefacts
 from .checkpoints import CHECKPOINTS
 from .config import CONFIG_FILE, TrainConfig
-from .data import Collator, Example, encode, load_rows
+from .data import Collator, Example, Rows, encode, load_rows, split_rows
 from .errors import TrainingError
 from .events import Observer
 from .experiment import Experiment
+from .methods import method_of
 from .summary import arm_summary, comparison_summary, facts, run_summary
-from .trainer import Arm, check_optimizer, train_arm
+from .trainer import Arm, check_optimizer, total_steps, train_arm
+from .weights import capture, restore
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of a run, encoded, and what has to be beaten on them."""
+
+    rows: Rows
+    train: list[Example]
+    validation: list[Example]
+    held_out: list[Example]
+    baselines: dict[str, metrics.Scores]
 
 
 @dataclass(frozen=True)
@@ -66,25 +80,100 @@ def run_training(config: TrainConfig, out: Path, observer: Observer) -> Outcome:
     setting = _set_up(config, observer)
     for name, text in facts(setting):
         observer.fact(name, text)
-    initial = {n: p.detach().clone() for n, p in _trainable(setting.model)}
+    initial = capture(setting.model, frozen=method_of(config).changes_weights)
     arms: dict[str, Arm] = {}
     results: dict[str, dict[str, Any]] = {}
     for name in ["stock", "lora_fast"] if config.compare else ["lora_fast"]:
-        for parameter_name, parameter in _trainable(setting.model):
-            parameter.data.copy_(initial[parameter_name])
+        restore(setting.model, initial)
         if name == "lora_fast":
-            accelerate(setting.model)
-        arms[name] = _train(name, setting, out, observer)
+            run_fused(setting.model)
+        arms[name] = train_arm(name, setting, out, observer)
         observer.stage("Scoring on held-out examples")
-        results[name] = arm_summary(arms[name], setting, _evaluate(setting))
+        results[name] = arm_summary(arms[name], setting, evaluate(setting))
     layers = report(setting.model)
     found = run_summary(setting, layers, results)
     if config.compare:
         observer.stage("Timing stock PEFT and lora_fast in turns")
         found["comparison"] = comparison_summary(arms["stock"], arms["lora_fast"], setting, results)
     observer.stage("Saving")
-    save_artefacts(out, setting, found, {name: arm.losses for name, arm in arms.items()}, layers)
+    save_artefacts(out, setting, found, arms, layers)
     return Outcome(out, found, layers)
+
+
+def read_material(config: TrainConfig, rows: Rows, base: models.Base) -> Material:
+    """Encode the examples, set some apart for early stopping, and score the baselines.
+
+    ``config`` has no unknowns.
+
+    Raises:
+        TrainingError: too few examples are left to train on.
+    """
+    train_rows, validation_rows = rows.train, list[Any]()
+    if config.early_stopping:
+        train_rows, validation_rows = split_rows(rows.train, config.seed)
+        if not train_rows:
+            raise TrainingError("--early-stopping needs more training examples: it holds some back")
+    collator = Collator(base.tokenizer)
+    train, held_out = (encode(side, base.tokenizer, config) for side in (train_rows, rows.held_out))
+    validation = encode(validation_rows, base.tokenizer, config) if validation_rows else []
+    baselines = _baselines(config, base, train, held_out, collator)
+    return Material(rows, train, validation, held_out, baselines)
+
+
+def assemble(config: TrainConfig, base: models.Base, material: Material) -> Experiment:
+    """Put the method's model around the base, its initial weights drawn from the run's seed.
+
+    ``config`` has no unknowns.
+
+    Raises:
+        TrainingError: the method does not fit this model.
+    """
+    steps = total_steps(config, len(material.train))
+    torch.manual_seed(config.seed)
+    return Experiment(
+        config=config,
+        base=base,
+        rows=material.rows,
+        train=material.train,
+        held_out=material.held_out,
+        collator=Collator(base.tokenizer),
+        baselines=material.baselines,
+        model=models.add_adapter(base, config, steps),
+        steps=steps,
+        validation=material.validation,
+    )
+
+
+def complete(config: TrainConfig, base: models.Base) -> TrainConfig:
+    """Return the options without unknowns, for this model.
+
+    Raises:
+        TrainingError: ``--max-length`` is more than the model takes.
+    """
+    chosen = config.with_defaults(models.base_parameters(base.model))
+    limit = models.position_limit(base) - (chosen.virtual_tokens or 0)
+    if limit < 1:
+        raise TrainingError(
+            f"--virtual-tokens must be below the {models.position_limit(base)} positions of "
+            f"{base.name}, got {chosen.virtual_tokens}"
+        )
+    if config.max_length is not None and config.max_length > limit:
+        raise TrainingError(f"--max-length must be at most {limit} for {base.name}")
+    return replace(chosen, max_length=min(chosen.max_length or limit, limit))
+
+
+def run_fused(model: Any) -> None:
+    """Let what lora_fast covers run fused; methods without adapted layers stay as they are."""
+    if next(adapted_layers(model), None) is not None:
+        accelerate(model)
+
+
+def evaluate(setting: Experiment) -> metrics.Scores:
+    """Return the model's scores on the held-out examples."""
+    score: Callable[..., metrics.Scores] = metrics.evaluate_causal_lm
+    if setting.config.task == "classification":
+        score = metrics.evaluate_classification
+    return score(setting.model, setting.held_out, setting.collator, setting.base.dtype)
 
 
 def _set_up(config: TrainConfig, observer: Observer) -> Experiment:
@@ -94,42 +183,9 @@ def _set_up(config: TrainConfig, observer: Observer) -> Experiment:
     base = models.load_base(config, rows.labels)
     if base.new_modules:
         observer.note(f"Not in the checkpoint, trained in full: {', '.join(base.new_modules)}")
-    config = _complete(config, base)
-    train, held_out = (encode(side, base.tokenizer, config) for side in (rows.train, rows.held_out))
-    collator = Collator(base.tokenizer)
+    config = complete(config, base)
     observer.stage("Scoring the baselines")
-    baselines = _baselines(config, base, train, held_out, collator)
-    torch.manual_seed(config.seed)
-    model = models.add_adapter(base, config)
-    return Experiment(config, base, rows, train, held_out, collator, baselines, model)
-
-
-def _complete(config: TrainConfig, base: models.Base) -> TrainConfig:
-    limit = models.position_limit(base)
-    if config.max_length is not None and config.max_length > limit:
-        raise TrainingError(f"--max-length must be at most {limit} for {base.name}")
-    complete = config.with_defaults(models.base_parameters(base.model))
-    return replace(complete, max_length=min(complete.max_length or limit, limit))
-
-
-def _train(name: str, setting: Experiment, out: Path, observer: Observer) -> Arm:
-    return train_arm(
-        name,
-        setting.model,
-        setting.train,
-        setting.collator,
-        setting.config,
-        out,
-        setting.base.dtype,
-        observer,
-    )
-
-
-def _evaluate(setting: Experiment) -> metrics.Scores:
-    evaluate: Callable[..., metrics.Scores] = metrics.evaluate_causal_lm
-    if setting.config.task == "classification":
-        evaluate = metrics.evaluate_classification
-    return evaluate(setting.model, setting.held_out, setting.collator, setting.base.dtype)
+    return assemble(config, base, read_material(config, rows, base))
 
 
 def _baselines(
@@ -147,7 +203,3 @@ def _baselines(
         "majority": metrics.majority_baseline(train, held_out, classes),
         "linear_probe": metrics.linear_probe(base.model, train, held_out, collator, base.dtype),
     }
-
-
-def _trainable(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]

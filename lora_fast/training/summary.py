@@ -10,11 +10,14 @@ import torch
 
 import lora_fast
 
+from .config import TrainConfig
 from .data import LengthGroupedOrder
+from .effective_rank import summarise
 from .experiment import Experiment
 from .measurement import Batch, interleaved_step_times, saved_activation_bytes
+from .methods import method_of
 from .models import Base, parameter_counts
-from .trainer import Arm, total_steps
+from .trainer import Arm
 
 TIMED_BATCHES = 4
 
@@ -22,20 +25,33 @@ Summary = dict[str, Any]
 
 
 def facts(setting: Experiment) -> list[tuple[str, str]]:
-    """Return what a run is about to do, by name: model, data, LoRA, run."""
+    """Return what a run is about to do, by name: model, data, method, run."""
     config, base = setting.config, setting.base
     trainable, total = parameter_counts(setting.model)
     size = f"{(total - trainable) / 1e6:,.0f}M"
     kind = "NF4" if base.quantized else "unquantised"
     dtype = str(base.dtype).removeprefix("torch.")
-    steps = total_steps(config, len(setting.train))
     step_size = (config.batch_size or 1) * config.grad_accum
+    stop_by = f", {len(setting.validation):,} to stop by" if setting.validation else ""
+    held_out = f"{len(setting.held_out):,}"
+    options = "".join(f"{name} {value}, " for name, value in method_options(config).items())
     return [
         ("Model", f"{base.title}, {size} parameters, {kind}, {dtype} on {_device(base)}"),
-        ("Data", f"{len(setting.train):,} examples to train, {len(setting.held_out):,} held out"),
-        ("LoRA", f"r {config.r}, alpha {config.alpha:g}, {trainable:,} parameters to train"),
-        ("Run", f"{steps:,} steps of {step_size} examples, learning rate {config.lr:g}"),
+        ("Data", f"{len(setting.train):,} examples to train{stop_by}, {held_out} held out"),
+        ("Method", f"{method_of(config).title}: {options}{trainable:,} parameters to train"),
+        ("Run", f"{setting.steps:,} steps of {step_size} examples, learning rate {config.lr:g}"),
     ]
+
+
+def method_options(config: TrainConfig) -> dict[str, str]:
+    """Return the options that make the method what it is, by name, as text."""
+    shown = [name for name in method_of(config).options if name not in ("optim", "target_modules")]
+    given = {name: getattr(config, name) for name in shown}
+    return {
+        name.replace("_", "-"): f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in given.items()
+        if value not in (None, 0.0)
+    }
 
 
 def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Summary:
@@ -53,6 +69,8 @@ def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Su
     return {
         "held_out": held_out,
         "losses": arm.losses,
+        "best_step": arm.best_step,
+        "effective_rank": summarise(arm.ranks),
         "step_seconds": statistics.median(arm.step_seconds) if arm.step_seconds else None,
         "tokens_per_second": arm.tokens_per_second or None,
         "saved_activation_bytes": saved,
@@ -74,7 +92,11 @@ def run_summary(
         "quantized": "nf4" if setting.base.quantized else "none",
         "config": asdict(setting.config),
         "labels": setting.rows.labels,
-        "examples": {"train": len(setting.train), "held_out": len(setting.held_out)},
+        "examples": {
+            "train": len(setting.train),
+            "validation": len(setting.validation),
+            "held_out": len(setting.held_out),
+        },
         "trainable_parameters": trainable,
         "total_parameters": total,
         "trainable_percent": 100 * trainable / total,
@@ -98,7 +120,8 @@ def comparison_summary(
 
     Ratios are lora_fast / stock. ``max_relative_loss_difference`` is over all steps.
     """
-    pairs = list(zip(stock.losses, ours.losses, strict=True))
+    # Early stopping may end one arm before the other.
+    pairs = list(zip(stock.losses, ours.losses, strict=False))
     times = interleaved_step_times(
         setting.model, training_batches(setting, TIMED_BATCHES), setting.base.dtype
     )

@@ -1,42 +1,72 @@
-"""One arm of a run: transformers' Trainer over a PEFT model, with our order, clocks and stops."""
+"""One arm of a run: transformers' Trainer over a model, with our order, clocks and stops."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
-from .callbacks import Progress, StepClock, StopRequest, stop_on_signals
-from .checkpoints import CHECKPOINTS, STATE, latest_checkpoint, step_of
-from .config import WARMUP, TrainConfig
-from .data import Collator, Example, LengthGroupedOrder
+from .callbacks import (
+    Progress,
+    RankAllocation,
+    StepClock,
+    StopRequest,
+    early_stopping,
+    stop_on_signals,
+)
+from .checkpoints import (
+    CHECKPOINTS,
+    WEIGHTS,
+    latest_checkpoint,
+    step_of,
+    stored_attributes,
+    stored_state,
+)
+from .config import TrainConfig
+from .data import LengthGroupedOrder
+from .effective_rank import EffectiveRanks, Ranks
 from .errors import Interrupted, TrainingError, first_line
 from .events import Observer
+from .experiment import Experiment
+from .methods import method_of
+from .weights import capture, restore, save_weights
 
 DEFAULT_CHECKPOINTS = 5
+EARLY = "EarlyStoppingCallback"
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What the training of one arm, ``stock`` or ``lora_fast``, gave. ``losses`` is per step."""
+    """What the training of one arm, ``stock`` or ``lora_fast``, gave.
+
+    ``losses`` is per step, ``ranks`` the effective ranks by step; ``best_step`` is the one that
+    early stopping went back to.
+    """
 
     name: str
     losses: list[float]
-    step_seconds: list[float]
-    tokens_per_second: float
+    step_seconds: list[float] = field(default_factory=list)
+    tokens_per_second: float = 0.0
+    ranks: list[tuple[int, Ranks]] = field(default_factory=list)
+    best_step: int | None = None
 
 
 class OrderedTrainer(Trainer):
-    """Trainer with the batches of :class:`LengthGroupedOrder`, whose log has unrounded losses."""
+    """Trainer with the batches of :class:`LengthGroupedOrder`, whose log has unrounded losses.
+
+    A checkpoint holds what training changed, whatever the method, and nothing else of the model.
+    """
 
     _step_loss: float | torch.Tensor = 0.0
+    changes_weights = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on one batch and add its share to the loss of the optimizer step."""
@@ -56,50 +86,87 @@ class OrderedTrainer(Trainer):
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedOrder(lengths, step_size, self.args.seed)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(capture(self.model, frozen=self.changes_weights), folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
 
 def train_arm(
     name: str,
-    model: Any,
-    examples: list[Example],
-    collator: Collator,
-    config: TrainConfig,
+    setting: Experiment,
     out: Path,
-    dtype: torch.dtype,
     observer: Observer,
 ) -> Arm:
-    """Train ``model`` in place, from the arm's last checkpoint if it has one.
+    """Train the model in place, from the arm's last checkpoint if it has one.
 
     Raises:
         Interrupted: the user asked to stop; a checkpoint is written.
         TrainingError: the loss is no longer a number, or the optimizer's package is absent.
     """
     folder = out / CHECKPOINTS / name
-    clock, request = StepClock(), StopRequest()
-    callbacks: list[TrainerCallback] = [clock, Progress(name, observer, clock), request]
     checkpoint = latest_checkpoint(folder)
-    steps = total_steps(config, len(examples))
-    if checkpoint is not None and step_of(checkpoint) >= steps:
-        return _finished_arm(name, model, checkpoint)
-    try:
-        trainer = OrderedTrainer(
-            model=model,
-            args=training_arguments(config, folder, steps, dtype),
-            train_dataset=examples,
-            data_collator=collator,
-            processing_class=collator.tokenizer,
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.create_optimizer()
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise TrainingError(f"cannot set up training: {first_line(error)}") from error
+    if checkpoint is not None and _has_ended(checkpoint, setting):
+        return _finished_arm(name, setting.model, checkpoint)
+    clock, request, ranks = StepClock(), StopRequest(), EffectiveRanks()
+    stored = stored_attributes(checkpoint, EffectiveRanks.__name__)
+    ranks.history = [(step, found) for step, found in stored.get("history", [])]
+    callbacks = [clock, Progress(name, observer, clock), request, ranks]
+    trainer = _build_trainer(setting, folder, callbacks, checkpoint)
     with stop_on_signals(request, observer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    if state.global_step < state.max_steps:
+    if request.asked and state.global_step < state.max_steps:
         written = latest_checkpoint(folder)
         raise Interrupted(out, step_of(written) if written else None)
-    return Arm(name, _losses(state.log_history), clock.seconds, clock.tokens_per_second())
+    best = state.best_model_checkpoint if setting.config.early_stopping else None
+    return Arm(
+        name,
+        _losses(state.log_history),
+        clock.seconds,
+        clock.tokens_per_second(),
+        ranks.history,
+        step_of(Path(best)) if best else None,
+    )
+
+
+def _build_trainer(
+    setting: Experiment,
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    checkpoint: Path | None,
+) -> OrderedTrainer:
+    config, model = setting.config, setting.model
+    method = method_of(config)
+    if method.allocates_rank:
+        callbacks = [RankAllocation(), *callbacks]
+    if config.early_stopping:
+        stored = stored_attributes(checkpoint, EARLY)
+        callbacks = [*callbacks, early_stopping(config.early_stopping, stored)]
+    try:
+        args = training_arguments(config, folder, setting.steps, setting.base.dtype)
+        optimizer = method.optimize(model, args, config, setting.steps, method.head_rate)
+        trainer = OrderedTrainer(
+            model=model,
+            args=args,
+            train_dataset=setting.train,
+            eval_dataset=setting.validation or None,
+            data_collator=setting.collator,
+            processing_class=setting.collator.tokenizer,
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise TrainingError(f"cannot set up training: {first_line(error)}") from error
+    trainer.changes_weights = method.changes_weights
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def training_arguments(
@@ -110,6 +177,18 @@ def training_arguments(
     if config.gradient_checkpointing:
         checkpointing["gradient_checkpointing"] = True
         checkpointing["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    save_every = config.save_every or max(1, math.ceil(steps / DEFAULT_CHECKPOINTS))
+    stopping: dict[str, Any] = {}
+    if config.early_stopping:
+        stopping = {
+            "eval_strategy": "steps",
+            "eval_steps": save_every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "greater_is_better": False,
+            "per_device_eval_batch_size": config.batch_size or 1,
+            "prediction_loss_only": True,
+        }
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -117,22 +196,24 @@ def training_arguments(
         gradient_accumulation_steps=config.grad_accum,
         **checkpointing,
         learning_rate=config.lr or 0.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(WARMUP * steps),
-        optim=config.optim,
+        lr_scheduler_type=SCHEDULERS[config.schedule],
+        warmup_steps=math.ceil(config.warmup * steps),
+        optim=config.optim or "adamw_torch",
         weight_decay=0.0,
         seed=config.seed,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="steps",
-        save_steps=config.save_every or max(1, math.ceil(steps / DEFAULT_CHECKPOINTS)),
+        save_steps=save_every,
         save_total_limit=2,
+        **stopping,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
+        label_names=["labels"],
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -142,12 +223,14 @@ def training_arguments(
     return arguments
 
 
-def check_optimizer(name: str, device: torch.device) -> None:
+def check_optimizer(name: str | None, device: torch.device) -> None:
     """Check that transformers has the optimizer and that the device can run it.
 
     Raises:
         TrainingError: it has not, or cannot.
     """
+    if name is None:
+        return
     known = [optimizer.value for optimizer in OptimizerNames]
     if name not in known:
         raise TrainingError(f"--optim must be one of {', '.join(known)}, got {name!r}")
@@ -163,14 +246,28 @@ def total_steps(config: TrainConfig, examples: int) -> int:
     return max(1, math.ceil(per_epoch * (config.epochs or 1.0)))
 
 
+def _has_ended(checkpoint: Path, setting: Experiment) -> bool:
+    """Whether the training that wrote ``checkpoint`` had come to its end, or to its early stop."""
+    if step_of(checkpoint) >= setting.steps:
+        return True
+    count = stored_attributes(checkpoint, EARLY).get("early_stopping_patience_counter", 0)
+    return bool(setting.config.early_stopping and count >= setting.config.early_stopping)
+
+
 def _finished_arm(name: str, model: Any, checkpoint: Path) -> Arm:
     """Take over the weights and the curve of a training that had ended before."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
-    state = json.loads((checkpoint / STATE).read_text())
-    return Arm(name, _losses(state["log_history"]), [], 0.0)
+    state = stored_state(checkpoint)
+    best = state.get("best_model_checkpoint")
+    # By name: the folder of the run may have moved since.
+    source = checkpoint.with_name(Path(best).name) if best else checkpoint
+    restore(model, load_file(source / WEIGHTS))
+    history = stored_attributes(checkpoint, EffectiveRanks.__name__).get("history", [])
+    return Arm(
+        name,
+        _losses(state["log_history"]),
+        ranks=[(step, found) for step, found in history],
+        best_step=step_of(source) if best else None,
+    )
 
 
 def _losses(history: list[dict[str, float]]) -> list[float]:

@@ -1,0 +1,171 @@
+"""What training changed, as tensors: for checkpoints, for a second arm, and for other programs.
+
+An NF4 weight is stored as bitsandbytes stores it in a state dict: its packed bytes under its own
+name, its constants below it (``….weight.absmax``, …).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+ALLOCATOR = "rank_allocator"
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+Tensors = dict[str, Tensor]
+
+
+def capture(model: nn.Module, *, frozen: bool) -> Tensors:
+    """Return copies of all that a training step may change, by name.
+
+    That is every parameter that trains, the state of AdaLoRA's rank allocator and, with
+    ``frozen``, the frozen weights below LoRA layers, which Delta-LoRA moves.
+    """
+    found: Tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if frozen:
+        found |= base_weights(model)
+    found |= _allocator_tensors(model)
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def restore(model: nn.Module, tensors: Tensors) -> None:
+    """Put back what :func:`capture` returned, in place.
+
+    Raises:
+        ValueError: a tensor is not of this model, or has another shape.
+    """
+    state = {name: t for name, t in tensors.items() if not name.startswith(ALLOCATOR)}
+    _load(model, state, "the checkpoint")
+    _restore_allocator(model, {n: t for n, t in tensors.items() if n.startswith(ALLOCATOR)})
+
+
+def trained(model: nn.Module) -> Tensors:
+    """Return every parameter that trains, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def base_weights(model: nn.Module) -> Tensors:
+    """Return the frozen weight of every LoRA layer, by its name in ``model``."""
+    from lora_fast.reporting import adapted_layers
+
+    found: Tensors = {}
+    for name, layer in adapted_layers(model):
+        own = layer.base_layer.state_dict()  # type: ignore[union-attr]
+        weight = {key: tensor for key, tensor in own.items() if key.startswith("weight")}
+        found |= {f"{name}.base_layer.{key}": tensor for key, tensor in weight.items()}
+    return found
+
+
+def unwrapped(tensors: Tensors) -> Tensors:
+    """Return ``tensors`` under the names that they have in the model without PEFT around it."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def save_weights(tensors: Tensors, path: Path) -> None:
+    """Write tensors as safetensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load into ``model``, in place, weights that ``lora-fast train`` saved; return ``model``.
+
+    Raises:
+        ValueError: a name is not of this model, a shape differs, or the one is quantised and the
+            other is not; the model is then unchanged.
+        FileNotFoundError: there is no such file.
+    """
+    _load(model, load_file(path), str(path))
+    return model
+
+
+def _load(model: nn.Module, tensors: Tensors, source: str) -> None:
+    parameters = dict(model.named_parameters())
+    owners = sorted({_owner(name) for name in tensors})
+    unknown = [name for name in owners if name not in parameters]
+    if unknown:
+        raise ValueError(f"{source} must hold parameters of this model, got {unknown[0]}")
+    for name in owners:
+        _check(name, parameters[name], tensors, source)
+    with torch.no_grad():
+        for name in owners:
+            parameter = parameters[name]
+            parameter.data.copy_(tensors[name])
+            constants = _constants(name, tensors)
+            if constants:
+                kind = type(parameter.quant_state)  # type: ignore[attr-defined]
+                state = kind.from_dict(constants, device=parameter.device)
+                parameter.quant_state = state  # type: ignore[attr-defined]
+    for module in model.modules():
+        # bitsandbytes keeps the state in the module as well, and trusts that one after a move.
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state = module.weight.quant_state  # type: ignore[union-attr]
+
+
+def _check(name: str, parameter: nn.Parameter, tensors: Tensors, source: str) -> None:
+    if name not in tensors:
+        raise ValueError(f"{source} must hold {name}, got its constants only")
+    given, quantised = tensors[name], hasattr(parameter, "quant_state")
+    if given.shape != parameter.shape or quantised != bool(_constants(name, tensors)):
+        raise ValueError(
+            f"{source}: {name} must have shape {tuple(parameter.shape)}"
+            f"{' and be NF4' if quantised else ''}, got {tuple(given.shape)}"
+        )
+
+
+def _owner(name: str) -> str:
+    """The parameter that a tensor belongs to: ``a.weight.absmax`` to ``a.weight``."""
+    head, found, _ = name.partition(".weight.")
+    if found and name.rpartition(".")[2] in _CONSTANTS:
+        return f"{head}.weight"
+    return f"{head}.weight" if ".weight.quant_state." in name else name
+
+
+_CONSTANTS = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
+
+
+def _constants(name: str, tensors: Tensors) -> dict[str, Any]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+def _allocator(model: Any) -> Any:
+    return getattr(getattr(model, "base_model", None), "rankallocator", None)
+
+
+def _allocator_tensors(model: nn.Module) -> Tensors:
+    allocator = _allocator(model)
+    if allocator is None:
+        return {}
+    found: Tensors = {}
+    for average in _AVERAGES:
+        for name, tensor in getattr(allocator, average).items():
+            found[f"{ALLOCATOR}:{average}:{name}"] = tensor
+    for name, kept in (allocator.peft_config.rank_pattern or {}).items():
+        found[f"{ALLOCATOR}:kept:{name}"] = torch.tensor(kept)
+    return found
+
+
+def _restore_allocator(model: nn.Module, tensors: Tensors) -> None:
+    allocator = _allocator(model)
+    if allocator is None:
+        return
+    allocator.reset_ipt()
+    pattern: dict[str, list[bool]] = {}
+    for key, tensor in tensors.items():
+        _, kind, name = key.split(":", 2)
+        if kind == "kept":
+            pattern[name] = tensor.tolist()
+        else:
+            getattr(allocator, kind)[name] = tensor.to(_device(model))
+    allocator.peft_config.rank_pattern = pattern or None
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
