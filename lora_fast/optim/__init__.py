@@ -1,0 +1,6 @@
+"""What the training of adapters adds to an optimizer: LoRA+ groups and the Delta-LoRA wrapper."""
+
+from .delta_lora import DeltaLoRA
+from .loraplus import loraplus_param_groups
+
+__all__ = ["DeltaLoRA", "loraplus_param_groups"]
