@@ -12,6 +12,7 @@ except ModuleNotFoundError:
 
 from lora_fast import __version__
 
+from .compare import compare
 from .train import train
 
 EXIT_ERROR = 1
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(compare)
 
 
 def _show_version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,17 +23,23 @@ EXIT_INTERRUPTED = 130
 
 
 @contextmanager
-def one_line_errors(out: Path, *, debug: bool) -> Iterator[None]:
+def one_line_errors(
+    out: Path,
+    *,
+    debug: bool,
+    interruption: Callable[[BaseException, Path], str] | None = None,
+) -> Iterator[None]:
     """End the command with one line for whatever goes wrong inside; ``debug`` adds the traceback.
 
-    ``out`` is the folder that the command writes to and can resume from.
+    ``out`` is the folder that the command writes to. ``interruption`` returns the line for a
+    command that was stopped; without it, how to resume training.
     """
     try:
         yield
     except typer.Exit:
         raise
     except (Interrupted, KeyboardInterrupt) as stop:
-        _end(_interruption(stop, out), EXIT_INTERRUPTED, debug)
+        _end((interruption or _resumable)(stop, out), EXIT_INTERRUPTED, debug)
     except Exception as error:
         _end(f"error: {explain(error, out)}", EXIT_ERROR, debug)
 
@@ -60,7 +66,7 @@ def explain(error: Exception, out: Path) -> str:
     return f"{kind}: {first_line(error)} (--debug shows where)"
 
 
-def _interruption(stop: BaseException, out: Path) -> str:
+def _resumable(stop: BaseException, out: Path) -> str:
     from lora_fast.training.checkpoints import latest_step
 
     step = stop.step if isinstance(stop, Interrupted) else latest_step(out)

@@ -192,6 +192,30 @@ Dtype = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME",
+        help=f"Which to compare, of {', '.join(METHODS)}: all.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+CompareSteps = Annotated[
+    int | None,
+    typer.Option(help="Optimizer steps of a method: 60 builtin.", rich_help_panel=TRAINING),
+]
+CompareOut = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Takes compare.json, compare.md and compare.png; else the next runs/N.",
+        rich_help_panel=RUN,
+    ),
+]
+Seeds = Annotated[
+    int,
+    typer.Option(help="Runs of each method, from --seed upwards.", rich_help_panel=TRAINING),
+]
 Seed = Annotated[
     int, typer.Option(help="Of split, order, initial weights.", rich_help_panel=TRAINING)
 ]

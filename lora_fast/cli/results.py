@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,17 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_fast.training.comparison_table import SCORE_TITLES, caption, table
 from lora_fast.training.run import Outcome
 
 from .console import ARM_TITLES
 
-SCORE_TITLES = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "roc_auc": "ROC AUC",
-    "loss": "loss",
-    "perplexity": "perplexity",
-}
 BASELINE_TITLES = {
     "majority": "majority class",
     "linear_probe": "linear probe, frozen model",
@@ -44,6 +39,28 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         )
     console.print(f"\nAdapter, metrics.json, pictures: [bold]{escape(str(outcome.out))}[/]")
     console.print("[dim]README.md there has the code that loads what was trained.[/]")
+
+
+def show_comparison(console: Console, found: dict[str, Any], out: Path) -> None:
+    """Print the table of a comparison, its baselines, the failures and where everything is."""
+    head, rows = table(found)
+    shown = _table(head[0])
+    for title in head[1:]:
+        shown.add_column(title, justify="right")
+    for row in rows:
+        shown.add_row(*map(escape, row) if len(row) == len(head) else (row[0], "failed"))
+    console.print()
+    console.print(shown)
+    console.print(f"  [dim]{caption(found)}[/]")
+    for name, scores in found["baselines"].items():
+        text = ", ".join(
+            f"{SCORE_TITLES[key]} {scores[key]:.3f}" for key in found["scores"] if key in scores
+        )
+        console.print(f"  [dim]{BASELINE_TITLES[name]}: {text}[/]")
+    for row in found["methods"].values():
+        if "error" in row:
+            console.print(f"[red]{escape(row['title'])} failed: {escape(row['error'])}[/]")
+    console.print(f"\ncompare.json, compare.md, compare.png: [bold]{escape(str(out))}[/]")
 
 
 def score_table(found: dict[str, Any]) -> Table:

@@ -131,7 +131,7 @@ def stop_on_signals(request: StopRequest, observer: Observer) -> Iterator[None]:
         if request.asked:
             raise KeyboardInterrupt
         request.ask()
-        observer.note("Stopping after this step, with a checkpoint; once more to stop at once.")
+        observer.note("Stopping after this step; once more to stop at once.")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, handle) for number in numbers]

@@ -1,10 +1,10 @@
-"""What a training step costs: bytes saved for backward, and time, stock PEFT beside lora_fast."""
+"""What a training step costs: bytes saved for backward, and time beside another way to run it."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,58 @@ def interleaved_step_times(
     )
 
 
+def freeze(model: Any) -> Any:
+    """Make ``model`` the floor of fine-tuning: all of it frozen, its input asking for a gradient.
+
+    Forward and backward then compute every layer's output and the gradient of its input, and
+    nothing else: what any method pays that changes the model from its first layer on.
+    """
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def interleaved_ratio(
+    step: Callable[[Batch], None],
+    floor: Callable[[Batch], None],
+    batches: list[Batch],
+    *,
+    repeats: int = 2,
+) -> float:
+    """Return the median over batches of the time of ``step`` over that of ``floor``, in turns."""
+    device = next(iter(batches[0].values())).device
+    for run in (step, floor):
+        run(batches[0])
+    ratios = []
+    for turn, batch in enumerate(batch for _ in range(repeats) for batch in batches):
+        order = (step, floor) if turn % 2 else (floor, step)
+        seconds = {run: _seconds(run, batch, device) for run in order}
+        ratios.append(seconds[step] / seconds[floor])
+    return statistics.median(ratios)
+
+
+def peak_memory(step: Callable[[Batch], None], batch: Batch) -> int:
+    """Return the most bytes that the GPU had allocated during one step.
+
+    Raises:
+        ValueError: the batch is not on a GPU.
+    """
+    device = next(iter(batch.values())).device
+    if device.type != "cuda":
+        raise ValueError(f"batch must be on a GPU, got {device}")
+    torch.cuda.reset_peak_memory_stats(device)
+    step(batch)
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def forward_backward(model: Any, batch: Batch, dtype: torch.dtype) -> None:
+    """Run one forward and backward pass, and drop the gradients."""
+    with compute_context(next(model.parameters()).device, dtype):
+        loss = model(**batch).loss
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
@@ -95,15 +147,15 @@ def _run_as(model: nn.Module, kind: str) -> None:
 
 def _timed_pass(model: Any, batch: Batch, dtype: torch.dtype) -> float:
     device = next(model.parameters()).device
+    return _seconds(lambda given: forward_backward(model, given, dtype), batch, device)
+
+
+def _seconds(run: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
     synchronize(device)
     start = time.perf_counter()
-    with compute_context(device, dtype):
-        loss = model(**batch).loss
-    loss.backward()
+    run(batch)
     synchronize(device)
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
+    return time.perf_counter() - start
 
 
 def _permanent_storages(model: nn.Module, batch: Batch) -> Iterator[torch.UntypedStorage]:

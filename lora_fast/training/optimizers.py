@@ -78,7 +78,7 @@ def delta_lora(
 
     start = math.ceil(DELTA_START * steps) if config.delta_start is None else config.delta_start
     inner = plain(model, args, config, steps, head_rate)
-    optimizer: Optimizer = DeltaLoRA(inner, model, c=config.delta_scale, start_step=start)
+    optimizer: Optimizer = DeltaLoRA(inner, model, c=config.delta_scale or 0.0, start_step=start)
     return optimizer
 
 

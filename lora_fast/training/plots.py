@@ -60,8 +60,8 @@ def plot_ranks(history: list[tuple[int, Ranks]], rank: int, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_comparison(rows: list[dict[str, Any]], score: str, title: str, path: Path) -> None:
-    """Draw the score of every method with its spread over seeds, and its time per step.
+def plot_comparison(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw the score of every method, by ``title``, with its spread, and its time per step.
 
     A row has ``title``, ``scores`` (a list of values, one a seed) and ``step_ratio``.
     """

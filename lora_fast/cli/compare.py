@@ -1,0 +1,125 @@
+"""``lora-fast compare``: every method on the same data, model and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import typer
+
+from lora_fast.training.config import BUILTIN, TrainConfig
+from lora_fast.training.errors import TrainingError
+
+from . import options as opt
+from .errors import EXIT_ERROR, one_line_errors
+from .train import DEFAULT, default_folder
+
+BUILTIN_STEPS = 60
+COMPARISON_FILE = "compare.json"
+
+
+def compare(
+    context: typer.Context,
+    methods: opt.Methods = None,
+    model: opt.Model = DEFAULT.model,
+    data: opt.Data = DEFAULT.data,
+    eval_data: opt.EvalData = DEFAULT.eval_data,
+    task: opt.Task = DEFAULT.task,
+    max_length: opt.MaxLength = DEFAULT.max_length,
+    quantize: opt.Quantize = DEFAULT.quantize,
+    target_modules: opt.TargetModules = DEFAULT.target_modules,
+    steps: opt.CompareSteps = DEFAULT.steps,
+    epochs: opt.Epochs = DEFAULT.epochs,
+    batch_size: opt.BatchSize = DEFAULT.batch_size,
+    grad_accum: opt.GradAccum = DEFAULT.grad_accum,
+    gradient_checkpointing: opt.GradientCheckpointing = DEFAULT.gradient_checkpointing,
+    schedule: opt.Schedule = DEFAULT.schedule,
+    warmup: opt.Warmup = DEFAULT.warmup,
+    dtype: opt.Dtype = DEFAULT.dtype,
+    seed: opt.Seed = DEFAULT.seed,
+    seeds: opt.Seeds = 1,
+    out: opt.CompareOut = None,
+    overwrite: opt.Overwrite = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Train every method on the same data, model and seeds, and show what each costs and gives.
+
+    Every method runs with its own defaults; what does not work has the reason in its row.
+    """
+    folder = out or default_folder(resume=False)
+    with one_line_errors(folder, debug=debug, interruption=_interruption):
+        given = {f.name: context.params[f.name] for f in fields(TrainConfig) if f.name in _SHARED}
+        if data == BUILTIN and steps is None and epochs is None:
+            given["steps"] = BUILTIN_STEPS
+        if seeds < 1:
+            raise TrainingError(f"--seeds must be at least 1, got {seeds}")
+        failed = _compare(
+            TrainConfig(**given), methods, seeds, folder, overwrite=overwrite, debug=debug
+        )
+    if failed:
+        raise typer.Exit(EXIT_ERROR)
+
+
+_SHARED = frozenset(
+    {
+        "model",
+        "data",
+        "eval_data",
+        "task",
+        "max_length",
+        "quantize",
+        "target_modules",
+        "steps",
+        "epochs",
+        "batch_size",
+        "grad_accum",
+        "gradient_checkpointing",
+        "schedule",
+        "warmup",
+        "dtype",
+        "seed",
+    }
+)
+
+
+def _compare(
+    config: TrainConfig,
+    methods: str | None,
+    seeds: int,
+    out: Path,
+    *,
+    overwrite: bool,
+    debug: bool,
+) -> bool:
+    """Run the comparison, show its table, and return whether any method failed."""
+    from .console import Terminal, quiet_libraries
+
+    terminal = Terminal()
+    terminal.stage("Starting")
+    if not debug:
+        quiet_libraries()
+    from lora_fast.training.comparison import chosen_methods, compare_methods
+
+    from .results import show_comparison
+
+    with terminal:
+        wanted = chosen_methods(methods)
+        if (out / COMPARISON_FILE).exists() and not overwrite:
+            raise TrainingError(
+                f"{out} already holds a comparison: replace it with --overwrite, "
+                "or choose another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        found = compare_methods(config, wanted, seeds, out, terminal)
+    show_comparison(terminal.console, found, out)
+    return any("error" in row for row in found["methods"].values())
+
+
+def _interruption(stop: BaseException, out: Path) -> str:
+    import json
+
+    path = out / COMPARISON_FILE
+    if not path.exists():
+        return "interrupted before the first method was finished"
+    done = len(json.loads(path.read_text())["methods"])
+    return f"interrupted; {path} and the table beside it have the {done} finished"

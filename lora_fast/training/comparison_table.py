@@ -1,0 +1,83 @@
+"""The table of a comparison, as text: for the terminal, and for ``compare.md``."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+Result = dict[str, Any]
+
+SCORE_TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "roc_auc": "ROC AUC",
+    "loss": "loss",
+    "perplexity": "perplexity",
+}
+
+
+def facts(found: Result) -> list[tuple[str, str]]:
+    """Return what the methods have in common, by name."""
+    config, examples = found["config"], found["examples"]
+    kind = "NF4" if found["quantized"] == "nf4" else "unquantised"
+    seeds = ", ".join(map(str, found["seeds"]))
+    size = config["batch_size"] * config["grad_accum"]
+    length = f"{config['steps']:,} steps" if config["steps"] else f"{config['epochs']:g} epochs"
+    return [
+        (
+            "Model",
+            f"{found['model']}, {found['parameters'] / 1e6:,.0f}M parameters, {kind}, "
+            f"{found['dtype']} on {found['device']} ({found['threads']} threads)",
+        ),
+        ("Data", f"{examples['train']:,} examples to train, {examples['held_out']:,} held out"),
+        ("Runs", f"{length} of {size} examples, seed {seeds}"),
+    ]
+
+
+def caption(found: Result) -> str:
+    """Return what the columns of costs mean."""
+    return (
+        "step: time of one step, in units of forward and backward of the frozen model without an "
+        f"adapter (the floor); memory: {found['memory']}; fused: layers, of those adapted"
+    )
+
+
+def table(found: Result) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of the table, as text; a failed method has its reason."""
+    head = ["method", "trained", "step", "memory", "fused"]
+    head += [SCORE_TITLES[name] for name in found["scores"]]
+    return head, [_row(row, found["scores"]) for row in found["methods"].values()]
+
+
+def _row(row: Result, scores: list[str]) -> list[str]:
+    if "error" in row:
+        return [row["title"], f"failed: {row['error']}"]
+    memory = row["memory_bytes"]
+    fused = f"{row['fused_layers']} of {row['adapted_layers']}" if row["adapted_layers"] else "–"
+    return [
+        row["title"],
+        f"{row['trainable_percent']:.3f}%",
+        f"{row['step_ratio']:.2f}",
+        "–" if memory is None else f"{memory / 2**20:,.1f} MiB",
+        fused,
+        *(spread(row["scores"][name]) for name in scores),
+    ]
+
+
+def spread(values: list[float]) -> str:
+    """Return the mean, and with several seeds the standard deviation: ``0.812 ± 0.004``."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def markdown(found: Result) -> str:
+    """Return the comparison as Markdown."""
+    head, rows = table(found)
+    lines = [f"# {len(rows)} methods on {found['model']}", ""]
+    lines += [f"{name}: {text}  " for name, text in facts(found)]
+    lines += ["", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    for row in rows:
+        cells = [*row, *[""] * (len(head) - len(row))]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*lines, "", caption(found)]) + "\n"
