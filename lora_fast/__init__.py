@@ -19,7 +19,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__ = [*__path__, str(Path(__file__).parent.parent)]
 
 if TYPE_CHECKING:
-    from . import functional, optim, reference
+    from . import functional, optim, reference, trainable
     from .acceleration import accelerate, decelerate
     from .backend import set_backend
     from .conversion import convert
@@ -38,7 +38,7 @@ _LAZY = {
     "report": "reporting",
     "set_backend": "backend",
 }
-_LAZY_MODULES = ("functional", "optim", "reference")
+_LAZY_MODULES = ("functional", "optim", "reference", "trainable")
 
 __all__ = [
     "LoRALinear",
@@ -52,6 +52,7 @@ __all__ = [
     "reference",
     "report",
     "set_backend",
+    "trainable",
 ]
 
 
