@@ -15,20 +15,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
-    """Let the PEFT LoRA layers of `model` run fused; in place, and idempotent. Returns `model`.
+    """Let the PEFT layers of `model` run fused; in place, and idempotent. Returns `model`.
 
-        y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias
+        y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 
-    The class of every ``lora.Linear`` and ``lora.bnb.Linear4bit`` becomes a subclass of it. Their
-    parameters, state_dict keys, repr and adapter methods stay as they are. What the fused path
-    does not cover (merged or disabled adapters, ``adapter_names``, variants such as DoRA, hooks on
-    the inner layers, …) runs PEFT's own forward; :func:`lora_fast.report` tells where, and why.
+    The class of every linear layer of LoRA (with rsLoRA, LoRA-FA, DoRA), VeRA, AdaLoRA and (IA)³,
+    dense or 4-bit, becomes a subclass of it. Their parameters, state_dict keys, repr and adapter
+    methods stay as they are. What the fused path does not cover (merged or disabled adapters, other
+    variants, hooks on the inner layers, …) runs PEFT's own forward; :func:`lora_fast.report` tells
+    where, and why. Layers of other kinds (embeddings, convolutions, FourierFT, …) are left alone.
     Adapters that are added to these layers later are covered. Layers that PEFT wraps later are
     not: call ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError.
 
     ``group_shared_inputs`` has no effect in this version: no layers are grouped.
 
-    Raises TypeError if `model` is not a Module, ValueError if it contains no LoRA layer; `model`
+    Raises TypeError if `model` is not a Module, ValueError if it contains no adapted layer; `model`
     is then as it was.
     """
     _check(model)
@@ -38,10 +39,10 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
         )
     if next(adapted_layers(model), None) is None:
         raise ValueError(
-            "model must contain LoRA layers, got none; add them with peft.get_peft_model or "
+            "model must contain adapted layers, got none; add them with peft.get_peft_model or "
             "lora_fast.convert"
         )
-    if "peft.tuners.lora" not in sys.modules:
+    if "peft.tuners.tuners_utils" not in sys.modules:
         return model
     from .peft_layers import FUSED_CLASSES
 
@@ -69,7 +70,8 @@ def decelerate(model: Model) -> Model:
     layers: list[Any] = [module for module in model.modules() if type(module) in STOCK_CLASSES]
     _switch(layers, STOCK_CLASSES)
     for layer in layers:
-        del layer._lora_fast_calls
+        for name in [name for name in layer.__dict__ if name.startswith("_lora_fast_")]:
+            del layer.__dict__[name]
     return model
 
 

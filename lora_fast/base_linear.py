@@ -1,6 +1,6 @@
 """The frozen linear layer under an adapter: ``nn.Linear``, or bitsandbytes' ``Linear4bit`` in NF4.
 
-    y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias
+    y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 
 An *obstacle* is the reason, in words for the report, why this equation cannot be computed by
 :func:`lora_fast.functional.adapted_linear`; None means that it can. Everything is read from the
@@ -140,35 +140,24 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     return _dtype_obstacle(base, x, factors)
 
 
-def adapted(
-    base: Any,
-    x: Tensor,
-    *,
-    A: Tensor,
-    B: Tensor,
-    scaling: float | Tensor,
-    bias: Tensor | None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """The equation of this module: x [..., K] → y [..., N], with `bias` in the place of the base's.
+def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Tensor:
+    """The equation on the weight of `base`: x [..., K] → y [..., N], `bias` in place of its own.
 
-    The result has the dtype that `base` alone would give: the compute dtype for a dense layer, x's
-    for a 4-bit one. Call it only when :func:`base_obstacle` and :func:`call_obstacle` find nothing.
+    `factors` are those of :func:`lora_fast.functional.adapted_linear`. The result has the dtype
+    that `base` alone would give: the compute dtype for a dense layer, x's for a 4-bit one. Call it
+    only when :func:`base_obstacle` and :func:`call_obstacle` find nothing.
     """
     if not is_four_bit(base):
-        return adapted_linear(x, base.weight, bias, A=A, B=B, scaling=scaling, dropout_p=dropout_p)
+        return adapted_linear(x, base.weight, bias, **factors)
     dtype = _four_bit_dtype(base, x)
     autocast = torch.is_autocast_enabled(x.device.type)
-    y = adapted_linear(
-        x if autocast else x.to(dtype),
-        NF4Weight.from_params4bit(base.weight),
-        bias,
-        A=A,
-        B=B,
-        scaling=scaling,
-        dropout_p=dropout_p,
-    )
+    y = adapted_linear(x if autocast else x.to(dtype), weight_of(base), bias, **factors)
     return y.to(x.dtype)
+
+
+def weight_of(base: Any) -> Tensor | NF4Weight:
+    """W [N, K] as the operation takes it."""
+    return NF4Weight.from_params4bit(base.weight) if is_four_bit(base) else base.weight
 
 
 def is_four_bit(base: nn.Module) -> bool:

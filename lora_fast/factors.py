@@ -10,11 +10,25 @@ from torch import Tensor
 from .nf4 import NF4Weight
 
 
+class Constants(NamedTuple):
+    """What the equation takes and does not differentiate.
+
+    rank_spans [samples, 2] (int32): the rows of each sample, M / samples of them in a row, use
+    columns [start, stop) of S alone.
+    """
+
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
+    rank_spans: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
     """Everything of y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias except x.
 
     weight [N, K], bias [N], A [R, K], B [N, R], b [N], d [R], g [N]; None where a factor is absent.
+    The last four are those of :class:`Constants`, in their order.
     """
 
     weight: Tensor | NF4Weight
@@ -27,6 +41,7 @@ class Factors:
     scaling: float = 1.0
     dropout_p: float = 0.0
     dropout_seed: int = 0
+    rank_spans: Tensor | None = None
 
     @property
     def has_adapter(self) -> bool:
@@ -56,6 +71,22 @@ class Needs(NamedTuple):
     @property
     def saves_V(self) -> bool:
         return self.g
+
+    @property
+    def saves_mask(self) -> bool:
+        return self.A or self.x
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass, beside x and the factors.
+
+    S = drop(x) Aᵀ [M, R] · V = y before g and the bias [M, N] · mask [M, K] (bool), dropout's, from
+    a backend that cannot draw it again for less than it costs to keep.
+    """
+
+    S: Tensor | None = None
+    V: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Gradients(NamedTuple):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .autograd import AdaptedLinear
+from .factors import Constants
 from .nf4 import NF4Weight
-from .validation import check_adapted_linear, check_dropout
+from .validation import check_adapted_linear, check_dropout, check_rank_spans
 
 
 def adapted_linear(
@@ -23,6 +24,7 @@ def adapted_linear(
     g: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    rank_spans: Tensor | None = None,
 ) -> Tensor:
     """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias, fused forward and backward.
 
@@ -32,7 +34,9 @@ def adapted_linear(
     factor. ``scaling`` may be a tensor of one element (it is read on its device and gets no
     gradient). ``dropout_p`` drops elements of x on their way into A, with a mask that is a pure
     function of ``dropout_seed``, row and column; without a seed one is drawn from torch's generator
-    of x's device.
+    of x's device. ``rank_spans`` [samples, 2] (int32) gives samples of one batch different
+    adapters, stacked along R: sample i, the i-th of equal parts of the rows of x, takes part in
+    columns start ≤ r < stop of S alone.
 
     Raises TypeError or ValueError that names the argument for operands that do not fit together.
     Differentiating twice raises RuntimeError.
@@ -41,6 +45,7 @@ def adapted_linear(
     """
     check_adapted_linear(x, weight, {"bias": bias, "b": b, "d": d, "g": g}, A, B, scaling)
     check_dropout(dropout_p, dropout_seed)
+    check_rank_spans(rank_spans, x, A)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(scaling, Tensor):
@@ -50,9 +55,8 @@ def adapted_linear(
         dropout_p = 0.0
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = _draw_seed(x.device)
-    return AdaptedLinear.apply(
-        x, weight, bias, A, B, b, d, g, float(scaling), float(dropout_p), dropout_seed or 0
-    )
+    constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)
+    return AdaptedLinear.apply(x, weight, bias, A, B, b, d, g, constants)
 
 
 def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor | None:

@@ -71,7 +71,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Report on every LoRA layer of `model`, PEFT's and lora_fast's, at any time.
+    """Report on every adapted layer of `model`, PEFT's and lora_fast's, at any time.
 
     Before the first call it predicts, from the present state of each layer, what the call would do.
     PEFT's layers that :func:`lora_fast.accelerate` has not switched, or cannot, are listed as such.
@@ -84,9 +84,9 @@ def report(model: nn.Module) -> Report:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every LoRALinear and every LoRA layer of PEFT in `model`."""
-    peft_lora = sys.modules.get("peft.tuners.lora")
-    kinds = (LoRALinear,) if peft_lora is None else (LoRALinear, peft_lora.LoraLayer)
+    """(name, layer) of every layer of lora_fast and every adapter layer of PEFT in `model`."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    kinds = (LoRALinear,) if peft is None else (LoRALinear, peft.BaseTunerLayer)
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             yield name, module
@@ -110,8 +110,8 @@ def _obstacle(layer: Any) -> str | None:
         return layer.obstacle()
     from . import peft_layers
 
-    if type(layer) in peft_layers.STOCK_CLASSES:
-        return peft_layers.layer_obstacle(layer)
+    if isinstance(layer, peft_layers.FusedForward):
+        return layer.active()[1]
     if type(layer) not in peft_layers.FUSED_CLASSES:
         return f"{_kind(layer)} has no fused path"
     if not runs_own_forward(layer):

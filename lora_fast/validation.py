@@ -55,6 +55,26 @@ def check_dropout(p: Any, seed: Any) -> None:
         raise ValueError(f"dropout_seed must lie in [0, 2**63), got {seed}")
 
 
+def check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
+    """Raise unless `spans` is None or [samples, 2] int32 with equally many rows of x a sample."""
+    if spans is None:
+        return
+    if not isinstance(spans, Tensor) or spans.dtype != torch.int32:
+        kind = spans.dtype if isinstance(spans, Tensor) else type(spans).__name__
+        raise TypeError(f"rank_spans must be an int32 tensor, got {kind}")
+    if A is None:
+        raise ValueError("rank_spans must be None when there is no adapter (A and B are None)")
+    if spans.dim() != 2 or spans.shape[1] != 2:
+        raise ValueError(f"rank_spans must have shape [samples, 2], got {tuple(spans.shape)}")
+    rows = x.numel() // x.shape[-1]
+    if rows and (spans.shape[0] == 0 or rows % spans.shape[0]):
+        raise ValueError(
+            f"rank_spans must have a number of samples that divides the {rows} rows of x, "
+            f"got {spans.shape[0]}"
+        )
+    _check_same_device("rank_spans", spans, x)
+
+
 def check_scaling(scaling: Any) -> None:
     """Raise unless `scaling` is a finite number, or a tensor of one element."""
     if isinstance(scaling, Tensor):

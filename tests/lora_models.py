@@ -9,7 +9,10 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from accuracy import assert_all_accurate, assert_same_bits
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
+from peft.tuners import ia3
+from peft.tuners.ia3 import Linear4bit as IA3Linear4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import lora_fast
@@ -101,9 +104,12 @@ def lora_config(**config: Any) -> LoraConfig:
 def float64_copy(model: Any) -> Any:
     """The same model in float64 on plain nn.Linear, NF4 weights decoded without rounding."""
     wide = copy.deepcopy(model)
-    for layer in lora_layers(wide):
+    for layer in tuner_layers(wide):
         if isinstance(layer.base_layer, bnb.nn.Linear4bit):
             layer.base_layer = _decoded(layer.base_layer)
+        if isinstance(layer, IA3Linear4bit):
+            # The 4-bit layer casts its input to float32.
+            layer.__class__, layer.fan_in_fan_out = ia3.Linear, False
     return wide.double()
 
 
@@ -118,6 +124,60 @@ def _decoded(quantised: bnb.nn.Linear4bit) -> nn.Linear:
 
 def lora_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def tuner_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def method_model(
+    method: str,
+    kind: str = "dense",
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+    dropout: float = 0.0,
+    adapters: int = 1,
+) -> Any:
+    """A stock PEFT model of one of PEFT's methods, every trained number moved off its start."""
+    base = (model or Single()).to(dtype)
+    if kind == "nf4":
+        base = quantised(base, compute_dtype)
+    wrapped = get_peft_model(base, _method_config(method, dropout), autocast_adapter_dtype=False)
+    for number in range(1, adapters):
+        config = _method_config(method, dropout)
+        # PEFT trains one AdaLoRA adapter at a time.
+        config.inference_mode = method == "adalora"
+        wrapped.add_adapter(f"adapter{number}", config)
+    if adapters > 1:
+        wrapped.base_model.set_adapter(["default", *(f"adapter{n}" for n in range(1, adapters))])
+    generator = torch.Generator().manual_seed(2)
+    for layer in tuner_layers(wrapped):
+        for name in layer.adapter_layer_names:
+            for parameter in getattr(layer, name).parameters():
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.data = (parameter.data + noise).to(adapter_dtype)
+        for ranknum in getattr(layer, "ranknum", {}).values():
+            ranknum.requires_grad_(False)
+    for buffer in (t for n, t in wrapped.named_buffers() if "vera_" in n):
+        buffer.data = buffer.data.to(adapter_dtype)
+    return wrapped
+
+
+def _method_config(method: str, dropout: float) -> Any:
+    targets = r"(.*\.)?fc\d?"
+    if method == "dora":
+        return lora_config(use_dora=True, lora_dropout=dropout)
+    if method == "vera":
+        return VeraConfig(r=37, target_modules=targets, vera_dropout=dropout)
+    if method == "adalora":
+        return AdaLoraConfig(
+            init_r=6, target_r=3, lora_alpha=8, total_step=8, tinit=1, tfinal=2, deltaT=1,
+            target_modules=targets, lora_dropout=dropout,
+        )  # fmt: skip
+    inputs = targets if method == "ia3-feedforward" else []
+    return IA3Config(target_modules=targets, feedforward_modules=inputs)
 
 
 def run(

@@ -102,7 +102,7 @@ def test_subclasses_from_elsewhere_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("argument", "error", "message"),
     [
-        (nn.Sequential(nn.Linear(2, 2)), ValueError, "model must contain LoRA layers"),
+        (nn.Sequential(nn.Linear(2, 2)), ValueError, "model must contain adapted layers"),
         ("model", TypeError, "model must be a torch.nn.Module, got str"),
     ],
 )

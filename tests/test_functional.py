@@ -122,7 +122,9 @@ def test_saves_what_the_method_needs_and_nothing_else(method, factors, trains, e
         p=p if "A" in factors else 0.0,
     )  # fmt: skip
     shapes = {"S": (case.M, case.R), "V": (case.M, case.N)}
-    named = (f"{shapes[n]} torch.bfloat16" if n in shapes else n for n in expected)
+    named = [f"{shapes[n]} torch.bfloat16" if n in shapes else n for n in expected]
+    if case.p:
+        named.append(f"{(case.M, case.K)} torch.bool")
     assert saved_tensors(case) == sorted(named)
 
 

@@ -23,7 +23,8 @@ from lora_models import (
 )
 from torch import Tensor, nn
 
-from lora_fast import dispatch, peft_layers, reference
+from lora_fast import dispatch, reference
+from lora_fast.peft_layers import lora_layers as fused_lora_layers
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["dense", "nf4"]
@@ -114,7 +115,7 @@ def test_a_gradient_off_by_one_percent_is_caught(
 def test_a_dropped_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = peft_model()
     fused = accelerated_copy(stock)
-    monkeypatch.setattr("lora_fast.peft_layers._total_bias", lambda *arguments: None)
+    monkeypatch.setattr("lora_fast.peft_layers.lora_layers._total_bias", lambda *arguments: None)
     with pytest.raises(AssertionError, match=r"y \("):
         compare(fused, stock, torch.randn(21, K), compute_dtype=F32)
 
@@ -360,9 +361,11 @@ def test_result_dtype_under_cuda_autocast() -> None:
     torch.set_autocast_enabled("cuda", True)
     try:
         autocast = torch.get_autocast_dtype("cuda")
-        assert peft_layers._result_dtype(nf4, y) == (y + y.to(autocast)).dtype
-        assert peft_layers._result_dtype(nf4, y.to(BF16)) == (y.to(BF16) + y.to(autocast)).dtype
-        assert peft_layers._result_dtype(dense, y) == F16
+        assert fused_lora_layers._result_dtype(nf4, y) == (y + y.to(autocast)).dtype
+        assert (
+            fused_lora_layers._result_dtype(nf4, y.to(BF16)) == (y.to(BF16) + y.to(autocast)).dtype
+        )
+        assert fused_lora_layers._result_dtype(dense, y) == F16
     finally:
         torch.set_autocast_enabled("cuda", False)
-    assert peft_layers._result_dtype(nf4, y) == F16
+    assert fused_lora_layers._result_dtype(nf4, y) == F16

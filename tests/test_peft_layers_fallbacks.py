@@ -131,8 +131,8 @@ SAME_RESULT: list[tuple[str, Prepare, dict[str, Any]]] = [
     ("adapters disabled", lambda m: m.base_model.disable_adapter_layers(), {}),
     ("merged", lambda m: m.merge_adapter(), {}),
     ("no active adapter", lambda m: m.base_model.set_adapter([]), {}),
-    ("variant DoraLinearVariant", _nothing, {"use_dora": True}),
-    ("variant DoraLinearVariant", _nothing, {"use_dora": True, "kind": "nf4"}),
+    ("DoRA with several adapters", _second_adapter(use_dora=True), {"use_dora": True}),
+    ("variant MiCALinearVariant", _nothing, {"init_lora_weights": "mica"}),
     ("hooks on lora_A", _hook(_adapter("lora_A"), "register_forward_hook", _halve), {}),
     ("hooks on lora_B", _hook(_adapter("lora_B"), "register_forward_hook", _halve), {}),
     (
@@ -190,18 +190,6 @@ def test_same_bits_as_stock(reason: str, prepare: Prepare, config: dict[str, Any
         results.append(run(model, x))
     assert_equal_runs(*results)
     assert counted(fused) == (0, {reason: 1})
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_mixed_batch(kind: str) -> None:
-    stock = peft_model(kind)
-    _second_adapter()(stock)
-    stock.base_model.set_adapter("default")
-    fused = accelerated_copy(stock.eval())
-    x = torch.randn(4, K)
-    names = ["default", "other", "__base__", "other"]
-    assert_equal_runs(run(fused, x, adapter_names=names), run(stock, x, adapter_names=names))
-    assert counted(fused) == (0, {"adapter_names": 1})
 
 
 def _call(model: Any, *args: Any, **kwargs: Any) -> str:

@@ -16,7 +16,7 @@ from lora_models import (
     peft_model,
     quantised,
 )
-from peft import AdaLoraConfig, get_peft_model
+from peft import FourierFTConfig, get_peft_model
 from torch import nn
 
 import lora_fast
@@ -49,10 +49,12 @@ def test_counts_every_reason_apart() -> None:
     with model.disable_adapter():
         model(x)
         model(x)
-    model(x, adapter_names=["default", "__base__"])
+    model.merge_adapter()
+    model(x)
+    model.unmerge_adapter()
     (line,) = lora_fast.report(model).layers
     assert line.fused_calls == 1
-    assert line.fallback_calls == {"adapters disabled": 2, "adapter_names": 1}
+    assert line.fallback_calls == {"adapters disabled": 2, "merged": 1}
     assert line.fused
 
 
@@ -90,11 +92,11 @@ def test_layers_that_are_not_accelerated_are_listed() -> None:
 
 
 def test_other_methods_of_peft_are_named() -> None:
-    model = get_peft_model(Single(), AdaLoraConfig(target_modules=["fc"], total_step=10))
+    model = get_peft_model(Single(), FourierFTConfig(target_modules=["fc"], n_frequency=10))
     (line,) = lora_fast.report(lora_fast.accelerate(model)).layers
     assert (line.kind, line.obstacle) == (
-        "adalora.SVDLinear",
-        "adalora.SVDLinear has no fused path",
+        "fourierft.FourierFTLinear",
+        "fourierft.FourierFTLinear has no fused path",
     )
 
 

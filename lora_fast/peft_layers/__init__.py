@@ -1,0 +1,24 @@
+"""PEFT's adapter layers with a fused forward, one file for each of its tuners.
+
+The classes add a ``forward`` to PEFT's and little else: parameters, state_dict keys, repr and every
+adapter method are PEFT's own, and so is the forward wherever an obstacle is found. Everything is
+read from the layer at each call, since adapters are added, deleted, switched and hot-swapped, and
+scalings become tensors, at any time.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import adalora_layers, ia3_layers, lora_layers, vera_layers
+from .fused_forward import FusedForward
+
+FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    **lora_layers.FUSED_CLASSES,
+    **vera_layers.FUSED_CLASSES,
+    **adalora_layers.FUSED_CLASSES,
+    **ia3_layers.FUSED_CLASSES,
+}
+STOCK_CLASSES = {fused: stock for stock, fused in FUSED_CLASSES.items()}
+
+__all__ = ["FUSED_CLASSES", "STOCK_CLASSES", "FusedForward"]

@@ -1,0 +1,65 @@
+"""What the fused forwards of all PEFT layers have in common: look for obstacles, count, compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..base_linear import CallCounts, environment_obstacle
+
+
+class FusedForward:
+    """Mixin before a PEFT layer class: the fused forward, or PEFT's own where there is an obstacle.
+
+    A subclass says what the layer holds at this moment (:meth:`active`), what rules an input out
+    (:meth:`input_obstacle`) and what is computed (:meth:`fused`).
+    """
+
+    _lora_fast_calls: CallCounts
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls = self._lora_fast_calls
+        state: Any = None
+        found = environment_obstacle() or self.arguments_obstacle(args, kwargs)
+        if found is None:
+            state, found = self.active(**kwargs)
+        if found is None:
+            found = self.input_obstacle(state, x)
+        if found is not None:
+            calls.add_fallback(found)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        y = self.fused(state, x)
+        calls.fused += 1
+        return y
+
+    def active(self, **kwargs: Any) -> tuple[Any, str | None]:
+        """The active adapters, and why PEFT's own forward must run whatever the input, or None."""
+        raise NotImplementedError
+
+    def input_obstacle(self, state: Any, x: Any) -> str | None:
+        """Why x does not fit; where PEFT would raise for x, its own forward is called to do so."""
+        raise NotImplementedError
+
+    def fused(self, state: Any, x: Tensor) -> Tensor:
+        """The layer's result, from what :meth:`active` returned."""
+        raise NotImplementedError
+
+    def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the further arguments of a call cannot be honoured; PEFT hands them to the base."""
+        return "extra arguments" if args or kwargs else None
+
+    def _get_name(self) -> str:
+        return type(self).__bases__[-1].__name__
+
+
+def switched_off(layer: Any) -> str | None:
+    """Whether no adapter of a PEFT layer takes part in its forward at all."""
+    if layer.disable_adapters:
+        return "adapters disabled"
+    return "merged" if layer.merged else None
+
+
+def casts_input(layer: Any) -> bool:
+    """Whether PEFT casts x to the adapter's dtype; without it, it multiplies what it gets."""
+    return bool(getattr(layer, "cast_input_dtype_enabled", True))

@@ -1,0 +1,282 @@
+"""PEFT's LoRA layers: LoRA, rsLoRA, LoRA-FA, DoRA, batches with an adapter for each sample.
+
+LoRA   y = x Wᵀ + Σᵢ sᵢ · (drop(x) Aᵢᵀ) Bᵢᵀ + bias + Σᵢ sᵢ · biasᵢ     (i: active adapters)
+DoRA   y = x Wᵀ + (g − 1) ⊙ (x̃ Wᵀ) + g ⊙ s · (x̃ Aᵀ) Bᵀ + bias          g = m / ‖W + s B A‖
+
+with x̃ = drop(x): PEFT drops the input of all that m scales. Without dropout y = g ⊙ V + bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from ..base_linear import (
+    adapted,
+    base_obstacle,
+    call_obstacle,
+    module_obstacle,
+    tensor_obstacle,
+    weight_of,
+    weight_shape,
+)
+from ..row_norms import RowNorms
+from .fused_forward import FusedForward, casts_input, switched_off
+
+# Named arguments of a variant; PEFT takes them out of the call and vanilla LoRA ignores them.
+_VARIANT_ARGUMENTS = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
+_BASE_ALONE = "__base__"
+
+
+class Adapter(NamedTuple):
+    """One active adapter, as it is at this moment."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    dropout: nn.Module
+    magnitude: Tensor | None = None
+
+    @property
+    def dropout_p(self) -> float:
+        return (
+            self.dropout.p
+            if isinstance(self.dropout, nn.Dropout) and self.dropout.training
+            else 0.0
+        )
+
+
+class State(NamedTuple):
+    """The adapters that take part in a call, and for a mixed batch the adapter of each sample."""
+
+    adapters: list[Adapter]
+    sample_adapters: list[str] | None = None
+
+
+class FusedLoRALayer(FusedForward):
+    """The fused forward of ``lora.Linear`` and ``lora.bnb.Linear4bit``."""
+
+    def active(self, **kwargs: Any) -> tuple[State, str | None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            adapters, found = _read(self, self.active_adapters)  # type: ignore[attr-defined]
+            return State(adapters), found or _together_obstacle(adapters, mixed=False)
+        adapters, found = _read(self, dict.fromkeys(names))
+        return State(adapters, list(names)), found or _together_obstacle(adapters, mixed=True)
+
+    def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if args or not _VARIANT_ARGUMENTS.issuperset(kwargs.keys() - {"adapter_names"}):
+            return "extra arguments"
+        return None
+
+    def input_obstacle(self, state: State, x: Any) -> str | None:
+        return _input_obstacle(self, state, x)
+
+    def fused(self, state: State, x: Tensor) -> Tensor:
+        first = state.adapters[0]
+        y = _lora(self, state, x) if first.magnitude is None else _dora(self, first, x)
+        return y.to(_result_dtype(self, y))
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop(_NORMS, None)
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        self.__dict__.pop(_NORMS, None)
+        super().unmerge()  # type: ignore[misc]
+
+
+class FusedLinear(FusedLoRALayer, lora.Linear):
+    """``peft.tuners.lora.Linear`` on the fused path."""
+
+
+class FusedLinear4bit(FusedLoRALayer, Linear4bit):
+    """``peft.tuners.lora.bnb.Linear4bit`` on the fused path."""
+
+
+FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    lora.Linear: FusedLinear,
+    Linear4bit: FusedLinear4bit,
+}
+# Attribute of a layer: {adapter: RowNorms}.
+_NORMS = "_lora_fast_norms"
+
+
+def _read(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
+    """The adapters `names`, all of them unless the state of the layer holds an obstacle."""
+    adapters: list[Adapter] = []
+    found = switched_off(layer)
+    if found is not None:
+        return adapters, found
+    lora_A, lora_B, lora_dropout = layer.lora_A, layer.lora_B, layer.lora_dropout
+    for name in names:
+        if name not in lora_A:
+            continue
+        A, B, dropout = lora_A[name], lora_B[name], lora_dropout[name]
+        magnitude, found = _magnitude(layer, name, B)
+        found = found or _children_obstacle(A, B, dropout)
+        if found is not None:
+            return adapters, found
+        adapters.append(
+            Adapter(name, A.weight, B.weight, B.bias, layer.scaling[name], dropout, magnitude)
+        )
+    if not adapters:
+        return adapters, "no active adapter"
+    return adapters, base_obstacle(layer.base_layer)
+
+
+def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None]:
+    """DoRA's m, None for vanilla LoRA; and why a variant cannot be computed here."""
+    variant = layer.lora_variant.get(name)
+    if variant is None:
+        return None, None
+    if type(variant) is not DoraLinearVariant:
+        return None, f"variant {type(variant).__name__}"
+    if B.bias is not None or getattr(layer, "fan_in_fan_out", False):
+        return None, "DoRA with a bias of lora_B or fan_in_fan_out"
+    magnitude = layer.lora_magnitude_vector[name]
+    found = module_obstacle(magnitude, "lora_magnitude_vector", DoraLinearLayer)
+    return magnitude.weight, found or tensor_obstacle(magnitude.weight, "lora_magnitude_vector")
+
+
+def _together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
+    """Why these adapters cannot share one low-rank product."""
+    if len(adapters) == 1 and not mixed:
+        return None
+    if any(adapter.magnitude is not None for adapter in adapters):
+        return "DoRA with several adapters"
+    # A sample has one adapter in a mixed batch: one mask serves all adapters of the same p.
+    p = {adapter.dropout_p for adapter in adapters}
+    return "dropout with several adapters" if len(p) > 1 or (any(p) and not mixed) else None
+
+
+def _children_obstacle(A: Any, B: Any, dropout: nn.Module) -> str | None:
+    return (
+        module_obstacle(A, "lora_A", nn.Linear)
+        or module_obstacle(B, "lora_B", nn.Linear)
+        or module_obstacle(dropout, "lora_dropout", nn.Dropout, nn.Identity)
+        or tensor_obstacle(A.weight, "lora_A")
+        or tensor_obstacle(B.weight, "lora_B")
+        or tensor_obstacle(B.bias, "lora_B")
+        or ("lora_A has a bias" if A.bias is not None else None)
+    )
+
+
+def _input_obstacle(layer: Any, state: State, x: Any) -> str | None:
+    factors = [t for a in state.adapters for t in (a.A, a.B, a.bias, a.magnitude)]
+    found = call_obstacle(layer.base_layer, x, *factors)
+    if found is not None:
+        return found
+    N, K = weight_shape(layer.base_layer)
+    for adapter in state.adapters:
+        if adapter.A.shape[1] != K or adapter.B.shape != (N, adapter.A.shape[0]):
+            return "shapes of lora_A and lora_B"
+        if adapter.magnitude is not None and adapter.magnitude.shape != (N,):
+            return "shape of lora_magnitude_vector"
+    if state.sample_adapters is not None and (
+        x.dim() < 2 or len(state.sample_adapters) != x.shape[0]
+    ):
+        return "length of adapter_names"
+    if torch.is_autocast_enabled() and x.device.type != "cuda" and isinstance(layer, Linear4bit):
+        return "CUDA autocast off CUDA"
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    return _cast_obstacle(layer, state.adapters, x)
+
+
+def _cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None:
+    """Without autocast, PEFT casts x to lora_A's dtype, and nothing else to anything."""
+    for adapter in adapters:
+        dtype = adapter.A.dtype
+        if adapter.B.dtype != dtype or (adapter.bias is not None and adapter.bias.dtype != dtype):
+            return "lora_A and lora_B differ in dtype"
+        if not casts_input(layer) and x.dtype != dtype:
+            return "x and lora_A differ in dtype"
+    return None
+
+
+def _lora(layer: Any, state: State, x: Tensor) -> Tensor:
+    adapters = state.adapters
+    A, B, scaling = _stacked(adapters)
+    bias, spans = layer.base_layer.bias, None
+    if state.sample_adapters is None:
+        bias = _total_bias(bias, adapters)
+    else:
+        spans = _rank_spans(adapters, state.sample_adapters, x.device)
+    return adapted(
+        layer.base_layer,
+        x,
+        bias=bias,
+        A=A,
+        B=B,
+        scaling=scaling,
+        dropout_p=adapters[0].dropout_p,
+        rank_spans=spans,
+    )
+
+
+def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
+    """PEFT drops x before the base product, too, but only for what m scales."""
+    assert adapter.magnitude is not None
+    base = layer.base_layer
+    norms: RowNorms = layer.__dict__.setdefault(_NORMS, {}).setdefault(adapter.name, RowNorms())
+    g = adapter.magnitude / norms(weight_of(base), adapter.A, adapter.B, adapter.scaling)
+    factors: dict[str, Any] = {"A": adapter.A, "B": adapter.B, "scaling": adapter.scaling, "g": g}
+    if adapter.dropout_p == 0.0:
+        return adapted(base, x, bias=base.bias, **factors)
+    # The very numbers that PEFT's dropout would draw, without a second copy of x in float32.
+    keep = adapter.dropout(torch.ones_like(x, dtype=adapter.A.dtype)).to(x.dtype)
+    dropped = x * keep
+    return adapted(base, dropped, bias=base.bias, **factors) + adapted(base, x - dropped, bias=None)
+
+
+def _stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
+    """A [ΣR, K], B [N, ΣR] and one scaling with s B A = Σ sᵢ Bᵢ Aᵢ."""
+    first = adapters[0]
+    if len(adapters) == 1:
+        return first.A, first.B, first.scaling
+    A = torch.cat([adapter.A for adapter in adapters])
+    scalings = [adapter.scaling for adapter in adapters]
+    if all(isinstance(s, (int, float)) and s == first.scaling for s in scalings):
+        return A, torch.cat([adapter.B for adapter in adapters], dim=1), first.scaling
+    scaled = [adapter.B.float() * adapter.scaling for adapter in adapters]
+    return A, torch.cat(scaled, dim=1), 1.0
+
+
+def _rank_spans(
+    adapters: list[Adapter], sample_adapters: list[str], device: torch.device
+) -> Tensor:
+    """[samples, 2]: the first and the last but one column of the stacked rank for each sample."""
+    spans, start = {}, 0
+    for adapter in adapters:
+        spans[adapter.name] = (start, start + adapter.A.shape[0])
+        start += adapter.A.shape[0]
+    rows = [spans.get(name, (0, 0)) for name in sample_adapters]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _total_bias(base_bias: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    """The base's bias plus sᵢ times the bias of each lora_B (``lora_bias=True``), in float32."""
+    total = base_bias
+    for adapter in adapters:
+        if adapter.bias is not None:
+            term = adapter.bias.float() * adapter.scaling
+            total = term if total is None else total.float() + term
+    return total
+
+
+def _result_dtype(layer: Any, y: Tensor) -> torch.dtype:
+    """lora.Linear returns the base layer's dtype; lora.Linear4bit promotes under CUDA autocast."""
+    if isinstance(layer, Linear4bit) and torch.is_autocast_enabled():
+        return torch.promote_types(y.dtype, torch.get_autocast_dtype("cuda"))
+    return y.dtype

@@ -1,0 +1,73 @@
+"""Dropout in the torch backend: the mask, and the three products in which it takes part.
+
+    S = drop(x) Aᵀ     dX += drop'(dS A)     dA = dSᵀ drop(x)     drop(x) = keep ⊙ x / (1 − p)
+
+The mask is kept, one byte an element; drop(x) is formed for a few rows at a time, so that on a CPU
+it never leaves the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of drop(x) at a time on a CPU: half a mebibyte in float32.
+_BLOCK_ELEMENTS = 1 << 17
+
+
+def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str) -> Tensor:
+    """Boolean [M, K], True where an element is kept: a pure function of seed, row, column and K.
+
+    Each element takes 16 random bits, so p is rounded to a multiple of 2⁻¹⁶. (A draw of 64 bits for
+    every element, as in ``bernoulli_``, costs as much as the product that follows.)
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    words = torch.empty((M * K + 3) // 4, dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)
+    threshold = round(p * 2**16) - 2**15
+    if threshold == 2**15:
+        return torch.zeros((M, K), dtype=torch.bool, device=device)
+    return (words.view(torch.int16)[: M * K] >= threshold).view(M, K)
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """A mask [M, K] and the probability p that it was drawn with."""
+
+    mask: Tensor
+    p: float
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
+
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor:
+        """drop(x) Aᵀ [M, R] for x [M, K] and A [R, K]."""
+        S = x.new_empty(x.shape[0], A.shape[0])
+        for rows, kept in self.kept(x):
+            torch.mm(kept, A.T, out=S[rows])
+        return S.mul_(self.keep_scale)
+
+    def add_input_gradient(self, dX: Tensor, dS: Tensor, A: Tensor) -> None:
+        """dX += drop'(dS A), in place, for dX [M, K], dS [M, R] and A [R, K]."""
+        for rows, keep in self._blocks(dX):
+            dX[rows].addcmul_(torch.mm(dS[rows], A), keep, value=self.keep_scale)
+
+    def kept(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """keep ⊙ x, not scaled, in blocks of rows; the next block overwrites the last."""
+        for rows, keep in self._blocks(x):
+            yield rows, keep.mul_(x[rows])
+
+    def _blocks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The mask as numbers of x's dtype, a few rows at a time in one buffer."""
+        M, K = x.shape
+        # Bytes become floats several times faster than booleans do.
+        bytes_ = self.mask.view(torch.uint8)
+        step = max(1, _BLOCK_ELEMENTS // K) if x.device.type == "cpu" else max(1, M)
+        buffer = x.new_empty(min(step, M), K)
+        for start in range(0, M, step):
+            rows = slice(start, min(start + step, M))
+            yield rows, buffer[: rows.stop - start].copy_(bytes_[rows])
