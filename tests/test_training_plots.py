@@ -47,5 +47,3 @@ def test_running_means_look_back_only() -> None:
     found = plots.running_mean(long)
     assert found[:4] == [0.0, 0.5, 1.0, 1.5]
     assert found[39] == (36 + 37 + 38 + 39) / 4
-
-

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +14,24 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_runs import metrics_of, save_bert, save_llama, sentiment_rows, write_jsonl
+from tiny_runs import (
+    AtStep,
+    interrupt,
+    logits,
+    metrics_of,
+    run,
+    save_bert,
+    save_llama,
+    sentiment_rows,
+    write_jsonl,
+)
 
-from lora_fast.training import metrics, models
+from lora_fast.training import models
 from lora_fast.training.checkpoints import latest_checkpoint
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.data import Collator, encode, load_rows
 from lora_fast.training.errors import Interrupted, TrainingError
 from lora_fast.training.events import Silent
-from lora_fast.training.run import Outcome, prepare_out, run_training
+from lora_fast.training.run import Outcome, prepare_out
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +66,6 @@ def llama_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     )
 
 
-def run(config: TrainConfig, out: Path, observer: Any = None, *, resume: bool = False) -> Outcome:
-    config = prepare_out(out, config, resume=resume, overwrite=False)
-    return run_training(config, out, observer or Silent())
-
-
-class AtStep(Silent):
-    """Does something when a step of an arm is done."""
-
-    def __init__(self, arm: str, step: int, action: Callable[[], None]) -> None:
-        self.arm, self.when, self.action = arm, step, action
-        self.current = ""
-
-    def training(self, arm: str, first_step: int, total_steps: int) -> None:
-        self.current = arm
-
-    def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
-        if (self.current, step) == (self.arm, self.when):
-            self.action()
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
@@ -97,13 +79,6 @@ def assert_same_run(first: Path, second: Path) -> None:
     for arm in results[0]:
         assert results[0][arm]["losses"] == results[1][arm]["losses"]
         assert results[0][arm]["held_out"] == results[1][arm]["held_out"]
-
-
-def logits(config: TrainConfig, model: Any) -> np.ndarray:
-    tokenizer = models.load_tokenizer(config.model)
-    rows = load_rows(config)
-    examples = encode(rows.held_out, tokenizer, replace(config, max_length=48))
-    return metrics.predict_logits(model, examples, Collator(tokenizer), torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Iterable
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -23,6 +27,11 @@ from transformers import (
 )
 
 from lora_fast.cli.app import main
+from lora_fast.training import metrics, models
+from lora_fast.training.config import TrainConfig
+from lora_fast.training.data import Collator, encode, load_rows
+from lora_fast.training.events import Silent
+from lora_fast.training.run import Outcome, prepare_out, run_training
 
 WORDS = ["the", "a", "sky", "sea", "is", "was", "blue", "good", "bad", "very", "user", "assistant"]
 WORDS += [":", "!", "?"]
@@ -123,6 +132,40 @@ def run_cli(*arguments: object) -> int:
 def metrics_of(out: Path) -> dict[str, Any]:
     """Return what a run wrote to ``metrics.json``."""
     return json.loads((out / "metrics.json").read_text())
+
+
+def run(config: TrainConfig, out: Path, observer: Any = None, *, resume: bool = False) -> Outcome:
+    """Run a training in this process, as ``lora-fast train`` does."""
+    config = prepare_out(out, config, resume=resume, overwrite=False)
+    return run_training(config, out, observer or Silent())
+
+
+class AtStep(Silent):
+    """Does something when a step of an arm is done."""
+
+    def __init__(self, arm: str, step: int, action: Callable[[], None]) -> None:
+        self.arm, self.when, self.action = arm, step, action
+        self.current = ""
+
+    def training(self, arm: str, first_step: int, total_steps: int) -> None:
+        self.current = arm
+
+    def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+        if (self.current, step) == (self.arm, self.when):
+            self.action()
+
+
+def interrupt() -> None:
+    """Press Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def logits(config: TrainConfig, model: Any) -> np.ndarray:
+    """Return the model's logits of the run's held-out examples."""
+    tokenizer = models.load_tokenizer(config.model)
+    rows = load_rows(config)
+    examples = encode(rows.held_out, tokenizer, replace(config, max_length=48))
+    return metrics.predict_logits(model, examples, Collator(tokenizer), torch.float32)
 
 
 def _word_tokenizer() -> Tokenizer:

@@ -149,9 +149,11 @@ def layernorm(base: Base, config: TrainConfig, steps: int) -> Any:
 
     from lora_fast.trainable import mark_layer_norm
 
-    norms = sorted({name.rpartition(".")[0] for name in mark_layer_norm(base.model)})
-    if not norms:
-        raise TrainingError("--method layernorm: the model has no LayerNorm or RMSNorm to train")
+    try:
+        names = mark_layer_norm(base.model)
+    except ValueError as error:
+        raise TrainingError(f"--method layernorm: the {first_line(error)}") from error
+    norms = sorted({name.rpartition(".")[0] for name in names})
     return _wrap(base, config, LNTuningConfig, target_modules=norms)
 
 
@@ -178,8 +180,10 @@ def bitfit(base: Base, config: TrainConfig, steps: int) -> Any:
     """Return the base with its biases training (Ben Zaken et al. 2021)."""
     from lora_fast.trainable import mark_bitfit
 
-    if not mark_bitfit(base.model):
-        raise TrainingError("--method bitfit: the model has no biases to train")
+    try:
+        mark_bitfit(base.model)
+    except ValueError as error:
+        raise TrainingError(f"--method bitfit: the {first_line(error)}") from error
     return _let_head_train(base)
 
 

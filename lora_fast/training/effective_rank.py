@@ -6,6 +6,7 @@ and Aᵀ (two thin QR decompositions): the N × K product is never formed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,7 +126,8 @@ def summarise(history: list[tuple[int, Ranks]]) -> dict[str, Any] | None:
 
 
 def _mean(ranks: Ranks, kind: str) -> float:
-    return sum(found[kind] for found in ranks.values()) / len(ranks)
+    # Rounded once, so that the order of the layers, which a checkpoint forgets, does not matter.
+    return math.fsum(found[kind] for found in ranks.values()) / len(ranks)
 
 
 def _short(name: str) -> str:

@@ -55,7 +55,9 @@ def evaluate_causal_lm(
     total, tokens = 0.0, 0
     for _, batch in _batches(model, examples, collator, EVAL_BATCH // 8):
         with torch.no_grad(), compute_context(batch["input_ids"].device, dtype):
-            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        # A prompt's virtual tokens have logits of their own, in front.
+        logits = logits[:, -batch["labels"].shape[1] : -1]
         labels = batch["labels"][:, 1:]
         total += nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
