@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_runs import save_bert
 from torch import nn
+from transformers import BertForSequenceClassification
 
 import lora_fast
-from lora_fast.training.measurement import interleaved_step_times, saved_activation_bytes
+from lora_fast.training import measurement
+from lora_fast.training.measurement import (
+    Batch,
+    forward_backward,
+    freeze,
+    interleaved_ratio,
+    interleaved_step_times,
+    peak_memory,
+    saved_activation_bytes,
+)
 
 M, K, N, R = 6, 64, 32, 4
 
@@ -98,3 +110,39 @@ def test_each_turn_runs_what_it_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.lora_fast, found.stock, found.ratio) == (1.0, 2.0, 0.5)
     rounds = [seen[i : i + 2] for i in range(2, len(seen), 2)]
     assert rounds == [[True, False], [False, True]] * 2
+
+
+def test_the_floor_computes_input_gradients_through_all_layers_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    model = BertForSequenceClassification.from_pretrained(save_bert(tmp_path))
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_full_backward_hook(lambda *_, name=name: seen.append(name))
+    floor = freeze(model)
+    batch = {"input_ids": torch.randint(6, 15, (2, 5)), "labels": torch.tensor([0, 1])}
+    forward_backward(floor, batch, torch.float32)
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert sorted(seen) == sorted(linears)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_a_ratio_is_the_median_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+    slow = iter([9.0, 3.0, 3.0, 100.0, 3.0, 3.0, 3.0])  # the first warms up, one is disturbed
+
+    def step(batch: Batch) -> None:
+        now[0] += next(slow)
+
+    def floor(batch: Batch) -> None:
+        now[0] += 2.0
+
+    batches = [{"x": torch.zeros(1)}] * 3
+    assert interleaved_ratio(step, floor, batches, repeats=2) == 1.5
+
+
+def test_peak_memory_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="batch must be on a GPU, got cpu"):
+        peak_memory(lambda batch: None, {"x": torch.zeros(1)})

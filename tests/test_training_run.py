@@ -27,7 +27,7 @@ from tiny_runs import (
 )
 
 from lora_fast.training import models
-from lora_fast.training.checkpoints import latest_checkpoint
+from lora_fast.training.checkpoints import WEIGHTS, latest_checkpoint, stored_state
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.errors import Interrupted, TrainingError
 from lora_fast.training.events import Silent
@@ -336,3 +336,54 @@ def test_notes_what_trains_in_full(bert_config: TrainConfig, tmp_path: Path) -> 
     run(replace(bert_config, model=str(model), steps=1), tmp_path / "out", notes)
     assert notes.said == ["Not in the checkpoint, trained in full: bert.pooler.dense"]
     assert any("pooler" in name for name in adapter(tmp_path / "out"))
+
+
+def test_early_stopping_goes_back_to_the_best(bert_config: TrainConfig, tmp_path: Path) -> None:
+    # Far too high a rate: the loss on what is held back is best early on.
+    config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)
+    out = tmp_path / "out"
+    found = run(config, out).metrics
+    ours = found["results"]["lora_fast"]
+    state = stored_state(latest_checkpoint(out / "checkpoints" / "lora_fast"))
+    evaluated = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert ours["best_step"] == best
+    assert list(evaluated)[-1] == best + 4 == len(ours["losses"]) < 40
+    assert found["examples"]["validation"] > 0
+    saved = load_file(out / "checkpoints" / "lora_fast" / f"checkpoint-{best}" / WEIGHTS)
+    name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B"
+    assert torch.equal(adapter(out)[f"{name}.weight"], saved[f"{name}.default.weight"])
+
+
+def test_early_stopping_resumes_and_does_not_train_on(
+    bert_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)
+    whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
+    run(config, whole)
+    with pytest.raises(Interrupted):
+        run(config, cut, AtStep("lora_fast", 2, interrupt))
+    run(TrainConfig(), cut, resume=True)
+    assert_same_run(cut, whole)
+    shutil.copytree(whole, again)
+    run(TrainConfig(), again, resume=True)
+    assert_same_run(again, whole)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 3e-3)]
+)
+def test_schedule_and_warm_up(
+    bert_config: TrainConfig, tmp_path: Path, schedule: str, last: float
+) -> None:
+    rates: list[float] = []
+
+    class Rates(Silent):
+        def step(self, step: int, loss: float, learning_rate: float, tokens: float) -> None:
+            rates.append(learning_rate)
+
+    config = replace(bert_config, schedule=schedule, warmup=0.5, steps=8)
+    run(config, tmp_path / "out", Rates())
+    np.testing.assert_allclose(rates[:5], [0, 0.75e-3, 1.5e-3, 2.25e-3, 3e-3], rtol=1e-6)
+    assert (rates[-1] < rates[4]) == (last == 0.0)
+    assert rates[-1] >= last

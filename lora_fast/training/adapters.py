@@ -184,6 +184,11 @@ def bitfit(base: Base, config: TrainConfig, steps: int) -> Any:
         mark_bitfit(base.model)
     except ValueError as error:
         raise TrainingError(f"--method bitfit: the {first_line(error)}") from error
+    for module in base.model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if weight is not None and weight.dim() == 1 and bias is not None:
+            # On a CPU, layer_norm takes a float32 bias beside a float32 weight alone.
+            weight.data = weight.data.float()
     return _let_head_train(base)
 
 
