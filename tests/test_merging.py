@@ -241,6 +241,22 @@ def test_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call["A"].shape == (8, K) and call["A"].dtype == call["B"].dtype == F32
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "in place"])
+def test_one_launch(typical_executor: Any, keep: bool) -> None:
+    base, terms = _linear(BF16).to(typical_executor.device), _terms()
+    terms = [term.copy(typical_executor.device) for term in terms]
+    before = base.weight.detach().clone()
+    with typical_executor.counting_launches() as names:
+        undo = merge(base, terms, keep=keep)
+    # In place, the sum is tried out before W is overwritten.
+    assert names == ["weight_update"] * (1 if keep else 2)
+    terms = [term.copy(torch.device("cpu")) for term in terms]
+    error = (base.weight.detach().cpu().double() - _exact(before.cpu(), terms, None)).abs()
+    assert (error <= _bound(before.cpu(), terms, None)).all()
+    undo.restore(base)
+    assert _ulps(base.weight.cpu(), before.cpu(), terms) <= 1
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

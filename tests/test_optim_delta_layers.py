@@ -42,6 +42,41 @@ def test_merged_adapters() -> None:
         assert torch.equal(layer.base_layer.weight, before) and optimizer.steps == 0
 
 
+def test_switched_adapters() -> None:
+    model = peft_model(model=Mlp())
+    optimizer = _wrapped(model)
+    model.add_adapter("other", lora_config())
+    optimizer.step()
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match=r"must find \['default'\] active .* got \['other'\]"):
+        optimizer.step()
+    assert optimizer.steps == 1
+    model.set_adapter("default")
+    optimizer.step()
+
+
+def test_several_active_adapters() -> None:
+    model = peft_model(model=Mlp())
+    model.add_adapter("other", lora_config(r=2))
+    model.base_model.set_adapter(["default", "other"])
+    optimizer = _wrapped(model)
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    names = ("default", "other")
+
+    def product() -> torch.Tensor:
+        return sum(
+            layer.scaling[n] * layer.lora_B[n].weight.double() @ layer.lora_A[n].weight.double()
+            for n in names
+        ).detach()
+
+    before, W = product(), layer.base_layer.weight.double()
+    model(torch.randn(4, 24)).square().sum().backward()
+    optimizer.step()
+    delta, expected = layer.base_layer.weight.double() - W, 0.5 * (product() - before)
+    assert expected.abs().max() > 1e-3
+    assert (delta - expected).abs().max() < 1e-6 * expected.abs().max() + 2**-23 * W.abs().max()
+
+
 @pytest.mark.parametrize("variant", [{"use_dora": True}], ids=str)
 def test_variants(variant: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match=r"must use plain LoRA, got DoraLinearVariant"):

@@ -15,6 +15,7 @@ from lora_models import K, Mlp, N, nf4_linear, peft_model
 from torch import Tensor, nn
 
 import lora_fast
+from bench.delta_lora_rounding import update_of
 from lora_fast import NF4Weight
 from lora_fast.optim import DeltaLoRA
 
@@ -152,6 +153,33 @@ def test_in_place_16_bit_weights_lose_small_steps() -> None:
         arrived[keep] = float((got * exact).sum() / exact.square().sum())
     assert 0.9 < arrived[True] < 1.1, arrived
     assert arrived[False] < 0.5, arrived
+
+
+def test_nf4_in_place_loses_all() -> None:
+    arrived = {}
+    for keep in (True, False):
+        arrived[keep], _ = update_of("nf4", 1e-3, keep_start=keep, steps=40)
+    assert 0.7 < arrived[True] < 1.1, arrived
+    assert abs(arrived[False]) < 0.05, arrived
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_one_launch_a_weight(typical_executor: Any, dtype: torch.dtype) -> None:
+    """The kernel, and what it makes of the weights, by the optimizer that uses it."""
+    model = _ours(dtype=dtype).to(typical_executor.device)
+    optimizer = DeltaLoRA(_optimizer(model), model, c=C)
+    before = [(_weight(layer), _product(layer)) for layer in _layers(model)]
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with typical_executor.counting_launches() as names:
+        optimizer.step()
+    assert names == ["weight_update"] * 2
+    for layer, (W, BA) in zip(_layers(model), before, strict=True):
+        exact = W + C * (_product(layer) - BA)
+        # One rounding to W's dtype, and float32 sums of W and of factors below 1.
+        allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 2**-23 * (1 + W.abs().max())
+        assert ((_weight(layer) - exact).abs() <= allowed).all()
+        assert (_weight(layer) != W).any()
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
@@ -320,7 +348,12 @@ def test_it_passes_for_the_optimizer_it_wraps() -> None:
     loss = optimizer.step(lambda: torch.tensor(3.0))
     assert loss == 3.0
     clone = copy.deepcopy((model, optimizer))
-    assert clone[1].steps == 2 and clone[1].state_dict().keys() == optimizer.state_dict().keys()
+    before = _contents(model)
+    _step(*clone, 1)
+    assert clone[1].steps == 3 and optimizer.steps == 2
+    for name, value in _contents(model).items():
+        assert_same_bits(value, before[name], name=name)
+    assert clone[1].state_dict().keys() == optimizer.state_dict().keys()
 
 
 def test_a_saved_tensor_is_not_overwritten_unnoticed() -> None:

@@ -43,6 +43,7 @@ class DeltaLayer:
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
+        self.adapter_names = self._active_names()
         self.anchor: list[tuple[Tensor, Tensor]] = []
         self.start: Tensor | NF4Weight | None = None
 
@@ -72,9 +73,26 @@ class DeltaLayer:
                 module.lora_B[name].weight.detach(),
                 module.scaling[name],
             )
-            for name in module.active_adapters
-            if name in module.lora_A
+            for name in self.adapter_names
         ]
+
+    def check(self) -> None:
+        """RuntimeError if adapters were merged or switched since the optimizer was made."""
+        if self.module.merged:
+            raise RuntimeError(
+                f"step() must find unmerged adapters, got a merged one at {self.name!r}"
+            )
+        if self._active_names() != self.adapter_names:
+            raise RuntimeError(
+                f"step() must find {self.adapter_names} active at {self.name!r}, "
+                f"got {self._active_names()}"
+            )
+
+    def _active_names(self) -> list[str]:
+        module = self.module
+        if isinstance(module, LoRALinear):
+            return []
+        return [name for name in module.active_adapters if name in module.lora_A]
 
     def drop_anchor(self, keep_start: bool) -> None:
         """Note the factors before a step; with `keep_start` only once, and W with them."""
@@ -171,9 +189,10 @@ def _adapter_parameters(layer: DeltaLayer) -> set[int]:
     module: Any = layer.module
     if isinstance(module, LoRALinear):
         return {id(module.lora_A), id(module.lora_B)}
-    active = [name for name in module.active_adapters if name in module.lora_A]
     sides = (module.lora_A, module.lora_B)
-    return {id(p) for name in active for side in sides for p in side[name].parameters()}
+    return {
+        id(p) for name in layer.adapter_names for side in sides for p in side[name].parameters()
+    }
 
 
 def _check_layer(layer: DeltaLayer, owners: dict[int, set[tuple[int, str]]]) -> None:
