@@ -4,7 +4,7 @@
 where there is none (the interpreter, other vendors).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -130,6 +130,12 @@ def pick_decode() -> DecodeConfig:
 def pick_update() -> UpdateConfig:
     """The configuration of weight_update, for every dtype and rank."""
     return _UPDATE
+
+
+def pick_row_norms(R: int, dtype: torch.dtype) -> UpdateConfig:
+    """The configuration of row_norms: the tiles of weight_update, the whole rank in one product
+    where it is made of 16-bit numbers."""
+    return _UPDATE if dtype == torch.float32 else replace(_UPDATE, BLOCK_R=rank_block(R))
 
 
 def rank_block(R: int) -> int:

@@ -1,7 +1,7 @@
 """One launch for a linear layer with a low-rank branch: the forward pass and the input gradient.
 
     forward  y[M,N]  = g ⊙ (x[M,K] W[N,K]ᵀ + S[M,R] Qᵀ) + bias     S = drop(x) Aᵀ
-    dX       dX[M,K] = (g ⊙ dY[M,N]) W[N,K] + drop'(dS[M,R] A)     dS = (g ⊙ dY) Q, or its parts
+    dX       dX[M,K] = dY[M,N] (g ⊙ W[N,K]) + drop'(dS[M,R] A)     dS = dY (g ⊙ Q), or its parts
     with     Q[N,R]  = s · b dᵀ ⊙ B
 
 Both are out[M, N'] = X[M, K'] W' + S · outᵀ with the letters exchanged, so one kernel serves both.
@@ -29,7 +29,8 @@ from .workspace import sync_words
 FLAGS = 2
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = (
-    "M", "num_partials", "num_producers", "num_tiles", "seed_low", "seed_high", "threshold",
+    "M", "num_partials", "num_producers", "num_tiles", "rows_per_sample", "seed_low", "seed_high",
+    "threshold",
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def _shrink_tile(
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S[m, r] = X[m, :] · in[:, r] in float32; dropout or g is applied to X on the way."""
+    """S[m, r] = X[m, :] · in[:, r] in float32, with dropout on X or g on the factor."""
     dtype = x_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
@@ -56,7 +57,7 @@ def _shrink_tile(
                 keep_mask(seed_low, seed_high, threshold, offs_m, k * BLOCK_K, BLOCK_K), x, 0.0
             )
         if HAS_g:
-            x = _times_gain(x, g_ptr, offs_k, K)
+            factor = _times_gain(factor, g_ptr, offs_k, K)
         acc = tl.dot(x, factor, acc, input_precision=PRECISION)
     if DROPOUT:
         acc *= tl.cast(keep_scale, tl.float32)
@@ -66,9 +67,20 @@ def _shrink_tile(
 
 
 @triton.jit
-def _times_gain(x, g_ptr, offs_k, K):
+def _times_gain(tile, g_ptr, offs_k, K):
+    """diag(g) · tile, for a tile [BLOCK_K, …], rounded once more."""
     gain = tl.load(g_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) * gain[None, :]).to(x.dtype)
+    return (tile.to(tl.float32) * gain[:, None]).to(tile.dtype)
+
+
+@triton.jit
+def _load_spans(spans_ptr, offs_m, rows_per_sample, M, R):
+    """Columns start ≤ r < stop of the rank that each row uses; (R, 0) for those that use none."""
+    sample = offs_m // rows_per_sample
+    start = tl.load(spans_ptr + 2 * sample, mask=offs_m < M, other=0)
+    stop = tl.load(spans_ptr + 2 * sample + 1, mask=offs_m < M, other=0)
+    used = start < stop
+    return tl.where(used, start, R), tl.where(used, stop, 0)
 
 
 @triton.jit
@@ -95,27 +107,38 @@ def _group_rows(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 @triton.jit
 def _produce(
-    ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, sync_ptr,
-    scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials,
+    ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
+    scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials, rows_per_sample,
     stride_xm, stride_xk, stride_in_l, stride_in_r,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SPANS: tl.constexpr, SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store BLOCK_S × BLOCK_R of S, then raise the flag of its row block."""
     chunks = tl.cdiv(R, BLOCK_R)
     strip = ticket // chunks
     offs_m = strip * BLOCK_S + tl.arange(0, BLOCK_S)
-    offs_r = (ticket % chunks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if SUMS_PARTIALS:
-        S = _sum_partials(partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_S, BLOCK_R)
-    else:
-        S = _shrink_tile(
-            x_ptr, in_ptr, b_ptr, d_ptr, g_ptr, scaling, keep_scale, seed_low, seed_high, threshold,
-            offs_m, offs_r, M, K, R, stride_xm, stride_xk, stride_in_l, stride_in_r,
-            IN_IS_B, HAS_b, HAS_d, HAS_g and IN_IS_B, DROPOUT and not IN_IS_B,
-            BLOCK_S, BLOCK_K, BLOCK_R, PRECISION,
-        )  # fmt: skip
+    first_r = (ticket % chunks) * BLOCK_R
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    wanted = True
+    if HAS_SPANS:
+        start, stop = _load_spans(spans_ptr, offs_m, rows_per_sample, M, R)
+        wanted = (tl.min(start, 0) < first_r + BLOCK_R) & (tl.max(stop, 0) > first_r)
+    S = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
+    if wanted:
+        if SUMS_PARTIALS:
+            S = _sum_partials(partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_S, BLOCK_R)
+        else:
+            S = _shrink_tile(
+                x_ptr, in_ptr, b_ptr, d_ptr, g_ptr, scaling, keep_scale, seed_low, seed_high,
+                threshold, offs_m, offs_r, M, K, R, stride_xm, stride_xk, stride_in_l, stride_in_r,
+                IN_IS_B, HAS_b, HAS_d, HAS_g and IN_IS_B, DROPOUT and not IN_IS_B,
+                BLOCK_S, BLOCK_K, BLOCK_R, PRECISION,
+            )  # fmt: skip
+    if HAS_SPANS:
+        columns = offs_r[None, :]
+        S = tl.where((columns >= start[:, None]) & (columns < stop[:, None]), S, 0.0)
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     tl.store(tile_pointers(s_ptr, offs_m, offs_r, R, 1), S.to(s_ptr.dtype.element_ty), mask=mask)
     # Every warp's part of S must be stored before one thread releases the flag.
@@ -125,12 +148,12 @@ def _produce(
 
 @triton.jit
 def _consume(
-    tile, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, sync_ptr,
-    scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
+    tile, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr,
+    sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, rows_per_sample,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, SAVES_V: tl.constexpr,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, HAS_SPANS: tl.constexpr,
+    SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +176,7 @@ def _consume(
             x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
         if HAS_g and IN_IS_B:
-            x = _times_gain(x, g_ptr, k * BLOCK_K + offs_k, K)
+            w = _times_gain(w, g_ptr, k * BLOCK_K + offs_k, K)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
         w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
@@ -164,7 +187,12 @@ def _consume(
             pass
         # Dropout masks the low-rank part of dX alone, which then needs an accumulator of its own.
         low_rank = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if DROPOUT and IN_IS_B else acc
-        for r in tl.range(0, R, BLOCK_E, num_stages=1):
+        first_r, stop_r = 0, R
+        if HAS_SPANS:
+            start, stop = _load_spans(spans_ptr, offs_m, rows_per_sample, M, R)
+            first_r = tl.min(start, 0) // BLOCK_E * BLOCK_E
+            stop_r = tl.max(stop, 0)
+        for r in tl.range(first_r, stop_r, BLOCK_E, num_stages=1):
             offs_r = r + tl.arange(0, BLOCK_E)
             S = load_tile(s_ptr, offs_m, offs_r, R, 1, M, R)
             factor = load_factor(
@@ -191,14 +219,15 @@ def _consume(
 @triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
     x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
-    y_ptr, v_ptr, sync_ptr,
+    y_ptr, v_ptr, spans_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold,
-    M, N, K, R, num_partials, num_producers, num_tiles,
+    M, N, K, R, num_partials, num_producers, num_tiles, rows_per_sample,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_in_l, stride_in_r,
     stride_out_l, stride_out_r, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, WRITES_Y: tl.constexpr,
-    SAVES_V: tl.constexpr, SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, HAS_SPANS: tl.constexpr,
+    WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr, SUMS_PARTIALS: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -212,17 +241,20 @@ def ticketed_gemm(
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
     if not WRITES_Y or (HAS_ADAPTER and ticket < num_producers):
         _produce(
-            ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, sync_ptr,
+            ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
             scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials,
-            stride_xm, stride_xk, stride_in_l, stride_in_r, IN_IS_B, HAS_b, HAS_d, HAS_g,
-            SUMS_PARTIALS, DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+            rows_per_sample, stride_xm, stride_xk, stride_in_l, stride_in_r,
+            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, SUMS_PARTIALS, DROPOUT,
+            BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
         )  # fmt: skip
     else:
         _consume(
             ticket - num_producers, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
-            y_ptr, v_ptr, sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R,
+            y_ptr, v_ptr, spans_ptr, sync_ptr,
+            scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, rows_per_sample,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
-            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, SAVES_V, DROPOUT, EVEN_K,
+            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, HAS_SPANS, SAVES_V, DROPOUT,
+            EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, GROUP_M, PRECISION,
         )  # fmt: skip
     if HAS_ADAPTER:
@@ -234,22 +266,23 @@ def ticketed_gemm(
                 tl.store(sync_ptr + offs, tl.zeros([128], tl.int32), mask=offs < words)
 
 
-def forward(x, weight, bias, A, B, b, d, g, scaling, dropout, *, saves_V=False):
+def forward(x, weight, bias, A, B, b, d, g, scaling, dropout, rank_spans=None, *, saves_V=False):
     """y [M, N], S [M, R] (None without an adapter) and V [M, N] (None unless saved) in one launch.
 
-    x [M, K], weight [N, K]; V is y before g and the bias.
+    x [M, K], weight [N, K], rank_spans [samples, 2]; V is y before g and the bias.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     S = None if A is None else x.new_empty(x.shape[0], A.shape[0])
     in_factor = None if A is None else A.T
     V = torch.empty_like(y) if saves_V else None
     _launch(
-        x, weight.T, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, is_grad=False
-    )
+        x, weight.T, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, rank_spans,
+        is_grad=False,
+    )  # fmt: skip
     return y, S, V
 
 
-def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, *, wants_dX):
+def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, rank_spans=None, *, wants_dX):
     """dX [M, K] (None unless wanted) and dS [M, R] in one launch, for dY [M, N] and weight [N, K].
 
     partials [J, M, R] are the parts of dS that the strips kernel left; with None this launch
@@ -259,28 +292,16 @@ def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, *, wants_d
     dS = None if A is None else dY.new_empty(dY.shape[0], A.shape[0])
     out_factor = None if A is None else A.T
     _launch(
-        dY,
-        weight,
-        dX,
-        None,
-        dS,
-        partials,
-        B,
-        out_factor,
-        b,
-        d,
-        g,
-        None,
-        scaling,
-        dropout,
-        is_grad=True,
-    )
+        dY, weight, dX, None, dS, partials, B, out_factor, b, d, g, None, scaling, dropout,
+        rank_spans, is_grad=True,
+    )  # fmt: skip
     return dX, dS
 
 
 def _launch(
-    x, w, y, V, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, *, is_grad
-):
+    x, w, y, V, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, spans,
+    *, is_grad,
+):  # fmt: skip
     """w [K', N'] is contracted over its rows; in_factor [K', R], out_factor [N', R]."""
     (M, K), N = x.shape, w.shape[1]
     R = 0 if S is None else S.shape[1]
@@ -294,20 +315,19 @@ def _launch(
     sync = None if S is None else sync_words(x.device, FLAGS + triton.cdiv(M, config.BLOCK_M))
     seed_low, seed_high, threshold = dropout.words()
     ticketed_gemm[(producers + tiles,)](
-        x, w, S, partials, in_factor, out_factor, b, d, g, bias, y, V, sync,
+        x, w, S, partials, in_factor, out_factor, b, d, g, bias, y, V, spans, sync,
         float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
         M, N, K, R, 0 if partials is None else partials.shape[0], producers, producers + tiles,
+        M if spans is None else M // spans.shape[0],
         *x.stride(), *w.stride(), *_strides(in_factor), *_strides(out_factor), N,
         IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
-        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, WRITES_Y=y is not None,
+        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, HAS_SPANS=spans is not None,
+        WRITES_Y=y is not None,
         SAVES_V=V is not None, SUMS_PARTIALS=partials is not None, DROPOUT=dropout.p > 0.0,
         EVEN_K=K % config.BLOCK_K == 0, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R, BLOCK_E=expand_block(R, x.dtype),
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
-        num_warps=config.num_warps,
-        # An operand scaled in registers is not safe in the pipeline: Triton 3.7.1 overwrites it on
-        # sm_90 before the wgmma that reads it was waited for.
-        num_stages=1 if g is not None and is_grad else config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

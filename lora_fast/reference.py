@@ -36,24 +36,26 @@ def adapted_linear(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     dropout_mask: Tensor | None = None,
+    rank_spans: Tensor | None = None,
 ) -> Tensor:
     """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias.
 
     x [..., K], weight [N, K] (a tensor or an object with ``dequantize(dtype)``), bias [N], A [R,
     K], B [N, R], b [N], d [R], g [N] → y [..., N]. Every operand is cast to x's dtype, the result
     has it. ``dropout_mask`` [M, K] (True: kept) takes the place of the mask drawn from
-    ``dropout_seed``. Sources: LoRA (Hu et al. 2021, eq. 3), VeRA (Kopiczko et al. 2023, eq. 2: b,
-    d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
+    ``dropout_seed``. ``rank_spans`` [samples, 2]: the rows of sample i, the i-th of equal parts,
+    use the columns start ≤ r < stop of the rank alone. Sources: LoRA (Hu et al. 2021, eq. 3), VeRA
+    (Kopiczko et al. 2023, eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
     """
     dtype = x.dtype
     rows = x.reshape(-1, x.shape[-1])
     dense = weight.dequantize(dtype) if hasattr(weight, "quant_type") else weight.to(dtype)
     V = rows @ dense.T
     if A is not None and B is not None:
-        V = V + scaling * _gain(b, dtype) * (
-            (_gain(d, dtype) * (_drop(rows, dropout_p, dropout_seed, dropout_mask) @ A.to(dtype).T))
-            @ B.to(dtype).T
-        )
+        S = _drop(rows, dropout_p, dropout_seed, dropout_mask) @ A.to(dtype).T
+        if rank_spans is not None:
+            S = torch.where(_used(rank_spans, *S.shape), S, torch.zeros_like(S))
+        V = V + scaling * _gain(b, dtype) * ((_gain(d, dtype) * S) @ B.to(dtype).T)
     y = _gain(g, dtype) * V
     if bias is not None:
         y = y + bias.to(dtype)
@@ -62,6 +64,13 @@ def adapted_linear(
 
 def _gain(vector: Tensor | None, dtype: torch.dtype) -> Tensor | float:
     return 1.0 if vector is None else vector.to(dtype)
+
+
+def _used(spans: Tensor, M: int, R: int) -> Tensor:
+    """Boolean [M, R], True where a row uses a column of the rank."""
+    start, stop = spans.repeat_interleave(M // spans.shape[0], dim=0).unsqueeze(2).unbind(1)
+    columns = torch.arange(R, device=spans.device)
+    return (start <= columns) & (columns < stop)
 
 
 def _drop(x: Tensor, p: float, seed: int | None, mask: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .factors import Factors, Gradients, Needs, Saved
 from .kernels import dropout as dropout_kernels
 from .kernels import nf4_decode, strips, ticketed_gemm, weight_update, workspace
+from .kernels import row_norms as row_norms_kernels
 from .nf4 import NF4Weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +34,7 @@ def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     with _launching(x):
         weight = _dense(f.weight, x.dtype)
         y, S, V = ticketed_gemm.forward(
-            x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f),
+            x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
             saves_V=needs.saves_V,
         )  # fmt: skip
     return y, Saved(S if needs.saves_S else None, V)
@@ -65,6 +67,17 @@ def update_weight(
     torch.autograd.graph.increment_version(out)
 
 
+def row_norms(
+    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, state: Any
+) -> tuple[Tensor, row_norms_kernels.State]:
+    """‖W_i + s (B A)_i‖₂ [N] in float32, in two launches; and the state for the next call."""
+    known = state if isinstance(state, row_norms_kernels.State) else None
+    with _launching(A):
+        return row_norms_kernels.norms_of(
+            lambda: _dense(weight, weight.dtype), A, B, scaling, known
+        )
+
+
 def _gradients(
     dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
 ) -> Gradients:
@@ -80,8 +93,9 @@ def _gradients(
     if needs_dS or needs.x:
         weight = _dense(f.weight, dY.dtype) if needs.x else _shape_only(f.weight, dY)
         dX, dS = ticketed_gemm.grad_input(
-            dY, weight, partials, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), wants_dX=needs.x
-        )
+            dY, weight, partials, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
+            wants_dX=needs.x,
+        )  # fmt: skip
         grads["x"] = dX
         if needs.A:
             grads["A"] = strips.grad_shrink(x, dS, f.A, _dropout(f))

@@ -40,6 +40,7 @@ class Case:
     x_layout: str = "contiguous"
     dY_layout: str = "contiguous"
     lead: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         names = [str(self.dtype).removeprefix("torch.")]
@@ -50,6 +51,7 @@ class Case:
         names += [f"p{self.p}"] * (self.p > 0)
         names += [f"x-{self.x_layout}"] * (self.x_layout != "contiguous")
         names += [f"dY-{self.dY_layout}"] * (self.dY_layout != "contiguous")
+        names += [f"spans{len(self.spans)}"] * bool(self.spans)
         return "-".join(names)
 
 
@@ -63,6 +65,12 @@ class Operands:
     dense: torch.Tensor
     dY: torch.Tensor
     mask: torch.Tensor | None = field(default=None)
+
+    @property
+    def spans(self) -> torch.Tensor | None:
+        """rank_spans [samples, 2], on the device of dY."""
+        rows = self.case.spans
+        return torch.tensor(rows, dtype=torch.int32, device=self.dY.device) if rows else None
 
 
 def lay_out(values: torch.Tensor, layout: str) -> torch.Tensor:
@@ -116,7 +124,7 @@ def fused(o: Operands) -> dict[str, torch.Tensor | None]:
         return functional.adapted_linear(
             t["x"], o.weight, t.get("bias"), A=t.get("A"), B=t.get("B"), b=t.get("b"), d=t.get("d"),
             g=t.get("g"), scaling=o.case.scaling, dropout_p=o.case.p,
-            dropout_seed=o.case.seed if o.case.p else None,
+            dropout_seed=o.case.seed if o.case.p else None, rank_spans=o.spans,
         )  # fmt: skip
 
     return _differentiate(o, call, lambda value: value)
@@ -129,7 +137,7 @@ def exact(o: Operands) -> dict[str, torch.Tensor | None]:
         return reference.adapted_linear(
             t["x"], o.dense.cpu().double(), t.get("bias"), A=t.get("A"), B=t.get("B"),
             b=t.get("b"), d=t.get("d"), g=t.get("g"), scaling=o.case.scaling, dropout_p=o.case.p,
-            dropout_mask=o.mask,
+            dropout_mask=o.mask, rank_spans=None if o.spans is None else o.spans.cpu(),
         )  # fmt: skip
 
     return _differentiate(o, call, lambda value: value.detach().cpu().double())
@@ -155,6 +163,8 @@ def _eager_forward(t: dict[str, torch.Tensor], o: Operands) -> torch.Tensor:
         if o.mask is not None:
             dropped = x * o.mask.reshape(x.shape) / max(1.0 - o.case.p, 1e-30)
         U = linear(dropped, t["A"])
+        if o.spans is not None:
+            U = U * torch.cat([_inside(span, o.case) for span in o.case.spans]).to(U.dtype)
         U = U * t["d"] if "d" in t else U
         Q = linear(U, t["B"])
         Q = Q * t["b"] if "b" in t else Q
@@ -162,6 +172,13 @@ def _eager_forward(t: dict[str, torch.Tensor], o: Operands) -> torch.Tensor:
     V = V * t["g"] if "g" in t else V
     V = V + t["bias"] if "bias" in t else V
     return V.to(o.case.dtype)
+
+
+def _inside(span: tuple[int, int], case: Case) -> torch.Tensor:
+    """[rows of a sample, R]: 1 in the columns of the span, else 0."""
+    columns = torch.arange(case.R)
+    inside = (columns >= span[0]) & (columns < span[1])
+    return inside.expand(case.M // len(case.spans), case.R)
 
 
 def _differentiate(

@@ -29,6 +29,7 @@ CASES = [
     replace(ALIGNED, factors=("x", "bias", "A", "B"), adapter_dtype=None, nf4=True),
     replace(ALIGNED, factors=GAINS, R=80),
     replace(ALIGNED, p=0.3, R=64),
+    replace(ALIGNED, R=80, spans=((0, 16), (64, 80), (0, 0), (16, 64))),
 ]
 MORE_CASES = [
     replace(RAGGED, R=1),
@@ -39,6 +40,8 @@ MORE_CASES = [
     replace(ALIGNED, dtype=FP32, adapter_dtype=None, M=72),
     replace(ALIGNED, trains=("x",), dY_layout="transposed"),
     replace(ALIGNED, factors=("x", "g")),
+    replace(RAGGED, p=0.3, R=13, spans=((0, 5), (5, 13), (5, 13)), nf4=True),
+    replace(ALIGNED, dtype=FP32, adapter_dtype=None, M=72, R=40, spans=((8, 40), (0, 8))),
 ]
 
 LAUNCHES = ["ticketed_gemm"], ["strips", "ticketed_gemm", "strips"]

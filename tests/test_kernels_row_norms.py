@@ -1,0 +1,96 @@
+"""DoRA's norms by the kernel and by the torch backend, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_accurate
+
+import lora_fast
+from lora_fast import NF4Weight
+from lora_fast.row_norms import RowNorms
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    (50, 72, 5, FP32, FP32, False),
+    (64, 256, 16, BF16, FP32, False),
+    (33, 131, 100, FP16, FP16, False),
+    (48, 128, 64, BF16, BF16, True),
+    (20, 64, 8, FP32, FP32, True),
+]
+
+
+def _factors(N, K, R, dtype, adapter, nf4, device="cpu"):
+    torch.manual_seed(0)
+    W = torch.randn(N, K).to(dtype).to(device)
+    A, B = (torch.randn(s).mul(0.3).to(adapter).to(device) for s in ((R, K), (N, R)))
+    return NF4Weight.from_dense(W) if nf4 else W, A, B
+
+
+def _check(norms, weight, A, B, scaling):
+    W = weight.dequantize(weight.dtype) if isinstance(weight, NF4Weight) else weight
+    dtype = W.dtype
+    W, A, B = W.cpu(), A.cpu(), B.cpu()
+    exact = torch.linalg.vector_norm(W.double() + scaling * (B.double() @ A.double()), dim=1)
+    eager = torch.linalg.vector_norm(W + (scaling * (B.to(dtype) @ A.to(dtype))), dim=1)
+    assert norms.dtype == FP32
+    assert_accurate(norms, exact, eager, name="norms", compute_dtype=dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch_backend(case):
+    weight, A, B = _factors(*case)
+    norms = RowNorms()
+    _check(norms(weight, A, B, 0.7), weight, A, B, 0.7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(executor, case):
+    weight, A, B = _factors(*case, device=executor.device)
+    norms = RowNorms()
+    with executor.counting_launches() as names:
+        _check(norms(weight, A, B, 0.7), weight, A, B, 0.7)
+    assert names == ["mark_changes", *["nf4_decode"] * case[-1], "row_norms"]
+
+
+def _refreshes(weight, A, B):
+    """Every way in which the norms can become others, one after the other."""
+    norms = RowNorms()
+    first = norms(weight, A, B, 0.7)
+    kept = first.clone()
+    _check(norms(weight, A, B, 0.7), weight, A, B, 0.7)
+    A.data[-1, -1] += 4.0
+    _check(norms(weight, A, B, 0.7), weight, A, B, 0.7)
+    B.data[0, 0] -= 4.0
+    _check(norms(weight, A, B, 0.7), weight, A, B, 0.7)
+    _check(norms(weight, A, B, -2.0), weight, A, B, -2.0)
+    weight.mul_(3.0)
+    _check(norms(weight, A, B, -2.0), weight, A, B, -2.0)
+    wider = torch.cat([A, A]), torch.cat([B, B], dim=1)
+    _check(norms(weight, *wider, -2.0), weight, *wider, -2.0)
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+def test_torch_backend_sees_every_change():
+    _refreshes(*_factors(*CASES[0]))
+
+
+def test_kernel_sees_every_change(typical_executor):
+    _refreshes(*_factors(*CASES[0], device=typical_executor.device))
+
+
+def test_nothing_is_computed_while_nothing_changes(typical_executor):
+    """The second launch returns at once: a weight that is spoilt behind its back stays unseen."""
+    weight, A, B = _factors(*CASES[0], device=typical_executor.device)
+    norms = RowNorms()
+    first = norms(weight, A, B, 0.7)
+    weight.data.fill_(float("nan"))
+    torch.testing.assert_close(norms(weight, A, B, 0.7), first, rtol=0, atol=0)
+
+
+def test_the_backend_may_change_between_calls(typical_executor):
+    weight, A, B = _factors(*CASES[0], device=typical_executor.device)
+    norms = RowNorms()
+    for backend in ("torch", "triton", "torch"):
+        with lora_fast.set_backend(backend):
+            _check(norms(weight, A, B, 0.7), weight, A, B, 0.7)
