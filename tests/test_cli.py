@@ -18,7 +18,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import metrics_of, run_cli, save_bert, save_llama, sentiment_rows, write_jsonl
+from tiny_runs import (
+    library_logging,
+    metrics_of,
+    run_cli,
+    save_bert,
+    save_llama,
+    sentiment_rows,
+    write_jsonl,
+)
 
 import lora_fast
 from lora_fast.cli import console as terminal_module
@@ -35,11 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def _library_logging() -> Iterator[None]:
     """A run silences the libraries; the next test finds them as they were."""
-    names = ("transformers", "peft", "accelerate", "bitsandbytes", "torch", "huggingface_hub")
-    levels = {name: logging.getLogger(name).level for name in names}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    with library_logging():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,18 @@ def run_cli(*arguments: object) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     raise AssertionError("main must exit")
+
+
+@contextmanager
+def library_logging() -> Iterator[None]:
+    """Give the libraries their log levels back, which a run in between has raised."""
+    names = ("transformers", "peft", "accelerate", "bitsandbytes", "torch", "huggingface_hub")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def metrics_of(out: Path) -> dict[str, Any]:
