@@ -27,6 +27,9 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import lora_fast
 from lora_fast.trainable import mark_bitfit, mark_layer_norm
 
+# PEFT is told twice to adapt one model, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:(Already found|You are trying)")
+
 HIDDEN, VOCABULARY = 32, 40
 Gradients = dict[str, Tensor]
 

@@ -360,9 +360,10 @@ def test_early_stopping_resumes_and_does_not_train_on(
 ) -> None:
     config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)
     whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
-    run(config, whole)
+    best = run(config, whole).metrics["results"]["lora_fast"]["best_step"]
     with pytest.raises(Interrupted):
-        run(config, cut, AtStep("lora_fast", 2, interrupt))
+        # After one evaluation without progress, before the second.
+        run(config, cut, AtStep("lora_fast", best + 2, interrupt))
     run(TrainConfig(), cut, resume=True)
     assert_same_run(cut, whole)
     shutil.copytree(whole, again)
