@@ -23,15 +23,19 @@ if TYPE_CHECKING:
     from .acceleration import accelerate, decelerate
     from .backend import set_backend
     from .conversion import convert
+    from .dora import DoRALinear
     from .modules import LoRALinear
     from .nf4 import NF4Weight
     from .reporting import Report, report
+    from .vera import VeRALinear
 
 # Resolved on first use, so that `import lora_fast` loads neither Triton nor PEFT nor transformers.
 _LAZY = {
+    "DoRALinear": "dora",
     "LoRALinear": "modules",
     "NF4Weight": "nf4",
     "Report": "reporting",
+    "VeRALinear": "vera",
     "accelerate": "acceleration",
     "convert": "conversion",
     "decelerate": "acceleration",
@@ -41,9 +45,11 @@ _LAZY = {
 _LAZY_MODULES = ("functional", "optim", "reference", "trainable")
 
 __all__ = [
+    "DoRALinear",
     "LoRALinear",
     "NF4Weight",
     "Report",
+    "VeRALinear",
     "accelerate",
     "convert",
     "decelerate",

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from .modules import LoRALinear, check_base, check_lora_arguments
+from .adapter_module import AdapterModule, check_base
+from .dora import DoRALinear
+from .modules import LoRALinear, check_lora_arguments
+from .vera import VeRALinear, VeRAProjections
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_METHODS: dict[str, type[LoRALinear]] = {"lora": LoRALinear}
+_METHODS = ("lora", "dora", "vera")
+_RANKS = {"lora": 16, "dora": 16, "vera": 256}
 _QUANTIZATIONS = (None, "nf4")
 _ALL_LINEAR = "all-linear"
 # How transformers names the new head of a sequence classifier, which PEFT leaves alone, too.
@@ -26,22 +31,25 @@ def convert(
     model: Model,
     target_modules: str | Iterable[str],
     *,
-    method: str = "lora",
-    r: int = 16,
-    lora_alpha: float = 32,
+    method: Literal["lora", "dora", "vera"] = "lora",
+    r: int | None = None,
+    lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    projection_prng_key: int = 0,
     quantize: Literal["nf4"] | None = None,
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Model:
     """Put an adapter on the linear layers of `model` that `target_modules` names; in place.
 
-        y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias
+        y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 
-    `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string, a
-    regular expression for the whole dotted name; or "all-linear", every linear layer but the output
-    head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit``.
+    "lora" and "dora" take `r` (16), `lora_alpha` (32) and `use_rslora`; "vera" takes `r` (256) and
+    `projection_prng_key`, from which the A and B that all its layers share are drawn; it has no
+    alpha. `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string,
+    a regular expression for the whole dotted name; or "all-linear", every linear layer but the
+    output head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit``.
     ``quantize="nf4"`` quantises the targets that are dense (blocks of 64, double quantisation,
     computing in the dtype of the weight); the dense weights are let go when all are quantised, so
     that a failure changes nothing. Everything is frozen but the adapters and
@@ -49,25 +57,34 @@ def convert(
     A layer that is reachable by several names keeps being one layer.
 
     Raises TypeError or ValueError that names the argument, before anything is changed.
-    Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), QLoRA (Dettmers et al. 2023).
+    Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024), VeRA
+    (Kopiczko et al. 2023), QLoRA (Dettmers et al. 2023).
     """
     _check_arguments(model, method, quantize)
+    if method == "vera" and (lora_alpha is not None or use_rslora):
+        raise ValueError('lora_alpha and use_rslora must not be given with method="vera"')
+    r = _RANKS[method] if r is None else r
+    lora_alpha = 32.0 if lora_alpha is None else lora_alpha
     check_lora_arguments(r, lora_alpha, lora_dropout, dtype)
     kept = _kept(model, modules_to_save)
     targets = _targets(model, target_modules, kept)
+    adapt: Callable[[nn.Module], AdapterModule]
+    if method == "vera":
+        projections = _projections(targets.values(), r, projection_prng_key, dtype)
+        adapt = partial(
+            VeRALinear.from_linear, r=r, vera_dropout=lora_dropout, projections=projections,
+            dtype=dtype,
+        )  # fmt: skip
+    else:
+        adapt = partial(
+            (DoRALinear if method == "dora" else LoRALinear).from_linear, r=r,
+            lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, dtype=dtype,
+        )  # fmt: skip
 
     trainable = {id(p): p.requires_grad for p in model.parameters()}
     try:
         adapted = {
-            id(linear): _METHODS[method].from_linear(
-                _base(linear, quantize),
-                r=r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                dtype=dtype,
-            )
-            for linear in dict.fromkeys(targets.values())
+            id(linear): adapt(_base(linear, quantize)) for linear in dict.fromkeys(targets.values())
         }
     except BaseException:
         for parameter in model.parameters():
@@ -80,6 +97,21 @@ def convert(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapted[id(linear)])
     return model
+
+
+def _projections(
+    targets: Iterable[Any], r: int, projection_prng_key: int, dtype: torch.dtype
+) -> VeRAProjections:
+    """A and B for the largest of the layers, as PEFT draws them."""
+    layers = list(targets)
+    return VeRAProjections(
+        max(layer.in_features for layer in layers),
+        max(layer.out_features for layer in layers),
+        r,
+        projection_prng_key=projection_prng_key,
+        dtype=dtype,
+        device=layers[0].weight.device,
+    )
 
 
 def _base(linear: nn.Module, quantize: str | None) -> nn.Module:
@@ -205,7 +237,7 @@ def _check_arguments(model: Any, method: Any, quantize: Any) -> None:
         raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}")
     peft = sys.modules.get("peft.tuners.tuners_utils")
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdapterModule):
             raise ValueError(f"model must not be adapted yet, got an adapted layer at {name!r}")
         if peft is not None and isinstance(module, peft.BaseTunerLayer):
             raise ValueError(

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from .adapter_module import AdapterModule
 from .base_linear import CallCounts, describe, environment_obstacle, runs_own_forward
-from .modules import LoRALinear
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def report(model: nn.Module) -> Report:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of every layer of lora_fast and every adapter layer of PEFT in `model`."""
     peft = sys.modules.get("peft.tuners.tuners_utils")
-    kinds = (LoRALinear,) if peft is None else (LoRALinear, peft.BaseTunerLayer)
+    kinds = (AdapterModule,) if peft is None else (AdapterModule, peft.BaseTunerLayer)
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             yield name, module
@@ -106,7 +106,7 @@ def _layer_report(name: str, layer: Any) -> LayerReport:
 
 
 def _obstacle(layer: Any) -> str | None:
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, AdapterModule):
         return layer.obstacle()
     from . import peft_layers
 

@@ -26,6 +26,10 @@ class RowNorms:
         self._weight: tuple[Any, ...] | None = None
         self._state: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle starts afresh: its tensors are elsewhere."""
+        return RowNorms, ()
+
     @torch.no_grad()
     def __call__(
         self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float | Tensor

@@ -208,7 +208,8 @@ def _with_int8() -> nn.Module:
         (Mlp, {"lora_dropout": -0.1}, ValueError, "lora_dropout must lie in"),
         (Mlp, {"dtype": torch.uint8}, TypeError, "dtype must be a floating point dtype"),
         (Mlp, {"quantize": "fp4"}, ValueError, "quantize must be None or 'nf4', got 'fp4'"),
-        (Mlp, {"method": "dora"}, ValueError, "method must be one of lora, got 'dora'"),
+        (Mlp, {"method": "ia3"}, ValueError, "method must be one of lora, dora, vera, got 'ia3'"),
+        (Mlp, {"method": "vera", "lora_alpha": 8}, ValueError, "lora_alpha and use_rslora must"),
         (Mlp, {"modules_to_save": ["head"]}, ValueError, "modules_to_save must .*got 'head'"),
         (Mlp, {"modules_to_save": "fc1"}, TypeError, "modules_to_save must be a list"),
         (Mlp, {"modules_to_save": ["fc1", "fc2"]}, ValueError, "not in modules_to_save"),
@@ -257,7 +258,7 @@ def test_a_failure_half_way_changes_nothing(quantize: Any, monkeypatch: pytest.M
             if FailsAtSecond.made == 2:
                 raise MemoryError("no room for the adapter")
 
-    monkeypatch.setitem(conversion._METHODS, "lora", FailsAtSecond)
+    monkeypatch.setattr(conversion, "LoRALinear", FailsAtSecond)
     model = Mlp()
     before = _state(model)
     with pytest.raises(MemoryError):
