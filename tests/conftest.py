@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from machines import MACHINES, Executor, started
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -113,112 +112,25 @@ def _poison_of(dtype: torch.dtype) -> float | int | bool:
     return int.from_bytes(b"\x5a" * dtype.itemsize, "little")
 
 
-@dataclass(frozen=True)
-class Executor:
-    """A machine that runs Triton kernels: Triton's interpreter, the PTX executor, or a GPU.
-
-    Tensors of a test belong on ``device``. ``arch`` is the compute capability (90) of compiled
-    code, None in the interpreter.
-    """
-
-    name: str
-    device: torch.device
-    arch: int | None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Make this the machine that kernels run on."""
-        if self.name.startswith("sm_"):
-            import ptxrun
-
-            with ptxrun.installed(self.arch, **self.options):
-                yield
-        else:
-            yield
-
-    @contextlib.contextmanager
-    def with_options(self, **options: Any) -> Iterator[None]:
-        """Other options of the PTX executor for a block: ``schedule="reverse"``, ``resident=1``."""
-        import ptxrun
-
-        ptxrun.install(self.arch, **{**self.options, **options})
-        try:
-            yield
-        finally:
-            ptxrun.install(self.arch, **self.options)
-
-    @contextlib.contextmanager
-    def counting_launches(self) -> Iterator[list[str]]:
-        """The names of the kernels that are launched inside the block, in order."""
-        from triton.runtime.interpreter import InterpretedFunction
-        from triton.runtime.jit import JITFunction
-
-        names: list[str] = []
-        with pytest.MonkeyPatch.context() as patch:
-            for kind in (InterpretedFunction, JITFunction):
-                patch.setattr(kind, "run", _recording(kind.run, names))
-            yield names
+PARAMS = [pytest.param(make, id=name, marks=marks) for name, make, marks in MACHINES]
 
 
-def _recording(run: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    def recorded(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        if not warmup:
-            names.append(self.fn.__name__)
-        return run(self, *args, warmup=warmup, **kwargs)
-
-    return recorded
-
-
-def _interpreter() -> Executor:
-    return Executor("interpreter", torch.device("cpu"), None)
-
-
-def _ptx(arch: int) -> Executor:
-    return Executor(f"sm_{arch}", torch.device("cpu"), arch, {"check_global_race": True})
-
-
-def _gpu() -> Executor:
-    major, minor = torch.cuda.get_device_capability()
-    return Executor("gpu", torch.device("cuda"), 10 * major + minor)
-
-
-_PTX_PARAMS = [
-    pytest.param(functools.partial(_ptx, arch), id=f"sm_{arch}", marks=pytest.mark.compiled)
-    for arch in (80, 90, 100)
-]
-
-
-_INTERPRETER_PARAM = pytest.param(_interpreter, id="interpreter", marks=pytest.mark.interpreter)
-_GPU_PARAM = pytest.param(_gpu, id="gpu", marks=[pytest.mark.gpu, pytest.mark.compiled])
-
-
-@pytest.fixture(params=[_INTERPRETER_PARAM, *_PTX_PARAMS, _GPU_PARAM])
+@pytest.fixture(params=PARAMS)
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     """Every machine that can run kernels, one after the other; its backend is Triton."""
-    yield from _started(request.param())
+    with started(request.param()) as machine:
+        yield machine
 
 
-@pytest.fixture(params=[_INTERPRETER_PARAM, _PTX_PARAMS[1], _GPU_PARAM])
+@pytest.fixture(params=[PARAMS[0], PARAMS[2], PARAMS[4]])
 def typical_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     """One architecture for all: for cases that differ little from those that run on each."""
-    yield from _started(request.param())
+    with started(request.param()) as machine:
+        yield machine
 
 
-@pytest.fixture(params=_PTX_PARAMS)
+@pytest.fixture(params=PARAMS[1:4])
 def ptx_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     """The PTX executor alone, for what only it has: schedules, resident CTAs, planted races."""
-    yield from _started(request.param())
-
-
-def _started(machine: Executor) -> Iterator[Executor]:
-    from lora_fast.kernels import workspace
-
-    import lora_fast
-
-    try:
-        with machine.running(), lora_fast.set_backend("triton"):
-            yield machine
-    finally:
-        # A launch that was aborted on purpose leaves tickets behind, which the next would take up.
-        workspace.forget()
+    with started(request.param()) as machine:
+        yield machine

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,11 +52,16 @@ def cpu_legs() -> list[Leg]:
     return [
         Leg("default", "not interpreter and not compiled and not offline and not gpu"),
         Leg("interpreter", "interpreter and not gpu", {"TRITON_INTERPRET": "1"}),
-        Leg("compiled", "(compiled or offline) and not gpu", executor),
+        Leg("compiled", "(compiled or offline) and not gpu and not exhaustive", executor),
     ]
 
 
 GPU_LEG = Leg("gpu", "gpu")
+
+
+def exhaustive_leg() -> Leg:
+    """The rest of the matrices of which the compiled leg runs a part."""
+    return replace(cpu_legs()[-1], name="exhaustive", select="exhaustive and not gpu")
 
 
 def run_leg(leg: Leg, jobs: int, extra: list[str]) -> Outcome:
@@ -104,14 +109,14 @@ def main() -> int:
     parser.add_argument(
         "--leg",
         action="append",
-        choices=["default", "interpreter", "compiled", "gpu"],
-        help="run this leg (may be repeated); without it, all that need no GPU",
+        choices=["default", "interpreter", "compiled", "exhaustive", "gpu"],
+        help="run this leg (repeatable); without it: default, interpreter, compiled",
     )
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     options, extra = parser.parse_known_args()
     legs = cpu_legs()
     if options.leg:
-        legs = [leg for leg in (*legs, GPU_LEG) if leg.name in options.leg]
+        legs = [leg for leg in (*legs, exhaustive_leg(), GPU_LEG) if leg.name in options.leg]
     outcomes = [run_leg(leg, options.jobs, extra) for leg in legs]
     print()
     for o in outcomes:

@@ -1,0 +1,108 @@
+"""The machines that run the kernels in tests: interpreter, PTX executor, GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+import lora_fast
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A machine that runs Triton kernels: Triton's interpreter, the PTX executor, or a GPU.
+
+    Tensors of a test belong on ``device``. ``arch`` is the compute capability (90) of compiled
+    code, None in the interpreter.
+    """
+
+    name: str
+    device: torch.device
+    arch: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Make this the machine that kernels run on."""
+        if self.name.startswith("sm_"):
+            import ptxrun
+
+            with ptxrun.installed(self.arch, **self.options):
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
+    def with_options(self, **options: Any) -> Iterator[None]:
+        """Other options of the PTX executor for a block: ``schedule="reverse"``, ``resident=1``."""
+        import ptxrun
+
+        ptxrun.install(self.arch, **{**self.options, **options})
+        try:
+            yield
+        finally:
+            ptxrun.install(self.arch, **self.options)
+
+    @contextlib.contextmanager
+    def counting_launches(self) -> Iterator[list[str]]:
+        """The names of the kernels that are launched inside the block, in order."""
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        names: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for kind in (InterpretedFunction, JITFunction):
+                patch.setattr(kind, "run", _recording(kind.run, names))
+            yield names
+
+
+def _recording(run: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    def recorded(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        if not warmup:
+            names.append(self.fn.__name__)
+        return run(self, *args, warmup=warmup, **kwargs)
+
+    return recorded
+
+
+def interpreter() -> Executor:
+    return Executor("interpreter", torch.device("cpu"), None)
+
+
+def ptx(arch: int) -> Executor:
+    return Executor(f"sm_{arch}", torch.device("cpu"), arch, {"check_global_race": True})
+
+
+def gpu() -> Executor:
+    major, minor = torch.cuda.get_device_capability()
+    return Executor("gpu", torch.device("cuda"), 10 * major + minor)
+
+
+# name, how to make it, the marks of tests that run on it
+MACHINES: list[tuple[str, Callable[[], Executor], list[pytest.MarkDecorator]]] = [
+    ("interpreter", interpreter, [pytest.mark.interpreter]),
+    *(
+        (f"sm_{arch}", functools.partial(ptx, arch), [pytest.mark.compiled])
+        for arch in (80, 90, 100)
+    ),
+    ("gpu", gpu, [pytest.mark.gpu, pytest.mark.compiled]),
+]
+
+
+@contextlib.contextmanager
+def started(machine: Executor) -> Iterator[Executor]:
+    """`machine`, with Triton as the backend."""
+    from lora_fast.kernels import workspace
+
+    try:
+        with machine.running(), lora_fast.set_backend("triton"):
+            yield machine
+    finally:
+        # A launch that was aborted on purpose leaves tickets behind, which the next would take up.
+        workspace.forget()
