@@ -1,0 +1,1 @@
+"""What a LoRA step costs, counted and modelled without a GPU: ``python -m bench.offline``."""

@@ -1,0 +1,134 @@
+"""The steps that are compared, as lists of counted operations.
+
+frozen        nn.Linear or bitsandbytes' Linear4bit, nothing to train: the floor
+lora_fast     what accelerate() makes of PEFT's layers: recorded launches, bytes by cost_model
+peft          stock PEFT with bfloat16 adapters; peft fp32: with its default, float32 ones
+unsloth       a model of Unsloth's graph, operation for operation
+lorafusion    a model of LoRAFusion's
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import cost_model, stub_driver
+
+from . import layers, lorafusion_graph, unsloth_graph
+from .operations import Operation, OperationCounter, SavedBytes, Step, dropout_as_on_cuda
+
+STOCK = ("frozen", "peft", "peft fp32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the tables; ``weight`` is dense or nf4, everything else bfloat16."""
+
+    shape: layers.Shape
+    M: int
+    R: int
+    weight: str
+    dropout_p: float
+
+    def __str__(self) -> str:
+        return f"{self.shape.name} M{self.M} r{self.R} {self.weight} p={self.dropout_p}"
+
+
+@dataclass
+class LoraFastStep(Step):
+    """A step of ours: the recorded launches, each with its passes as operations."""
+
+    launches: int = 0
+    forward_launches: int = 0
+    repeated_bytes: int = 0
+    issued_bytes: int = 0
+
+
+def stock(case: Case, kind: str) -> Step:
+    """The real operations of the frozen layer, or of PEFT, on meta tensors."""
+    model = layers.Linears(case.shape, case.weight, "meta")
+    if kind != "frozen":
+        dtype = torch.float32 if kind == "peft fp32" else layers.DTYPE
+        model = layers.with_lora(model, case.R, case.dropout_p, "meta", adapter_dtype=dtype)
+    with dropout_as_on_cuda():
+        return _counted(model, case, OperationCounter(), "meta")
+
+
+def modelled(case: Case, graph: str) -> Step | None:
+    """Unsloth's or LoRAFusion's step; None where they have no fused path."""
+    count = {"unsloth": unsloth_graph.step, "lorafusion": lorafusion_graph.step}[graph]
+    return count(case.shape, case.M, case.R, case.weight, case.dropout_p)
+
+
+class LoraFast:
+    """Our layers of one shape on one device, ready to be recorded with any number of rows."""
+
+    def __init__(self, case: Case) -> None:
+        import lora_fast
+
+        base = layers.Linears(case.shape, case.weight, "cpu")
+        model = layers.with_lora(base, case.R, case.dropout_p, "cpu", adapter_dtype=layers.DTYPE)
+        self.model = lora_fast.accelerate(model)
+
+    def step(self, case: Case, arch: int) -> tuple[LoraFastStep, stub_driver.Log]:
+        """Record a step on ``arch``; RuntimeError if a layer does not run fused."""
+        import lora_fast
+
+        # The first step also allocates what all later ones share.
+        for _ in range(2):
+            counter = OperationCounter(compute=False)
+            with lora_fast.set_backend("triton"), stub_driver.recording(arch) as log:
+                torch_step = _counted(self.model, case, counter, "cpu", log)
+        report = lora_fast.report(self.model)
+        if not report.all_fused or report.fused_calls == 0:
+            raise RuntimeError(f"{case}: not every adapted linear ran fused:\n{report}")
+        return _ours(torch_step, log), log
+
+
+def _counted(
+    model: Any,
+    case: Case,
+    counter: OperationCounter,
+    device: str,
+    log: stub_driver.Log | None = None,
+) -> Step:
+    x = torch.empty(1, case.M, case.shape.hidden, dtype=layers.DTYPE, device=device)
+    x.requires_grad_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with counter:
+        with SavedBytes(layers.constants(model)) as saved:
+            y = model(x)
+        forward = len(counter.operations)
+        if log is not None:
+            log.launches.append(_BACKWARD_STARTS)
+        saved_bytes = saved.total
+        torch.autograd.grad(y, [x, *trained], torch.empty_like(y))
+    operations = counter.operations
+    return Step(operations[:forward], operations[forward:], saved_bytes)
+
+
+_BACKWARD_STARTS: Any = object()
+"""Stands between the launches of the two directions in a log."""
+
+
+def _ours(torch_step: Step, log: stub_driver.Log) -> LoraFastStep:
+    start = log.launches.index(_BACKWARD_STARTS)
+    del log.launches[start]
+    step = LoraFastStep(saved_bytes=torch_step.saved_bytes)
+    step.forward_launches = start + len(torch_step.forward)
+    step.launches = len(log.launches) + len(torch_step.operations)
+    for number, launch in enumerate(log.launches):
+        passes = cost_model.traffic(launch)
+        part = step.forward if number < start else step.backward
+        part += [
+            Operation(f"{launch.name} {p.name}", p.flops, p.read.total(), p.written.total())
+            for p in passes
+        ]
+        step.repeated_bytes += sum(p.bytes for p in passes) - cost_model.compulsory_bytes(passes)
+        step.issued_bytes += sum(p.loaded.total() + p.stored.total() for p in passes)
+    step.forward += torch_step.forward
+    step.backward += torch_step.backward
+    step.issued_bytes += torch_step.bytes
+    return step
