@@ -17,6 +17,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..base_linear import (
@@ -30,6 +31,7 @@ from ..base_linear import (
 )
 from ..row_norms import RowNorms
 from .fused_forward import FusedForward, casts_input, switched_off
+from .lora_merging import merge_terms, plain_terms, unmerge_terms
 
 # Named arguments of a variant; PEFT takes them out of the call and vanilla LoRA ignores them.
 _VARIANT_ARGUMENTS = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
@@ -87,13 +89,26 @@ class FusedLoRALayer(FusedForward):
         y = _lora(self, state, x) if first.magnitude is None else _dora(self, first, x)
         return y.to(_result_dtype(self, y))
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         self.__dict__.pop(_NORMS, None)
-        super().merge(*args, **kwargs)  # type: ignore[misc]
+        layer: Any = self
+        names = check_adapters_to_merge(layer, adapter_names)
+        terms = None if safe_merge else plain_terms(layer, names)
+        if terms is None:
+            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+        elif terms:
+            merge_terms(layer, terms)
+            layer.merged_adapters.extend(name for name in names if name in layer.lora_A)
 
     def unmerge(self) -> None:
         self.__dict__.pop(_NORMS, None)
-        super().unmerge()  # type: ignore[misc]
+        layer: Any = self
+        terms = plain_terms(layer, layer.merged_adapters) if layer.merged else None
+        if terms is None:
+            super().unmerge()  # type: ignore[misc]
+            return
+        unmerge_terms(layer, terms)
+        layer.merged_adapters.clear()
 
 
 class FusedLinear(FusedLoRALayer, lora.Linear):
