@@ -103,16 +103,20 @@ class _Values:
         return total
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_GEMM_ARGUMENTS = frozenset(
+_GEMM_ARGUMENTS = _names(
     "x_ptr w_ptr s_ptr partials_ptr in_ptr out_ptr y_ptr sync_ptr scaling keep_scale seed_low "
     "seed_high threshold M N K R num_partials num_producers num_tiles rows_per_sample stride_xm "
     "stride_xk stride_wk stride_wn stride_in_l stride_in_r stride_out_l stride_out_r stride_ym "
     "IN_IS_B HAS_ADAPTER WRITES_Y SUMS_PARTIALS DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R "
-    "BLOCK_E BLOCK_S GROUP_M PRECISION".split()
+    "BLOCK_E BLOCK_S GROUP_M PRECISION"
 )
 
 
@@ -154,11 +158,11 @@ def _producers(v: _Values, M: int, K: int, R: int) -> Pass:
     return shrink
 
 
-_STRIP_ARGUMENTS = frozenset(
+_STRIP_ARGUMENTS = _names(
     "x_ptr s_ptr B_ptr ds_ptr t_ptr grad_ptr sync_ptr scaling keep_scale seed_low seed_high "
     "threshold M L R rows_per_range num_ranges stride_xm stride_xl stride_vm stride_vl stride_bl "
     "stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT BLOCK_M BLOCK_L BLOCK_R "
-    "PRECISION".split()
+    "PRECISION"
 )
 
 
@@ -190,9 +194,9 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return passes
 
 
-_DECODE_ARGUMENTS = frozenset(
+_DECODE_ARGUMENTS = _names(
     "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr w_ptr num_bytes num_elements "
-    "num_blocks BLOCKSIZE BLOCKSIZE2 IS_NESTED ROWS".split()
+    "num_blocks BLOCKSIZE BLOCKSIZE2 IS_NESTED ROWS"
 )
 
 

@@ -1,9 +1,9 @@
 """LoRAFusion's graph, operation for operation (CentML/lorafusion: ops/lora_v1.py, ops/triton_ops).
 
-The shrink is a product of its own, before one kernel for x Wᵀ + s · S Bᵀ. In backward one kernel reads
-dY once for dB and dS, which it sums by float32 atomics into zeroed matrices that are then rounded.
-Dropout is a kernel that stores the dropped x and the mask; both are kept. There is no fused path
-for NF4.
+The shrink is a product of its own, before one kernel for x Wᵀ + s · S Bᵀ. In backward one kernel
+reads dY once for dB and dS, which it sums by float32 atomics into zeroed matrices that are then
+rounded. Dropout is a kernel that stores the dropped x and the mask; both are kept. There is no
+fused path for NF4.
 """
 
 from __future__ import annotations

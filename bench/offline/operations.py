@@ -19,12 +19,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-_NO_LAUNCH = frozenset(
-    "empty empty_like empty_strided new_empty new_empty_strided detach alias lift_fresh "
-    "_unsafe_view _reshape_alias set_ is_same_size _local_scalar_dense "
+_NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
+    "set_",
+    "is_same_size",
+    "_local_scalar_dense",
     # lora_fast's seed, which on CUDA comes from the generator's state and not from a kernel.
-    "randint".split()
-)
+    "randint",
+}
 # Results below this are worth computing: seeds, counters.
 _SMALL = 1 << 16
 

@@ -18,17 +18,12 @@ ATTAINED_BYTES = 0.84
 
 @dataclass(frozen=True)
 class Roofline:
-    """Peaks of one GPU: dense bfloat16 products with float32 sums, and memory.
-
-    ``tensor_per_cycle`` is FLOPs of one multiprocessor in one clock, which is the peak over
-    multiprocessors and boost clock.
-    """
+    """Peaks of one GPU: dense bfloat16 products with float32 sums, and memory."""
 
     name: str
     arch: int
     flops: float
     bytes: float
-    tensor_per_cycle: int
     source: str
 
     def seconds(self, flops: int, moved: int) -> float:
@@ -41,11 +36,28 @@ class Roofline:
 
 
 ROOFLINES = (
-    Roofline("A100", 80, 312e12, 2.039e12, 2048, "NVIDIA A100 data sheet, SXM4 80 GB"),
-    Roofline("H100", 90, 989.4e12, 3.35e12, 4096, "NVIDIA H100 data sheet, SXM5"),
-    Roofline("B200", 100, 2250e12, 8.0e12, 8192, "NVIDIA DGX B200 data sheet, one of 8 GPUs"),
-    Roofline("RTX 4090", 89, 165.2e12, 1.008e12, 512, "NVIDIA Ada GPU architecture white paper"),
+    Roofline("A100", 80, 312e12, 2.039e12, "NVIDIA A100 data sheet, SXM4 80 GB"),
+    Roofline("H100", 90, 989.4e12, 3.35e12, "NVIDIA H100 data sheet, SXM5"),
+    Roofline("B200", 100, 2250e12, 8.0e12, "NVIDIA DGX B200 data sheet, one of 8 GPUs"),
+    Roofline("RTX 4090", 89, 165.2e12, 1.008e12, "NVIDIA Ada GPU architecture white paper"),
 )
 BY_ARCH = {roofline.arch: roofline for roofline in ROOFLINES}
-# GeForce RTX 5090, for the machine-code tables alone: FLOPs a clock of one multiprocessor.
-TENSOR_PER_CYCLE = {**{r.arch: r.tensor_per_cycle for r in ROOFLINES}, 120: 512}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOPs of one multiprocessor's tensor cores in a clock, which times multiprocessors and boost
+    clock (Hz) is the peak."""
+
+    tensor_per_cycle: int
+    multiprocessors: int
+    boost_clock: float
+
+
+SPEEDS = {
+    80: Speed(2048, 108, 1.41e9),
+    89: Speed(512, 128, 2.52e9),
+    90: Speed(4096, 132, 1.83e9),
+    100: Speed(8192, 148, 1.85e9),
+    120: Speed(512, 170, 2.41e9),  # GeForce RTX 5090
+}

@@ -1,0 +1,169 @@
+"""Counts what an adapted linear and whole decoder layers cost, without a GPU; minutes on a CPU.
+
+    python -m bench.offline                  count everything, print it, keep it in --out
+    python -m bench.offline --check          count again and compare with what is kept; 1 if worse
+    python -m bench.offline --check --fast   the same for the main cases on one device: seconds
+
+Kept are results.json, tables.md, bars.png and roofline.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bench.device_label import default_device, steady
+
+from . import counting, regression, tables
+from .counting import EVERYTHING, FAST, MAIN, Selection
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "offline"
+FILE = "results.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    selection = FAST if options.fast else EVERYTHING
+    kept = _load(options.out / FILE) if options.check else None
+    with _pool(options.jobs) as pool:
+        new = _count(selection, pool)
+    if kept is None:
+        _keep(new, options.out)
+        return 0
+    worse = regression.regressions(new, kept)
+    if new["about"] != kept["about"]:
+        print(f"note: counted with {new['about']}, kept with {kept['about']}")
+    for line in worse:
+        print(f"worse: {line}")
+    changed = regression.differences(new, kept)
+    if changed and not worse:
+        print(f"note: {changed} rows differ and none is worse; run without --check to keep them")
+    print(f"{len(new['counts'])} counts, {len(new['kernels'])} kernels: {len(worse)} regressions")
+    return 1 if worse else 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.offline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="compare with the kept results")
+    parser.add_argument("--fast", action="store_true", help="the main cases on sm_90 alone")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the kept results")
+    options = parser.parse_args(arguments)
+    if options.fast and not options.check and options.out == RESULTS:
+        parser.error("--fast must come with --check or --out, or it would replace the full results")
+    return options
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One share of the work, for a process of its own: ``kind`` is a function of counting."""
+
+    kind: str
+    selection: Selection
+    arch: int | None = None
+
+    def __call__(self) -> list[dict[str, Any]]:
+        steady(default_device())
+        count = getattr(counting, self.kind)
+        print(f"counting: {self}", file=sys.stderr, flush=True)
+        rows: list[dict[str, Any]] = (
+            count(self.selection) if self.arch is None else count(self.selection, self.arch)
+        )
+        return rows
+
+    def __str__(self) -> str:
+        return self.kind if self.arch is None else f"{self.kind} sm_{self.arch}"
+
+
+def _run(task: _Task) -> list[dict[str, Any]]:
+    return task()
+
+
+def _pool(jobs: int) -> Any:
+    """Processes of their own, or with one job this one."""
+    if jobs > 1:
+        return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    return _Here()
+
+
+class _Here(Executor):
+    def map(self, fn: Any, *iterables: Any, **_: Any) -> Any:
+        return map(fn, *iterables)
+
+
+def _count(selection: Selection, pool: Executor) -> dict[str, Any]:
+    archs = dict.fromkeys((*selection.code_archs, *selection.archs))
+    code = [_Task("code", selection, arch) for arch in archs if arch in selection.code_archs]
+    counts = [_Task("others", selection)]
+    counts += [_Task("lora_fast", selection, arch) for arch in archs if arch in selection.archs]
+    # Machine code first: the launches that are counted afterwards find it compiled.
+    results = list(pool.map(_run, [*code, *counts]))
+    return {
+        "about": _about(),
+        "counts": [row for rows in results[len(code) :] for row in rows],
+        "kernels": [row for rows in results[: len(code)] for row in rows],
+    }
+
+
+def _about() -> dict[str, str]:
+    import bitsandbytes
+    import peft
+    import torch
+    import triton
+
+    modules = (torch, triton, peft, bitsandbytes)
+    return {module.__name__: module.__version__.split("+")[0] for module in modules}
+
+
+def _keep(new: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / FILE, new)
+    text = tables.everything(new["counts"], new["kernels"], counting.breakdown(MAIN, 90))
+    (folder / "tables.md").write_text(text)
+    print(text)
+    try:
+        from . import plots
+
+        print("drawn:", *plots.draw(new["counts"], folder))
+    except ImportError as error:
+        print(f"not drawn: {error}")
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """One line a row, so that a difference shows what changed; counts as lists under COLUMNS."""
+    counts = [[row[name] for name in counting.COLUMNS] for row in results["counts"]]
+    parts = {
+        "about": json.dumps(results["about"]),
+        "columns": json.dumps(counting.COLUMNS),
+        "counts": _lines(counts),
+        "kernels": _lines(results["kernels"]),
+    }
+    body = ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items())
+    path.write_text("{\n" + body + "\n}\n")
+
+
+def _lines(rows: list[Any]) -> str:
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: run python -m bench.offline first")
+    kept: dict[str, Any] = json.loads(path.read_text())
+    kept["counts"] = [dict(zip(kept["columns"], row, strict=True)) for row in kept["counts"]]
+    return kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Everything that is counted, for a selection of layers, sizes and devices, as rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bench import cost_model
+
+from . import contestants, layers, machine_code
+from .contestants import Case
+from .operations import Step
+from .rooflines import BY_ARCH, ROOFLINES
+
+COLUMNS = (
+    *("layer", "M", "R", "weight", "p", "who", "arch"),
+    *("launches_forward", "launches_backward", "flops", "bytes", "compulsory_bytes"),
+    *("issued_bytes", "extra_bytes", "saved_bytes", "over_frozen"),
+)
+KEY = COLUMNS[:7]
+MODELLED = ("unsloth", "lorafusion")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which cells of the tables to fill; ``archs`` of lora_fast's launches and machine code."""
+
+    shapes: tuple[layers.Shape, ...] = layers.SHAPES
+    rows: tuple[int, ...] = (512, 2048, 8192)
+    ranks: tuple[int, ...] = (16, 64, 256)
+    weights: tuple[str, ...] = ("dense", "nf4")
+    dropouts: tuple[float, ...] = (0.0, 0.1)
+    archs: tuple[int, ...] = tuple(roofline.arch for roofline in ROOFLINES)
+    code_archs: tuple[int, ...] = (80, 89, 90, 100, 120)
+
+    def models(self) -> Iterator[tuple[layers.Shape, int, str, float]]:
+        return itertools.product(self.shapes, self.ranks, self.weights, self.dropouts)
+
+
+EVERYTHING = Selection()
+FAST = Selection(shapes=layers.SHAPES[:2], rows=(8192,), ranks=(16,), archs=(90,), code_archs=(90,))
+MAIN = Case(layers.SHAPES[0], 8192, 16, "dense", 0.0)
+
+
+def others(selection: Selection) -> list[dict[str, Any]]:
+    """Rows of the frozen layer, PEFT, Unsloth and LoRAFusion; the same for every device."""
+    found = []
+    for shape, R, weight, p in selection.models():
+        for M in selection.rows:
+            case = Case(shape, M, R, weight, p)
+            frozen = contestants.stock(case, "frozen")
+            found.append(_row(case, "frozen", frozen, frozen))
+            for kind in ("peft", "peft fp32"):
+                found.append(_row(case, kind, contestants.stock(case, kind), frozen))
+            for graph in MODELLED:
+                step = contestants.modelled(case, graph)
+                if step is not None:
+                    found.append(_row(case, graph, step, frozen))
+    return found
+
+
+def lora_fast(selection: Selection, arch: int) -> list[dict[str, Any]]:
+    """Our rows on one device."""
+    found = []
+    for shape, R, weight, p in selection.models():
+        ours = None
+        for M in selection.rows:
+            case = Case(shape, M, R, weight, p)
+            ours = ours or contestants.LoraFast(case)
+            step, _ = ours.step(case, arch)
+            row = _row(case, "lora_fast", step, contestants.stock(case, "frozen"), arch)
+            row["launches_forward"] = step.forward_launches
+            row["launches_backward"] = step.launches - step.forward_launches
+            row["compulsory_bytes"] = step.bytes - step.repeated_bytes
+            row["issued_bytes"] = step.issued_bytes
+            found.append(row)
+    return found
+
+
+def code(selection: Selection, arch: int) -> list[dict[str, Any]]:
+    """Machine code of every kernel of a 4096 × 4096 linear, at each rank, with and without p."""
+    logs = []
+    for R, p in itertools.product(selection.ranks, selection.dropouts):
+        case = Case(layers.SHAPES[0], 8192, R, "nf4", p)
+        logs.append((R, p, contestants.LoraFast(case).step(case, arch)[1]))
+    return machine_code.rows(logs, arch)
+
+
+def breakdown(case: Case, arch: int) -> list[dict[str, Any]]:
+    """Where the bytes of a step of ours come from: one row for each argument of each pass."""
+    _, log = contestants.LoraFast(case).step(case, arch)
+    return [
+        {
+            "launch": f"{number} {machine_code.role(launch)}: {part.name}",
+            "argument": argument,
+            "read": part.read[argument],
+            "written": part.written[argument],
+            "flops": part.flops,
+        }
+        for number, launch in enumerate(log.launches, 1)
+        for part in cost_model.traffic(launch)
+        for argument in sorted({*part.read, *part.written})
+    ]
+
+
+def _row(case: Case, who: str, step: Step, frozen: Step, arch: int | None = None) -> dict[str, Any]:
+    rooflines = ROOFLINES if arch is None else (BY_ARCH[arch],)
+    operations = [(op.flops, op.bytes) for op in step.operations]
+    floor = [(op.flops, op.bytes) for op in frozen.operations]
+    return {
+        "layer": case.shape.name,
+        "M": case.M,
+        "R": case.R,
+        "weight": case.weight,
+        "p": case.dropout_p,
+        "who": who,
+        "arch": arch,
+        "launches_forward": len(step.forward),
+        "launches_backward": len(step.backward),
+        "flops": step.flops,
+        "bytes": step.bytes,
+        "compulsory_bytes": step.bytes,
+        "issued_bytes": None,
+        "extra_bytes": step.bytes - frozen.bytes,
+        "saved_bytes": step.saved_bytes,
+        "over_frozen": {r.name: round(r.total(operations) / r.total(floor), 4) for r in rooflines},
+    }

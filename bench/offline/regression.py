@@ -1,0 +1,85 @@
+"""Compares a new count with the one that is kept, and says in a line what has become worse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .counting import KEY
+
+MORE_INSTRUCTIONS = 0.05
+"""Share by which a kernel or its main loop may grow: compilers change their minds in the small."""
+
+_RISES = (
+    ("launches_forward", "launches forward"),
+    ("launches_backward", "launches backward"),
+    ("saved_bytes", "bytes saved for backward"),
+    ("bytes", "bytes moved"),
+)
+
+
+def regressions(
+    new: dict[str, list[dict[str, Any]]], kept: dict[str, list[dict[str, Any]]]
+) -> list[str]:
+    """What is worse in ``new`` than in ``kept``; rows that ``new`` does not have are not compared.
+
+    Both are {"counts": rows, "kernels": rows}. A row that is not kept yet is a regression, too:
+    what nobody has looked at cannot be compared next time.
+    """
+    found = []
+    known = {_key(row): row for row in kept["counts"]}
+    for row in new["counts"]:
+        if row["who"] != "lora_fast":
+            continue
+        if _key(row) not in known:
+            found.append(f"{_describe(row)}: not in the kept results")
+            continue
+        found += [f"{_describe(row)}: {line}" for line in _worse_counts(row, known[_key(row)])]
+    kernels = {row["kernel"]: row for row in kept["kernels"]}
+    for row in new["kernels"]:
+        if row["kernel"] not in kernels:
+            found.append(f"{row['kernel']}: not in the kept results")
+            continue
+        found += [f"{row['kernel']}: {line}" for line in _worse_code(row, kernels[row["kernel"]])]
+    return found
+
+
+def differences(new: dict[str, list[dict[str, Any]]], kept: dict[str, list[dict[str, Any]]]) -> int:
+    """How many of the new rows are not as they are kept, for better or worse."""
+    known = [*kept["counts"], *kept["kernels"]]
+    return sum(row not in known for row in [*new["counts"], *new["kernels"]])
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _describe(row: dict[str, Any]) -> str:
+    return f"sm_{row['arch']} {row['layer']} M={row['M']} r={row['R']} {row['weight']} p={row['p']}"
+
+
+def _worse_counts(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    return [
+        f"{new[name]} {words}, {old[name]} before"
+        for name, words in _RISES
+        if new[name] > old[name]
+    ]
+
+
+def _worse_code(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    found = []
+    if new["spilled_bytes"] > old["spilled_bytes"]:
+        found.append(f"spills {new['spilled_bytes']} bytes, {old['spilled_bytes']} before")
+    if new["mma"] != old["mma"]:
+        found.append(f"multiplies by {new['mma']}, by {old['mma']} before")
+    if new["ctas_per_sm"] < old["ctas_per_sm"]:
+        found.append(f"{new['ctas_per_sm']} CTAs on a multiprocessor, {old['ctas_per_sm']} before")
+    if new["instructions"] > old["instructions"] * (1 + MORE_INSTRUCTIONS):
+        found.append(f"{new['instructions']} instructions, {old['instructions']} before")
+    now, before = _main_loop(new), _main_loop(old)
+    if now > before * (1 + MORE_INSTRUCTIONS):
+        found.append(f"{now} instructions in the main loop, {before} before")
+    return found
+
+
+def _main_loop(row: dict[str, Any]) -> int:
+    return 0 if row["main_loop"] is None else sum(row["loops"][row["main_loop"]].values())

@@ -1,0 +1,198 @@
+"""The counted rows as tables in Markdown, which are as readable on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .counting import MAIN
+from .layers import SHAPES
+from .rooflines import ATTAINED_BYTES, ATTAINED_FLOPS, ROOFLINES
+
+Rows = list[dict[str, Any]]
+LINEAR, LAYER = SHAPES[0].name, SHAPES[1].name
+_CLASSES = ("mma", "tensor_memory", "shared", "global", "convert", "float", "shuffle", "integer")
+
+
+def everything(counts: Rows, kernels: Rows, breakdown: Rows) -> str:
+    """All tables of one run."""
+    parts = [
+        "# Counted and modelled, not measured",
+        _assumptions(),
+        "## Targets",
+        _targets(counts, kernels),
+    ]
+    for name in dict.fromkeys(row["layer"] for row in counts):
+        parts += [f"## {name}, M = 8192, r = 16, forward + backward", _layer(counts, name)]
+    parts += ["## lora_fast at other sizes", _sizes(counts)]
+    parts += [f"## Where the bytes come from: {MAIN}, sm_90", _breakdown(breakdown)]
+    parts += ["## Machine code", _kernels(kernels)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _assumptions() -> str:
+    devices = "; ".join(
+        f"{r.name} {r.flops / 1e12:g} TFLOP/s, {r.bytes / 1e12:g} TB/s ({r.source})"
+        for r in ROOFLINES
+    )
+    return (
+        "Launches, bytes, FLOPs and saved bytes are counted. Times over the frozen layer are "
+        "modelled: each operation takes the longer of its products and its memory traffic, at "
+        f"{ATTAINED_FLOPS:.0%} and {ATTAINED_BYTES:.0%} of the peaks; nothing overlaps, launches "
+        f"cost nothing, Triton multiplies as fast as cuBLAS. Peaks: {devices}."
+    )
+
+
+def _targets(counts: Rows, kernels: Rows) -> str:
+    linear, nf4 = (_ours(counts, LINEAR, weight, 0.0) for weight in ("dense", "nf4"))
+    rows: list[tuple[str, str, str, bool]] = []
+
+    def add(what: str, limit: float, counted: float, shown: str) -> None:
+        rows.append((what, f"≤ {limit:g}", shown, counted <= limit))
+
+    if linear:
+        extra = linear["extra_bytes"] / 1e6
+        add("linear: extra MB over frozen", 230, extra, f"{extra:.1f}")
+        for direction, limit in (("forward", 1), ("backward", 3)):
+            count = linear[f"launches_{direction}"]
+            add(f"linear: launches {direction}", limit, count, str(count))
+            if nf4:
+                more = nf4[f"launches_{direction}"] - count
+                add(f"linear: launches that NF4 adds {direction}", 1, more, str(more))
+    layer, dropped = (_ours(counts, LAYER, "dense", p) for p in (0.0, 0.1))
+    if layer:
+        extra, time = layer["extra_bytes"] / 1e9, layer["over_frozen"]["H100"]
+        launches = layer["launches_forward"] + layer["launches_backward"]
+        add("Llama-3-8B layer: extra GB over frozen", 1.1, extra, f"{extra:.2f}")
+        add("Llama-3-8B layer: launches", 26, launches, str(launches))
+        add("Llama-3-8B layer: modelled time over frozen, H100", 1.03, time, f"{time:.3f}")
+        if dropped:
+            more = dropped["saved_bytes"] - layer["saved_bytes"]
+            add("Llama-3-8B layer: saved bytes that p = 0.1 adds", 0, more, str(more))
+    spilled = [row["kernel"] for row in kernels if row["spilled_bytes"]]
+    add("kernels that spill", 0, len(spilled), ", ".join(spilled) or "0")
+    lines = [(what, limit, shown, "yes" if met else "NO") for what, limit, shown, met in rows]
+    return _table(("target (sm_90, M = 8192, r = 16)", "limit", "counted", "met"), lines)
+
+
+def _ours(counts: Rows, layer: str, weight: str, p: float) -> dict[str, Any] | None:
+    for row in _select(counts, layer, weight, p):
+        if row["who"] == "lora_fast" and row["arch"] == 90:
+            return row
+    return None
+
+
+def _select(counts: Rows, layer: str, weight: str, p: float) -> Rows:
+    wanted = {"layer": layer, "weight": weight, "p": p, "M": 8192, "R": 16}
+    return [row for row in counts if all(row[key] == value for key, value in wanted.items())]
+
+
+def _layer(counts: Rows, layer: str) -> str:
+    lines = []
+    for weight in ("dense", "nf4"):
+        for p in (0.0, 0.1):
+            for who, rows in _by(_select(counts, layer, weight, p), "who"):
+                # Of ours the counts of sm_90, where it was counted; each device has its own time.
+                first = next((row for row in rows if row["arch"] == 90), rows[0])
+                times = {name: t for row in rows for name, t in row["over_frozen"].items()}
+                lines.append(
+                    (
+                        weight,
+                        f"{p:g}",
+                        who,
+                        f"{first['launches_forward']} + {first['launches_backward']}",
+                        f"{first['flops'] / 1e12:.3f}",
+                        f"{first['compulsory_bytes'] / 1e6:.0f}",
+                        f"{first['bytes'] / 1e6:.0f}",
+                        f"{first['extra_bytes'] / 1e6:.0f}",
+                        f"{first['saved_bytes'] / 1e6:.0f}",
+                        *(f"{times[r.name]:.3f}" if r.name in times else "-" for r in ROOFLINES),
+                    )
+                )
+    head = ("W", "p", "who", "launches", "TFLOP", "compulsory MB", "MB", "extra MB", "saved MB")
+    return _table((*head, *(f"time {r.name}" for r in ROOFLINES)), lines)
+
+
+def _by(rows: Rows, key: str) -> Iterable[tuple[str, Rows]]:
+    names = dict.fromkeys(row[key] for row in rows)
+    return [(name, [row for row in rows if row[key] == name]) for name in names]
+
+
+def _sizes(counts: Rows) -> str:
+    """Extra bytes and modelled time of ours and of PEFT for every size, on an H100."""
+    lines = []
+    for row in counts:
+        if row["who"] != "lora_fast" or row["arch"] != 90 or row["p"]:
+            continue
+        size = tuple(row[key] for key in ("layer", "M", "R", "weight"))
+        (peft,) = (
+            other
+            for other in counts
+            if other["who"] == "peft"
+            and not other["p"]
+            and tuple(other[key] for key in ("layer", "M", "R", "weight")) == size
+        )
+        lines.append(
+            (
+                *(str(value) for value in size),
+                f"{row['extra_bytes'] / 1e6:.0f}",
+                f"{peft['extra_bytes'] / 1e6:.0f}",
+                f"{row['over_frozen']['H100']:.3f}",
+                f"{peft['over_frozen']['H100']:.3f}",
+            )
+        )
+    head = ("layer", "M", "r", "W", "extra MB", "PEFT's", "time over frozen, H100", "PEFT's")
+    return _table(head, lines)
+
+
+def _breakdown(rows: Rows) -> str:
+    lines = [
+        (row["launch"], row["argument"], f"{row['read'] / 1e6:.2f}", f"{row['written'] / 1e6:.2f}")
+        for row in rows
+    ]
+    return _table(("launch: pass", "argument", "MB read", "MB written"), lines)
+
+
+def _kernels(rows: Rows) -> str:
+    lines = []
+    for row in rows:
+        loop = {} if row["main_loop"] is None else row["loops"][row["main_loop"]]
+        lines.append(
+            (
+                row["kernel"],
+                row["config"],
+                str(row["registers"]),
+                str(row["spilled_bytes"]),
+                f"{row['shared_bytes'] / 1024:.0f}",
+                str(row["ctas_per_sm"]),
+                " ".join(row["mma"]) or "-",
+                str(row["instructions"]),
+                str(sum(loop.values())) if loop else "-",
+                *(str(loop.get(name, 0)) if loop else "-" for name in _CLASSES),
+                str(sum(n for name, n in loop.items() if name not in _CLASSES)) if loop else "-",
+                *(_shown(row.get(name)) for name in _CYCLES),
+            )
+        )
+    head = (
+        *("kernel", "tiles, warps, stages", "registers", "spilled B", "shared KiB", "CTAs/SM"),
+        *("MMA", "instructions", "in main loop", *_CLASSES, "other"),
+        *("issue cycles", "tensor cycles", "TB/s by issue"),
+    )
+    return _table(head, lines)
+
+
+_CYCLES = ("issue_cycles", "tensor_cycles", "issue_terabytes")
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    cells = [head, *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    cells.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    )
