@@ -70,7 +70,9 @@ def traffic(launch: LaunchLike) -> list[Pass]:
     values = {**launch.arguments, **launch.constexprs}
     unknown = [name for name, value in values.items() if name not in known and _is_set(value)]
     if unknown:
-        raise NotImplementedError(f"bench/cost_model.py must learn what {unknown} mean to {launch}")
+        raise NotImplementedError(
+            f"bench/cost_model.py must learn what {unknown} mean to {launch.name}"
+        )
     return count(_Values(values), launch.grid)
 
 
@@ -113,18 +115,18 @@ def _cdiv(a: int, b: int) -> int:
 
 _GEMM_ARGUMENTS = _names(
     "x_ptr w_ptr s_ptr partials_ptr in_ptr out_ptr y_ptr sync_ptr scaling keep_scale seed_low "
-    "seed_high threshold M N K R num_partials num_producers num_tiles rows_per_sample stride_xm "
-    "stride_xk stride_wk stride_wn stride_in_l stride_in_r stride_out_l stride_out_r stride_ym "
-    "IN_IS_B HAS_ADAPTER WRITES_Y SUMS_PARTIALS DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R "
-    "BLOCK_E BLOCK_S GROUP_M PRECISION"
+    "seed_high threshold M N K R R_made num_partials num_producers num_tiles rows_per_sample "
+    "stride_xm stride_xk stride_wk stride_wn stride_in_l stride_in_r stride_out_l stride_out_r "
+    "stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y ADDS SUMS_PARTIALS DROPOUT EVEN_K "
+    "BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M PRECISION"
 )
 
 
 def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     M, N, K, R = v["M"], v["N"], v["K"], v["R"]
     passes = []
-    if v["HAS_ADAPTER"]:
-        passes.append(_producers(v, M, K, R))
+    if makes_S(v):
+        passes.append(_producers(v, M, K, R if v["R_made"] is None else v["R_made"]))
     if not v["WRITES_Y"]:
         return passes
     x, w = v.itemsize("x_ptr"), v.itemsize("w_ptr")
@@ -137,8 +139,16 @@ def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
         gemm.flops += 2 * M * N * R
         gemm.reads("s_ptr", M * R * s, across * M * R * s)
         gemm.reads("out_ptr", N * R * out, down * N * R * out)
-    gemm.writes("y_ptr", M * N * v.itemsize("y_ptr"))
+    y = M * N * v.itemsize("y_ptr")
+    if v["ADDS"]:
+        gemm.reads("y_ptr", y, y)
+    gemm.writes("y_ptr", y)
     return [*passes, gemm]
+
+
+def makes_S(v: Any) -> bool:
+    """Whether a launch of ticketed_gemm with these arguments has tiles that form S."""
+    return bool(v["HAS_ADAPTER"] if v["MAKES_S"] is None else v["MAKES_S"])
 
 
 def _producers(v: _Values, M: int, K: int, R: int) -> Pass:

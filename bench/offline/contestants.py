@@ -16,7 +16,7 @@ import torch
 
 from bench import cost_model, stub_driver
 
-from . import layers, lorafusion_graph, unsloth_graph
+from . import layers, lorafusion_graph, machine_code, unsloth_graph
 from .operations import Operation, OperationCounter, SavedBytes, Step, dropout_as_on_cuda
 
 STOCK = ("frozen", "peft", "peft fp32")
@@ -84,7 +84,7 @@ class LoraFast:
         report = lora_fast.report(self.model)
         if not report.all_fused or report.fused_calls == 0:
             raise RuntimeError(f"{case}: not every adapted linear ran fused:\n{report}")
-        return _ours(torch_step, log), log
+        return _ours(torch_step, log, arch), log
 
 
 def _counted(
@@ -113,7 +113,7 @@ _BACKWARD_STARTS: Any = object()
 """Stands between the launches of the two directions in a log."""
 
 
-def _ours(torch_step: Step, log: stub_driver.Log) -> LoraFastStep:
+def _ours(torch_step: Step, log: stub_driver.Log, arch: int) -> LoraFastStep:
     start = log.launches.index(_BACKWARD_STARTS)
     del log.launches[start]
     step = LoraFastStep(saved_bytes=torch_step.saved_bytes)
@@ -123,7 +123,13 @@ def _ours(torch_step: Step, log: stub_driver.Log) -> LoraFastStep:
         passes = cost_model.traffic(launch)
         part = step.forward if number < start else step.backward
         part += [
-            Operation(f"{launch.name} {p.name}", p.flops, p.read.total(), p.written.total())
+            Operation(
+                f"{launch.name} {p.name}",
+                p.flops,
+                p.read.total(),
+                p.written.total(),
+                machine_code.issue_seconds(launch, p.name, arch),
+            )
             for p in passes
         ]
         step.repeated_bytes += sum(p.bytes for p in passes) - cost_model.compulsory_bytes(passes)

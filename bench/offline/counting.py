@@ -107,8 +107,6 @@ def breakdown(case: Case, arch: int) -> list[dict[str, Any]]:
 
 def _row(case: Case, who: str, step: Step, frozen: Step, arch: int | None = None) -> dict[str, Any]:
     rooflines = ROOFLINES if arch is None else (BY_ARCH[arch],)
-    operations = [(op.flops, op.bytes) for op in step.operations]
-    floor = [(op.flops, op.bytes) for op in frozen.operations]
     return {
         "layer": case.shape.name,
         "M": case.M,
@@ -125,5 +123,8 @@ def _row(case: Case, who: str, step: Step, frozen: Step, arch: int | None = None
         "issued_bytes": None,
         "extra_bytes": step.bytes - frozen.bytes,
         "saved_bytes": step.saved_bytes,
-        "over_frozen": {r.name: round(r.total(operations) / r.total(floor), 4) for r in rooflines},
+        "over_frozen": {
+            r.name: round(r.total(step.operations) / r.total(frozen.operations), 4)
+            for r in rooflines
+        },
     }

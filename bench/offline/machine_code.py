@@ -3,8 +3,8 @@
 Of the main loop (the K-loop over W; in strips the walk over rows): the instructions of one
 iteration by class, the cycles in which a multiprocessor issues them (4 schedulers, one warp
 instruction a cycle each) and the cycles in which its tensor cores do the loop's products. Where the
-first exceed the second, instructions and not products set the pace. Strips read memory all the
-time: for them the bandwidth counts that the issue cycles would allow at the boost clock.
+first exceed the second, instructions and not products set the pace. Shrink tiles and strips read
+memory all the time: of them counts what bandwidth the issue cycles allow at the boost clock.
 """
 
 from __future__ import annotations
@@ -61,17 +61,51 @@ def _row(launch: stub_driver.Launch, arch: int, R: int, p: float) -> dict[str, A
         "loops": [dict(sorted(loop.by_class.items())) for loop in found.hot_loops],
     }
     if found.hot_loops:
-        main = main_loop(launch)
-        device = SPEEDS[arch]
+        main = loop_of(launch, "gemm" if launch.name == "ticketed_gemm" else "walk")
+        assert main is not None
         row["main_loop"] = found.hot_loops.index(main)
-        row["issue_cycles"] = len(main.instructions) * kernel.num_warps // SCHEDULERS
-        row["tensor_cycles"] = loop_flops(launch) // device.tensor_per_cycle
-        if launch.name == "strips":
-            bytes_a_cycle = _tile_bytes(launch) / row["issue_cycles"]
-            row["issue_terabytes"] = round(
-                bytes_a_cycle * device.multiprocessors * device.boost_clock / 1e12, 2
-            )
+        row["issue_cycles"] = issue_cycles(main, kernel.num_warps)
+        row["tensor_cycles"] = loop_flops(launch) // SPEEDS[arch].tensor_per_cycle
+    memory_bound = "shrink" if launch.name == "ticketed_gemm" else "walk"
+    loop = loop_of(launch, memory_bound) if found.hot_loops else None
+    if loop is not None:
+        bytes_a_cycle = _tile_bytes(launch, memory_bound) / issue_cycles(loop, kernel.num_warps)
+        row["issue_terabytes"] = round(bytes_a_cycle * _cycles_per_second(arch) / 1e12, 2)
     return row
+
+
+def issue_seconds(launch: stub_driver.Launch, pass_name: str, arch: int) -> float:
+    """Time in which all multiprocessors can issue the loop of a pass of a recorded launch, or the
+    whole of a kernel without loops; 0 for a pass without products."""
+    c, values, warps = launch.constexprs, launch.arguments, launch.kernel.num_warps
+    if pass_name == "decode":
+        count = launch.kernel.resources.instructions.total() * warps // SCHEDULERS
+        return launch.num_programs * count / _cycles_per_second(arch)
+    loop = loop_of(launch, pass_name.split()[0])
+    if loop is None:
+        return 0.0
+    if launch.name == "strips":
+        iterations = launch.grid[0] * _cdiv(values["M"], c["BLOCK_M"])
+    elif pass_name == "shrink":
+        chunks = _cdiv(launch.arguments["in_ptr"].shape[1], c["BLOCK_R"])
+        iterations = chunks * _cdiv(values["M"], c["BLOCK_S"]) * _cdiv(values["K"], c["BLOCK_K"])
+    else:
+        tiles = _cdiv(values["M"], c["BLOCK_M"]) * _cdiv(values["N"], c["BLOCK_N"])
+        iterations = tiles * _cdiv(values["K"], c["BLOCK_K"])
+    return iterations * issue_cycles(loop, warps) / _cycles_per_second(arch)
+
+
+def issue_cycles(loop: sass.Loop, num_warps: int) -> int:
+    """Cycles in which a multiprocessor issues one iteration of one CTA."""
+    return len(loop.instructions) * num_warps // SCHEDULERS
+
+
+def _cycles_per_second(arch: int) -> float:
+    return SPEEDS[arch].multiprocessors * SPEEDS[arch].boost_clock
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _config(launch: stub_driver.Launch) -> str:
@@ -83,10 +117,12 @@ def _config(launch: stub_driver.Launch) -> str:
     return f"{' '.join(blocks)} w{launch.kernel.num_warps} s{launch.kernel.num_stages}"
 
 
-def main_loop(launch: stub_driver.Launch) -> sass.Loop:
-    """The loop with most products; of equal ones that which loads most, as it loads both sides.
+def loop_of(launch: stub_driver.Launch, part: str) -> sass.Loop | None:
+    """The loop of a pass: gemm, shrink (both of ticketed_gemm) or walk (strips).
 
-    The opcodes of tensor memory do not tell how large a product is.
+    Of ticketed_gemm's loops the one that adds S · outᵀ is not pipelined, the K-loops are; that over
+    W has more products than the shrink's or, where the opcode does not tell (tensor memory), loads
+    more. None: the pass has no product.
     """
     warps = launch.kernel.num_warps
 
@@ -94,12 +130,25 @@ def main_loop(launch: stub_driver.Launch) -> sass.Loop:
         flops = flops_of_instructions(loop, warps) or 0
         return flops, loop.mma.total(), loop.by_class["global"]
 
-    return max(launch.kernel.resources.hot_loops, key=weight)
-
-
-def _tile_bytes(launch: stub_driver.Launch) -> int:
+    loops = sorted(launch.kernel.resources.hot_loops, key=weight, reverse=True)
+    if part == "walk":
+        return loops[0] if loops else None
+    pipelined = [loop for loop in loops if not _ASYNCHRONOUS.isdisjoint(loop.by_opcode)]
     c = launch.constexprs
-    return int(c["BLOCK_M"] * c["BLOCK_L"] * launch.arguments["x_ptr"].dtype.itemsize)
+    makes = c.get("MAKES_S", c["HAS_ADAPTER"])
+    expected = 2 if makes and not c["SUMS_PARTIALS"] else 1
+    if len(pipelined) != expected:
+        raise RuntimeError(f"{launch.name} must have {expected} K-loops, got {len(pipelined)}")
+    return {"gemm": pipelined[0], "shrink": pipelined[-1] if expected == 2 else None}.get(part)
+
+
+_ASYNCHRONOUS = {"LDGSTS", "UTMALDG"}
+
+
+def _tile_bytes(launch: stub_driver.Launch, part: str) -> int:
+    c = launch.constexprs
+    tile = c["BLOCK_S"] * c["BLOCK_K"] if part == "shrink" else c["BLOCK_M"] * c["BLOCK_L"]
+    return int(tile * launch.arguments["x_ptr"].dtype.itemsize)
 
 
 def loop_flops(launch: stub_driver.Launch) -> int:

@@ -42,12 +42,16 @@ _SMALL = 1 << 16
 
 @dataclass(frozen=True)
 class Operation:
-    """One launch: FLOPs of its matrix product, bytes read and written."""
+    """One launch, or one pass of it: FLOPs of its matrix product, bytes read and written.
+
+    ``issue_seconds`` is a lower bound of its time from its instructions, where they are known.
+    """
 
     name: str
     flops: int
     read: int
     written: int
+    issue_seconds: float = 0.0
 
     @property
     def bytes(self) -> int:

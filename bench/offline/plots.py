@@ -99,8 +99,8 @@ def _points(axis: Any, who: str, operations: list[Operation]) -> None:
     points = [op for op in operations if op.flops and op.bytes]
     intensity = [op.flops / op.bytes for op in points]
     height = [_attained(i, h100.flops, h100.bytes) for i in intensity]
-    area = [h100.seconds(op.flops, op.bytes) * 1e6 for op in points]
-    idle = sum(h100.seconds(op.flops, op.bytes) for op in operations if not op.flops)
+    area = [h100.seconds(op) * 1e6 for op in points]
+    idle = sum(h100.seconds(op) for op in operations if not op.flops)
     label = f"{who} (and {idle * 1e6:.0f} µs in operations without products)"
     axis.scatter(intensity, height, s=area, alpha=0.5, color=_COLOURS[who], label=label)
 

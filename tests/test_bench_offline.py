@@ -1,0 +1,255 @@
+"""python -m bench.offline: what it counts of PyTorch's operations, its models, its comparison."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("peft")
+from bench.offline import __main__ as command
+from bench.offline import (
+    contestants,
+    counting,
+    layers,
+    lorafusion_graph,
+    regression,
+    tables,
+    unsloth_graph,
+)
+from bench.offline.contestants import Case
+from bench.offline.operations import Operation, OperationCounter, SavedBytes, dropout_as_on_cuda
+from bench.offline.rooflines import BY_ARCH, ROOFLINES, SPEEDS
+
+LINEAR, LLAMA = layers.SHAPES[:2]
+MB = 1e6
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def counted(run: Any) -> list[Operation]:
+    with OperationCounter() as counter:
+        run()
+    return counter.operations
+
+
+@pytest.mark.parametrize(
+    ("run", "flops", "read", "written"),
+    [
+        (lambda: meta(4, 8) @ meta(8, 16).T.T, 1024, 2 * (32 + 128), 2 * 64),
+        (lambda: meta(4, 16).addmm_(meta(4, 8), meta(8, 16)), 1024, 2 * (64 + 160), 128),
+        (lambda: meta(4, 16).addmm_(meta(4, 8), meta(8, 16), beta=0), 1024, 2 * 160, 128),
+        (lambda: meta(2, 4, 8) @ meta(2, 8, 16), 2048, 2 * (64 + 256), 256),
+        (lambda: meta(4, 8) + meta(8), 0, 2 * (32 + 8), 64),
+        (lambda: meta(8).add_(meta(1).expand(8)), 0, 2 * (8 + 1), 16),
+        (lambda: meta(4, 8).to(torch.float32), 0, 64, 128),
+        (lambda: torch.zeros(8, device="meta"), 0, 0, 32),
+        (lambda: torch.native_dropout(meta(8), 0.1, True), 0, 16, 16 + 8),
+    ],
+)
+def test_an_operation_reads_its_arguments_and_writes_its_results(
+    run: Any, flops: int, read: int, written: int
+) -> None:
+    (operation,) = counted(run)
+    assert (operation.flops, operation.read, operation.written) == (flops, read, written)
+
+
+def test_views_and_allocations_launch_nothing() -> None:
+    assert counted(lambda: meta(4, 8).T[1:].unsqueeze(0).detach()) == []
+    assert counted(lambda: torch.empty_like(meta(4)).new_empty(3)) == []
+
+
+def test_uncomputed_results_have_the_shape_and_touch_nothing() -> None:
+    x = torch.ones(1 << 20)
+    with OperationCounter(compute=False) as counter:
+        y = (x * 2).view(1024, 1024) @ x.view(1024, 1024)
+        x.add_(1)
+    assert y.shape == (1024, 1024)
+    assert [op.name for op in counter.operations] == [
+        "aten::mul.Tensor",
+        "aten::mm",
+        "aten::add_.Tensor",
+    ]
+    assert x.eq(1).all()
+
+
+def test_dropout_is_counted_as_on_cuda() -> None:
+    x = meta(64, 64).requires_grad_()
+    with dropout_as_on_cuda(), SavedBytes([]) as saved:
+        (operation,) = counted(lambda: torch.nn.functional.dropout(x, 0.1))
+    assert operation.name == "aten::native_dropout"
+    assert saved.total == 64 * 64
+    assert torch.nn.functional.dropout.__name__ == "dropout"
+
+
+def test_saved_bytes_count_a_storage_once_and_parameters_never() -> None:
+    x, w = torch.ones(8, 4, requires_grad=True), torch.ones(4, 4, requires_grad=True)
+    with SavedBytes([w]) as saved:
+        _y = (x @ w) * x.exp() + (x @ w.T)
+    # x (once), x @ w and exp(x), which is kept by exp and by the product
+    assert saved.total == 3 * x.nbytes
+
+
+def test_peft_is_counted_from_its_own_operations() -> None:
+    case = Case(LINEAR, 8192, 16, "dense", 0.0)
+    frozen, peft = (contestants.stock(case, kind) for kind in ("frozen", "peft"))
+    assert (len(frozen.forward), len(frozen.backward)) == (1, 1)
+    assert (len(peft.forward), len(peft.backward)) == (5, 7)
+    x, W, factor, S = 8192 * 4096 * 2, 4096 * 4096 * 2, 4096 * 16 * 2, 8192 * 16 * 2
+    assert frozen.bytes == 2 * (2 * x + W)
+    # Forward: x A, S B, its scaling, the sum. Backward: scaling; dB, dS, dA, dS A; the sum.
+    forward = (x + factor + S) + (S + factor + x) + 2 * x + 3 * x
+    backward = 2 * x + 2 * (x + S + factor) + (S + factor + x) * 2 + 3 * x
+    assert peft.bytes - frozen.bytes == forward + backward
+    assert peft.saved_bytes == x + S
+
+
+@pytest.mark.parametrize(("weight", "launches"), [("dense", (1, 1)), ("nf4", (4, 4))])
+def test_decoding_takes_bitsandbytes_three_launches(weight: str, launches: tuple[int, int]) -> None:
+    step = contestants.stock(Case(LINEAR, 2048, 16, weight, 0.0), "frozen")
+    assert (len(step.forward), len(step.backward)) == launches
+    assert step.flops == 4 * 2048 * 4096 * 4096
+
+
+def test_a_layer_sums_the_gradients_of_its_shared_inputs() -> None:
+    step = contestants.stock(Case(LLAMA, 512, 16, "dense", 0.0), "frozen")
+    names = [operation.name for operation in step.backward]
+    assert names.count("aten::mm") == 7
+    assert len(names) - 7 == 3  # q + k + v, gate + up
+
+
+@pytest.mark.parametrize(
+    ("graph", "shape", "launches", "extra_mb"),
+    [
+        (unsloth_graph, LINEAR, (3, 7), 674),
+        (lorafusion_graph, LINEAR, (2, 7), 207),
+        (unsloth_graph, LLAMA, (21, 49), 6333),
+        (lorafusion_graph, LLAMA, (14, 52), 2024),
+    ],
+)
+def test_the_models_of_others_have_the_size_of_their_graphs(
+    graph: Any, shape: layers.Shape, launches: tuple[int, int], extra_mb: int
+) -> None:
+    step = graph.step(shape, 8192, 16, "dense", 0.0)
+    frozen = contestants.stock(Case(shape, 8192, 16, "dense", 0.0), "frozen")
+    assert (len(step.forward), len(step.backward)) == launches
+    assert round((step.bytes - frozen.bytes) / MB) == extra_mb
+
+
+def test_what_others_do_not_fuse_is_left_out() -> None:
+    assert unsloth_graph.step(LINEAR, 64, 16, "dense", 0.1) is None
+    assert lorafusion_graph.step(LINEAR, 64, 16, "nf4", 0.0) is None
+
+
+def test_the_slower_of_products_and_memory_sets_the_time() -> None:
+    h100 = BY_ARCH[90]
+    product = Operation("product", int(989.4e12 * 0.66), 1, 1)
+    copy_ = Operation("copy", 1, int(3.35e12 * 0.84), 0)
+    assert h100.seconds(product) == pytest.approx(1.0)
+    assert h100.seconds(copy_) == pytest.approx(1.0)
+    assert h100.seconds(Operation("issue", 0, 0, 0, 3.0)) == 3.0
+    assert h100.total([product, copy_]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("roofline", ROOFLINES, ids=lambda r: r.name)
+def test_flops_of_a_clock_are_those_of_the_data_sheet(roofline: Any) -> None:
+    speed = SPEEDS[roofline.arch]
+    peak = speed.tensor_per_cycle * speed.multiprocessors * speed.boost_clock
+    assert peak == pytest.approx(roofline.flops, rel=0.01)
+
+
+KEPT: dict[str, Any] = {
+    "about": {},
+    "counts": [
+        {
+            **dict.fromkeys(counting.COLUMNS, 1),
+            **{"who": "lora_fast", "arch": 90, "layer": "L", "launches_backward": 3, "bytes": 100},
+        }
+    ],
+    "kernels": [
+        {
+            "kernel": "sm_90 forward r16",
+            "spilled_bytes": 0,
+            "mma": ["HGMMA"],
+            "ctas_per_sm": 2,
+            "instructions": 1000,
+            "main_loop": 0,
+            "loops": [{"mma": 4, "integer": 96}],
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "line"),
+    [
+        ("counts", "launches_backward", 4, "4 launches backward, 3 before"),
+        ("counts", "saved_bytes", 2, "2 bytes saved for backward, 1 before"),
+        ("counts", "bytes", 101, "101 bytes moved, 100 before"),
+        ("counts", "M", 2, "not in the kept results"),
+        ("kernels", "spilled_bytes", 8, "spills 8 bytes, 0 before"),
+        ("kernels", "mma", [], r"multiplies by \[\], by \['HGMMA'\] before"),
+        ("kernels", "ctas_per_sm", 1, "1 CTAs on a multiprocessor, 2 before"),
+        ("kernels", "instructions", 1051, "1051 instructions, 1000 before"),
+        ("kernels", "loops", [{"integer": 106}], "106 instructions in the main loop, 100 before"),
+        ("kernels", "kernel", "sm_90 other", "sm_90 other: not in the kept results"),
+    ],
+)
+def test_what_became_worse_is_one_line(part: str, name: str, value: Any, line: str) -> None:
+    new = copy.deepcopy(KEPT)
+    new[part][0][name] = value
+    (found,) = regression.regressions(new, KEPT)
+    assert re.search(line, found)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("counts", "launches_backward", 2),
+        ("counts", "bytes", 99),
+        ("kernels", "instructions", 1050),
+        ("kernels", "ctas_per_sm", 3),
+    ],
+)
+def test_what_became_better_is_no_regression_but_a_difference(
+    part: str, name: str, value: Any
+) -> None:
+    new = copy.deepcopy(KEPT)
+    assert regression.differences(new, KEPT) == 0
+    new[part][0][name] = value
+    assert regression.regressions(new, KEPT) == []
+    assert regression.differences(new, KEPT) == 1
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / command.FILE
+    command._write(path, KEPT)
+    assert command._load(path) == {**KEPT, "columns": list(counting.COLUMNS)}
+    assert json.loads(path.read_text())["counts"][0][0] == "L"
+
+
+def test_a_check_without_kept_results_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"run python -m bench\.offline first"):
+        command.main(["--check", "--out", str(tmp_path)])
+
+
+def test_fast_results_never_replace_the_full_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--fast"])
+    assert "--fast must come with" in capsys.readouterr().err
+
+
+def test_the_committed_tables_are_those_of_the_committed_results() -> None:
+    kept = command._load(command.RESULTS / command.FILE)
+    text = (command.RESULTS / "tables.md").read_text()
+    assert tables._targets(kept["counts"], kept["kernels"]) in text
+    for name in {row["layer"] for row in kept["counts"]}:
+        assert tables._layer(kept["counts"], name) in text
