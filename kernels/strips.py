@@ -53,7 +53,7 @@ def _sum_ranges(ptr, num_ranges, range_stride, offs, mask):
 def _walk_rows(
     x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, first_m, last_m, first_l, first_r,
-    M, L, R, stride_xm, stride_xl, stride_vm, stride_vl, stride_bl, stride_br,
+    M, L, R, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     PROJECTS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GAIN_GRAD: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -88,7 +88,7 @@ def _walk_rows(
             mask = (offs_m < last_m)[:, None] & (offs_r < R)[None, :]
             tl.store(tile_pointers(ds_ptr, offs_m, offs_r, R, 1), dS, mask=mask)
         if OUTER:
-            S = load_tile(s_ptr, offs_m, offs_r, R, 1, last_m, R)
+            S = load_tile(s_ptr, offs_m, offs_r, stride_sm, 1, last_m, R)
             T = tl.dot(tl.trans(x), S, T, input_precision=PRECISION)
         if SUMS:
             tile_sums, tile_products = _column_sums(
@@ -164,7 +164,8 @@ def strips(
     x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
     ds_ptr, t_ptr, sums_ptr, dd_parts_ptr, grad_ptr, db_ptr, dd_ptr, dbias_ptr, dg_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, L, R, rows_per_range, num_ranges,
-    stride_xm, stride_xl, stride_vm, stride_vl, stride_bl, stride_br, stride_gl, stride_gr,
+    stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
+    stride_gl, stride_gr,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     SCALES: tl.constexpr, PROJECTS: tl.constexpr, OUTER: tl.constexpr, GRAD: tl.constexpr,
     GRAD_b: tl.constexpr, GRAD_d: tl.constexpr, GRAD_g: tl.constexpr, GRAD_BIAS: tl.constexpr,
@@ -184,7 +185,7 @@ def strips(
         ds_ptr + tl.cast(block, tl.int64) * M * R if PROJECTS else ds_ptr,
         scaling, keep_scale, seed_low, seed_high, threshold,
         first_m, last_m, block * BLOCK_L, chunk * BLOCK_R, M, L, R,
-        stride_xm, stride_xl, stride_vm, stride_vl, stride_bl, stride_br,
+        stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
         HAS_b, HAS_d, HAS_g, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT,
         BLOCK_M, BLOCK_L, BLOCK_R, PRECISION,
     )  # fmt: skip
@@ -301,7 +302,7 @@ def _launch(
         sync_words(x.device, 1 + blocks),
         float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
         M, L, R, rows_per_range, ranges,
-        *x.stride(), *_strides(V), *_strides(B), *_strides(grad),
+        *x.stride(), 0 if S is None else S.stride(0), *_strides(V), *_strides(B), *_strides(grad),
         HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         SCALES=scales, PROJECTS=projects, OUTER=wanted.outer, GRAD=grad is not None,
         GRAD_b=wanted.b, GRAD_d=wanted.d, GRAD_g=wanted.g, GRAD_BIAS=wanted.bias,

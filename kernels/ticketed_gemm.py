@@ -5,6 +5,9 @@
     with     Q[N,R]  = s · b dᵀ ⊙ B
 
 Both are out[M, N'] = X[M, K'] W' + S · outᵀ with the letters exchanged, so one kernel serves both.
+Layers that read the same x share the work on it: the first makes S for all of them, the others
+find their columns of it, and each adds its dX to that of the one before.
+
 Its tiles are handed out by an atomic ticket. The first tickets produce S for a few rows each (the
 shrink, or the sum of the partials that the strips kernel left), store it and release a flag per row
 block. All later tickets are ordinary GEMM tiles: their whole K-loop runs first, then they acquire
@@ -109,7 +112,7 @@ def _group_rows(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 def _produce(
     ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials, rows_per_sample,
-    stride_xm, stride_xk, stride_in_l, stride_in_r,
+    stride_xm, stride_xk, stride_in_l, stride_in_r, stride_sm,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_SPANS: tl.constexpr, SUMS_PARTIALS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -140,7 +143,8 @@ def _produce(
         columns = offs_r[None, :]
         S = tl.where((columns >= start[:, None]) & (columns < stop[:, None]), S, 0.0)
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    tl.store(tile_pointers(s_ptr, offs_m, offs_r, R, 1), S.to(s_ptr.dtype.element_ty), mask=mask)
+    s_ptrs = tile_pointers(s_ptr, offs_m, offs_r, stride_sm, 1)
+    tl.store(s_ptrs, S.to(s_ptr.dtype.element_ty), mask=mask)
     # Every warp's part of S must be stored before one thread releases the flag.
     tl.debug_barrier()
     tl.atomic_add(sync_ptr + 2 + strip * BLOCK_S // BLOCK_M, 1, sem="release")
@@ -149,11 +153,13 @@ def _produce(
 @triton.jit
 def _consume(
     tile, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr,
-    sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, rows_per_sample,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
+    sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, R_made,
+    rows_per_sample, stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r,
+    stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, HAS_SPANS: tl.constexpr,
-    SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
+    HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, ADDS: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -180,11 +186,12 @@ def _consume(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
         w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
-    if HAS_ADAPTER:
+    if MAKES_S:
         rows = tl.minimum(BLOCK_M, M - block_m * BLOCK_M)
-        expected = tl.cdiv(rows, BLOCK_S) * tl.cdiv(R, BLOCK_R)
+        expected = tl.cdiv(rows, BLOCK_S) * tl.cdiv(R_made, BLOCK_R)
         while tl.atomic_add(sync_ptr + 2 + block_m, 0, sem="acquire") < expected:
             pass
+    if HAS_ADAPTER:
         # Dropout masks the low-rank part of dX alone, which then needs an accumulator of its own.
         low_rank = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if DROPOUT and IN_IS_B else acc
         first_r, stop_r = 0, R
@@ -194,7 +201,7 @@ def _consume(
             stop_r = tl.max(stop, 0)
         for r in tl.range(first_r, stop_r, BLOCK_E, num_stages=1):
             offs_r = r + tl.arange(0, BLOCK_E)
-            S = load_tile(s_ptr, offs_m, offs_r, R, 1, M, R)
+            S = load_tile(s_ptr, offs_m, offs_r, stride_sm, 1, M, R)
             factor = load_factor(
                 out_ptr, b_ptr, d_ptr, scaling, offs_n, offs_r, stride_out_l, stride_out_r, N, R,
                 not IN_IS_B, HAS_b, HAS_d, x_ptr.dtype.element_ty,
@@ -213,6 +220,8 @@ def _consume(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     y_ptrs = tile_pointers(y_ptr, offs_m, offs_n, stride_ym, 1)
+    if ADDS:
+        acc += tl.load(y_ptrs, mask=mask_m & mask_n, other=0.0).to(tl.float32)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
@@ -221,12 +230,13 @@ def ticketed_gemm(
     x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
     y_ptr, v_ptr, spans_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold,
-    M, N, K, R, num_partials, num_producers, num_tiles, rows_per_sample,
+    M, N, K, R, R_made, num_partials, num_producers, num_tiles, rows_per_sample,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_in_l, stride_in_r,
-    stride_out_l, stride_out_r, stride_ym,
+    stride_out_l, stride_out_r, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, HAS_SPANS: tl.constexpr,
-    WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr, SUMS_PARTIALS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
+    HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr, ADDS: tl.constexpr,
+    SUMS_PARTIALS: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -237,13 +247,13 @@ def ticketed_gemm(
     on the output), True the input gradient (in = B with its gains, out = A, g on X).
     """
     ticket = tl.program_id(0)
-    if HAS_ADAPTER:
+    if MAKES_S:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
-    if not WRITES_Y or (HAS_ADAPTER and ticket < num_producers):
+    if not WRITES_Y or (MAKES_S and ticket < num_producers):
         _produce(
             ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
-            scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials,
-            rows_per_sample, stride_xm, stride_xk, stride_in_l, stride_in_r,
+            scaling, keep_scale, seed_low, seed_high, threshold, M, K, R_made, num_partials,
+            rows_per_sample, stride_xm, stride_xk, stride_in_l, stride_in_r, stride_sm,
             IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, SUMS_PARTIALS, DROPOUT,
             BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
         )  # fmt: skip
@@ -251,13 +261,13 @@ def ticketed_gemm(
         _consume(
             ticket - num_producers, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
             y_ptr, v_ptr, spans_ptr, sync_ptr,
-            scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, rows_per_sample,
-            stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_ym,
-            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, HAS_SPANS, SAVES_V, DROPOUT,
-            EVEN_K,
+            scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, R_made,
+            rows_per_sample, stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r,
+            stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S,
+            HAS_SPANS, SAVES_V, ADDS, DROPOUT, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, GROUP_M, PRECISION,
         )  # fmt: skip
-    if HAS_ADAPTER:
+    if MAKES_S:
         finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
         if finished == num_tiles - 1:
             words = 2 + tl.cdiv(M, BLOCK_M)
@@ -266,14 +276,23 @@ def ticketed_gemm(
                 tl.store(sync_ptr + offs, tl.zeros([128], tl.int32), mask=offs < words)
 
 
-def forward(x, weight, bias, A, B, b, d, g, scaling, dropout, rank_spans=None, *, saves_V=False):
+def forward(
+    x, weight, bias, A, B, b, d, g, scaling, dropout, rank_spans=None, *,
+    saves_V=False, S=None, made=None,
+):  # fmt: skip
     """y [M, N], S [M, R] (None without an adapter) and V [M, N] (None unless saved) in one launch.
 
-    x [M, K], weight [N, K], rank_spans [samples, 2]; V is y before g and the bias.
+    x [M, K], weight [N, K], rank_spans [samples, 2]; V is y before g and the bias. Layers that
+    share x share a shrink: the first makes S of several A at once, A being their stack
+    [R_made, K] and S [M, R_made] given as `made`, and uses its first columns, as many as B has; the
+    others get their columns as S and make none.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
-    S = None if A is None else x.new_empty(x.shape[0], A.shape[0])
-    in_factor = None if A is None else A.T
+    in_factor = None
+    if A is not None and S is None:
+        in_factor = A.T
+        made = x.new_empty(x.shape[0], A.shape[0]) if made is None else made
+        S = made[:, : B.shape[1]]
     V = torch.empty_like(y) if saves_V else None
     _launch(
         x, weight.T, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, rank_spans,
@@ -282,48 +301,59 @@ def forward(x, weight, bias, A, B, b, d, g, scaling, dropout, rank_spans=None, *
     return y, S, V
 
 
-def grad_input(dY, weight, partials, A, B, b, d, g, scaling, dropout, rank_spans=None, *, wants_dX):
+def grad_input(
+    dY, weight, partials, A, B, b, d, g, scaling, dropout, rank_spans=None, *,
+    wants_dX, dS=None, add_to=None,
+):  # fmt: skip
     """dX [M, K] (None unless wanted) and dS [M, R] in one launch, for dY [M, N] and weight [N, K].
 
     partials [J, M, R] are the parts of dS that the strips kernel left; with None this launch
-    forms dS itself.
+    forms dS itself. dS may be given as columns of a wider matrix; dX is added to `add_to`, in
+    place, where that is given.
     """
-    dX = dY.new_empty(dY.shape[0], weight.shape[1]) if wants_dX else None
-    dS = None if A is None else dY.new_empty(dY.shape[0], A.shape[0])
+    dX = add_to
+    if wants_dX and dX is None:
+        dX = dY.new_empty(dY.shape[0], weight.shape[1])
+    if A is not None and dS is None:
+        dS = dY.new_empty(dY.shape[0], A.shape[0])
     out_factor = None if A is None else A.T
     _launch(
         dY, weight, dX, None, dS, partials, B, out_factor, b, d, g, None, scaling, dropout,
-        rank_spans, is_grad=True,
+        rank_spans, is_grad=True, adds=add_to is not None,
     )  # fmt: skip
     return dX, dS
 
 
 def _launch(
     x, w, y, V, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, spans,
-    *, is_grad,
+    *, is_grad, adds=False,
 ):  # fmt: skip
-    """w [K', N'] is contracted over its rows; in_factor [K', R], out_factor [N', R]."""
+    """w [K', N'] is contracted over its rows; in_factor [K', R_made] (None: S is there already),
+    out_factor [N', R]."""
     (M, K), N = x.shape, w.shape[1]
-    R = 0 if S is None else S.shape[1]
+    R, R_made = (0 if f is None else f.shape[1] for f in (S, in_factor))
     two_accumulators = is_grad and dropout.p > 0.0
     config = pick_gemm(M, x.dtype, current_arch(), two_accumulators=two_accumulators)
-    BLOCK_R = rank_block(R)
-    producers = triton.cdiv(M, config.BLOCK_S) * triton.cdiv(R, BLOCK_R)
+    BLOCK_R = rank_block(R_made)
+    producers = triton.cdiv(M, config.BLOCK_S) * triton.cdiv(R_made, BLOCK_R)
     tiles = 0 if y is None else triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     if producers + tiles == 0:
         return
-    sync = None if S is None else sync_words(x.device, FLAGS + triton.cdiv(M, config.BLOCK_M))
+    words = FLAGS + triton.cdiv(M, config.BLOCK_M)
+    sync = None if in_factor is None else sync_words(x.device, words)
     seed_low, seed_high, threshold = dropout.words()
     ticketed_gemm[(producers + tiles,)](
         x, w, S, partials, in_factor, out_factor, b, d, g, bias, y, V, spans, sync,
         float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
-        M, N, K, R, 0 if partials is None else partials.shape[0], producers, producers + tiles,
-        M if spans is None else M // spans.shape[0],
-        *x.stride(), *w.stride(), *_strides(in_factor), *_strides(out_factor), N,
+        M, N, K, R, R_made, 0 if partials is None else partials.shape[0],
+        producers, producers + tiles, M if spans is None else M // spans.shape[0],
+        *x.stride(), *w.stride(), *_strides(in_factor), *_strides(out_factor),
+        0 if S is None else S.stride(0), N,
         IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
-        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, HAS_SPANS=spans is not None,
-        WRITES_Y=y is not None,
-        SAVES_V=V is not None, SUMS_PARTIALS=partials is not None, DROPOUT=dropout.p > 0.0,
+        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, MAKES_S=in_factor is not None,
+        HAS_SPANS=spans is not None, WRITES_Y=y is not None,
+        SAVES_V=V is not None, ADDS=adds, SUMS_PARTIALS=partials is not None,
+        DROPOUT=dropout.p > 0.0,
         EVEN_K=K % config.BLOCK_K == 0, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R, BLOCK_E=expand_block(R, x.dtype),
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),

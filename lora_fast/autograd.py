@@ -7,6 +7,7 @@ mask as well, one byte an element. An NF4 weight stays packed and is decoded aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,73 @@ class AdaptedLinear(torch.autograd.Function):
             )
         dX = None if grads.x is None else grads.x.view(ctx.x_shape)
         return (dX, *grads[1:], None)
+
+
+class AdaptedLinearGroup(torch.autograd.Function):
+    """apply(x, weights, scalings, bias_1, A_1, B_1, bias_2, …) → y_1, y_2, …: LoRA layers that read
+    the same x [..., K], with one shrink, one dX and one product for all dA. Their weights, tensors
+    or NF4Weights in a tuple, are frozen; kept are x and the S of all layers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Sequence[Any], scalings: Sequence[float], *vectors: Any
+    ) -> tuple[Tensor, ...]:
+        fs = _group_factors(weights, scalings, vectors)
+        with _without_autocast(x):
+            ys, S = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs)
+        needs = _group_needs(ctx)
+        trains_A, trains_B = any(need.A for need in needs), any(need.B for need in needs)
+        ctx.save_for_backward(x if trains_A else None, S if trains_B else None, *vectors)
+        ctx.weights, ctx.scalings = weights, scalings
+        ctx.x_shape, ctx.S_shape = x.shape, S.shape
+        ctx.set_materialize_grads(False)
+        return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, S, *vectors = ctx.saved_tensors
+        fs = _group_factors(ctx.weights, ctx.scalings, vectors)
+        like = next(dY for dY in dYs if dY is not None)
+        rows = [
+            like.new_zeros(ctx.S_shape[0], f.weight.shape[0])
+            if dY is None
+            else dY.reshape(-1, dY.shape[-1])
+            for dY, f in zip(dYs, fs, strict=True)
+        ]
+        with _without_autocast(rows[0]):
+            grads = dispatch.backward_group(
+                rows,
+                None if x is None else x.reshape(-1, x.shape[-1]),
+                # Nobody reads it where no B trains.
+                rows[0].new_empty(ctx.S_shape) if S is None else S,
+                fs,
+                _group_needs(ctx),
+            )
+        dX = grads[0].x
+        # A layer whose output led nowhere gets no gradients, as if it stood alone.
+        found = [
+            None if dY is None else gradient
+            for dY, grad in zip(dYs, grads, strict=True)
+            for gradient in (grad.bias, grad.A, grad.B)
+        ]
+        return (None if dX is None else dX.view(ctx.x_shape), None, None, *found)
+
+
+def _group_factors(
+    weights: Sequence[Any], scalings: Sequence[float], vectors: Sequence[Any]
+) -> list[Factors]:
+    return [
+        Factors(weight, vectors[3 * i], vectors[3 * i + 1], vectors[3 * i + 2], scaling=scaling)
+        for i, (weight, scaling) in enumerate(zip(weights, scalings, strict=True))
+    ]
+
+
+def _group_needs(ctx: Any) -> list[Needs]:
+    needs_x, _, _, *rest = ctx.needs_input_grad
+    return [
+        Needs(x=needs_x, bias=rest[i], A=rest[i + 1], B=rest[i + 2]) for i in range(0, len(rest), 3)
+    ]
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:

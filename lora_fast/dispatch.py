@@ -6,6 +6,7 @@ Modules above know neither Triton nor aten; the backends below know neither auto
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,18 @@ def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
 def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
     """Every gradient that `needs` names, from dY [M, N] and what the forward pass saved."""
     return _backend(dY).backward(dY, x, saved, f, needs)
+
+
+def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor]:
+    """y [M, N_i] of several plain LoRA layers that read the same x [M, K], and S [M, Σ R_i]."""
+    return _backend(x).forward_group(x, fs)
+
+
+def backward_group(
+    dYs: Sequence[Tensor], x: Tensor | None, S: Tensor, fs: Sequence[Factors], needs: list[Needs]
+) -> list[Gradients]:
+    """Every wanted gradient of every layer of a group; that of x, summed, is with the first."""
+    return _backend(S).backward_group(dYs, x, S, fs, needs)
 
 
 def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:

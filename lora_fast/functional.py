@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from .autograd import AdaptedLinear
+from .autograd import AdaptedLinear, AdaptedLinearGroup
 from .factors import Constants
 from .nf4 import NF4Weight
 from .validation import check_adapted_linear, check_dropout, check_rank_spans
@@ -57,6 +60,44 @@ def adapted_linear(
         dropout_seed = _draw_seed(x.device)
     constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)
     return AdaptedLinear.apply(x, weight, bias, A, B, b, d, g, constants)
+
+
+class Member(NamedTuple):
+    """One of several plain LoRA layers that read the same x: y = x Wᵀ + s · (x Aᵀ) Bᵀ + bias."""
+
+    weight: Tensor | NF4Weight
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+
+def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
+    """y_i = x W_iᵀ + s_i · (x A_iᵀ) B_iᵀ + bias_i for several layers that read the same x.
+
+    x [..., K] · weight [N_i, K] · bias [N_i] · A [R_i, K] · B [N_i, R_i] → y_i [..., N_i]. The
+    numbers are those of :func:`adapted_linear`, up to rounding, but x is read once by one shrink
+    for all A_i, once by one product for all of their gradients, and the gradient of x is one sum.
+    The weights must be frozen. An output that leads to no loss leaves its layer without gradients.
+
+    Raises as :func:`adapted_linear` does, and ValueError without members or for trained weights.
+    """
+    if not members:
+        raise ValueError("members must hold at least one layer, got none")
+    for member in members:
+        none: dict[str, Any] = {"b": None, "d": None, "g": None}
+        vectors = {"bias": member.bias, **none}
+        check_adapted_linear(x, member.weight, vectors, member.A, member.B, member.scaling)
+        if member.A is None or isinstance(member.scaling, Tensor):
+            raise ValueError("members must have A and B and a scaling that is a number")
+        if isinstance(member.weight, Tensor) and member.weight.requires_grad:
+            raise ValueError("members must have frozen weights, got one that requires a gradient")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    vectors_of_all = [v for member in members for v in (member.bias, member.A, member.B)]
+    weights = tuple(member.weight for member in members)
+    scalings = tuple(float(member.scaling) for member in members)
+    return AdaptedLinearGroup.apply(x, weights, scalings, *vectors_of_all)
 
 
 def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor | None:

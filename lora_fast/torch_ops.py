@@ -13,6 +13,7 @@ instructions multiplies 16-bit operands as float32 (the same products, many time
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,57 @@ def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Need
         d=dd,
         g=_gain_gradient(dY, saved.V, f) if needs.g else None,
     )
+
+
+def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor]:
+    """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side."""
+    dtype, work = x.dtype, _working_dtype(x)
+    rows = x.to(work)
+    A = torch.cat([_given(f.A).to(dtype) for f in fs]).to(work)
+    S = (rows @ A.T).to(dtype)
+    ys = []
+    for f, S_i in zip(fs, S.split([_given(f.A).shape[0] for f in fs], dim=1), strict=True):
+        bias = None if f.bias is None else f.bias.to(work)
+        y = torch.nn.functional.linear(rows, _dense(f.weight, dtype).to(work), bias)
+        y.addmm_(S_i.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
+        ys.append(y.to(dtype))
+    return ys, S
+
+
+def backward_group(
+    dYs: Sequence[Tensor], x: Tensor | None, S: Tensor, fs: Sequence[Factors], needs: list[Needs]
+) -> list[Gradients]:
+    """The gradients of every layer of a group; that of x, their sum, is with the first."""
+    dtype, work = dYs[0].dtype, _working_dtype(dYs[0])
+    ranks = [_given(f.A).shape[0] for f in fs]
+    dX: Tensor | None = None
+    dSs, grads = [], []
+    for dY, S_i, f, need in zip(dYs, S.split(ranks, dim=1), fs, needs, strict=True):
+        dYw = dY.to(work)
+        dSs.append((dYw @ _expand_factor(f, dtype).to(work)).mul_(f.scaling).to(dtype))
+        if need.x:
+            W = _dense(f.weight, dtype).to(work)
+            dX = dYw @ W if dX is None else dX.addmm_(dYw, W)
+        dB = None
+        if need.B:
+            dB = _expand_gradients(_product(dYw.T, S_i.to(work)), f, need)[0]
+        bias = _sum_rows(dY).to(f.bias.dtype) if need.bias and f.bias is not None else None
+        grads.append(Gradients(B=dB, bias=bias))
+    dS = torch.cat(dSs, dim=1).to(work)
+    if dX is not None:
+        dX.addmm_(dS, torch.cat([_given(f.A).to(dtype) for f in fs]).to(work))
+        grads[0] = grads[0]._replace(x=dX.to(dtype))
+    if x is not None and any(need.A for need in needs):
+        dAs = _product(dS.T, x.to(work)).split(ranks)
+        for i, (f, need, dA) in enumerate(zip(fs, needs, dAs, strict=True)):
+            if need.A:
+                grads[i] = grads[i]._replace(A=dA.to(_given(f.A).dtype))
+    return grads
+
+
+def _given(factor: Tensor | None) -> Tensor:
+    assert factor is not None
+    return factor
 
 
 # Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.

@@ -6,7 +6,7 @@ One launch forward, at most three backward, one more per direction to decode an 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,81 @@ def update_weight(
         weight_update.update(W, out, A, B, *vectors, scaling)
     # What autograd has saved of a tensor that a kernel overwrote must not pass for intact.
     torch.autograd.graph.increment_version(out)
+
+
+def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor]:
+    """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side.
+
+    One launch a layer; the first makes S for all.
+    """
+    _check_dtype(x)
+    A = _stacked_A(fs)
+    made = x.new_empty(x.shape[0], A.shape[0])
+    ys = []
+    with _launching(x):
+        for i, (f, S) in enumerate(zip(fs, made.split(_ranks(fs), dim=1), strict=True)):
+            y, *_ = ticketed_gemm.forward(
+                x, _dense(f.weight, x.dtype), f.bias, A if i == 0 else f.A, f.B, None, None, None,
+                f.scaling, _dropout(f), S=None if i == 0 else S, made=made if i == 0 else None,
+            )  # fmt: skip
+            ys.append(y)
+    return ys, made
+
+
+def backward_group(
+    dYs: Sequence[Tensor], x: Tensor | None, S: Tensor, fs: Sequence[Factors], needs: list[Needs]
+) -> list[Gradients]:
+    """The gradients of every layer of a group; that of x, their sum, is with the first.
+
+    Two launches a layer, and one for all dA.
+    """
+    if S.shape[0] == 0:
+        return [_empty_batch(dY, f, need) for dY, f, need in zip(dYs, fs, needs, strict=True)]
+    ranks = _ranks(fs)
+    dS, dX = torch.empty_like(S), None
+    grads = []
+    with _launching(S):
+        columns = zip(S.split(ranks, dim=1), dS.split(ranks, dim=1), strict=True)
+        for dY, (S_i, dS_i), f, need in zip(dYs, columns, fs, needs, strict=True):
+            found, dX = _group_member(dY, S_i, dS_i, dX, f, need, any(n.A for n in needs))
+            grads.append(found)
+        grads[0] = grads[0]._replace(x=dX)
+        if x is not None and any(need.A for need in needs):
+            A = _stacked_A(fs)
+            dAs = strips.grad_shrink(x, dS, A, _dropout(fs[0])).split(ranks)
+            grads = [
+                grad._replace(A=dA.to(A.dtype)) if need.A else grad
+                for grad, dA, need in zip(grads, dAs, needs, strict=True)
+            ]
+    return grads
+
+
+def _group_member(
+    dY: Tensor, S: Tensor, dS: Tensor, dX: Tensor | None, f: Factors, need: Needs, needs_dS: bool
+) -> tuple[Gradients, Tensor | None]:
+    """dB and dbias of one layer; dS is filled, dX added to that of the layers before."""
+    grads, partials = {}, None
+    wanted = strips.Wanted(B=need.B, bias=need.bias)
+    if wanted.outer or wanted.sums:
+        grads, partials = strips.grad_expand(
+            dY, S, None, f.bias, f.B, None, None, None, f.scaling, wanted,
+            projects=(needs_dS or need.x) and need.B and _projection_pays(dY, f),
+        )  # fmt: skip
+    if needs_dS or need.x:
+        weight = _dense(f.weight, dY.dtype) if need.x else _shape_only(f.weight, dY)
+        dX, _ = ticketed_gemm.grad_input(
+            dY, weight, partials, f.A, f.B, None, None, None, f.scaling, _dropout(f),
+            wants_dX=need.x, dS=dS, add_to=dX,
+        )  # fmt: skip
+    return Gradients(**grads), dX
+
+
+def _stacked_A(fs: Sequence[Factors]) -> Tensor:
+    return torch.cat([f.A for f in fs if f.A is not None])
+
+
+def _ranks(fs: Sequence[Factors]) -> list[int]:
+    return [0 if f.A is None else f.A.shape[0] for f in fs]
 
 
 def row_norms(

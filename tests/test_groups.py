@@ -1,0 +1,169 @@
+"""Several layers that read the same x, computed together: adapted_linears."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_all_accurate, assert_same_bits
+
+from lora_fast import NF4Weight, reference
+from lora_fast.functional import Member, adapted_linears
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZES = ((72, 5), (40, 16), (136, 8))
+
+
+def make(dtype, adapter, nf4, M=37, K=64, device="cpu", trains=("x", "A", "B")):
+    torch.manual_seed(0)
+
+    def randn(*shape, of=dtype):
+        return torch.randn(shape).to(of).to(device)
+
+    x = randn(M, K).requires_grad_("x" in trains)
+    members = []
+    for i, (N, R) in enumerate(SIZES):
+        weight = randn(N, K)
+        bias = randn(N).requires_grad_("bias" in trains) if i != 1 else None
+        A, B = randn(R, K, of=adapter), randn(N, R, of=adapter)
+        for name, factor in (("A", A), ("B", B)):
+            factor.requires_grad_(name in trains)
+        weight = NF4Weight.from_dense(weight) if nf4 else weight
+        members.append(Member(weight, bias, A, B, 0.5 + i))
+    return x, members, [randn(M, N) for N, _ in SIZES]
+
+
+def _results(call, x, members, dYs, convert):
+    x = convert(x).detach().requires_grad_(x.requires_grad)
+    leaves = [
+        tuple(
+            None if t is None else convert(t).detach().requires_grad_(t.requires_grad)
+            for t in (member.bias, member.A, member.B)
+        )
+        for member in members
+    ]
+    ys = call(
+        x, [m._replace(bias=b, A=A, B=B) for m, (b, A, B) in zip(members, leaves, strict=True)]
+    )
+    torch.autograd.backward(ys, [convert(dY).to(y.dtype) for dY, y in zip(dYs, ys, strict=True)])
+    found = {"dx": x.grad}
+    for i, (y, (bias, A, B)) in enumerate(zip(ys, leaves, strict=True)):
+        found |= {f"y{i}": y.detach(), f"dA{i}": A.grad, f"dB{i}": B.grad}
+        if bias is not None:
+            found[f"dbias{i}"] = bias.grad
+    return found
+
+
+def _dense(weight, dtype):
+    return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight
+
+
+def _exact(x, members):
+    return [
+        reference.adapted_linear(
+            x, _dense(m.weight, FP32).cpu().double(), m.bias, A=m.A, B=m.B, scaling=m.scaling
+        )
+        for m in members
+    ]
+
+
+def _eager(dtype, mixed):
+    def call(x, members):
+        with torch.autocast("cpu", dtype=dtype, enabled=mixed):
+            linear = torch.nn.functional.linear
+            return [
+                linear(x, _dense(m.weight, dtype).cpu(), m.bias)
+                + linear(linear(x, m.A), m.B) * m.scaling
+                for m in members
+            ]
+
+    return call
+
+
+def check(dtype, adapter, nf4, device="cpu", **options):
+    x, members, dYs = make(dtype, adapter, nf4, device=device, **options)
+    results = _results(adapted_linears, x, members, dYs, lambda t: t)
+    exact = _results(_exact, x, members, dYs, lambda t: t.detach().cpu().double())
+    eager = _results(_eager(dtype, adapter != dtype), x, members, dYs, lambda t: t.detach().cpu())
+    # NF4 weights are exact in float32 and rounded to the compute dtype: that is the weight here.
+    assert_all_accurate(results, exact, eager, compute_dtype=dtype)
+    return results
+
+
+ALL = ("x", "bias", "A", "B")
+
+
+@pytest.mark.parametrize("trains", [ALL, ("A", "B"), ("x",), ("x", "B"), ("x", "A")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "adapter", "nf4"),
+    [(FP32, FP32, False), (BF16, FP32, False), (FP16, FP16, True), (FP32, FP32, True)],
+)
+def test_torch_backend(dtype, adapter, nf4, trains):
+    check(dtype, adapter, nf4, trains=trains)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter", "nf4", "M", "K"),
+    [
+        (BF16, FP32, False, 96, 128),
+        (FP16, FP16, True, 37, 70),
+        (FP32, FP32, False, 33, 64),
+        (BF16, BF16, True, 160, 64),
+    ],
+)
+def test_kernels(executor, dtype, adapter, nf4, M, K):
+    first = check(dtype, adapter, nf4, executor.device, M=M, K=K, trains=ALL)
+    second = check(dtype, adapter, nf4, executor.device, M=M, K=K, trains=ALL)
+    for name, value in first.items():
+        assert_same_bits(value, second[name], name=name)
+
+
+def test_launches(typical_executor):
+    x, members, dYs = make(BF16, FP32, False, device=typical_executor.device)
+    with typical_executor.counting_launches() as names:
+        _results(adapted_linears, x, members, dYs, lambda t: t)
+    assert names[:3] == ["ticketed_gemm"] * 3, "one launch a layer forward, the first shrinks"
+    assert names[3:] == ["strips", "ticketed_gemm"] * 3 + ["strips"], "and one dA for all"
+
+
+def test_saved_are_x_and_the_S_of_all():
+    x, members, _ = make(BF16, FP32, False)
+    parameters = {t.data_ptr() for m in members for t in m if isinstance(t, torch.Tensor)}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
+    ):
+        adapted_linears(x, members)
+    shapes = sorted(tuple(t.shape) for p, t in kept.items() if p not in parameters)
+    assert shapes == [(37, 29), (37, 64)]
+
+
+def test_an_output_that_leads_nowhere_leaves_no_gradient():
+    x, members, dYs = make(FP32, FP32, False)
+    ys = adapted_linears(x, members)
+    alone = adapted_linears(x, [members[0], members[2]])
+    wanted = torch.autograd.grad(
+        (alone[0] * dYs[0]).sum() + (alone[1] * dYs[2]).sum(), [x, members[0].A, members[2].B]
+    )
+    ((ys[0] * dYs[0]).sum() + (ys[2] * dYs[2]).sum()).backward()
+    assert members[1].A.grad is None and members[1].B.grad is None
+    for got, want in zip((x.grad, members[0].A.grad, members[2].B.grad), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_outputs_may_be_changed_in_place():
+    x, members, _ = make(FP32, FP32, False)
+    ys = adapted_linears(x, members)
+    changed = ys[0].mul_(2.0)
+    (changed.sum() + ys[1].sum()).backward()
+    assert x.grad is not None
+
+
+def test_wrong_members():
+    x, members, _ = make(FP32, FP32, False)
+    with pytest.raises(ValueError, match="members must hold at least one"):
+        adapted_linears(x, [])
+    with pytest.raises(ValueError, match="members must have frozen weights"):
+        trained = members[0].weight.clone().requires_grad_()
+        adapted_linears(x, [members[0]._replace(weight=trained)])
+    with pytest.raises(ValueError, match="x must have K = 64 features"):
+        adapted_linears(x[:, 1:], members)
