@@ -125,8 +125,8 @@ _GEMM_ARGUMENTS = _names(
 def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     M, N, K, R = v["M"], v["N"], v["K"], v["R"]
     passes = []
-    if makes_S(v):
-        passes.append(_producers(v, M, K, R if v["R_made"] is None else v["R_made"]))
+    if v["MAKES_S"]:
+        passes.append(_producers(v, M, K, v["R_made"]))
     if not v["WRITES_Y"]:
         return passes
     x, w = v.itemsize("x_ptr"), v.itemsize("w_ptr")
@@ -144,11 +144,6 @@ def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
         gemm.reads("y_ptr", y, y)
     gemm.writes("y_ptr", y)
     return [*passes, gemm]
-
-
-def makes_S(v: Any) -> bool:
-    """Whether a launch of ticketed_gemm with these arguments has tiles that form S."""
-    return bool(v["HAS_ADAPTER"] if v["MAKES_S"] is None else v["MAKES_S"])
 
 
 def _producers(v: _Values, M: int, K: int, R: int) -> Pass:
@@ -170,9 +165,9 @@ def _producers(v: _Values, M: int, K: int, R: int) -> Pass:
 
 _STRIP_ARGUMENTS = _names(
     "x_ptr s_ptr B_ptr ds_ptr t_ptr grad_ptr sync_ptr scaling keep_scale seed_low seed_high "
-    "threshold M L R rows_per_range num_ranges stride_xm stride_xl stride_vm stride_vl stride_bl "
-    "stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT BLOCK_M BLOCK_L BLOCK_R "
-    "PRECISION"
+    "threshold M L R rows_per_range num_ranges stride_xm stride_xl stride_sm stride_vm stride_vl "
+    "stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT BLOCK_M BLOCK_L "
+    "BLOCK_R PRECISION"
 )
 
 

@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 import lora_fast
 from bench import cost_model
-from lora_fast.functional import adapted_linear
+from lora_fast.functional import Member, adapted_linear, adapted_linears
 
 pytestmark = pytest.mark.interpreter
 
@@ -42,7 +42,7 @@ class Observed:
         """Tickets are taken in the order of the programs; strips has a pass for each chunk."""
         if self.name == "strips":
             return program[2]
-        if self.name == "ticketed_gemm" and self.arguments["HAS_ADAPTER"]:
+        if self.name == "ticketed_gemm" and self.arguments["MAKES_S"]:
             return int(program[0] >= self.arguments["num_producers"])
         return 0
 
@@ -138,6 +138,26 @@ def test_the_model_counts_the_bytes_that_the_kernels_move(case: tuple[Any, ...])
     gemms = ["ticketed_gemm", "strips", "ticketed_gemm", "strips"]
     assert [name for name in names if name != "nf4_decode"] == gemms
     assert names.count("nf4_decode") == (2 if case[-1] else 0)
+    _compare(launches)
+
+
+def test_groups_of_layers_with_one_input_are_counted_too() -> None:
+    M, K, R = 140, 72, 20
+    x = torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True)
+    members = []
+    for N in (96, 64):
+        W, A, B = (torch.randn(size, dtype=torch.bfloat16) for size in ((N, K), (R, K), (N, R)))
+        members.append(Member(W, None, A.requires_grad_(), B.requires_grad_(), 2.0))
+    with lora_fast.set_backend("triton"), observing() as launches:
+        ys = adapted_linears(x, members)
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    names = [launch.name for launch in launches]
+    assert names == ["ticketed_gemm"] * 2 + ["strips", "ticketed_gemm"] * 2 + ["strips"]
+    assert [launch.arguments["ADDS"] for launch in launches[3:6:2]] == [False, True]
+    _compare(launches)
+
+
+def _compare(launches: list[Observed]) -> None:
     for launch in launches:
         for number, modelled in enumerate(cost_model.traffic(launch)):
             where = f"{launch.name} {modelled.name}"

@@ -135,8 +135,7 @@ def loop_of(launch: stub_driver.Launch, part: str) -> sass.Loop | None:
         return loops[0] if loops else None
     pipelined = [loop for loop in loops if not _ASYNCHRONOUS.isdisjoint(loop.by_opcode)]
     c = launch.constexprs
-    makes = c.get("MAKES_S", c["HAS_ADAPTER"])
-    expected = 2 if makes and not c["SUMS_PARTIALS"] else 1
+    expected = 2 if c["MAKES_S"] and not c["SUMS_PARTIALS"] else 1
     if len(pipelined) != expected:
         raise RuntimeError(f"{launch.name} must have {expected} K-loops, got {len(pipelined)}")
     return {"gemm": pipelined[0], "shrink": pipelined[-1] if expected == 2 else None}.get(part)
