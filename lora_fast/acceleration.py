@@ -27,7 +27,9 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     Adapters that are added to these layers later are covered. Layers that PEFT wraps later are
     not: call ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError.
 
-    ``group_shared_inputs`` has no effect in this version: no layers are grouped.
+    ``group_shared_inputs``: LoRA layers with the same parent and names that model families give to
+    layers of one input (q, k and v; gate and up) are computed together when the first of them is
+    called; see :mod:`lora_fast.peft_layers.shared_input`.
 
     Raises TypeError if `model` is not a Module, ValueError if it contains no adapted layer; `model`
     is then as it was.
@@ -44,7 +46,7 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
         )
     if "peft.tuners.tuners_utils" not in sys.modules:
         return model
-    from .peft_layers import FUSED_CLASSES
+    from .peft_layers import FUSED_CLASSES, FusedLoRALayer, shared_input
 
     layers: list[Any] = [
         module
@@ -54,6 +56,9 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     _switch(layers, FUSED_CLASSES)
     for layer in layers:
         layer._lora_fast_calls = CallCounts()
+    shared_input.dissolve(model)
+    if group_shared_inputs:
+        shared_input.assign(model, FusedLoRALayer)
     return model
 
 

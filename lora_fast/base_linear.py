@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-from .functional import adapted_linear
+from .functional import Member, adapted_linear, adapted_linears
 from .nf4 import NF4Weight
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -153,6 +154,22 @@ def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Ten
     autocast = torch.is_autocast_enabled(x.device.type)
     y = adapted_linear(x if autocast else x.to(dtype), weight_of(base), bias, **factors)
     return y.to(x.dtype)
+
+
+def adapted_together(
+    bases: Sequence[Any], x: Tensor, members: Sequence[Member]
+) -> list[Tensor] | None:
+    """:func:`adapted` for several bases that read the same x; None if their dtypes differ."""
+    if len({(is_four_bit(base), base.weight.dtype) for base in bases}) > 1:
+        return None
+    if not is_four_bit(bases[0]):
+        return list(adapted_linears(x, members))
+    dtypes = {_four_bit_dtype(base, x) for base in bases}
+    if len(dtypes) > 1:
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    ys = adapted_linears(x if autocast else x.to(dtypes.pop()), members)
+    return [y.to(x.dtype) for y in ys]
 
 
 def weight_of(base: Any) -> Tensor | NF4Weight:

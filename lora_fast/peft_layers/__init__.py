@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import adalora_layers, ia3_layers, lora_layers, vera_layers
+from . import adalora_layers, ia3_layers, lora_layers, shared_input, vera_layers
 from .fused_forward import FusedForward
+from .lora_layers import FusedLoRALayer
 
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     **lora_layers.FUSED_CLASSES,
@@ -21,4 +22,4 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 STOCK_CLASSES = {fused: stock for stock, fused in FUSED_CLASSES.items()}
 
-__all__ = ["FUSED_CLASSES", "STOCK_CLASSES", "FusedForward"]
+__all__ = ["FUSED_CLASSES", "STOCK_CLASSES", "FusedForward", "FusedLoRALayer", "shared_input"]

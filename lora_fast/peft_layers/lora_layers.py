@@ -22,16 +22,20 @@ from torch import Tensor, nn
 
 from ..base_linear import (
     adapted,
+    adapted_together,
     base_obstacle,
     call_obstacle,
     module_obstacle,
+    runs_own_forward,
     tensor_obstacle,
     weight_of,
     weight_shape,
 )
+from ..functional import Member
 from ..row_norms import RowNorms
 from .fused_forward import FusedForward, casts_input, switched_off
 from .lora_merging import merge_terms, plain_terms, unmerge_terms
+from .shared_input import GROUP, Kept, signature_of
 
 # Named arguments of a variant; PEFT takes them out of the call and vanilla LoRA ignores them.
 _VARIANT_ARGUMENTS = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
@@ -86,7 +90,11 @@ class FusedLoRALayer(FusedForward):
 
     def fused(self, state: State, x: Tensor) -> Tensor:
         first = state.adapters[0]
-        y = _lora(self, state, x) if first.magnitude is None else _dora(self, first, x)
+        if first.magnitude is not None:
+            y = _dora(self, first, x)
+        else:
+            shared = _with_siblings(self, state, x)
+            y = _lora(self, state, x) if shared is None else shared
         return y.to(_result_dtype(self, y))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -238,6 +246,72 @@ def _lora(layer: Any, state: State, x: Tensor) -> Tensor:
         dropout_p=adapters[0].dropout_p,
         rank_spans=spans,
     )
+
+
+def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
+    """The output from the group of layers that read the same x; None if the layer is on its own."""
+    group, index = layer.__dict__.get(GROUP, (None, 0))
+    if group is None or group.given_up or layer._forward_pre_hooks or not group.join(index, layer):
+        return None
+    member = _member(layer, state)
+    if member is None:
+        return None
+    y = group.fetch(index, x, _signature(layer))
+    others = None if y is not None else group.others(index)
+    if others is None:
+        return y
+    members = {index: (layer, member)}
+    for i, other in others:
+        sibling = _sibling(other, x)
+        if sibling is None:
+            return None
+        members[i] = (other, sibling)
+    order = sorted(members)
+    bases = [members[i][0].base_layer for i in order]
+    ys = adapted_together(bases, x, [members[i][1] for i in order])
+    if ys is None:
+        return None
+    outputs = dict(zip(order, ys, strict=True))
+    y = outputs.pop(index)
+    group.keep(x, {i: Kept(out, _signature(members[i][0])) for i, out in outputs.items()})
+    return y
+
+
+def _sibling(layer: Any, x: Tensor) -> Member | None:
+    """A sibling as its own call with x would find it; None if that may come to anything else."""
+    # What runs after a forward runs in the sibling's own call, too.
+    if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return None
+    if type(layer) not in (FusedLinear, FusedLinear4bit) or not runs_own_forward(layer):
+        return None
+    state, found = layer.active()
+    if found is not None or layer.input_obstacle(state, x) is not None:
+        return None
+    return _member(layer, state)
+
+
+def _member(layer: Any, state: State) -> Member | None:
+    """What a group computes of a layer: plain LoRA, one adapter or several, on a frozen weight."""
+    base, adapters = layer.base_layer, state.adapters
+    if state.sample_adapters is not None or base.weight.requires_grad:
+        return None
+    if any(adapter.dropout_p or adapter.magnitude is not None for adapter in adapters):
+        return None
+    A, B, scaling = _stacked(adapters)
+    if isinstance(scaling, Tensor):
+        return None
+    return Member(weight_of(base), _total_bias(base.bias, adapters), A, B, scaling)
+
+
+def _signature(layer: Any) -> Any:
+    """Changes with everything that the output of a plain LoRA layer depends on, beside x."""
+    base, tensors = layer.base_layer, []
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        B = layer.lora_B[name]
+        tensors += [layer.lora_A[name].weight, B.weight, B.bias]
+    scalings = tuple(layer.scaling[name] for name in names)
+    return (*names, *scalings, *signature_of(base.weight, base.bias, *tensors))
 
 
 def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
