@@ -118,7 +118,8 @@ _GEMM_ARGUMENTS = _names(
     "seed_high threshold M N K R R_made num_partials num_producers num_tiles rows_per_sample "
     "stride_xm stride_xk stride_wk stride_wn stride_in_l stride_in_r stride_out_l stride_out_r "
     "stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y ADDS SUMS_PARTIALS DROPOUT EVEN_K "
-    "BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M PRECISION"
+    "BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M PRECISION absmax_ptr absmax2_ptr "
+    "code2_ptr offset_ptr code_ptr IS_NF4 IS_NESTED BLOCKSIZE BLOCKSIZE2 SHARING SHUFFLES MMA_SYNC"
 )
 
 
@@ -129,11 +130,15 @@ def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
         passes.append(_producers(v, M, K, v["R_made"]))
     if not v["WRITES_Y"]:
         return passes
-    x, w = v.itemsize("x_ptr"), v.itemsize("w_ptr")
+    x = v.itemsize("x_ptr")
     across, down = _cdiv(N, v["BLOCK_N"]), _cdiv(M, v["BLOCK_M"])
     gemm = Pass("gemm", 2 * M * N * K)
     gemm.reads("x_ptr", M * K * x, across * M * K * x)
-    gemm.reads("w_ptr", N * K * w, down * N * K * w)
+    if v["IS_NF4"]:
+        _packed_weight(gemm, v, across, down)
+    else:
+        w = N * K * v.itemsize("w_ptr")
+        gemm.reads("w_ptr", w, down * w)
     if v["HAS_ADAPTER"]:
         s, out = v.itemsize("s_ptr"), v.itemsize("out_ptr")
         gemm.flops += 2 * M * N * R
@@ -144,6 +149,23 @@ def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
         gemm.reads("y_ptr", y, y)
     gemm.writes("y_ptr", y)
     return [*passes, gemm]
+
+
+def _packed_weight(gemm: Pass, v: _Values, across: int, down: int) -> None:
+    """An NF4 weight that the GEMM decodes, once for each block of rows."""
+    elements, tiles = v["N"] * v["K"], across * down
+    gemm.reads("w_ptr", elements // 2, down * elements // 2)
+    blocks, shared = _cdiv(elements, v["BLOCKSIZE"]), down * elements // v["SHARING"]
+    absmax, code = v.itemsize("absmax_ptr"), v.count("code_ptr") * v.itemsize("code_ptr")
+    gemm.reads("absmax_ptr", blocks * absmax, shared * absmax)
+    gemm.reads("code_ptr", code, tiles * code)
+    if v["IS_NESTED"]:
+        outer, table = v.itemsize("absmax2_ptr"), v.itemsize("code2_ptr")
+        gemm.reads("absmax2_ptr", _cdiv(blocks, v["BLOCKSIZE2"]) * outer, shared * outer)
+        # Masked lanes look up entry 0.
+        lookups = tiles * _cdiv(v["K"], v["BLOCK_K"]) * v["BLOCK_K"] * v["BLOCK_N"] // v["SHARING"]
+        gemm.reads("code2_ptr", v.count("code2_ptr") * table, lookups * table)
+        gemm.reads("offset_ptr", v.itemsize("offset_ptr"), tiles * v.itemsize("offset_ptr"))
 
 
 def _producers(v: _Values, M: int, K: int, R: int) -> Pass:

@@ -15,7 +15,10 @@ MAX_BLOCK_R = 64
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile sizes of ticketed_gemm. BLOCK_S rows make one producer tile; it divides BLOCK_M."""
+    """Tile sizes of ticketed_gemm.
+
+    A producer tile is BLOCK_S rows, which divide BLOCK_M, by at most MAX_R columns of the rank.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -24,6 +27,7 @@ class GemmConfig:
     GROUP_M: int
     num_warps: int
     num_stages: int
+    MAX_R: int = MAX_BLOCK_R
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,11 @@ _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stag
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
 # Two accumulators of 128 columns do not fit the registers of 4 warps.
 _GEMM_16BIT_SM100_NARROW = GemmConfig(128, 64, 64, 64, 8, num_warps=4, num_stages=3)
-_GEMM_16BIT_FEW_ROWS = GemmConfig(64, 64, 64, 64, 8, num_warps=4, num_stages=3)
+# Few rows read W at the speed of memory if enough of it is on its way: about 2 MB on an H100 (2.8
+# TB/s × 0.7 µs). Narrow tiles make 128 CTAs of 4096 columns, long stages give each of them 24 KB of
+# dense W, or 6 to 12 KB of packed bytes. The shrink's float32 A must fit beside: 16 columns.
+_GEMM_16BIT_FEW_ROWS = GemmConfig(64, 32, 128, 64, 8, num_warps=4, num_stages=4, MAX_R=16)
+_GEMM_16BIT_16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16)
 # IEEE float32 products run on the FMA pipes: small tiles, registers are the limit. Fewer than 64
 # rows, because Triton 3.7.1 can give an "ieee" product of 64 rows or more to tcgen05 on sm_100, as
 # TF32.
@@ -101,7 +109,7 @@ def pick_gemm(
     if dtype == torch.float32:
         return _GEMM_FLOAT32
     if M <= 64:
-        return _GEMM_16BIT_FEW_ROWS
+        return _GEMM_16BIT_16_ROWS if M <= 16 else _GEMM_16BIT_FEW_ROWS
     if arch in _SMALL_SHARED:
         return _GEMM_16BIT_SMALL_SHARED
     if _has_tensor_memory(arch):
@@ -116,6 +124,37 @@ def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:
     if R > 32:
         return _STRIP_16BIT_WIDE_RANK_SM100 if _has_tensor_memory(arch) else _STRIP_16BIT_WIDE_RANK
     return _STRIP_16BIT_SM100 if _has_tensor_memory(arch) else _STRIP_16BIT
+
+
+def uses_mma_sync(config: GemmConfig, dtype: torch.dtype, arch: int | None) -> bool:
+    """Whether 16-bit products become mma.sync: before Hopper, on consumer parts, on small tiles."""
+    if arch is None or dtype == torch.float32:
+        return False
+    return config.BLOCK_M < 64 or not (arch == 90 or _has_tensor_memory(arch))
+
+
+# Thread instructions that a GPU issues in the time of one byte of memory traffic: 19.5 T/s over 2
+# TB/s (A100), 28 over 2.8 (H100), 35 over 8 (B200). On consumer parts (41 over 1.0, 52 over 1.8)
+# half of that, since their L2 holds a good part of a dense weight.
+_INSTRUCTIONS_PER_BYTE = {80: 10.0, 90: 10.0, 100: 4.4, 103: 4.4, 86: 12.0, 89: 20.0, 120: 14.0}
+# What decoding adds to the K-loop for each weight and block of rows is 2.9 (sm_100) to 5.5 (sm_89)
+# instructions by count; about 8 slots, since a loop that waits for its products does not fill them.
+_NF4_SLOTS_PER_WEIGHT = 8.0
+
+
+def why_nf4_workspace(M: int, K: int, dtype: torch.dtype, arch: int | None) -> str | None:
+    """Why an NF4 weight [N, K] is decoded by a launch of its own; None: ticketed_gemm decodes it.
+
+    The launch writes W once, one byte of memory traffic for each; ticketed_gemm stores nothing but
+    decodes W again for every block of rows.
+    """
+    if K % 2:
+        return "rows of odd length start within a byte"
+    blocks = triton.cdiv(M, pick_gemm(M, dtype, arch).BLOCK_M)
+    workspace = (0.5 + dtype.itemsize) * _INSTRUCTIONS_PER_BYTE.get(arch or 90, 10.0)
+    if blocks * _NF4_SLOTS_PER_WEIGHT > workspace:
+        return f"decoding W for each of {blocks} blocks of rows costs more than storing it once"
+    return None
 
 
 def _has_tensor_memory(arch: int | None) -> bool:

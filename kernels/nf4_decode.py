@@ -17,16 +17,15 @@ from .configs import pick_decode
 
 @triton.jit
 def load_absmax(
-    absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, blocks, num_blocks,
+    absmax_ptr, absmax2_ptr, code2_ptr, offset, blocks, mask,
     BLOCKSIZE2: tl.constexpr, IS_NESTED: tl.constexpr,
 ):  # fmt: skip
-    """float32 absmax of the quantisation blocks `blocks`."""
-    mask = blocks < num_blocks
+    """float32 absmax of the quantisation blocks `blocks`; 0 where the mask is false."""
     absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0)
     if IS_NESTED:
         code = tl.load(code2_ptr + absmax.to(tl.int32))
         scale = tl.load(absmax2_ptr + blocks // BLOCKSIZE2, mask=mask, other=0.0)
-        absmax = code * scale + tl.load(offset_ptr)
+        absmax = tl.where(mask, code * scale + offset, 0.0)
     return absmax.to(tl.float32)
 
 
@@ -40,9 +39,11 @@ def nf4_decode(
     BYTES: tl.constexpr = BLOCKSIZE // 2
     # One absmax for each row of the tile, loaded and decoded once and not once for each byte.
     blocks = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offset = tl.load(offset_ptr) if IS_NESTED else 0.0
     absmax = load_absmax(
-        absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, blocks, num_blocks, BLOCKSIZE2, IS_NESTED
-    )
+        absmax_ptr, absmax2_ptr, code2_ptr, offset, blocks, blocks < num_blocks, BLOCKSIZE2,
+        IS_NESTED,
+    )  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     offs = first * BYTES + tl.arange(0, ROWS * BYTES)
     packed = tl.load(packed_ptr + offs, mask=offs < num_bytes, other=0).to(tl.int32)

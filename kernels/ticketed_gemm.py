@@ -23,9 +23,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import current_arch, expand_block, pick_gemm, precision_of, rank_block
+from .configs import (
+    current_arch,
+    expand_block,
+    pick_gemm,
+    precision_of,
+    rank_block,
+    uses_mma_sync,
+)
 from .dropout import keep_mask
-from .tiles import load_factor, load_tile, tile_pointers
+from .nf4_tile import load_codes, load_nf4_tile, packed_pointers, weight_arguments
+from .tiles import group_rows, load_factor, load_tile, sum_partials, tile_pointers
 from .workspace import sync_words
 
 # Words of sync before the first flag: the ticket and the count of finished CTAs.
@@ -87,28 +95,6 @@ def _load_spans(spans_ptr, offs_m, rows_per_sample, M, R):
 
 
 @triton.jit
-def _sum_partials(
-    partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """Σ_j partials[j, m, r], always in the order of j."""
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for j in range(0, num_partials):
-        acc += load_tile(partials_ptr + tl.cast(j, tl.int64) * M * R, offs_m, offs_r, R, 1, M, R)
-    return acc
-
-
-@triton.jit
-def _group_rows(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column block of a tile; GROUP_M row blocks share the columns of W that sit in L2."""
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first = (tile // per_group) * GROUP_M
-    rows = tl.minimum(blocks_m - first, GROUP_M)
-    within = tile % per_group
-    return first + within % rows, within // rows
-
-
-@triton.jit
 def _produce(
     ticket, x_ptr, s_ptr, partials_ptr, in_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, K, R, num_partials, rows_per_sample,
@@ -131,7 +117,7 @@ def _produce(
     S = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
     if wanted:
         if SUMS_PARTIALS:
-            S = _sum_partials(partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_S, BLOCK_R)
+            S = sum_partials(partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_S, BLOCK_R)
         else:
             S = _shrink_tile(
                 x_ptr, in_ptr, b_ptr, d_ptr, g_ptr, scaling, keep_scale, seed_low, seed_high,
@@ -152,40 +138,63 @@ def _produce(
 
 @triton.jit
 def _consume(
-    tile, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr,
-    sync_ptr, scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, R_made,
-    rows_per_sample, stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r,
-    stride_sm, stride_ym,
+    tile, x_ptr, w_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr,
+    s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
+    scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, R_made, rows_per_sample,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, ADDS: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    IS_NF4: tl.constexpr, IS_NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr, SHARING: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M × BLOCK_N tile: the K-loop over W, then S · outᵀ, then g and the bias."""
-    block_m, block_n = _group_rows(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    block_m, block_n = group_rows(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = (offs_m < M)[:, None]
     mask_n = (offs_n < N)[None, :]
     x_ptrs = tile_pointers(x_ptr, offs_m, offs_k, stride_xm, stride_xk)
-    w_ptrs = tile_pointers(w_ptr, offs_k, offs_n, stride_wk, stride_wn)
+    w_step = tl.cast(stride_wk, tl.int64) * BLOCK_K
+    if not IS_NF4:
+        w_ptrs = tile_pointers(w_ptr, offs_k, offs_n, stride_wk, stride_wn)
+    else:
+        codes = load_codes(code_ptr, SHUFFLES)
+        offset = tl.load(offset_ptr) if IS_NESTED else 0.0
+        if IN_IS_B:
+            w_ptrs = packed_pointers(w_ptr, 0, block_n, stride_wk, BLOCK_K, BLOCK_N)
+        else:
+            w_ptrs = packed_pointers(w_ptr, block_n, 0, stride_wn, BLOCK_N, BLOCK_K)
+            w_step = BLOCK_K // 2
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=mask_m & (offs_k < K - k * BLOCK_K)[None, :], other=0.0)
+        if IS_NF4:
+            # Rows and columns of the weight [N, K] as it lies in memory.
+            w = load_nf4_tile(
+                w_ptrs, absmax_ptr, absmax2_ptr, code2_ptr, offset, codes,
+                k if IN_IS_B else block_n, block_n if IN_IS_B else k,
+                K if IN_IS_B else N, N if IN_IS_B else K, stride_wk if IN_IS_B else stride_wn,
+                BLOCKSIZE, BLOCKSIZE2, IS_NESTED, SHARING, SHUFFLES, MMA_SYNC,
+                EVEN_K and IN_IS_B, EVEN_K and not IN_IS_B, x_ptr.dtype.element_ty,
+            )  # fmt: skip
+            w = w if IN_IS_B else tl.trans(w)
+        elif EVEN_K:
             w = tl.load(w_ptrs, mask=mask_n, other=0.0)
         else:
-            mask_k = offs_k < K - k * BLOCK_K
-            x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n, other=0.0)
+            w = tl.load(w_ptrs, mask=(offs_k < K - k * BLOCK_K)[:, None] & mask_n, other=0.0)
         if HAS_g and IN_IS_B:
             w = _times_gain(w, g_ptr, k * BLOCK_K + offs_k, K)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
-        w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
+        w_ptrs += w_step
     if MAKES_S:
         rows = tl.minimum(BLOCK_M, M - block_m * BLOCK_M)
         expected = tl.cdiv(rows, BLOCK_S) * tl.cdiv(R_made, BLOCK_R)
@@ -227,7 +236,8 @@ def _consume(
 
 @triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
-    x_ptr, w_ptr, s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
+    x_ptr, w_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr,
+    s_ptr, partials_ptr, in_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
     y_ptr, v_ptr, spans_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold,
     M, N, K, R, R_made, num_partials, num_producers, num_tiles, rows_per_sample,
@@ -240,6 +250,8 @@ def ticketed_gemm(
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    IS_NF4: tl.constexpr, IS_NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr, SHARING: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
@@ -259,13 +271,15 @@ def ticketed_gemm(
         )  # fmt: skip
     else:
         _consume(
-            ticket - num_producers, x_ptr, w_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
+            ticket - num_producers, x_ptr, w_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr,
+            code_ptr, s_ptr, out_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
             y_ptr, v_ptr, spans_ptr, sync_ptr,
             scaling, keep_scale, seed_low, seed_high, threshold, M, N, K, R, R_made,
             rows_per_sample, stride_xm, stride_xk, stride_wk, stride_wn, stride_out_l, stride_out_r,
             stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S,
             HAS_SPANS, SAVES_V, ADDS, DROPOUT, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, GROUP_M, PRECISION,
+            IS_NF4, IS_NESTED, BLOCKSIZE, BLOCKSIZE2, SHARING, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
     if MAKES_S:
         finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
@@ -295,7 +309,7 @@ def forward(
         S = made[:, : B.shape[1]]
     V = torch.empty_like(y) if saves_V else None
     _launch(
-        x, weight.T, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, rank_spans,
+        x, weight, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, rank_spans,
         is_grad=False,
     )  # fmt: skip
     return y, S, V
@@ -328,13 +342,14 @@ def _launch(
     x, w, y, V, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, spans,
     *, is_grad, adds=False,
 ):  # fmt: skip
-    """w [K', N'] is contracted over its rows; in_factor [K', R_made] (None: S is there already),
+    """w, as [K', N'] or its transpose; in_factor [K', R_made] (None: S is there already),
     out_factor [N', R]."""
-    (M, K), N = x.shape, w.shape[1]
+    (M, K), N = x.shape, w.shape[1 if is_grad else 0]
     R, R_made = (0 if f is None else f.shape[1] for f in (S, in_factor))
     two_accumulators = is_grad and dropout.p > 0.0
-    config = pick_gemm(M, x.dtype, current_arch(), two_accumulators=two_accumulators)
-    BLOCK_R = rank_block(R_made)
+    arch = current_arch()
+    config = pick_gemm(M, x.dtype, arch, two_accumulators=two_accumulators)
+    BLOCK_R = min(rank_block(R_made), config.MAX_R)
     producers = triton.cdiv(M, config.BLOCK_S) * triton.cdiv(R_made, BLOCK_R)
     tiles = 0 if y is None else triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     if producers + tiles == 0:
@@ -342,12 +357,13 @@ def _launch(
     words = FLAGS + triton.cdiv(M, config.BLOCK_M)
     sync = None if in_factor is None else sync_words(x.device, words)
     seed_low, seed_high, threshold = dropout.words()
+    w_pointers, w_strides, switches = weight_arguments(w, config, is_grad)
     ticketed_gemm[(producers + tiles,)](
-        x, w, S, partials, in_factor, out_factor, b, d, g, bias, y, V, spans, sync,
+        x, *w_pointers, S, partials, in_factor, out_factor, b, d, g, bias, y, V, spans, sync,
         float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
         M, N, K, R, R_made, 0 if partials is None else partials.shape[0],
         producers, producers + tiles, M if spans is None else M // spans.shape[0],
-        *x.stride(), *w.stride(), *_strides(in_factor), *_strides(out_factor),
+        *x.stride(), *w_strides, *_strides(in_factor), *_strides(out_factor),
         0 if S is None else S.stride(0), N,
         IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, MAKES_S=in_factor is not None,
@@ -357,7 +373,10 @@ def _launch(
         EVEN_K=K % config.BLOCK_K == 0, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R, BLOCK_E=expand_block(R, x.dtype),
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
+        **switches, SHUFFLES=arch is not None, MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
         num_warps=config.num_warps, num_stages=config.num_stages,
+        # absmax = code2 · absmax2 + offset has to be rounded twice, as bitsandbytes does.
+        enable_fp_fusion=not switches["IS_NF4"],
     )  # fmt: skip
 
 

@@ -36,3 +36,25 @@ def load_factor(
         if HAS_d:
             tile *= tl.load(d_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
     return tile.to(DTYPE)
+
+
+@triton.jit
+def sum_partials(
+    partials_ptr, num_partials, offs_m, offs_r, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Σ_j partials[j, m, r], always in the order of j."""
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for j in range(0, num_partials):
+        acc += load_tile(partials_ptr + tl.cast(j, tl.int64) * M * R, offs_m, offs_r, R, 1, M, R)
+    return acc
+
+
+@triton.jit
+def group_rows(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column block of a tile; GROUP_M row blocks share the columns of W that sit in L2."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = (tile // per_group) * GROUP_M
+    rows = tl.minimum(blocks_m - first, GROUP_M)
+    within = tile % per_group
+    return first + within % rows, within // rows

@@ -1,6 +1,7 @@
 """The Triton backend: the factors of the equation, handed to the kernels.
 
-One launch forward, at most three backward, one more per direction to decode an NF4 weight.
+One launch forward, at most three backward; for many rows one more per direction, which decodes an
+NF4 weight.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .factors import Factors, Gradients, Needs, Saved
+from .kernels import configs, nf4_decode, nf4_tile, strips, ticketed_gemm, weight_update, workspace
 from .kernels import dropout as dropout_kernels
-from .kernels import nf4_decode, strips, ticketed_gemm, weight_update, workspace
 from .kernels import row_norms as row_norms_kernels
 from .nf4 import NF4Weight
 
@@ -32,7 +33,7 @@ def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     _check_dtype(x)
     f = _with_dense_vectors(f)
     with _launching(x):
-        weight = _dense(f.weight, x.dtype)
+        weight = _gemm_operand(f.weight, x)
         y, S, V = ticketed_gemm.forward(
             x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
             saves_V=needs.saves_V,
@@ -79,7 +80,7 @@ def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tenso
     with _launching(x):
         for i, (f, S) in enumerate(zip(fs, made.split(_ranks(fs), dim=1), strict=True)):
             y, *_ = ticketed_gemm.forward(
-                x, _dense(f.weight, x.dtype), f.bias, A if i == 0 else f.A, f.B, None, None, None,
+                x, _gemm_operand(f.weight, x), f.bias, A if i == 0 else f.A, f.B, None, None, None,
                 f.scaling, _dropout(f), S=None if i == 0 else S, made=made if i == 0 else None,
             )  # fmt: skip
             ys.append(y)
@@ -126,7 +127,7 @@ def _group_member(
             projects=(needs_dS or need.x) and need.B and _projection_pays(dY, f),
         )  # fmt: skip
     if needs_dS or need.x:
-        weight = _dense(f.weight, dY.dtype) if need.x else _shape_only(f.weight, dY)
+        weight = _gemm_operand(f.weight, dY) if need.x else _shape_only(f.weight, dY)
         dX, _ = ticketed_gemm.grad_input(
             dY, weight, partials, f.A, f.B, None, None, None, f.scaling, _dropout(f),
             wants_dX=need.x, dS=dS, add_to=dX,
@@ -166,7 +167,7 @@ def _gradients(
             projects=needs_dS and wanted.outer and _projection_pays(dY, f),
         )  # fmt: skip
     if needs_dS or needs.x:
-        weight = _dense(f.weight, dY.dtype) if needs.x else _shape_only(f.weight, dY)
+        weight = _gemm_operand(f.weight, dY) if needs.x else _shape_only(f.weight, dY)
         dX, dS = ticketed_gemm.grad_input(
             dY, weight, partials, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
             wants_dX=needs.x,
@@ -214,6 +215,15 @@ def _weight_gradient(dY: Tensor, x: Tensor, f: Factors) -> Tensor:
     """dW = dVᵀ x: a plain product of two large matrices, which cuBLAS does best."""
     dV = dY if f.g is None else (dY * f.g).to(dY.dtype)
     return (dV.T @ x).to(f.weight.dtype)
+
+
+def _gemm_operand(weight: Tensor | NF4Weight, x: Tensor) -> Tensor | nf4_tile.Nf4Operand:
+    """The weight in the dtype of x [M, …]; as it is packed where the GEMM of M rows decodes it."""
+    if isinstance(weight, NF4Weight):
+        arch = configs.current_arch()
+        if configs.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch) is None:
+            return nf4_tile.Nf4Operand(weight.packed, weight.quant_state)
+    return _dense(weight, x.dtype)
 
 
 def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,169 @@
+"""A tile of an NF4 weight, decoded in registers: the route that never stores the dense weight.
+
+    W[n, k] = round(code[nibble of element nK + k] · absmax[(nK + k) // blocksize])
+
+A byte holds two neighbours of one row, so rows must start on whole bytes: K is even. The products
+are float32 and rounded once, and absmax is decoded as in nf4_decode, without a fused multiply-add:
+every bit equals bitsandbytes' own decoding.
+
+On NVIDIA GPUs the 16 codes lie across the lanes of a warp, one in a register of each, and shfl.sync
+reads them. With segments of 16 lanes (0x101f) the hardware takes the lowest four bits of the index
+alone, so a nibble needs a shift and no mask. Elsewhere tl.gather reads the same table.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .nf4_decode import load_absmax
+
+# Four bytes in $8, the code of the lane in $9: the codes of their high, then of their low nibbles.
+_SHUFFLE_FOUR_BYTES = tl.constexpr(
+    "{\n.reg .b32 n;\n"
+    + "".join(
+        f"shr.u32 n, $8, {shift}; shfl.sync.idx.b32 ${out}, $9, n, 0x101f, 0xffffffff;\n"
+        for out, shift in enumerate((4, 12, 20, 28, 0, 8, 16, 24))
+    )
+    + "}"
+)
+_FLOATS_OUT_BYTES_IN = tl.constexpr(",".join(["=f"] * 8 + ["r"] + ["f"] * 4))
+_LANE_MODULO_16 = tl.constexpr("{\nmov.u32 $0, %laneid;\nand.b32 $0, $0, 15;\n}")
+
+
+@dataclass(frozen=True)
+class Nf4Operand:
+    """A packed weight [N, K] for ticketed_gemm; quant_state is bitsandbytes' own."""
+
+    packed: torch.Tensor
+    quant_state: Any
+
+    @property
+    def shape(self):
+        return tuple(self.quant_state.shape)
+
+    def pointers(self):
+        """packed, absmax, absmax2, code2, offset (None without double quantisation), code."""
+        state = self.quant_state
+        nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+        return (self.packed, state.absmax, *(nested or (None, None, None)), state.code)
+
+    def switches(self, block_columns):
+        """The switches of ticketed_gemm for tiles that start at multiples of block_columns."""
+        state = self.quant_state
+        blocksize = int(state.blocksize)
+        return {
+            "BLOCKSIZE": blocksize,
+            "BLOCKSIZE2": int(state.state2.blocksize) if state.nested else 1,
+            "IS_NESTED": bool(state.nested),
+            "SHARING": math.gcd(self.shape[1], blocksize, block_columns),
+        }
+
+
+def weight_arguments(w, config, is_grad):
+    """Pointers, strides and switches of a dense or a packed weight w [N, K] for ticketed_gemm.
+
+    The strides are those of w for the gradient, of its transpose for the forward pass; in bytes for
+    packed rows.
+    """
+    if isinstance(w, Nf4Operand):
+        strides = (w.shape[1] // 2, 1)
+        columns = config.BLOCK_N if is_grad else config.BLOCK_K
+        pointers, switches = w.pointers(), {"IS_NF4": True, **w.switches(columns)}
+    else:
+        strides = w.stride()
+        pointers = (w, None, None, None, None, None)
+        switches = dict.fromkeys(("IS_NF4", "IS_NESTED"), False)
+        switches |= dict.fromkeys(("BLOCKSIZE", "BLOCKSIZE2", "SHARING"), 1)
+    return pointers, strides if is_grad else strides[::-1], switches
+
+
+@triton.jit
+def load_codes(code_ptr, SHUFFLES: tl.constexpr):
+    """The table: entry lane % 16 in every thread for shuffles, else all 16 as a tensor."""
+    if SHUFFLES:
+        # A scalar to Triton, which broadcasts it to tiles in place: one register.
+        lane = tl.inline_asm_elementwise(_LANE_MODULO_16, "=r", [], tl.int32, True, 1)
+        return tl.load(code_ptr + lane)
+    else:
+        return tl.load(code_ptr + tl.arange(0, 16))
+
+
+@triton.jit
+def lookup_codes(packed, codes, SHUFFLES: tl.constexpr):
+    """float32 codes of the high and of the low nibble of every byte."""
+    if SHUFFLES:
+        return tl.inline_asm_elementwise(
+            _SHUFFLE_FOUR_BYTES, _FLOATS_OUT_BYTES_IN, [packed, codes], (tl.float32, tl.float32),
+            True, 4,
+        )  # fmt: skip
+    else:
+        index = packed.to(tl.int32).reshape(packed.numel)
+        high = tl.gather(codes, index >> 4, 0).reshape(packed.shape)
+        return high, tl.gather(codes, index & 0xF, 0).reshape(packed.shape)
+
+
+@triton.jit
+def decode_tile(
+    packed, codes, absmax, SHARING: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """packed [ROWS, COLUMNS / 2], absmax [ROWS, COLUMNS / SHARING] → W [ROWS, COLUMNS]."""
+    ROWS: tl.constexpr = packed.shape[0]
+    COLUMNS: tl.constexpr = 2 * packed.shape[1]
+    high, low = lookup_codes(packed, codes, SHUFFLES)
+    # Joined before they are rounded: one conversion then rounds a pair into one register.
+    w = tl.join(high, low).reshape(ROWS, COLUMNS // SHARING, SHARING) * absmax[:, :, None]
+    w = w.to(DTYPE).reshape(ROWS, COLUMNS)
+    if MMA_SYNC:
+        # A move that costs nothing and hides the bytes. Triton 3.7.1 would see that an operand
+        # comes from 8-bit loads, choose mma.sync's layout for them, and so put one register move or
+        # more for each product into the loop (A100: 580 instructions instead of 293).
+        w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], w.dtype, False, 2)
+    return w
+
+
+@triton.jit
+def packed_pointers(
+    packed_ptr, row_block, column_block, row_bytes, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Pointers to the bytes of a tile, counted in tiles."""
+    rows = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    offs_byte = column_block * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    return packed_ptr + rows[:, None] * row_bytes + offs_byte[None, :]
+
+
+@triton.jit
+def load_nf4_tile(
+    ptrs, absmax_ptr, absmax2_ptr, code2_ptr, offset, codes, row_block, column_block,
+    rows, columns, row_bytes, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+    IS_NESTED: tl.constexpr, SHARING: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """W [ROWS, COLUMNS] in DTYPE, zero outside of [0, rows) × [0, columns).
+
+    ptrs are the packed_pointers of the tile. From every multiple of SHARING on, as many neighbours
+    share one absmax. EVEN_*: the tiles end where the matrix does.
+    """
+    ROWS: tl.constexpr = ptrs.shape[0]
+    BYTES: tl.constexpr = ptrs.shape[1]
+    offs_row = row_block * ROWS + tl.arange(0, ROWS)
+    offs_byte = column_block * BYTES + tl.arange(0, BYTES)
+    offs_shared = column_block * (2 * BYTES) + SHARING * tl.arange(0, 2 * BYTES // SHARING)
+    # Columns in bytes, so that the compiler sees that 16 neighbours are inside together.
+    byte_mask, mask = (offs_byte < row_bytes)[None, :], (offs_shared < columns)[None, :]
+    if EVEN_COLUMNS:
+        byte_mask, mask = (offs_row < rows)[:, None], (offs_row < rows)[:, None]
+    elif not EVEN_ROWS:
+        byte_mask, mask = byte_mask & (offs_row < rows)[:, None], mask & (offs_row < rows)[:, None]
+    packed = tl.load(ptrs, mask=byte_mask, other=0)
+    # Unsigned, so that dividing by a power of two is one shift; blocks can be counted in 32 bits.
+    elements = offs_row.to(tl.uint64)[:, None] * columns + offs_shared.to(tl.uint64)[None, :]
+    blocks = (elements // BLOCKSIZE).to(tl.uint32)
+    absmax = load_absmax(
+        absmax_ptr, absmax2_ptr, code2_ptr, offset, blocks, mask, BLOCKSIZE2, IS_NESTED
+    )
+    return decode_tile(packed, codes, absmax, SHARING, SHUFFLES, MMA_SYNC, DTYPE)
