@@ -18,12 +18,21 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs, nf4_decode, strips, ticketed_gemm, weight_update
+from lora_fast.kernels import (
+    configs,
+    nf4_decode,
+    nf4_tile,
+    row_norms,
+    strips,
+    ticketed_gemm,
+    weight_update,
+)
+from lora_fast.kernels.dropout import Dropout
 from triton.runtime.jit import JITFunction
 
 import lora_fast
 from bench import resources, stub_driver
-from lora_fast.functional import adapted_linear
+from lora_fast.functional import Member, adapted_linear, adapted_linears
 
 pytestmark = pytest.mark.offline
 
@@ -41,30 +50,33 @@ class Case:
     R: int = 16
     dtype: torch.dtype = torch.bfloat16
     adapter_dtype: torch.dtype = torch.bfloat16
-    gains: bool = False
+    gains: str = ""
     dropout_p: float = 0.0
 
 
 # PEFT keeps the adapters of a 16-bit model in float32.
 PLAIN = Case("bf16", adapter_dtype=torch.float32)
 FEW_ROWS = replace(PLAIN, name="bf16-few-rows", M=48)
+# The shrink's float32 A of 64 columns is what its shared memory must hold.
+ONE_ROW_BLOCK = replace(PLAIN, name="bf16-16-rows-r64", M=16, R=64)
 FP32 = Case("fp32", dtype=torch.float32, adapter_dtype=torch.float32)
 R64 = Case("bf16-r64", R=64)
 R100 = Case("bf16-r100", R=100)  # rows off 16 bytes, and a last chunk of 36
 DROPOUT = replace(PLAIN, name="bf16-dropout", dropout_p=0.1)
-ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains=True)
+DORA = replace(PLAIN, name="bf16-dora", gains="g")
+ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains="bdg")
 CASES: dict[int, list[Case]] = {
-    80: [R64, replace(FP32, name="fp32-r64", R=64)],
+    80: [R64, replace(FP32, name="fp32-r64", R=64), DORA],
     89: [R100, FP32],
-    90: [R100, replace(FP32, name="fp32-r100", R=100), ALL_FACTORS],
-    100: [R64, FP32, DROPOUT],
+    90: [R100, replace(FP32, name="fp32-r100", R=100), ALL_FACTORS, DORA],
+    100: [R64, FP32, DROPOUT, DORA],
     120: [R100, replace(FP32, name="fp32-r64", R=64)],
 }
 
 
 def _matrix() -> Iterator[Any]:
     for arch in ARCHS:
-        for case in (PLAIN, FEW_ROWS, *CASES[arch]):
+        for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):
             yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}")
 
 
@@ -73,7 +85,7 @@ def _training_step(arch: int, case: Case) -> stub_driver.Log:
         return torch.zeros(shape, dtype=dtype, requires_grad=grad)
 
     adapter = case.adapter_dtype
-    gains = {"b": zeros(case.N), "d": zeros(case.R), "g": zeros(case.N)} if case.gains else {}
+    gains = {name: zeros(case.R if name == "d" else case.N) for name in case.gains}
     with stub_driver.recording(arch) as log, lora_fast.set_backend("triton"):
         y = adapted_linear(
             zeros(case.M, case.K),
@@ -89,6 +101,24 @@ def _training_step(arch: int, case: Case) -> stub_driver.Log:
     return log
 
 
+def _group_step(arch: int) -> stub_driver.Log:
+    """q, k and v of a layer with grouped queries: one x, three widths."""
+    x = torch.zeros(256, 4096, dtype=torch.bfloat16, requires_grad=True)
+    members = [
+        Member(
+            torch.zeros(N, 4096, dtype=torch.bfloat16),
+            None,
+            torch.zeros(16, 4096, requires_grad=True),
+            torch.zeros(N, 16, requires_grad=True),
+        )
+        for N in (4096, 1024, 1024)
+    ]
+    with stub_driver.recording(arch) as log, lora_fast.set_backend("triton"):
+        ys = adapted_linears(x, members)
+        torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
+    return log
+
+
 def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     found, limits = launch.kernel.resources, resources.limits_of(arch)
     # Below the limit ptxas trades a few registers for another CTA; at the limit it had no choice.
@@ -98,17 +128,48 @@ def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     assert found.ctas_per_sm >= 1, f"{launch.name} does not fit: {found}"
 
 
+def _expected_mma(launch: stub_driver.Launch, arch: int) -> set[str]:
+    """The products of the generation; mma.sync for tiles that its larger ones do not fit."""
+    if launch.arguments["x_ptr"].dtype == torch.float32:
+        return set()
+    return {"HMMA" if launch.constexprs["BLOCK_M"] < 64 else resources.limits_of(arch).mma}
+
+
 @pytest.mark.parametrize(("arch", "case"), _matrix())
 def test_a_training_step_fits_the_device(arch: int, case: Case) -> None:
     log = _training_step(arch, case)
     assert log.names == ["ticketed_gemm", "strips", "ticketed_gemm", "strips"]
-    expected = set() if case.dtype == torch.float32 else {resources.limits_of(arch).mma}
     for launch in log.launches:
         _assert_fits(launch, arch)
         found = launch.kernel.resources
+        expected = _expected_mma(launch, arch)
         assert set(found.mma) == expected, f"{launch.name}: {found.mma}"
         assert bool(found.hot_loops) == bool(expected)
         assert all(loop.by_class["local"] == 0 for loop in found.hot_loops)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_group_of_layers_fits_the_device(arch: int) -> None:
+    log = _group_step(arch)
+    assert log.names == ["ticketed_gemm"] * 3 + ["strips", "ticketed_gemm"] * 3 + ["strips"]
+    for launch in log.launches:
+        _assert_fits(launch, arch)
+        assert set(launch.kernel.resources.mma) == {resources.limits_of(arch).mma}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_row_norms_fit_the_device(arch: int, dtype: torch.dtype) -> None:
+    W = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    A, B = torch.empty(64, 4096, device="meta"), torch.empty(4096, 64, device="meta")
+    with stub_driver.recording(arch) as log:
+        row_norms.norms_of(lambda: W, A, B, 0.5, None)
+    assert log.names == ["mark_changes", "row_norms"]
+    for launch in log.launches:
+        _assert_fits(launch, arch)
+    # 32 rows: the products of 16-bit factors go to the tensor cores as HMMA on every generation.
+    expected = set() if dtype == torch.float32 else {"HMMA"}
+    assert set(log.launches[1].kernel.resources.mma) == expected
 
 
 # Instructions of the K-loops of the forward pass, GEMM and shrink: measured, plus a tenth. What the
@@ -129,31 +190,75 @@ def test_the_k_loops_stay_within_their_budget(arch: int) -> None:
 NF4_BUDGET = 8.5
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_nf4_decode_fits_the_device(arch: int, nested: bool) -> None:
-    N, K, blocksize = 4096, 4096, 64
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _nf4(N: int, K: int, *, nested: bool, blocksize: int = 64) -> nf4_tile.Nf4Operand:
     blocks = N * K // blocksize
-
-    def meta(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(count, dtype=dtype, device="meta")
-
-    inner = SimpleNamespace(absmax=meta(blocks // 256), code=meta(256), blocksize=256)
+    inner = SimpleNamespace(absmax=_meta(blocks // 256), code=_meta(256), blocksize=256)
     state = SimpleNamespace(
         shape=(N, K),
         nested=nested,
-        absmax=meta(blocks, torch.uint8 if nested else torch.float32),
+        absmax=_meta(blocks, dtype=torch.uint8 if nested else torch.float32),
         state2=inner if nested else None,
-        offset=meta(1).squeeze(0) if nested else None,
-        code=meta(16),
+        offset=_meta(1).squeeze(0) if nested else None,
+        code=_meta(16),
         blocksize=blocksize,
     )
+    return nf4_tile.Nf4Operand(_meta(N * K // 2, dtype=torch.uint8), state)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nf4_decode_fits_the_device(arch: int, nested: bool) -> None:
+    N, K = 4096, 4096
+    weight = _nf4(N, K, nested=nested)
     with stub_driver.recording(arch) as log:
-        nf4_decode.decode(meta(N * K // 2, torch.uint8), state, torch.bfloat16)
+        nf4_decode.decode(weight.packed, weight.quant_state, torch.bfloat16)
     (launch,) = log.launches
     _assert_fits(launch, arch)
     executed = launch.kernel.resources.instructions.total() * launch.kernel.num_warps * 32
     assert executed * launch.num_programs / (N * K) <= NF4_BUDGET
+
+
+def _in_gemm(arch: int, M: int, R: int, dtype: torch.dtype) -> stub_driver.Log:
+    """Forward and input gradient of a layer whose doubly quantised weight the GEMM decodes."""
+    N, K = 4096, 4096
+    weight, A, B = _nf4(N, K, nested=True), _meta(R, K), _meta(N, R)
+    x, dY = _meta(M, K, dtype=dtype), _meta(M, N, dtype=dtype)
+    vectors = (None, None, None)
+    with stub_driver.recording(arch) as log:
+        ticketed_gemm.forward(x, weight, None, A, B, *vectors, 2.0, Dropout())
+        ticketed_gemm.grad_input(
+            dY, weight, _meta(4, M, R), A, B, *vectors, 2.0, Dropout(), wants_dX=True
+        )
+    return log
+
+
+# Instructions of the K-loops that decode, forward and input gradient: measured, plus a twentieth.
+# sm_80 … sm_100 take 64 columns of K, the others 32.
+NF4_K_LOOP_BUDGET = {80: 315, 89: 205, 90: 250, 100: 426, 120: 202}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nf4_in_the_gemm_fits_the_device(arch: int) -> None:
+    for M, R in ((16, 64), (384, 16)):
+        for launch in _in_gemm(arch, M, R, torch.bfloat16).launches:
+            _assert_fits(launch, arch)
+            found = launch.kernel.resources
+            assert set(found.mma) == _expected_mma(launch, arch)
+            (decoding,) = (loop for loop in found.hot_loops if loop.by_class["shuffle"])
+            assert decoding.by_class["local"] == 0
+            if M > 64:
+                assert len(decoding.instructions) <= NF4_K_LOOP_BUDGET[arch]
+                assert found.ctas_per_sm >= (2 if arch in (90, 100) else 1)
+
+
+def test_nf4_in_a_float32_gemm_fits_the_device() -> None:
+    for launch in _in_gemm(90, 40, 16, torch.float32).launches:
+        _assert_fits(launch, 90)
+        assert not launch.kernel.resources.mma
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -161,13 +266,10 @@ def test_nf4_decode_fits_the_device(arch: int, nested: bool) -> None:
 def test_weight_update_fits_the_device(arch: int, dtype: torch.dtype) -> None:
     N, K, R = 4096, 4096, 32
 
-    def meta(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    for vectors in ((None, None, None), (meta(N), meta(R), meta(N))):
-        W = meta(N, K, of=dtype)
+    for vectors in ((None, None, None), (_meta(N), _meta(R), _meta(N))):
+        W = _meta(N, K, dtype=dtype)
         with stub_driver.recording(arch) as log:
-            weight_update.update(W, W, meta(R, K), meta(N, R), *vectors, 0.5)
+            weight_update.update(W, W, _meta(R, K), _meta(N, R), *vectors, 0.5)
         (launch,) = log.launches
         _assert_fits(launch, arch)
         # float32 products stay float32: no tensor core takes them.
@@ -189,7 +291,7 @@ def test_the_cases_use_every_shipped_configuration(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, name, recording_picks(getattr(module, name)))
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     for arch in ARCHS:
-        for case in (PLAIN, FEW_ROWS, *CASES[arch]):
+        for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):
             _training_step(arch, case)
     kinds = (configs.GemmConfig, configs.StripConfig)
     shipped = {name: config for name, config in vars(configs).items() if isinstance(config, kinds)}
