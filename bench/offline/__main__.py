@@ -12,16 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench.device_label import default_device, steady
-
-from . import counting, regression, tables
-from .counting import EVERYTHING, FAST, MAIN, Selection
+from . import counting, regression, tables, tasks
+from .counting import EVERYTHING, FAST, MAIN
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "offline"
 FILE = "results.json"
@@ -31,8 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     selection = FAST if options.fast else EVERYTHING
     kept = _load(options.out / FILE) if options.check else None
-    with _pool(options.jobs) as pool:
-        new = _count(selection, pool)
+    new = {"about": _about(), **tasks.count(selection, options.jobs)}
     if kept is None:
         _keep(new, options.out)
         return 0
@@ -63,57 +57,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if options.fast and not options.check and options.out == RESULTS:
         parser.error("--fast must come with --check or --out, or it would replace the full results")
     return options
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One share of the work, for a process of its own: ``kind`` is a function of counting."""
-
-    kind: str
-    selection: Selection
-    arch: int | None = None
-
-    def __call__(self) -> list[dict[str, Any]]:
-        steady(default_device())
-        count = getattr(counting, self.kind)
-        print(f"counting: {self}", file=sys.stderr, flush=True)
-        rows: list[dict[str, Any]] = (
-            count(self.selection) if self.arch is None else count(self.selection, self.arch)
-        )
-        return rows
-
-    def __str__(self) -> str:
-        return self.kind if self.arch is None else f"{self.kind} sm_{self.arch}"
-
-
-def _run(task: _Task) -> list[dict[str, Any]]:
-    return task()
-
-
-def _pool(jobs: int) -> Any:
-    """Processes of their own, or with one job this one."""
-    if jobs > 1:
-        return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-    return _Here()
-
-
-class _Here(Executor):
-    def map(self, fn: Any, *iterables: Any, **_: Any) -> Any:
-        return map(fn, *iterables)
-
-
-def _count(selection: Selection, pool: Executor) -> dict[str, Any]:
-    archs = dict.fromkeys((*selection.code_archs, *selection.archs))
-    code = [_Task("code", selection, arch) for arch in archs if arch in selection.code_archs]
-    counts = [_Task("others", selection)]
-    counts += [_Task("lora_fast", selection, arch) for arch in archs if arch in selection.archs]
-    # Machine code first: the launches that are counted afterwards find it compiled.
-    results = list(pool.map(_run, [*code, *counts]))
-    return {
-        "about": _about(),
-        "counts": [row for rows in results[len(code) :] for row in rows],
-        "kernels": [row for rows in results[: len(code)] for row in rows],
-    }
 
 
 def _about() -> dict[str, str]:

@@ -61,6 +61,14 @@ def others(selection: Selection) -> list[dict[str, Any]]:
     return found
 
 
+def device(selection: Selection, arch: int) -> dict[str, list[dict[str, Any]]]:
+    """Our rows and the machine code of one device, which share what is compiled for it."""
+    return {
+        "counts": lora_fast(selection, arch) if arch in selection.archs else [],
+        "kernels": code(selection, arch) if arch in selection.code_archs else [],
+    }
+
+
 def lora_fast(selection: Selection, arch: int) -> list[dict[str, Any]]:
     """Our rows on one device."""
     found = []

@@ -124,21 +124,36 @@ def loop_of(launch: stub_driver.Launch, part: str) -> sass.Loop | None:
     W has more products than the shrink's or, where the opcode does not tell (tensor memory), loads
     more. None: the pass has no product.
     """
-    warps = launch.kernel.num_warps
+    loops = _pipelined_loops(launch)
+    if launch.name != "ticketed_gemm":
+        return loops[0] if loops else None
+    if part == "shrink":
+        return loops[1] if len(loops) == 2 else None
+    return loops[0] if part == "gemm" else None
+
+
+# By kernel: thousands of launches share a few dozen of them, and reading one takes a while.
+_loops: dict[int, tuple[stub_driver.CompiledKernel, list[sass.Loop]]] = {}
+
+
+def _pipelined_loops(launch: stub_driver.Launch) -> list[sass.Loop]:
+    """The loops whose loads run ahead, most products first. RuntimeError: not as many as passes."""
+    kernel, c = launch.kernel, launch.constexprs
+    if id(kernel) in _loops:
+        return _loops[id(kernel)][1]
 
     def weight(loop: sass.Loop) -> tuple[int, int, int]:
-        flops = flops_of_instructions(loop, warps) or 0
+        flops = flops_of_instructions(loop, kernel.num_warps) or 0
         return flops, loop.mma.total(), loop.by_class["global"]
 
-    loops = sorted(launch.kernel.resources.hot_loops, key=weight, reverse=True)
-    if part == "walk":
-        return loops[0] if loops else None
-    pipelined = [loop for loop in loops if not _ASYNCHRONOUS.isdisjoint(loop.by_opcode)]
-    c = launch.constexprs
-    expected = 2 if c["MAKES_S"] and not c["SUMS_PARTIALS"] else 1
-    if len(pipelined) != expected:
-        raise RuntimeError(f"{launch.name} must have {expected} K-loops, got {len(pipelined)}")
-    return {"gemm": pipelined[0], "shrink": pipelined[-1] if expected == 2 else None}.get(part)
+    loops = sorted(kernel.resources.hot_loops, key=weight, reverse=True)
+    if launch.name == "ticketed_gemm":
+        loops = [loop for loop in loops if not _ASYNCHRONOUS.isdisjoint(loop.by_opcode)]
+        expected = c["WRITES_Y"] + (c["MAKES_S"] and not c["SUMS_PARTIALS"])
+        if len(loops) != expected:
+            raise RuntimeError(f"{launch.name} must have {expected} K-loops, got {len(loops)}")
+    _loops[id(kernel)] = kernel, loops
+    return loops
 
 
 _ASYNCHRONOUS = {"LDGSTS", "UTMALDG"}
