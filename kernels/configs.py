@@ -66,7 +66,8 @@ _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
 _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stages=3)
 # tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
-# Two accumulators of 128 columns do not fit the registers of 4 warps.
+# Two accumulators of 128 columns do not fit the registers of 4 warps, nor one and a W that is
+# scaled, nor one and two results.
 _GEMM_16BIT_SM100_NARROW = GemmConfig(128, 64, 64, 64, 8, num_warps=4, num_stages=3)
 # Few rows read W at the speed of memory if enough of it is on its way: about 2 MB on an H100 (2.8
 # TB/s × 0.7 µs). Narrow tiles make 128 CTAs of 4096 columns, long stages give each of them 24 KB of
@@ -102,10 +103,8 @@ def current_arch() -> int | None:
     return int(target.arch) if target.backend == "cuda" else None
 
 
-def pick_gemm(
-    M: int, dtype: torch.dtype, arch: int | None, *, two_accumulators: bool = False
-) -> GemmConfig:
-    """The configuration of ticketed_gemm for M rows; dropout's dX needs a second accumulator."""
+def pick_gemm(M: int, dtype: torch.dtype, arch: int | None, *, narrow: bool = False) -> GemmConfig:
+    """The configuration of ticketed_gemm for M rows; `narrow` where a tile needs more registers."""
     if dtype == torch.float32:
         return _GEMM_FLOAT32
     if M <= 64:
@@ -113,7 +112,7 @@ def pick_gemm(
     if arch in _SMALL_SHARED:
         return _GEMM_16BIT_SMALL_SHARED
     if _has_tensor_memory(arch):
-        return _GEMM_16BIT_SM100_NARROW if two_accumulators else _GEMM_16BIT_SM100
+        return _GEMM_16BIT_SM100_NARROW if narrow else _GEMM_16BIT_SM100
     return _GEMM_16BIT
 
 
@@ -172,9 +171,11 @@ def pick_update() -> UpdateConfig:
 
 
 def pick_row_norms(R: int, dtype: torch.dtype) -> UpdateConfig:
-    """The configuration of row_norms: the tiles of weight_update, the whole rank in one product
-    where it is made of 16-bit numbers."""
-    return _UPDATE if dtype == torch.float32 else replace(_UPDATE, BLOCK_R=rank_block(R))
+    """The configuration of row_norms: the tiles of weight_update; of 16-bit numbers a wider part of
+    the rank in one product, and full lines of W are half as many columns."""
+    if dtype == torch.float32:
+        return _UPDATE
+    return replace(_UPDATE, BLOCK_K=64, BLOCK_R=min(32, rank_block(R)))
 
 
 def rank_block(R: int) -> int:

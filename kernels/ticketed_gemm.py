@@ -171,6 +171,9 @@ def _consume(
             w_ptrs = packed_pointers(w_ptr, block_n, 0, stride_wn, BLOCK_N, BLOCK_K)
             w_step = BLOCK_K // 2
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if ADDS:
+        # Before the loop: after it, the accumulator and what is added would both need registers.
+        acc = load_tile(y_ptr, offs_m, offs_n, stride_ym, 1, M, N).to(tl.float32)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m, other=0.0)
@@ -229,8 +232,6 @@ def _consume(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     y_ptrs = tile_pointers(y_ptr, offs_m, offs_n, stride_ym, 1)
-    if ADDS:
-        acc += tl.load(y_ptrs, mask=mask_m & mask_n, other=0.0).to(tl.float32)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
@@ -346,9 +347,10 @@ def _launch(
     out_factor [N', R]."""
     (M, K), N = x.shape, w.shape[1 if is_grad else 0]
     R, R_made = (0 if f is None else f.shape[1] for f in (S, in_factor))
-    two_accumulators = is_grad and dropout.p > 0.0
+    # A second accumulator; or with g, W scaled on its way, or V stored beside y.
+    narrow = (is_grad and dropout.p > 0.0) or g is not None
     arch = current_arch()
-    config = pick_gemm(M, x.dtype, arch, two_accumulators=two_accumulators)
+    config = pick_gemm(M, x.dtype, arch, narrow=narrow)
     BLOCK_R = min(rank_block(R_made), config.MAX_R)
     producers = triton.cdiv(M, config.BLOCK_S) * triton.cdiv(R_made, BLOCK_R)
     tiles = 0 if y is None else triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
