@@ -53,7 +53,7 @@ def _bars(counts: list[dict[str, Any]], path: Path) -> Path:
 def _time_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     for number, (who, colour) in enumerate(_COLOURS.items()):
         times = {n: t for r in rows if r["who"] == who for n, t in r["over_frozen"].items()}
-        heights = [times.get(roofline.name, 0.0) - 1.0 for roofline in ROOFLINES]
+        heights = [times.get(roofline.name, 1.0) - 1.0 for roofline in ROOFLINES]
         places = [i + 0.16 * (number - 2) for i in range(len(ROOFLINES))]
         axis.bar(places, heights, 0.15, bottom=1.0, label=who, color=colour)
     axis.set_xticks(range(len(ROOFLINES)), [roofline.name for roofline in ROOFLINES])
