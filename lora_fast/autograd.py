@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .factors import Factors, Needs, Saved
+from .factors import Constants, Factors, Needs, Saved
 from .nf4 import NF4Weight
 
 # Positions of the differentiable arguments of apply(), in the order of Needs.
@@ -71,21 +71,25 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 class AdaptedLinearGroup(torch.autograd.Function):
-    """apply(x, weights, scalings, bias_1, A_1, B_1, bias_2, …) → y_1, y_2, …: LoRA layers that read
-    the same x [..., K], with one shrink, one dX and one product for all dA. Their weights, tensors
-    or NF4Weights in a tuple, are frozen; kept are x and the S of all layers."""
+    """apply(x, weights, constants, bias_1, A_1, B_1, bias_2, …) → y_1, y_2, …: LoRA layers that
+    read the same x [..., K], with one shrink, one dX and one product for all dA. Their weights,
+    tensors or NF4Weights in a tuple, are frozen, and their dropout is one and the same; kept are x
+    and the S of all layers."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Sequence[Any], scalings: Sequence[float], *vectors: Any
+        ctx: Any, x: Tensor, weights: Sequence[Any], constants: Sequence[Constants], *vectors: Any
     ) -> tuple[Tensor, ...]:
-        fs = _group_factors(weights, scalings, vectors)
+        fs = _group_factors(weights, constants, vectors)
         with _without_autocast(x):
-            ys, S = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs)
+            ys, S, mask = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs)
         needs = _group_needs(ctx)
         trains_A, trains_B = any(need.A for need in needs), any(need.B for need in needs)
-        ctx.save_for_backward(x if trains_A else None, S if trains_B else None, *vectors)
-        ctx.weights, ctx.scalings = weights, scalings
+        needs_mask = trains_A or ctx.needs_input_grad[0]
+        ctx.save_for_backward(
+            x if trains_A else None, S if trains_B else None, mask if needs_mask else None, *vectors
+        )
+        ctx.weights, ctx.constants = weights, constants
         ctx.x_shape, ctx.S_shape = x.shape, S.shape
         ctx.set_materialize_grads(False)
         return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
@@ -93,8 +97,8 @@ class AdaptedLinearGroup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, S, *vectors = ctx.saved_tensors
-        fs = _group_factors(ctx.weights, ctx.scalings, vectors)
+        x, S, mask, *vectors = ctx.saved_tensors
+        fs = _group_factors(ctx.weights, ctx.constants, vectors)
         like = next(dY for dY in dYs if dY is not None)
         rows = [
             like.new_zeros(ctx.S_shape[0], f.weight.shape[0])
@@ -108,6 +112,7 @@ class AdaptedLinearGroup(torch.autograd.Function):
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 # Nobody reads it where no B trains.
                 rows[0].new_empty(ctx.S_shape) if S is None else S,
+                mask,
                 fs,
                 _group_needs(ctx),
             )
@@ -122,11 +127,12 @@ class AdaptedLinearGroup(torch.autograd.Function):
 
 
 def _group_factors(
-    weights: Sequence[Any], scalings: Sequence[float], vectors: Sequence[Any]
+    weights: Sequence[Any], constants: Sequence[Constants], vectors: Sequence[Any]
 ) -> list[Factors]:
+    triples = zip(vectors[0::3], vectors[1::3], vectors[2::3], strict=True)
     return [
-        Factors(weight, vectors[3 * i], vectors[3 * i + 1], vectors[3 * i + 2], scaling=scaling)
-        for i, (weight, scaling) in enumerate(zip(weights, scalings, strict=True))
+        Factors(weight, bias, A, B, None, None, None, *constant)
+        for weight, constant, (bias, A, B) in zip(weights, constants, triples, strict=True)
     ]
 
 

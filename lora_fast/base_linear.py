@@ -157,18 +157,19 @@ def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Ten
 
 
 def adapted_together(
-    bases: Sequence[Any], x: Tensor, members: Sequence[Member]
+    bases: Sequence[Any], x: Tensor, members: Sequence[Member], dropout_p: float
 ) -> list[Tensor] | None:
     """:func:`adapted` for several bases that read the same x; None if their dtypes differ."""
     if len({(is_four_bit(base), base.weight.dtype) for base in bases}) > 1:
         return None
     if not is_four_bit(bases[0]):
-        return list(adapted_linears(x, members))
+        return list(adapted_linears(x, members, dropout_p=dropout_p))
     dtypes = {_four_bit_dtype(base, x) for base in bases}
     if len(dtypes) > 1:
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
-    ys = adapted_linears(x if autocast else x.to(dtypes.pop()), members)
+    x_in = x if autocast else x.to(dtypes.pop())
+    ys = adapted_linears(x_in, members, dropout_p=dropout_p)
     return [y.to(x.dtype) for y in ys]
 
 

@@ -29,16 +29,22 @@ def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Need
     return _backend(dY).backward(dY, x, saved, f, needs)
 
 
-def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor]:
-    """y [M, N_i] of several plain LoRA layers that read the same x [M, K], and S [M, Σ R_i]."""
+def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """y [M, N_i] of several plain LoRA layers that read the same x [M, K], S [M, Σ R_i], and
+    dropout's mask, which they share, from a backend that keeps it."""
     return _backend(x).forward_group(x, fs)
 
 
 def backward_group(
-    dYs: Sequence[Tensor], x: Tensor | None, S: Tensor, fs: Sequence[Factors], needs: list[Needs]
+    dYs: Sequence[Tensor],
+    x: Tensor | None,
+    S: Tensor,
+    mask: Tensor | None,
+    fs: Sequence[Factors],
+    needs: list[Needs],
 ) -> list[Gradients]:
     """Every wanted gradient of every layer of a group; that of x, summed, is with the first."""
-    return _backend(S).backward_group(dYs, x, S, fs, needs)
+    return _backend(S).backward_group(dYs, x, S, mask, fs, needs)
 
 
 def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:

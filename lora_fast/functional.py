@@ -72,16 +72,24 @@ class Member(NamedTuple):
     scaling: float = 1.0
 
 
-def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
-    """y_i = x W_iᵀ + s_i · (x A_iᵀ) B_iᵀ + bias_i for several layers that read the same x.
+def adapted_linears(
+    x: Tensor,
+    members: Sequence[Member],
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+) -> tuple[Tensor, ...]:
+    """y_i = x W_iᵀ + s_i · (drop(x) A_iᵀ) B_iᵀ + bias_i for several layers that read the same x.
 
     x [..., K] · weight [N_i, K] · bias [N_i] · A [R_i, K] · B [N_i, R_i] → y_i [..., N_i]. The
     numbers are those of :func:`adapted_linear`, up to rounding, but x is read once by one shrink
     for all A_i, once by one product for all of their gradients, and the gradient of x is one sum.
+    drop(x) is one and the same for all members.
     The weights must be frozen. An output that leads to no loss leaves its layer without gradients.
 
     Raises as :func:`adapted_linear` does, and ValueError without members or for trained weights.
     """
+    check_dropout(dropout_p, dropout_seed)
     if not members:
         raise ValueError("members must hold at least one layer, got none")
     for member in members:
@@ -96,8 +104,12 @@ def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     vectors_of_all = [v for member in members for v in (member.bias, member.A, member.B)]
     weights = tuple(member.weight for member in members)
-    scalings = tuple(float(member.scaling) for member in members)
-    return AdaptedLinearGroup.apply(x, weights, scalings, *vectors_of_all)
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = _draw_seed(x.device)
+    constants = tuple(
+        Constants(float(member.scaling), float(dropout_p), dropout_seed or 0) for member in members
+    )
+    return AdaptedLinearGroup.apply(x, weights, constants, *vectors_of_all)
 
 
 def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor | None:

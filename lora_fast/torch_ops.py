@@ -1,9 +1,9 @@
 """The torch backend: forward and backward of the equation in as few aten calls as it takes.
 
     forward    S = drop(x) Aᵀ        y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ)) + bias
-    backward   dV = g ⊙ dY           dQ = s · (b ⊙ dV)       dU = dQ B          dS = d ⊙ dU
-               dX = dV W + drop'(dS A)     dA = dSᵀ drop(x)     dW = dVᵀ x
-               T = dVᵀ S [N, R]      dB = s · b dᵀ ⊙ T       db = s · rowsum(B ⊙ T dᵀ)
+    backward   Q = s · (g b) dᵀ ⊙ B      dS = dY Q      dX = dY (g ⊙ W) + drop'(dS A)
+               dA = dSᵀ drop(x)      dW = g ⊙ (dYᵀ x)
+               T = g ⊙ (dYᵀ S) [N, R]      dB = s · b dᵀ ⊙ T      db = s · rowsum(B ⊙ T dᵀ)
                dd = s · colsum(b B ⊙ T)    dg = Σ_M dY ⊙ V   dbias = Σ_M dY
 
 Products accumulate in float32, S is rounded once to the compute dtype. A CPU without bfloat16
@@ -51,18 +51,22 @@ def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Need
     """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
     dtype, work = dY.dtype, _working_dtype(dY)
     dYw = dY.to(work)
-    dV = dYw if f.g is None else dYw * f.g.to(work)
     xw = None if x is None else x.to(work)
     dropout = None if saved.mask is None else Dropout(saved.mask, f.dropout_p)
     dS = None
     if f.A is not None and (needs.A or needs.x):
-        dS = _in_spans((dV @ _expand_factor(f, dtype).to(work)).mul_(f.scaling), f).to(dtype)
+        Q = _times_gain(_expand_factor(f, dtype).to(work), f)
+        dS = _in_spans((dYw @ Q).mul_(f.scaling), f).to(dtype)
     dB = db = dd = None
     if saved.S is not None:
-        dB, db, dd = _expand_gradients(_product(dV.T, saved.S.to(work)), f, needs)
+        T = _times_gain(_product(dYw.T, saved.S.to(work)), f)
+        dB, db, dd = _expand_gradients(T, f, needs)
+    dW = None
+    if needs.weight and xw is not None:
+        dW = _times_gain(_product(dYw.T, xw), f).to(_weight_dtype(f))
     return Gradients(
-        x=_input_gradient(dV, dS, f, dtype, dropout) if needs.x else None,
-        weight=_product(dV.T, xw).to(_weight_dtype(f)) if needs.weight and xw is not None else None,
+        x=_input_gradient(dYw, dS, f, dtype, dropout) if needs.x else None,
+        weight=dW,
         bias=_sum_rows(dY).to(f.bias.dtype) if needs.bias and f.bias is not None else None,
         A=_shrink_gradient(dS, xw, f, dropout) if needs.A and xw is not None else None,
         B=dB,
@@ -72,25 +76,32 @@ def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Need
     )
 
 
-def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor]:
-    """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side."""
+def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """y [M, N_i] of layers that read the same x, their S [M, Σ R_i] side by side, the mask."""
     dtype, work = x.dtype, _working_dtype(x)
     rows = x.to(work)
     A = torch.cat([_given(f.A).to(dtype) for f in fs]).to(work)
-    S = (rows @ A.T).to(dtype)
+    dropout = _dropout(fs[0], x)
+    S = (rows @ A.T if dropout is None else dropout.shrink(rows, A)).to(dtype)
     ys = []
     for f, S_i in zip(fs, S.split([_given(f.A).shape[0] for f in fs], dim=1), strict=True):
         bias = None if f.bias is None else f.bias.to(work)
         y = torch.nn.functional.linear(rows, _dense(f.weight, dtype).to(work), bias)
         y.addmm_(S_i.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
         ys.append(y.to(dtype))
-    return ys, S
+    return ys, S, None if dropout is None else dropout.mask
 
 
 def backward_group(
-    dYs: Sequence[Tensor], x: Tensor | None, S: Tensor, fs: Sequence[Factors], needs: list[Needs]
+    dYs: Sequence[Tensor],
+    x: Tensor | None,
+    S: Tensor,
+    mask: Tensor | None,
+    fs: Sequence[Factors],
+    needs: list[Needs],
 ) -> list[Gradients]:
     """The gradients of every layer of a group; that of x, their sum, is with the first."""
+    dropout = None if mask is None else Dropout(mask, fs[0].dropout_p)
     dtype, work = dYs[0].dtype, _working_dtype(dYs[0])
     ranks = [_given(f.A).shape[0] for f in fs]
     dX: Tensor | None = None
@@ -108,10 +119,14 @@ def backward_group(
         grads.append(Gradients(B=dB, bias=bias))
     dS = torch.cat(dSs, dim=1).to(work)
     if dX is not None:
-        dX.addmm_(dS, torch.cat([_given(f.A).to(dtype) for f in fs]).to(work))
+        A = torch.cat([_given(f.A).to(dtype) for f in fs]).to(work)
+        if dropout is None:
+            dX.addmm_(dS, A)
+        else:
+            dropout.add_input_gradient(dX, dS, A)
         grads[0] = grads[0]._replace(x=dX.to(dtype))
     if x is not None and any(need.A for need in needs):
-        dAs = _product(dS.T, x.to(work)).split(ranks)
+        dAs = _kept_product(dS, x.to(work), dropout).split(ranks)
         for i, (f, need, dA) in enumerate(zip(fs, needs, dAs, strict=True)):
             if need.A:
                 grads[i] = grads[i]._replace(A=dA.to(_given(f.A).dtype))
@@ -123,6 +138,8 @@ def _given(factor: Tensor | None) -> Tensor:
     return factor
 
 
+# Elements of dY ⊙ V that the gradient of g forms at a time on a CPU.
+_GAIN_ELEMENTS = 1 << 17
 # Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.
 _UPDATE_ELEMENTS = 1 << 22
 
@@ -231,11 +248,21 @@ def _expand_factor(f: Factors, dtype: torch.dtype) -> Tensor:
     return B.to(dtype)
 
 
+def _times_gain(matrix: Tensor, f: Factors) -> Tensor:
+    """g ⊙ a matrix of N rows."""
+    return matrix if f.g is None else matrix * f.g.to(matrix.dtype).unsqueeze(1)
+
+
 def _input_gradient(
-    dV: Tensor, dS: Tensor | None, f: Factors, dtype: torch.dtype, dropout: Dropout | None
+    dY: Tensor, dS: Tensor | None, f: Factors, dtype: torch.dtype, dropout: Dropout | None
 ) -> Tensor:
-    work = dV.dtype
-    dX = dV @ _dense(f.weight, dtype).to(work)
+    work = dY.dtype
+    W = _dense(f.weight, dtype).to(work)
+    # g is put on the smaller one of dY [M, N] and W [N, K].
+    if f.g is not None and dY.shape[0] < W.shape[1]:
+        dX = (dY * f.g.to(work)) @ W
+    else:
+        dX = dY @ _times_gain(W, f)
     if dS is not None and f.A is not None:
         A = f.A.to(dtype).to(work)
         if dropout is None:
@@ -248,13 +275,18 @@ def _input_gradient(
 def _shrink_gradient(dS: Tensor | None, x: Tensor, f: Factors, dropout: Dropout | None) -> Tensor:
     """dA = dSᵀ drop(x), in A's dtype."""
     assert f.A is not None and dS is not None
-    dS = dS.to(x.dtype)
+    return _kept_product(dS.to(x.dtype), x, dropout).to(f.A.dtype)
+
+
+def _kept_product(dS: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
+    """dSᵀ drop(x) [R, K], not rounded below float32."""
     if dropout is None:
-        return _product(dS.T, x).to(f.A.dtype)
-    dA = torch.zeros_like(f.A, dtype=torch.promote_types(x.dtype, torch.float32))
+        return _product(dS.T, x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dA = torch.zeros(dS.shape[1], x.shape[1], dtype=wide, device=x.device)
     for rows, kept in dropout.kept(x):
         dA.add_(_product(dS[rows].T, kept))
-    return dA.mul_(dropout.keep_scale).to(f.A.dtype)
+    return dA.mul_(dropout.keep_scale)
 
 
 def _expand_gradients(
@@ -281,7 +313,13 @@ def _gain_gradient(dY: Tensor, V: Tensor | None, f: Factors) -> Tensor:
     """dg = Σ_M dY ⊙ V."""
     assert f.g is not None and V is not None
     wide = torch.promote_types(dY.dtype, torch.float32)
-    return (dY.to(wide) * V.to(wide)).sum(0).to(f.g.dtype)
+    total = torch.zeros(dY.shape[1], dtype=wide, device=dY.device)
+    # On a CPU a few rows at a time, which stay in the cache.
+    step = max(1, _GAIN_ELEMENTS // dY.shape[1]) if dY.device.type == "cpu" else dY.shape[0]
+    for start in range(0, dY.shape[0], max(1, step)):
+        rows = slice(start, start + step)
+        total += (dY[rows].to(wide) * V[rows].to(wide)).sum(0)
+    return total.to(f.g.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def update_weight(
     torch.autograd.graph.increment_version(out)
 
 
-def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor]:
+def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, None]:
     """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side.
 
     One launch a layer; the first makes S for all.
@@ -84,11 +84,16 @@ def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tenso
                 f.scaling, _dropout(f), S=None if i == 0 else S, made=made if i == 0 else None,
             )  # fmt: skip
             ys.append(y)
-    return ys, made
+    return ys, made, None
 
 
 def backward_group(
-    dYs: Sequence[Tensor], x: Tensor | None, S: Tensor, fs: Sequence[Factors], needs: list[Needs]
+    dYs: Sequence[Tensor],
+    x: Tensor | None,
+    S: Tensor,
+    mask: None,
+    fs: Sequence[Factors],
+    needs: list[Needs],
 ) -> list[Gradients]:
     """The gradients of every layer of a group; that of x, their sum, is with the first.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_all_accurate, assert_same_bits
 
-from lora_fast import NF4Weight, reference
+from lora_fast import NF4Weight, dispatch, reference
 from lora_fast.functional import Member, adapted_linears
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -30,6 +30,10 @@ def make(dtype, adapter, nf4, M=37, K=64, device="cpu", trains=("x", "A", "B")):
         weight = NF4Weight.from_dense(weight) if nf4 else weight
         members.append(Member(weight, bias, A, B, 0.5 + i))
     return x, members, [randn(M, N) for N, _ in SIZES]
+
+
+def _with_dropout(x, members):
+    return adapted_linears(x, members, dropout_p=0.3, dropout_seed=11)
 
 
 def _results(call, x, members, dYs, convert):
@@ -57,33 +61,42 @@ def _dense(weight, dtype):
     return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight
 
 
-def _exact(x, members):
-    return [
-        reference.adapted_linear(
-            x, _dense(m.weight, FP32).cpu().double(), m.bias, A=m.A, B=m.B, scaling=m.scaling
-        )
-        for m in members
-    ]
+def _exact(mask):
+    def call(x, members):
+        return [
+            reference.adapted_linear(
+                x, _dense(m.weight, FP32).cpu().double(), m.bias, A=m.A, B=m.B, scaling=m.scaling,
+                dropout_p=0.0 if mask is None else 0.3, dropout_mask=mask,
+            )
+            for m in members
+        ]  # fmt: skip
+
+    return call
 
 
-def _eager(dtype, mixed):
+def _eager(dtype, mixed, mask):
     def call(x, members):
         with torch.autocast("cpu", dtype=dtype, enabled=mixed):
             linear = torch.nn.functional.linear
+            dropped = x if mask is None else x * mask / 0.7
             return [
                 linear(x, _dense(m.weight, dtype).cpu(), m.bias)
-                + linear(linear(x, m.A), m.B) * m.scaling
+                + linear(linear(dropped, m.A), m.B) * m.scaling
                 for m in members
             ]
 
     return call
 
 
-def check(dtype, adapter, nf4, device="cpu", **options):
+def check(dtype, adapter, nf4, device="cpu", drops=False, **options):
     x, members, dYs = make(dtype, adapter, nf4, device=device, **options)
-    results = _results(adapted_linears, x, members, dYs, lambda t: t)
-    exact = _results(_exact, x, members, dYs, lambda t: t.detach().cpu().double())
-    eager = _results(_eager(dtype, adapter != dtype), x, members, dYs, lambda t: t.detach().cpu())
+    mask = dispatch.dropout_mask(11, *x.shape, 0.3, x.device).cpu() if drops else None
+    call = _with_dropout if drops else adapted_linears
+    results = _results(call, x, members, dYs, lambda t: t)
+    exact = _results(_exact(mask), x, members, dYs, lambda t: t.detach().cpu().double())
+    eager = _results(
+        _eager(dtype, adapter != dtype, mask), x, members, dYs, lambda t: t.detach().cpu()
+    )
     # NF4 weights are exact in float32 and rounded to the compute dtype: that is the weight here.
     assert_all_accurate(results, exact, eager, compute_dtype=dtype)
     return results
@@ -99,6 +112,7 @@ ALL = ("x", "bias", "A", "B")
 )
 def test_torch_backend(dtype, adapter, nf4, trains):
     check(dtype, adapter, nf4, trains=trains)
+    check(dtype, adapter, nf4, trains=trains, drops=True)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +129,11 @@ def test_kernels(executor, dtype, adapter, nf4, M, K):
     second = check(dtype, adapter, nf4, executor.device, M=M, K=K, trains=ALL)
     for name, value in first.items():
         assert_same_bits(value, second[name], name=name)
+
+
+@pytest.mark.parametrize(("dtype", "nf4"), [(BF16, False), (FP16, True)])
+def test_kernels_with_dropout(executor, dtype, nf4):
+    check(dtype, FP32, nf4, executor.device, M=80, K=128, trains=ALL, drops=True)
 
 
 def test_launches(typical_executor):

@@ -208,12 +208,35 @@ def test_checkpointing(reentrant: bool) -> None:
     agree(Checkpointed(fused), Checkpointed(stock), torch.randn(9, K))
 
 
-def test_dropout_and_hooks_compute_alone(grouped: list[int]) -> None:
-    dropping = accelerated_copy(stock_model(lora_dropout=0.5))
-    dropping(torch.randn(4, K))
-    assert not grouped
-    dropping.eval()(torch.randn(4, K))
+def test_siblings_of_one_p_share_drop_x(grouped: list[int]) -> None:
+    fused = accelerated_copy(stock_model(lora_dropout=0.5))
+    x = torch.randn(4, K)
+    torch.manual_seed(3)
+    y = fused(x)
+    torch.manual_seed(3)
+    mask = autograd.dispatch.dropout_mask(int(torch.randint(2**62, ())), 4, K, 0.5, x.device)
+    stock = lora_fast.decelerate(copy.deepcopy(fused))
+    for layer in lora_layers(stock):
+        layer.lora_dropout["default"] = Masked(mask)
+    torch.testing.assert_close(y, stock(x))
     assert grouped == [3]
+    _layer(fused, "k_proj").lora_dropout["default"].p = 0.1
+    fused(x)
+    assert grouped == [3], "another p is another mask"
+    fused.eval()(x)
+    assert grouped == [3, 3]
+
+
+class Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, x, 0.0) * 2.0
+
+
+def test_hooks_before_a_sibling_compute_alone(grouped: list[int]) -> None:
     hooked = accelerated_copy(stock_model())
     doubled = lambda module, args: (args[0] * 2,)  # noqa: E731
     _layer(hooked, "k_proj").register_forward_pre_hook(doubled)
@@ -221,7 +244,7 @@ def test_dropout_and_hooks_compute_alone(grouped: list[int]) -> None:
     _layer(stock, "k_proj").register_forward_pre_hook(doubled)
     x = torch.randn(4, K)
     torch.testing.assert_close(hooked(x), stock(x))
-    assert grouped == [3]
+    assert not grouped
 
 
 def test_what_runs_after_a_sibling_runs_at_its_own_call(grouped: list[int]) -> None:

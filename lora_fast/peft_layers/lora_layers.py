@@ -262,13 +262,14 @@ def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
         return y
     members = {index: (layer, member)}
     for i, other in others:
-        sibling = _sibling(other, x)
+        sibling = _sibling(other, x, state.adapters[0].dropout_p)
         if sibling is None:
             return None
         members[i] = (other, sibling)
     order = sorted(members)
     bases = [members[i][0].base_layer for i in order]
-    ys = adapted_together(bases, x, [members[i][1] for i in order])
+    p = state.adapters[0].dropout_p
+    ys = adapted_together(bases, x, [members[i][1] for i in order], p)
     if ys is None:
         return None
     outputs = dict(zip(order, ys, strict=True))
@@ -277,7 +278,7 @@ def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     return y
 
 
-def _sibling(layer: Any, x: Tensor) -> Member | None:
+def _sibling(layer: Any, x: Tensor, dropout_p: float) -> Member | None:
     """A sibling as its own call with x would find it; None if that may come to anything else."""
     # What runs after a forward runs in the sibling's own call, too.
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -287,7 +288,7 @@ def _sibling(layer: Any, x: Tensor) -> Member | None:
     state, found = layer.active()
     if found is not None or layer.input_obstacle(state, x) is not None:
         return None
-    return _member(layer, state)
+    return _member(layer, state) if state.adapters[0].dropout_p == dropout_p else None
 
 
 def _member(layer: Any, state: State) -> Member | None:
@@ -295,7 +296,7 @@ def _member(layer: Any, state: State) -> Member | None:
     base, adapters = layer.base_layer, state.adapters
     if state.sample_adapters is not None or base.weight.requires_grad:
         return None
-    if any(adapter.dropout_p or adapter.magnitude is not None for adapter in adapters):
+    if any(adapter.magnitude is not None for adapter in adapters):
         return None
     A, B, scaling = _stacked(adapters)
     if isinstance(scaling, Tensor):
@@ -311,7 +312,9 @@ def _signature(layer: Any) -> Any:
         B = layer.lora_B[name]
         tensors += [layer.lora_A[name].weight, B.weight, B.bias]
     scalings = tuple(layer.scaling[name] for name in names)
-    return (*names, *scalings, *signature_of(base.weight, base.bias, *tensors))
+    dropouts = [layer.lora_dropout[name] for name in names]
+    modes = [(d.training, getattr(d, "p", 0.0)) for d in dropouts]
+    return (*names, *scalings, *modes, *signature_of(base.weight, base.bias, *tensors))
 
 
 def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ in one function, and keeps those of the others for the calls with that very tens
 is not as expected then (another tensor, x or a parameter changed since, another mode of autograd,
 hooks before a sibling, a sibling that is not plain LoRA) is computed anew, by the layer alone. A
 group whose kept outputs are not fetched (cross-attention: k and v read something else) is given up.
+Siblings share drop(x) as they share x; PEFT draws a mask for each.
 """
 
 from __future__ import annotations
