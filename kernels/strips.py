@@ -270,12 +270,13 @@ def projection_pays(N, R, dtype):
     return 2 * 4 * blocks * R <= N * dtype.itemsize
 
 
-def grad_shrink(x, dS, A, dropout):
-    """dA [R, K] in A's dtype, in one read of x [M, K]."""
-    dA = x.new_empty(A.shape, dtype=A.dtype)
+def grad_shrink(x, dS, dtype, dropout):
+    """dA [R, K] in `dtype`, in one read of x [M, K], for dS [M, R]."""
+    R = dS.shape[1]
+    dA = x.new_empty((R, x.shape[1]), dtype=dtype)
     _launch(
         x, dS, None, None, None, None, None, {}, dA.T, 1.0, dropout,
-        R=A.shape[0], wanted=Wanted(B=True), projects=False, scales=False,
+        R=R, wanted=Wanted(B=True), projects=False, scales=False,
     )  # fmt: skip
     return dA
 

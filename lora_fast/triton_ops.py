@@ -7,6 +7,7 @@ NF4 weight.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,7 +75,7 @@ def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tenso
     One launch a layer; the first makes S for all.
     """
     _check_dtype(x)
-    A = _stacked_A(fs)
+    A = torch.cat(_factors_A(fs))
     made = x.new_empty(x.shape[0], A.shape[0])
     ys = []
     with _launching(x):
@@ -111,11 +112,11 @@ def backward_group(
             grads.append(found)
         grads[0] = grads[0]._replace(x=dX)
         if x is not None and any(need.A for need in needs):
-            A = _stacked_A(fs)
-            dAs = strips.grad_shrink(x, dS, A, _dropout(fs[0])).split(ranks)
+            dtype = functools.reduce(torch.promote_types, [A.dtype for A in _factors_A(fs)])
+            dAs = strips.grad_shrink(x, dS, dtype, _dropout(fs[0])).split(ranks)
             grads = [
                 grad._replace(A=dA.to(A.dtype)) if need.A else grad
-                for grad, dA, need in zip(grads, dAs, needs, strict=True)
+                for grad, dA, A, need in zip(grads, dAs, _factors_A(fs), needs, strict=True)
             ]
     return grads
 
@@ -140,12 +141,12 @@ def _group_member(
     return Gradients(**grads), dX
 
 
-def _stacked_A(fs: Sequence[Factors]) -> Tensor:
-    return torch.cat([f.A for f in fs if f.A is not None])
+def _factors_A(fs: Sequence[Factors]) -> list[Tensor]:
+    return [f.A for f in fs if f.A is not None]
 
 
 def _ranks(fs: Sequence[Factors]) -> list[int]:
-    return [0 if f.A is None else f.A.shape[0] for f in fs]
+    return [A.shape[0] for A in _factors_A(fs)]
 
 
 def row_norms(
@@ -178,8 +179,8 @@ def _gradients(
             wants_dX=needs.x,
         )  # fmt: skip
         grads["x"] = dX
-        if needs.A:
-            grads["A"] = strips.grad_shrink(x, dS, f.A, _dropout(f))
+        if needs.A and f.A is not None:
+            grads["A"] = strips.grad_shrink(x, dS, f.A.dtype, _dropout(f))
     if needs.weight and x is not None:
         grads["weight"] = _weight_gradient(dY, x, f)
     return Gradients(**grads)

@@ -139,12 +139,14 @@ def method_model(
     model: nn.Module | None = None,
     dropout: float = 0.0,
     adapters: int = 1,
+    r: int | None = None,
 ) -> Any:
     """A stock PEFT model of one of PEFT's methods, every trained number moved off its start."""
     base = (model or Single()).to(dtype)
     if kind == "nf4":
         base = quantised(base, compute_dtype)
-    wrapped = get_peft_model(base, _method_config(method, dropout), autocast_adapter_dtype=False)
+    first = _method_config(method, dropout, r)
+    wrapped = get_peft_model(base, first, autocast_adapter_dtype=False)
     for number in range(1, adapters):
         config = _method_config(method, dropout)
         # PEFT trains one AdaLoRA adapter at a time.
@@ -165,16 +167,22 @@ def method_model(
     return wrapped
 
 
-def _method_config(method: str, dropout: float) -> Any:
+def _method_config(method: str, dropout: float, r: int | None = None) -> Any:
     targets = r"(.*\.)?fc\d?"
-    if method == "dora":
-        return lora_config(use_dora=True, lora_dropout=dropout)
+    if method in ("lora", "dora"):
+        rank = 5 if r is None else r
+        # Δ as large as W, whatever the rank.
+        alpha = 8 if r is None else r**0.5
+        return lora_config(
+            r=rank, lora_alpha=alpha, use_dora=method == "dora", lora_dropout=dropout
+        )
     if method == "vera":
-        return VeraConfig(r=37, target_modules=targets, vera_dropout=dropout)
+        return VeraConfig(r=37 if r is None else r, target_modules=targets, vera_dropout=dropout)
     if method == "adalora":
+        initial, target = (6, 3) if r is None else (r, max(1, r // 2))
         return AdaLoraConfig(
-            init_r=6, target_r=3, lora_alpha=8, total_step=8, tinit=1, tfinal=2, deltaT=1,
-            target_modules=targets, lora_dropout=dropout,
+            init_r=initial, target_r=target, lora_alpha=8, total_step=8, tinit=1, tfinal=2,
+            deltaT=1, target_modules=targets, lora_dropout=dropout,
         )  # fmt: skip
     inputs = targets if method == "ia3-feedforward" else []
     return IA3Config(target_modules=targets, feedforward_modules=inputs)
