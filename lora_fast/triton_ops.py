@@ -7,7 +7,6 @@ NF4 weight.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,7 +111,8 @@ def backward_group(
             grads.append(found)
         grads[0] = grads[0]._replace(x=dX)
         if x is not None and any(need.A for need in needs):
-            dtype = functools.reduce(torch.promote_types, [A.dtype for A in _factors_A(fs)])
+            dtypes = {A.dtype for A in _factors_A(fs)}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             dAs = strips.grad_shrink(x, dS, dtype, _dropout(fs[0])).split(ranks)
             grads = [
                 grad._replace(A=dA.to(A.dtype)) if need.A else grad
