@@ -129,7 +129,7 @@ def _nothing(model: Any) -> None:
 # reason, what to do to a model of one dense layer first, arguments of peft_model
 SAME_RESULT: list[tuple[str, Prepare, dict[str, Any]]] = [
     ("adapters disabled", lambda m: m.base_model.disable_adapter_layers(), {}),
-    ("merged", lambda m: m.merge_adapter(), {}),
+    ("merged", lambda m: m.merge_adapter(safe_merge=True), {}),
     ("no active adapter", lambda m: m.base_model.set_adapter([]), {}),
     ("DoRA with several adapters", _second_adapter(use_dora=True), {"use_dora": True}),
     ("variant MiCALinearVariant", _nothing, {"init_lora_weights": "mica"}),
