@@ -69,7 +69,7 @@ def _seeds() -> None:
         sys.modules["numpy"].random.seed(0)
 
 
-_ALLOCATORS: list[tuple[Any, str]] = [
+ALLOCATORS: list[tuple[Any, str]] = [
     (torch, "empty"),
     (torch, "empty_like"),
     (torch, "empty_strided"),
@@ -87,7 +87,7 @@ def _poison() -> Iterator[None]:
     needs deterministic algorithms and so changes what the tests run.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in _ALLOCATORS:
+        for owner, name in ALLOCATORS:
             patch.setattr(owner, name, _poisoning(getattr(owner, name)))
         yield
 

