@@ -120,11 +120,21 @@ def test_torch_backend(dtype, adapter, nf4, trains):
     [
         (BF16, FP32, False, 96, 128),
         (FP16, FP16, True, 37, 70),
+    ],
+)
+def test_kernels(executor, dtype, adapter, nf4, M, K):
+    check(dtype, adapter, nf4, executor.device, M=M, K=K, trains=ALL)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter", "nf4", "M", "K"),
+    [
         (FP32, FP32, False, 33, 64),
         (BF16, BF16, True, 160, 64),
     ],
 )
-def test_kernels(executor, dtype, adapter, nf4, M, K):
+def test_two_runs_of_the_kernels_give_the_same_bits(typical_executor, dtype, adapter, nf4, M, K):
+    executor = typical_executor
     first = check(dtype, adapter, nf4, executor.device, M=M, K=K, trains=ALL)
     second = check(dtype, adapter, nf4, executor.device, M=M, K=K, trains=ALL)
     for name, value in first.items():
@@ -132,8 +142,8 @@ def test_kernels(executor, dtype, adapter, nf4, M, K):
 
 
 @pytest.mark.parametrize(("dtype", "nf4"), [(BF16, False), (FP16, True)])
-def test_kernels_with_dropout(executor, dtype, nf4):
-    check(dtype, FP32, nf4, executor.device, M=80, K=128, trains=ALL, drops=True)
+def test_kernels_with_dropout(typical_executor, dtype, nf4):
+    check(dtype, FP32, nf4, typical_executor.device, M=80, K=128, trains=ALL, drops=True)
 
 
 def test_launches(typical_executor):
