@@ -22,7 +22,7 @@ from ..base_linear import (
     tensor_obstacle,
     weight_shape,
 )
-from .fused_forward import FusedForward, casts_input, switched_off
+from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 
 
 class Adapter(NamedTuple):
@@ -107,10 +107,9 @@ def _read(layer: Any) -> tuple[list[Adapter], str | None]:
             found = found or "lora_A and lora_E differ in dtype"
         if found is not None:
             return adapters, found
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         # A tensor, which PEFT lets train by accident where the base is 16-bit: so it does here.
         scaling = layer.scaling[name] / (layer.ranknum[name] + 1e-5)
-        adapters.append(Adapter(A, B, E.reshape(-1) * scaling, p))
+        adapters.append(Adapter(A, B, E.reshape(-1) * scaling, rate_of(dropout)))
     if not adapters:
         return adapters, "no active adapter"
     if len(adapters) > 1 and any(adapter.dropout_p for adapter in adapters):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base_linear import CallCounts, environment_obstacle
 
@@ -58,6 +58,11 @@ def switched_off(layer: Any) -> str | None:
     if layer.disable_adapters:
         return "adapters disabled"
     return "merged" if layer.merged else None
+
+
+def rate_of(dropout: nn.Module) -> float:
+    """The p with which PEFT's dropout, an nn.Dropout or nn.Identity, drops at this moment."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def casts_input(layer: Any) -> bool:

@@ -33,13 +33,12 @@ from ..base_linear import (
 )
 from ..functional import Member
 from ..row_norms import RowNorms
-from .fused_forward import FusedForward, casts_input, switched_off
+from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 from .lora_merging import merge_terms, plain_terms, unmerge_terms
 from .shared_input import GROUP, Kept, signature_of
 
 # Named arguments of a variant; PEFT takes them out of the call and vanilla LoRA ignores them.
 _VARIANT_ARGUMENTS = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
-_BASE_ALONE = "__base__"
 
 
 class Adapter(NamedTuple):
@@ -55,11 +54,7 @@ class Adapter(NamedTuple):
 
     @property
     def dropout_p(self) -> float:
-        return (
-            self.dropout.p
-            if isinstance(self.dropout, nn.Dropout) and self.dropout.training
-            else 0.0
-        )
+        return rate_of(self.dropout)
 
 
 class State(NamedTuple):
@@ -260,15 +255,14 @@ def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     others = None if y is not None else group.others(index)
     if others is None:
         return y
-    members = {index: (layer, member)}
+    members, p = {index: (layer, member)}, state.adapters[0].dropout_p
     for i, other in others:
-        sibling = _sibling(other, x, state.adapters[0].dropout_p)
+        sibling = _sibling(other, x, p)
         if sibling is None:
             return None
         members[i] = (other, sibling)
     order = sorted(members)
     bases = [members[i][0].base_layer for i in order]
-    p = state.adapters[0].dropout_p
     ys = adapted_together(bases, x, [members[i][1] for i in order], p)
     if ys is None:
         return None

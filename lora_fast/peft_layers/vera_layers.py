@@ -19,7 +19,7 @@ from ..base_linear import (
     tensor_obstacle,
     weight_shape,
 )
-from .fused_forward import FusedForward, casts_input, switched_off
+from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 
 
 class Adapter(NamedTuple):
@@ -50,8 +50,7 @@ class FusedVeRALinear(FusedForward, vera.Linear):
         found = module_obstacle(dropout, "vera_dropout", nn.Dropout, nn.Identity)
         for tensor, role in ((A, "vera_A"), (B, "vera_B"), (b, "vera_lambda"), (d, "vera_lambda")):
             found = found or tensor_obstacle(tensor, role)
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return Adapter(A, B, b, d, p), found or base_obstacle(self.base_layer)
+        return Adapter(A, B, b, d, rate_of(dropout)), found or base_obstacle(self.base_layer)
 
     def input_obstacle(self, state: Adapter, x: Any) -> str | None:
         found = call_obstacle(self.base_layer, x, state.A, state.B, state.b, state.d)
