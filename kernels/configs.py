@@ -125,6 +125,23 @@ def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:
     return _STRIP_16BIT_SM100 if _has_tensor_memory(arch) else _STRIP_16BIT
 
 
+def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None:
+    """The configuration to try where this one does not fit; None after the smallest.
+
+    First fewer stages, which cost nothing but overlap, then tiles of half the size, which cost
+    traffic: of K before N, since more products share the rest of a tile then.
+    """
+    if config.num_stages > 2:
+        return replace(config, num_stages=config.num_stages - 1)
+    if isinstance(config, StripConfig):
+        halves = {"BLOCK_L": config.BLOCK_L // 2}
+    elif config.BLOCK_K > 32:
+        halves = {"BLOCK_K": config.BLOCK_K // 2}
+    else:
+        halves = {"BLOCK_N": config.BLOCK_N // 2}
+    return replace(config, **halves) if min(halves.values()) >= 16 else None
+
+
 def uses_mma_sync(config: GemmConfig, dtype: torch.dtype, arch: int | None) -> bool:
     """Whether 16-bit products become mma.sync: before Hopper, on consumer parts, on small tiles."""
     if arch is None or dtype == torch.float32:

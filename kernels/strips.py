@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .configs import current_arch, pick_strips, precision_of, rank_block, row_ranges
 from .dropout import Dropout, keep_mask
+from .fitting import drops_to_smaller
 from .tiles import load_factor, load_tile, tile_pointers
 from .workspace import sync_words
 
@@ -243,7 +244,7 @@ class Wanted:
         return self.g or self.bias
 
 
-def grad_expand(dY, S, V, bias, B, b, d, g, scaling, wanted, *, projects):
+def grad_expand(dY, S, V, bias, B, b, d, g, scaling, wanted, *, projects, config=None):
     """Every wanted gradient of the output side, in one read of dY [M, N].
 
     Returns the gradients as a dict by name (B, b, d, g, bias; in the dtype of the factor), and with
@@ -256,35 +257,39 @@ def grad_expand(dY, S, V, bias, B, b, d, g, scaling, wanted, *, projects):
         for name, factor in factors.items()
         if factor is not None and getattr(wanted, name)
     }
-    no_dropout = Dropout()
+    R = 0 if B is None else B.shape[1]
     partials = _launch(
-        dY, S, V, B, b, d, g, grads, grads.get("B"), scaling, no_dropout,
-        R=0 if B is None else B.shape[1], wanted=wanted, projects=projects, scales=True,
+        config or pick_strips(dY.dtype, R, current_arch()),
+        dY, S, V, B, b, d, g, grads, grads.get("B"), scaling, Dropout(),
+        R=R, wanted=wanted, projects=projects, scales=True,
     )  # fmt: skip
     return grads, partials
 
 
-def projection_pays(N, R, dtype):
+def projection_pays(N, R, dtype, config=None):
     """Whether writing and reading partials of dS costs less than a second read of dY [M, N]."""
-    blocks = triton.cdiv(N, pick_strips(dtype, R, current_arch()).BLOCK_L)
+    config = config or pick_strips(dtype, R, current_arch())
+    blocks = triton.cdiv(N, config.BLOCK_L)
     return 2 * 4 * blocks * R <= N * dtype.itemsize
 
 
-def grad_shrink(x, dS, dtype, dropout):
+def grad_shrink(x, dS, dtype, dropout, config=None):
     """dA [R, K] in `dtype`, in one read of x [M, K], for dS [M, R]."""
     R = dS.shape[1]
     dA = x.new_empty((R, x.shape[1]), dtype=dtype)
     _launch(
+        config or pick_strips(x.dtype, R, current_arch()),
         x, dS, None, None, None, None, None, {}, dA.T, 1.0, dropout,
         R=R, wanted=Wanted(B=True), projects=False, scales=False,
     )  # fmt: skip
     return dA
 
 
+@drops_to_smaller
 def _launch(
-    x, S, V, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
+    config, x, S, V, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
 ):  # fmt: skip
-    (M, L), config = x.shape, pick_strips(x.dtype, R, current_arch())
+    M, L = x.shape
     BLOCK_R = rank_block(R)
     blocks = triton.cdiv(L, config.BLOCK_L)
     chunks = triton.cdiv(R, BLOCK_R) if wanted.outer or projects else 1

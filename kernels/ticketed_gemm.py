@@ -32,6 +32,7 @@ from .configs import (
     uses_mma_sync,
 )
 from .dropout import keep_mask
+from .fitting import drops_to_smaller
 from .nf4_tile import load_codes, load_nf4_tile, packed_pointers, weight_arguments
 from .tiles import group_rows, load_factor, load_tile, sum_partials, tile_pointers
 from .workspace import sync_words
@@ -293,7 +294,7 @@ def ticketed_gemm(
 
 def forward(
     x, weight, bias, A, B, b, d, g, scaling, dropout, rank_spans=None, *,
-    saves_V=False, S=None, made=None,
+    saves_V=False, S=None, made=None, config=None,
 ):  # fmt: skip
     """y [M, N], S [M, R] (None without an adapter) and V [M, N] (None unless saved) in one launch.
 
@@ -302,6 +303,8 @@ def forward(
     [R_made, K] and S [M, R_made] given as `made`, and uses its first columns, as many as B has; the
     others get their columns as S and make none.
     """
+    # With g, V may be stored beside y.
+    config = config or pick_gemm(x.shape[0], x.dtype, current_arch(), narrow=g is not None)
     y = x.new_empty(x.shape[0], weight.shape[0])
     in_factor = None
     if A is not None and S is None:
@@ -310,7 +313,7 @@ def forward(
         S = made[:, : B.shape[1]]
     V = torch.empty_like(y) if saves_V else None
     _launch(
-        x, weight, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, rank_spans,
+        config, x, weight, y, V, S, None, in_factor, B, b, d, g, bias, scaling, dropout, rank_spans,
         is_grad=False,
     )  # fmt: skip
     return y, S, V
@@ -318,7 +321,7 @@ def forward(
 
 def grad_input(
     dY, weight, partials, A, B, b, d, g, scaling, dropout, rank_spans=None, *,
-    wants_dX, dS=None, add_to=None,
+    wants_dX, dS=None, add_to=None, config=None,
 ):  # fmt: skip
     """dX [M, K] (None unless wanted) and dS [M, R] in one launch, for dY [M, N] and weight [N, K].
 
@@ -326,6 +329,9 @@ def grad_input(
     forms dS itself. dS may be given as columns of a wider matrix; dX is added to `add_to`, in
     place, where that is given.
     """
+    # A second accumulator; or with g, W scaled on its way.
+    narrow = dropout.p > 0.0 or g is not None
+    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), narrow=narrow)
     dX = add_to
     if wants_dX and dX is None:
         dX = dY.new_empty(dY.shape[0], weight.shape[1])
@@ -333,24 +339,22 @@ def grad_input(
         dS = dY.new_empty(dY.shape[0], A.shape[0])
     out_factor = None if A is None else A.T
     _launch(
-        dY, weight, dX, None, dS, partials, B, out_factor, b, d, g, None, scaling, dropout,
+        config, dY, weight, dX, None, dS, partials, B, out_factor, b, d, g, None, scaling, dropout,
         rank_spans, is_grad=True, adds=add_to is not None,
     )  # fmt: skip
     return dX, dS
 
 
+@drops_to_smaller
 def _launch(
-    x, w, y, V, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, spans,
+    config, x, w, y, V, S, partials, in_factor, out_factor, b, d, g, bias, scaling, dropout, spans,
     *, is_grad, adds=False,
 ):  # fmt: skip
     """w, as [K', N'] or its transpose; in_factor [K', R_made] (None: S is there already),
     out_factor [N', R]."""
     (M, K), N = x.shape, w.shape[1 if is_grad else 0]
     R, R_made = (0 if f is None else f.shape[1] for f in (S, in_factor))
-    # A second accumulator; or with g, W scaled on its way, or V stored beside y.
-    narrow = (is_grad and dropout.p > 0.0) or g is not None
     arch = current_arch()
-    config = pick_gemm(M, x.dtype, arch, narrow=narrow)
     BLOCK_R = min(rank_block(R_made), config.MAX_R)
     producers = triton.cdiv(M, config.BLOCK_S) * triton.cdiv(R_made, BLOCK_R)
     tiles = 0 if y is None else triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
