@@ -139,7 +139,7 @@ def _given(factor: Tensor | None) -> Tensor:
 
 
 # Elements of dY ⊙ V that the gradient of g forms at a time on a CPU.
-_GAIN_ELEMENTS = 1 << 17
+_GAIN_ELEMENTS = 1 << 20
 # Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.
 _UPDATE_ELEMENTS = 1 << 22
 
@@ -285,7 +285,7 @@ def _kept_product(dS: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     dA = torch.zeros(dS.shape[1], x.shape[1], dtype=wide, device=x.device)
     for rows, kept in dropout.kept(x):
-        dA.add_(_product(dS[rows].T, kept))
+        _add_product(dA, dS[rows].T, kept)
     return dA.mul_(dropout.keep_scale)
 
 
@@ -318,7 +318,7 @@ def _gain_gradient(dY: Tensor, V: Tensor | None, f: Factors) -> Tensor:
     step = max(1, _GAIN_ELEMENTS // dY.shape[1]) if dY.device.type == "cpu" else dY.shape[0]
     for start in range(0, dY.shape[0], max(1, step)):
         rows = slice(start, start + step)
-        total += (dY[rows].to(wide) * V[rows].to(wide)).sum(0)
+        total += torch.linalg.vecdot(dY[rows].to(wide), V[rows].to(wide), dim=0)
     return total.to(f.g.dtype)
 
 
@@ -329,6 +329,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, for a total that is not below float32."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(_product(a, b))
 
 
 def _sum_rows(dY: Tensor) -> Tensor:
