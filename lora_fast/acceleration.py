@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -24,8 +25,9 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     methods stay as they are. What the fused path does not cover (merged or disabled adapters, other
     variants, hooks on the inner layers, …) runs PEFT's own forward; :func:`lora_fast.report` tells
     where, and why. Layers of other kinds (embeddings, convolutions, FourierFT, …) are left alone.
-    Adapters that are added to these layers later are covered. Layers that PEFT wraps later are
-    not: call ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError.
+    Adapters that `model` adds, loads or hot-swaps later are covered, with the layers that PEFT
+    wraps for them; after ``peft.inject_adapter_in_model``, which keeps no tuner in the model, call
+    ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError.
 
     ``group_shared_inputs``: LoRA layers with the same parent and names that model families give to
     layers of one input (q, k and v; gate and up) are computed together when the first of them is
@@ -46,19 +48,7 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
         )
     if "peft.tuners.tuners_utils" not in sys.modules:
         return model
-    from .peft_layers import FUSED_CLASSES, FusedLoRALayer, shared_input
-
-    layers: list[Any] = [
-        module
-        for module in model.modules()
-        if type(module) in FUSED_CLASSES and runs_own_forward(module)
-    ]
-    _switch(layers, FUSED_CLASSES)
-    for layer in layers:
-        layer._lora_fast_calls = CallCounts()
-    shared_input.dissolve(model)
-    if group_shared_inputs:
-        shared_input.assign(model, FusedLoRALayer)
+    _cover(model, group_shared_inputs)
     return model
 
 
@@ -72,33 +62,54 @@ def decelerate(model: Model) -> Model:
         return model
     from .peft_layers import STOCK_CLASSES
 
-    layers: list[Any] = [module for module in model.modules() if type(module) in STOCK_CLASSES]
-    _switch(layers, STOCK_CLASSES)
-    for layer in layers:
-        for name in [name for name in layer.__dict__ if name.startswith("_lora_fast_")]:
-            del layer.__dict__[name]
+    modules: list[Any] = [module for module in model.modules() if type(module) in STOCK_CLASSES]
+    _switch(modules, STOCK_CLASSES)
+    for module in modules:
+        for name in [name for name in module.__dict__ if name.startswith("_lora_fast_")]:
+            del module.__dict__[name]
     return model
 
 
-def _switch(layers: list[nn.Module], classes: dict[type[nn.Module], type[nn.Module]]) -> None:
-    """Give every layer its class in `classes`, or leave all of them as they were."""
-    previous = [type(layer) for layer in layers]
+def _cover(model: nn.Module, group_shared_inputs: bool) -> None:
+    """Switch every layer and tuner in `model` that is not switched yet, and group anew."""
+    from .peft_layers import COVER, FUSED_CLASSES, TUNER_CLASSES, FusedLoRALayer, shared_input
+
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module) in FUSED_CLASSES and runs_own_forward(module)
+    ]
+    tuners = [module for module in model.modules() if type(module) in TUNER_CLASSES]
+    _switch([*layers, *tuners], {**FUSED_CLASSES, **TUNER_CLASSES})
+    for layer in layers:
+        layer._lora_fast_calls = CallCounts()
+    for module in model.modules():
+        if type(module) in TUNER_CLASSES.values():
+            module.__dict__[COVER] = partial(_cover, group_shared_inputs=group_shared_inputs)
+    shared_input.dissolve(model)
+    if group_shared_inputs:
+        shared_input.assign(model, FusedLoRALayer)
+
+
+def _switch(modules: list[Any], classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Give every module its class in `classes`, or leave all of them as they were."""
+    previous = [type(module) for module in modules]
     try:
-        for layer in layers:
-            _set_class(layer, classes[type(layer)])
+        for module in modules:
+            _set_class(module, classes[type(module)])
     except BaseException:
-        for layer, cls in zip(layers, previous, strict=True):
-            _set_class(layer, cls)
+        for module, cls in zip(modules, previous, strict=True):
+            _set_class(module, cls)
         raise
 
 
-def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    forward = type(layer).forward
-    layer.__class__ = cls
-    # Hugging Face's device hooks keep the forward of the class as a method bound to the layer.
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    forward = type(module).forward
+    module.__class__ = cls
+    # Hugging Face's device hooks keep the forward of the class as a method bound to the module.
     for name in ("forward", "_old_forward"):
-        if getattr(layer.__dict__.get(name), "__func__", None) is forward:
-            layer.__dict__[name] = MethodType(cls.forward, layer)
+        if getattr(module.__dict__.get(name), "__func__", None) is forward:
+            module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def _check(model: Any) -> None:

@@ -47,7 +47,7 @@ def test_only_the_class_changes(kind: str) -> None:
     model = peft_model(kind, model=Mlp())
     before, text, keys = copy.deepcopy(model.state_dict()), repr(model), list(model.state_dict())
     (layer, _) = lora_layers(model)
-    attributes = set(vars(layer))
+    attributes, of_tuner = set(vars(layer)), set(vars(model.base_model))
 
     assert lora_fast.accelerate(model) is model
     assert type(layer) in peft_layers.STOCK_CLASSES
@@ -60,7 +60,8 @@ def test_only_the_class_changes(kind: str) -> None:
     assert [type(layer) for layer in lora_layers(model)] == [
         lora.Linear if kind == "dense" else Linear4bit
     ] * 2
-    assert set(vars(layer)) == attributes
+    assert type(model.base_model) is lora.LoraModel
+    assert (set(vars(layer)), set(vars(model.base_model))) == (attributes, of_tuner)
     assert_equal_runs(dict(model.state_dict()), dict(before))
 
 
@@ -337,16 +338,6 @@ def test_merge_gives_the_base_that_stock_gives(kind: str) -> None:
     merged = [quietly(model.merge_and_unload) for model in (fused, stock)]
     assert type(merged[0].fc1) is type(merged[1].fc1)
     torch.testing.assert_close(merged[0](x), merged[1](x))
-
-
-def test_layers_wrapped_later_need_a_second_call() -> None:
-    model = accelerated_copy(peft_model(model=Mlp(), target_modules=["fc1"]))
-    model.add_adapter("wide", lora_config())
-    model.set_adapter("wide")
-    assert [line.obstacle for line in lora_fast.report(model).layers] == [None, "not accelerated"]
-    lora_fast.accelerate(model)
-    model(torch.randn(3, K))
-    assert counted(model) == (2, {})
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -1,4 +1,4 @@
-"""PEFT's adapter layers with a fused forward, one file for each of its tuners.
+"""PEFT's adapter layers with a fused forward, one file for each kind; its tuners in one file.
 
 The classes add a ``forward`` to PEFT's and little else: parameters, state_dict keys, repr and every
 adapter method are PEFT's own, and so is the forward wherever an obstacle is found. Everything is
@@ -13,6 +13,7 @@ from torch import nn
 from . import adalora_layers, ia3_layers, lora_layers, shared_input, vera_layers
 from .fused_forward import FusedForward
 from .lora_layers import FusedLoRALayer
+from .tuners import COVER, TUNER_CLASSES
 
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     **lora_layers.FUSED_CLASSES,
@@ -20,6 +21,14 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     **adalora_layers.FUSED_CLASSES,
     **ia3_layers.FUSED_CLASSES,
 }
-STOCK_CLASSES = {fused: stock for stock, fused in FUSED_CLASSES.items()}
+STOCK_CLASSES = {ours: stock for stock, ours in (FUSED_CLASSES | TUNER_CLASSES).items()}
 
-__all__ = ["FUSED_CLASSES", "STOCK_CLASSES", "FusedForward", "FusedLoRALayer", "shared_input"]
+__all__ = [
+    "COVER",
+    "FUSED_CLASSES",
+    "STOCK_CLASSES",
+    "TUNER_CLASSES",
+    "FusedForward",
+    "FusedLoRALayer",
+    "shared_input",
+]
