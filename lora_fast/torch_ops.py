@@ -26,8 +26,13 @@ from .torch_dropout import Dropout, dropout_mask
 __all__ = ["backward", "dropout_mask", "forward", "update_weight"]
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
-    """y [M, N] and what the backward pass needs of S, V and dropout's mask; x is [M, K]."""
+def forward(
+    x: Tensor, f: Factors, needs: Needs, mask: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """y [M, N] and what the backward pass needs of S, V and dropout's mask; x is [M, K].
+
+    The mask [M, K] is drawn here unless it is given.
+    """
     dtype, work = x.dtype, _working_dtype(x)
     rows = x.to(work)
     weight = _dense(f.weight, dtype).to(work)
@@ -35,7 +40,7 @@ def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     V = torch.nn.functional.linear(rows, weight, bias if f.g is None else None)
     S = dropout = None
     if f.A is not None and f.B is not None:
-        dropout = _dropout(f, x)
+        dropout = _dropout(f, x, mask)
         S = _shrink(rows, f, dtype, dropout)
         V.addmm_(S.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
     y, saved_V = V, None
@@ -53,35 +58,25 @@ def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Need
     dYw = dY.to(work)
     xw = None if x is None else x.to(work)
     dropout = None if saved.mask is None else Dropout(saved.mask, f.dropout_p)
-    dS = None
-    if f.A is not None and (needs.A or needs.x):
-        Q = _times_gain(_expand_factor(f, dtype).to(work), f)
-        dS = _in_spans((dYw @ Q).mul_(f.scaling), f).to(dtype)
-    dB = db = dd = None
-    if saved.S is not None:
-        T = _times_gain(_product(dYw.T, saved.S.to(work)), f)
-        dB, db, dd = _expand_gradients(T, f, needs)
-    dW = None
+    dS = _shrunk_gradient(dYw, f, dtype) if f.A is not None and (needs.A or needs.x) else None
+    grads = _output_gradients(dYw, saved.S, f, needs)
     if needs.weight and xw is not None:
-        dW = _times_gain(_product(dYw.T, xw), f).to(_weight_dtype(f))
-    return Gradients(
+        grads = grads._replace(weight=_times_gain(_product(dYw.T, xw), f).to(_weight_dtype(f)))
+    return grads._replace(
         x=_input_gradient(dYw, dS, f, dtype, dropout) if needs.x else None,
-        weight=dW,
-        bias=_sum_rows(dY).to(f.bias.dtype) if needs.bias and f.bias is not None else None,
-        A=_shrink_gradient(dS, xw, f, dropout) if needs.A and xw is not None else None,
-        B=dB,
-        b=db,
-        d=dd,
+        A=_factor_gradient(dS, xw, f, dropout) if needs.A and xw is not None else None,
         g=_gain_gradient(dY, saved.V, f) if needs.g else None,
     )
 
 
-def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, Tensor | None]:
+def forward_group(
+    x: Tensor, fs: Sequence[Factors], mask: Tensor | None = None
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """y [M, N_i] of layers that read the same x, their S [M, Σ R_i] side by side, the mask."""
     dtype, work = x.dtype, _working_dtype(x)
     rows = x.to(work)
     A = torch.cat([_given(f.A).to(dtype) for f in fs]).to(work)
-    dropout = _dropout(fs[0], x)
+    dropout = _dropout(fs[0], x, mask)
     S = (rows @ A.T if dropout is None else dropout.shrink(rows, A)).to(dtype)
     ys = []
     for f, S_i in zip(fs, S.split([_given(f.A).shape[0] for f in fs], dim=1), strict=True):
@@ -108,15 +103,11 @@ def backward_group(
     dSs, grads = [], []
     for dY, S_i, f, need in zip(dYs, S.split(ranks, dim=1), fs, needs, strict=True):
         dYw = dY.to(work)
-        dSs.append((dYw @ _expand_factor(f, dtype).to(work)).mul_(f.scaling).to(dtype))
+        dSs.append(_shrunk_gradient(dYw, f, dtype))
         if need.x:
             W = _dense(f.weight, dtype).to(work)
             dX = dYw @ W if dX is None else dX.addmm_(dYw, W)
-        dB = None
-        if need.B:
-            dB = _expand_gradients(_product(dYw.T, S_i.to(work)), f, need)[0]
-        bias = _sum_rows(dY).to(f.bias.dtype) if need.bias and f.bias is not None else None
-        grads.append(Gradients(B=dB, bias=bias))
+        grads.append(_output_gradients(dYw, S_i, f, need))
     dS = torch.cat(dSs, dim=1).to(work)
     if dX is not None:
         A = torch.cat([_given(f.A).to(dtype) for f in fs]).to(work)
@@ -230,11 +221,12 @@ def _in_spans(S: Tensor, f: Factors) -> Tensor:
     return S
 
 
-def _dropout(f: Factors, x: Tensor) -> Dropout | None:
+def _dropout(f: Factors, x: Tensor, mask: Tensor | None) -> Dropout | None:
     if f.dropout_p == 0.0:
         return None
-    M, K = x.shape
-    return Dropout(dropout_mask(f.dropout_seed, M, K, f.dropout_p, x.device), f.dropout_p)
+    if mask is None:
+        mask = dropout_mask(f.dropout_seed, *x.shape, f.dropout_p, x.device)
+    return Dropout(mask, f.dropout_p)
 
 
 def _expand_factor(f: Factors, dtype: torch.dtype) -> Tensor:
@@ -272,7 +264,13 @@ def _input_gradient(
     return dX.to(dtype)
 
 
-def _shrink_gradient(dS: Tensor | None, x: Tensor, f: Factors, dropout: Dropout | None) -> Tensor:
+def _shrunk_gradient(dY: Tensor, f: Factors, dtype: torch.dtype) -> Tensor:
+    """dS = dY (s · (g b) dᵀ ⊙ B) [M, R], rounded once to the compute dtype."""
+    Q = _times_gain(_expand_factor(f, dtype).to(dY.dtype), f)
+    return _in_spans((dY @ Q).mul_(f.scaling), f).to(dtype)
+
+
+def _factor_gradient(dS: Tensor | None, x: Tensor, f: Factors, dropout: Dropout | None) -> Tensor:
     """dA = dSᵀ drop(x), in A's dtype."""
     assert f.A is not None and dS is not None
     return _kept_product(dS.to(x.dtype), x, dropout).to(f.A.dtype)
@@ -289,13 +287,15 @@ def _kept_product(dS: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
     return dA.mul_(dropout.keep_scale)
 
 
-def _expand_gradients(
-    T: Tensor, f: Factors, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dB, db, dd from T = dVᵀ S [N, R], which is not rounded below float32."""
-    assert f.B is not None
-    T = T * f.scaling
-    dB = db = dd = None
+def _output_gradients(dY: Tensor, S: Tensor | None, f: Factors, needs: Needs) -> Gradients:
+    """dbias, and from T = g ⊙ (dYᵀ S) [N, R] dB, db and dd; sums are not below float32."""
+    dbias = dB = db = dd = None
+    if needs.bias and f.bias is not None:
+        wide = torch.promote_types(dY.dtype, torch.float32)
+        dbias = dY.sum(0, dtype=wide).to(f.bias.dtype)
+    if S is None or f.B is None or not (needs.B or needs.b or needs.d):
+        return Gradients(bias=dbias)
+    T = _times_gain(_product(dY.T, S.to(dY.dtype)), f) * f.scaling
     if needs.B:
         dB = T if f.d is None else T * f.d
         dB = (dB if f.b is None else dB * f.b.unsqueeze(1)).to(f.B.dtype)
@@ -306,7 +306,7 @@ def _expand_gradients(
             db = (TB.sum(1) if f.d is None else TB @ f.d.double()).to(f.b.dtype)
         if needs.d and f.d is not None:
             dd = (TB.sum(0) if f.b is None else f.b.double() @ TB).to(f.d.dtype)
-    return dB, db, dd
+    return Gradients(bias=dbias, B=dB, b=db, d=dd)
 
 
 def _gain_gradient(dY: Tensor, V: Tensor | None, f: Factors) -> Tensor:
@@ -337,10 +337,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total.add_(_product(a, b))
-
-
-def _sum_rows(dY: Tensor) -> Tensor:
-    return dY.sum(0, dtype=torch.promote_types(dY.dtype, torch.float32))
 
 
 def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
