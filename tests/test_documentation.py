@@ -1,0 +1,48 @@
+"""The code of docs/ runs as printed, and what the pages refer to exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from tests.test_readme import tiny_llama
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [name for name in NAMES if name.startswith("docs/")])
+def test_code_runs_from_top_to_bottom(page: str) -> None:
+    text = (ROOT / page).read_text()
+    names: dict[str, Any] = {}
+    for block in CODE.finditer(text):
+        line = text[: block.start(1)].count("\n")
+        names["base_model"] = tiny_llama()
+        exec(compile("\n" * line + block[1], page, "exec"), names)
+
+
+def test_documentation_has_code() -> None:
+    assert sum(len(CODE.findall(page.read_text())) for page in PAGES) >= 10
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_commands_exist(page: str) -> None:
+    from lora_fast.cli.app import app
+
+    commands = set(get_command(app).commands)  # type: ignore[attr-defined]
+    named = set(re.findall(r"lora-fast ([a-z]+)\b", (ROOT / page).read_text()))
+    assert named <= commands
