@@ -30,10 +30,10 @@ bench: $(installed)
 	$(bin)/python -m pytest bench -q --benchmark-max-time 0.3 --benchmark-disable-gc \
 	    --benchmark-columns median,iqr,rounds --benchmark-sort name $(ARGS)
 	$(bin)/python -m bench.linear
-	$(bin)/python -m bench.llama_layer
+	$(bin)/python -m bench.decoder_layer
 
 gpu: $(installed)
-	$(bin)/python bench/gpu.py $(ARGS)
+	$(bin)/python -m bench.gpu_day $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,7 +6,7 @@
     lora_fast     that PEFT layer after lora_fast.accelerate
 
 x requires a gradient in all of them, as in the middle of a network. Adapters have the dtype that
-PEFT gives them by default.
+PEFT gives them by default, or that of the case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ DIRECTIONS = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Case:
-    """Shape and kind of the layer: x [M, K], W [N, K], rank R; ``weight`` is dense or nf4."""
+    """Shape and kind of the layer: x [M, K], W [N, K], rank R; ``weight`` is dense or nf4.
+
+    ``adapter_dtype`` None: PEFT's default, float32.
+    """
 
     M: int
     K: int
@@ -35,6 +38,8 @@ class Case:
     R: int
     dtype: torch.dtype
     weight: str
+    dropout_p: float = 0.0
+    adapter_dtype: torch.dtype | None = None
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -44,7 +49,8 @@ class Case:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.weight} {dtype} M{self.M} K{self.K} N{self.N} R{self.R}"
+        dropout = f" p{self.dropout_p:g}" if self.dropout_p else ""
+        return f"{self.weight} {dtype} M{self.M} K{self.K} N{self.N} R{self.R}{dropout}"
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -113,8 +119,8 @@ def build(case: Case, device: torch.device) -> dict[str, Layer]:
     make: dict[str, Callable[[], nn.Module]] = {
         "frozen": lambda: dense,
         "bitsandbytes": lambda: linear4bit(dense),
-        "peft": lambda: _peft(_base(case, dense), case.R),
-        "lora_fast": lambda: _accelerated(_peft(_base(case, dense), case.R)),
+        "peft": lambda: _peft(_base(case, dense), case),
+        "lora_fast": lambda: _accelerated(_peft(_base(case, dense), case)),
     }
     return {name: Layer(make[name](), x, dY) for name in case.variants}
 
@@ -147,15 +153,19 @@ def linear4bit(dense: nn.Linear) -> nn.Module:
     return layer.to(dense.weight.device)
 
 
-def _peft(base: nn.Module, R: int) -> nn.Module:
+def _peft(base: nn.Module, case: Case) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     model: Any = nn.Sequential(OrderedDict(proj=base))
     model.is_loaded_in_4bit = hasattr(base, "quant_state")
     torch.manual_seed(1)
-    config = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=["proj"])
+    config = LoraConfig(
+        r=case.R, lora_alpha=2 * case.R, lora_dropout=case.dropout_p, target_modules=["proj"]
+    )
     layer: nn.Module = get_peft_model(model, config).base_model.model.proj
     for name, parameter in layer.named_parameters():
+        if case.adapter_dtype is not None and "lora_" in name:
+            parameter.data = parameter.data.to(case.adapter_dtype)
         if "lora_B" in name:  # zero at first, which is no test of anything
             nn.init.normal_(parameter, std=0.02)
     return layer

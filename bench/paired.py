@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 
 Step = Callable[[], object]
+Timer = Callable[[Step, int], float]
+"""Seconds that a number of calls take together."""
 
 # A sample shorter than this is mostly timer and launch noise.
 SAMPLE_SECONDS = 0.01
@@ -63,27 +65,35 @@ def measure(
     seed: int = 0,
 ) -> Timings:
     """Time every step in ``rounds`` interleaved rounds after a warm-up."""
-    time_calls = _cuda_timer(device) if device.type == "cuda" else _cpu_time
-    calls = {
-        name: _calls_per_sample(step, time_calls, sample_seconds) for name, step in steps.items()
-    }
+    timer = cuda_timer(device) if device.type == "cuda" else _cpu_time
+    calls = {name: _calls_per_sample(step, timer, sample_seconds) for name, step in steps.items()}
+    return interleaved(steps, calls, rounds=rounds, timer=timer, seed=seed)
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    calls: Mapping[str, int],
+    *,
+    rounds: int,
+    timer: Timer,
+    seed: int = 0,
+) -> Timings:
+    """Time every step, ``calls`` of it in a sample, once in each of ``rounds`` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(seed).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            seconds[name].append(time_calls(steps[name], calls[name]) / calls[name])
+            seconds[name].append(timer(steps[name], calls[name]) / calls[name])
     return Timings(seconds)
 
 
-def _calls_per_sample(
-    step: Step, time_calls: Callable[[Step, int], float], sample_seconds: float
-) -> int:
+def _calls_per_sample(step: Step, timer: Timer, sample_seconds: float) -> int:
     """How many calls fill a sample; the first, unmeasured calls compile and allocate."""
     for _ in range(3):
         step()
-    return max(1, round(sample_seconds / max(time_calls(step, 1), 1e-7)))
+    return max(1, round(sample_seconds / max(timer(step, 1), 1e-7)))
 
 
 def _cpu_time(step: Step, calls: int) -> float:
@@ -94,18 +104,21 @@ def _cpu_time(step: Step, calls: int) -> float:
     return time.process_time() - started
 
 
-def _cuda_timer(device: torch.device) -> Callable[[Step, int], float]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+def cuda_timer(device: torch.device) -> Timer:
+    """Times each call by CUDA events, from an idle device and with nothing in its cache."""
+    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.int8).to(device)
 
     def time_calls(step: Step, calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        torch.cuda.synchronize(device)
-        start.record()
+        milliseconds = 0.0
         for _ in range(calls):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda.synchronize(device)
+            start.record()
             step()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1e3
+            end.record()
+            torch.cuda.synchronize(device)
+            milliseconds += start.elapsed_time(end)
+        return milliseconds / 1e3
 
     return time_calls

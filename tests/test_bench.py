@@ -1,35 +1,22 @@
-"""The benchmark tools themselves: no GPU is needed to know that they count and resume rightly."""
+"""The benchmark tools themselves: no GPU is needed to know that they count rightly."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, linear, llama_layer
+from bench import decoder_layer, linear
 from bench.accuracy_table import run_case as accuracy_of
 from bench.linear_cases import Case, build, fused_calls
 from bench.paired import Timings, measure
-from bench.steps import Step, run_steps
 
 CPU = torch.device("cpu")
 TINY = Case(M=8, K=128, N=64, R=4, dtype=torch.float32, weight="dense")
 TINY_NF4 = Case(M=8, K=128, N=64, R=4, dtype=torch.bfloat16, weight="nf4")
-
-
-def python(code: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", f"import json, sys, time; {code}", "{json}")
-
-
-def counting(folder: Path, name: str, limit: float = 60) -> Step:
-    """A step that leaves a mark in ``folder`` each time it runs."""
-    mark = folder / name
-    code = f"open({str(mark)!r}, 'a').write('x'); open(sys.argv[1], 'w').write(json.dumps(7))"
-    return Step(name, python(code), limit)
 
 
 def test_ratio_pairs_the_rounds() -> None:
@@ -83,56 +70,44 @@ def test_table_has_a_row_per_direction() -> None:
     assert all(value > 0 for row in rows for value in row["median_seconds"].values())
 
 
+def test_adapters_and_dropout_are_as_the_case_says() -> None:
+    """PEFT's default adapters are float32; dropout changes what reaches them from call to call."""
+    case = dataclasses.replace(TINY_NF4, dropout_p=0.5, adapter_dtype=torch.bfloat16)
+    for name in ("peft", "lora_fast"):
+        layer, default = build(case, CPU)[name], build(TINY_NF4, CPU)[name]
+        assert {p.dtype for p in trained(layer.module)} == {torch.bfloat16}
+        assert {p.dtype for p in trained(default.module)} == {torch.float32}
+        assert not torch.equal(layer.forward(), layer.forward())
+        assert torch.equal(default.forward(), default.forward())
+
+
+def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 @pytest.mark.parametrize("weight", ["dense", "nf4"])
-def test_llama_layer_runs_every_linear_fused(weight: str) -> None:
-    row = llama_layer.run(llama_layer.SMALL, weight, CPU, rounds=1, sample_seconds=1e-4)
-    assert set(row["over_frozen"]) == {"peft", "lora_fast"}
-
-
-def test_steps_resume_where_results_are_missing(tmp_path: Path) -> None:
-    out = tmp_path / "results" / "device.json"
-    steps = [counting(tmp_path, "first"), counting(tmp_path, "second")]
-    assert run_steps(steps[:1], out, {"commit": "a"}, tmp_path, fresh=False)
-    assert run_steps(steps, out, {"commit": "b"}, tmp_path, fresh=False)
-    results = json.loads(out.read_text())
-    assert [results[name]["about"]["commit"] for name in ("first", "second")] == ["a", "b"]
-    assert (tmp_path / "first").read_text() == "x"
-
-    assert run_steps(steps[:1], out, {"commit": "c"}, tmp_path, fresh=True)
-    results = json.loads(out.read_text())
-    assert [results[name]["about"]["commit"] for name in ("first", "second")] == ["c", "b"]
-    assert (tmp_path / "first").read_text() == "xx"
-
-
-@pytest.mark.parametrize(
-    ("code", "limit", "reason"),
-    [
-        ("time.sleep(60)", 1, "not done after 1 s"),
-        ("sys.exit(3)", 60, "exit status 3"),
-        ("None", 60, "no readable result"),
-    ],
-)
-def test_failed_step_stops_no_other_and_is_tried_again(
-    code: str, limit: float, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("shape", decoder_layer.SMALL, ids=lambda shape: shape.family)
+def test_decoder_layers_of_all_contestants_compute_the_same(
+    shape: decoder_layer.Shape, weight: str
 ) -> None:
-    out = tmp_path / "device.json"
-    steps = [Step("broken", python(code), limit), counting(tmp_path, "sound")]
-    assert not run_steps(steps, out, {}, tmp_path, fresh=False)
-    assert reason in capfd.readouterr().out
-    assert list(json.loads(out.read_text())) == ["sound"]
-    assert run_steps([counting(tmp_path, "broken")], out, {}, tmp_path, fresh=False)
-    assert sorted(json.loads(out.read_text())) == ["broken", "sound"]
+    """Each step is of its own model; equal seeds make them equal, and ours runs fused."""
+    case = decoder_layer.Case(shape, weight, 4, 0.0, 1, 8, torch.float32)
+    results = {name: make()() for name, make in decoder_layer.makers(case, CPU).items()}
+    peft = results["peft"]
+    assert len(results["frozen"]) == 1 and len(peft) == 1 + 2 * len(shape.linears)
+    for name in ("peft fp32", "lora_fast", "lora_fast fp32"):
+        for mine, theirs in zip(results[name], peft, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert not torch.allclose(results["frozen"][0], peft[0])
 
 
-def test_gpu_without_a_gpu_says_so_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    assert gpu.main() != 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "CUDA device" in line
+def test_decoder_layer_reports_every_contestant() -> None:
+    case = decoder_layer.Case(decoder_layer.SMALL[0], "dense", 4, 0.0, 1, 4, torch.float32)
+    row = decoder_layer.run(case, CPU, rounds=1, sample_seconds=1e-4)
+    assert set(row["over_frozen"]) == set(decoder_layer.CONTESTANTS) - {"frozen"}
 
 
-def test_result_file_is_named_after_the_device() -> None:
-    assert gpu.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
+def test_a_layer_that_is_not_fused_is_not_timed() -> None:
+    case = decoder_layer.Case(decoder_layer.SMALL[0], "dense", 4, 0.0, 1, 4, torch.float32)
+    with pytest.raises(RuntimeError, match="not every adapted linear ran fused"):
+        decoder_layer.check_fused(decoder_layer.build(case, "peft", CPU))

@@ -1,0 +1,228 @@
+"""A whole decoder layer, all seven linears adapted: time over the frozen layer.
+
+    python -m bench.decoder_layer [--device cuda] [--rounds 15] [--json FILE]
+
+Llama-3-8B's and Qwen3-8B's shapes on a GPU, small ones on a CPU. Weights are random: they do not
+change the speed. Contestants:
+
+    frozen          nothing to train: in NF4 bitsandbytes' Linear4bit
+    peft            stock PEFT, adapters in the dtype of the layer; peft fp32: PEFT's default ones
+    peft compiled   the first of them through torch.compile
+    lora_fast       PEFT's layers after lora_fast.accelerate, with the adapters of peft;
+                    lora_fast fp32: with those of peft fp32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .device_label import default_device, label, steady
+from .linear_cases import linear4bit
+from .paired import Step, measure
+
+CONTESTANTS = ("frozen", "peft", "peft fp32", "lora_fast", "lora_fast fp32")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a decoder layer. ``family``: llama or qwen3, classes of transformers."""
+
+    name: str
+    family: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(N, K) of the seven adapted linears."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        h, i = self.hidden, self.intermediate
+        return [(q, h), (kv, h), (kv, h), (h, q), (i, h), (i, h), (h, i)]
+
+
+# Sizes: config.json of meta-llama/Meta-Llama-3-8B and Qwen/Qwen3-8B.
+LLAMA_3_8B = Shape("Llama-3-8B", "llama", 4096, 14336, 32, 8, 128)
+QWEN3_8B = Shape("Qwen3-8B", "qwen3", 4096, 12288, 32, 8, 128)
+SMALL = (
+    Shape("small Llama", "llama", 128, 256, 4, 2, 32),
+    Shape("small Qwen3", "qwen3", 128, 256, 4, 2, 32),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, how its weights are stored (dense or nf4), its adapters and its input."""
+
+    shape: Shape
+    weight: str
+    R: int
+    dropout_p: float
+    batch: int
+    length: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def M(self) -> int:
+        return self.batch * self.length
+
+    def __str__(self) -> str:
+        return f"{self.shape.name} {self.weight} M{self.M} R{self.R} p{self.dropout_p:g}"
+
+
+def build(case: Case, contestant: str, device: torch.device) -> nn.Module:
+    """One of CONTESTANTS: a model of one layer that takes embeddings; equal ones are equal."""
+    model = base(case, device)
+    if contestant.startswith("peft"):
+        return adapted(model, case, float32="fp32" in contestant)
+    if contestant.startswith("lora_fast"):
+        import lora_fast
+
+        return lora_fast.accelerate(adapted(model, case, float32="fp32" in contestant))
+    if contestant != "frozen":
+        raise ValueError(f"contestant must be one of {CONTESTANTS}, got {contestant!r}")
+    return model
+
+
+def base(case: Case, device: torch.device) -> Any:
+    """The frozen layer."""
+    import transformers
+
+    family = {"llama": "Llama", "qwen3": "Qwen3"}[case.shape.family]
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=case.shape.hidden,
+        intermediate_size=case.shape.intermediate,
+        num_attention_heads=case.shape.heads,
+        num_key_value_heads=case.shape.kv_heads,
+        head_dim=case.shape.head_dim,
+        num_hidden_layers=1,
+        vocab_size=32,
+    )
+    torch.manual_seed(0)
+    with device:
+        model: Any = getattr(transformers, f"{family}Model")(config)
+    model = model.to(case.dtype).requires_grad_(False)
+    if case.weight == "nf4":
+        _quantize(model)
+        model.is_loaded_in_4bit = True
+    return model.train()
+
+
+def adapted(model: Any, case: Case, *, float32: bool) -> Any:
+    """PEFT's LoRA around all seven linears. B is random, since zeros multiply faster."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=case.R, lora_alpha=2 * case.R, lora_dropout=case.dropout_p, target_modules="all-linear"
+    )
+    peft_model = get_peft_model(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32 if float32 else case.dtype)
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+    return peft_model.train()
+
+
+def step_of(model: Any, case: Case, device: torch.device) -> Step:
+    """A forward and a backward pass with the gradients of the input and of all adapters."""
+    generator = torch.Generator(device).manual_seed(2)
+    shape = (case.batch, case.length, case.shape.hidden)
+    x, dY = (
+        torch.randn(shape, generator=generator, device=device, dtype=case.dtype) for _ in range(2)
+    )
+    wanted: list[Tensor] = [x.requires_grad_()]
+    wanted += [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> object:
+        y = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        return torch.autograd.grad(y, wanted, dY)
+
+    return step
+
+
+def makers(
+    case: Case, device: torch.device, contestants: tuple[str, ...] = CONTESTANTS
+) -> dict[str, Callable[[], Step]]:
+    """A function for each contestant that builds its step and proves that it runs fused."""
+
+    def make(contestant: str) -> Step:
+        model = build(case, contestant, device)
+        step = step_of(model, case, device)
+        if contestant.startswith("lora_fast"):
+            step()
+            check_fused(model)
+        return step
+
+    return {name: lambda name=name: make(name) for name in contestants}  # type: ignore[misc]
+
+
+def check_fused(model: nn.Module) -> None:
+    """RuntimeError unless all adapted linears ran on the fused path: nothing else is timed."""
+    import lora_fast
+
+    found = lora_fast.report(model)
+    if not found.all_fused or found.fused_calls == 0:
+        raise RuntimeError(f"not every adapted linear ran fused:\n{found}")
+
+
+def _quantize(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, linear4bit(child))
+
+
+def cases(device: torch.device) -> list[Case]:
+    """What the command below measures."""
+    if device.type == "cuda":
+        return [Case(LLAMA_3_8B, weight, 16, 0.0, 4, 2048) for weight in ("dense", "nf4")]
+    return [Case(SMALL[0], weight, 16, 0.0, 2, 32, torch.float32) for weight in ("dense", "nf4")]
+
+
+def run(case: Case, device: torch.device, rounds: int, sample_seconds: float) -> dict[str, Any]:
+    """Times of the contestants, as ratios to the frozen layer's and of ours to PEFT's."""
+    steps = {name: make() for name, make in makers(case, device).items()}
+    timings = measure(steps, rounds=rounds, device=device, sample_seconds=sample_seconds)
+    return {
+        "layer": str(case),
+        "over_frozen": {v: asdict(timings.ratio(v, "frozen")) for v in CONTESTANTS[1:]},
+        "lora_fast_over_peft": asdict(timings.ratio("lora_fast", "peft")),
+        "median_seconds": {v: timings.median(v) for v in CONTESTANTS},
+    }
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    device = steady(options.device)
+    print(f"{label(device)}, forward+backward, median of {options.rounds} interleaved rounds")
+    rows = [run(case, device, options.rounds, 0.05) for case in cases(device)]
+    for row in rows:
+        times = ", ".join(f"{v} {r['median']:.2f}" for v, r in row["over_frozen"].items())
+        last = row["lora_fast_over_peft"]
+        print(
+            f"{row['layer']}: time over frozen: {times}; "
+            f"lora_fast/peft {last['median']:.2f} ({last['low']:.2f}-{last['high']:.2f})"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Steps that are commands: the suite, compute-sanitizer, ncu and a training run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .day import Day
+from .run_units import Unit
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SUITE = (sys.executable, "tests/run.py")
+_ONE_STEP = (sys.executable, "-m", "bench.gpu_day.one_step")
+_SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+_METRICS = {
+    "gpu__time_duration.sum": "nanoseconds",
+    "dram__bytes_read.sum": "bytes_read",
+    "dram__bytes_write.sum": "bytes_written",
+    "lts__t_bytes.sum": "bytes_through_l2",
+    "launch__registers_per_thread": "registers",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
+    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+}
+# Two tests that need no GPU, so that a rehearsal runs the command and reads its counts.
+_REHEARSED_TESTS = ("tests/test_fixtures.py", "-k", "seeds")
+
+
+def gpu_tests(day: Day) -> list[Unit]:
+    """One unit for each file that has tests for a GPU."""
+    if day.rehearsal:
+        return [_tests("default", "default", _REHEARSED_TESTS)]
+    return [_tests(file, "gpu", (file,)) for file in _files_with_gpu_tests()]
+
+
+def cpu_tests(day: Day) -> list[Unit]:
+    """The legs that need no GPU, for the versions and the processor of this machine."""
+    legs = ("default",) if day.rehearsal else ("interpreter", "compiled", "default")
+    extra = _REHEARSED_TESTS if day.rehearsal else ()
+    return [_tests(f"{leg} leg", leg, extra) for leg in legs]
+
+
+def _files_with_gpu_tests() -> list[str]:
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests")
+    listed = _run(command)
+    files = [line.split("::")[0] for line in listed.stdout.splitlines() if "::" in line]
+    found = [name for name in dict.fromkeys(files) if (_ROOT / name).is_file()]
+    if not found:
+        raise RuntimeError(f"no test for a GPU was found: {listed.stdout[-300:]}")
+    return found
+
+
+def _tests(name: str, leg: str, extra: tuple[str, ...]) -> Unit:
+    return Unit(name, lambda: _counted_tests(leg, extra))
+
+
+def _counted_tests(leg: str, extra: tuple[str, ...]) -> dict[str, Any]:
+    jobs = max(1, min(4, (os.cpu_count() or 2) // 2))
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts.json"
+        command = [*_SUITE, "--leg", leg, "--jobs", str(jobs), "--json", str(counts), *extra]
+        done = _run(tuple(command))
+        (outcome,) = json.loads(counts.read_text())
+    lines = done.stdout.splitlines()
+    return {
+        "ok": done.returncode == 0,
+        **{key: outcome[key] for key in ("passed", "failed", "skipped")},
+        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))][:50],
+        "summary": "{passed} passed, {failed} failed, {skipped} skipped".format(**outcome),
+    }
+
+
+def sanitizer(day: Day) -> list[Unit]:
+    """compute-sanitizer's tools over a forward and a backward pass, dense and NF4."""
+    sizes = ("8", "64") if day.rehearsal else ("256", "512")
+    return [
+        Unit(f"{tool} {weight}", lambda tool=tool, w=weight: _sanitized(day, tool, w, sizes))
+        for tool in _SANITIZERS
+        for weight in ("dense", "nf4")
+    ]
+
+
+def _sanitized(day: Day, tool: str, weight: str, sizes: tuple[str, str]) -> dict[str, Any]:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return _absent("compute-sanitizer")
+    command = (program, "--tool", tool, "--kernel-name-exclude", "kernel_substring=at::native")
+    done = _run((*command, "--error-exitcode", "9", *_one_step(day, weight, *sizes)))
+    errors = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+    found = "; ".join(line.strip("= ") for line in errors) or done.stdout[-300:]
+    return {"ok": done.returncode == 0 and bool(errors), "found": found, "summary": found[:100]}
+
+
+def profile(day: Day) -> list[Unit]:
+    """What the hardware counted while the kernels of one step ran: bytes of memory above all."""
+    sizes = ("8", "64") if day.rehearsal else ("8192", "4096")
+    return [
+        Unit(f"ncu {weight}", lambda weight=weight: _profiled(day, weight, sizes))
+        for weight in ("dense", "nf4")
+    ]
+
+
+def _profiled(day: Day, weight: str, sizes: tuple[str, str]) -> dict[str, Any]:
+    program = shutil.which("ncu")
+    if program is None:
+        return _absent("ncu")
+    command = (
+        *(program, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
+        *("--profile-from-start", "off", "--metrics", ",".join(_METRICS)),
+    )
+    done = _run((*command, *_one_step(day, weight, *sizes)))
+    kernels = kernels_of(done.stdout)
+    moved = sum(k.get("bytes_read", 0) + k.get("bytes_written", 0) for k in kernels)
+    return {
+        "ok": done.returncode == 0 and bool(kernels),
+        "weight": weight,
+        "M": int(sizes[0]),
+        "K": int(sizes[1]),
+        "kernels": kernels,
+        "bytes": moved,
+        "summary": f"{len(kernels)} kernels, {moved / 1e6:.0f} MB"
+        if kernels
+        else done.stdout[-300:],
+    }
+
+
+def kernels_of(text: str) -> list[dict[str, Any]]:
+    """Each kernel's name and metrics, from what ncu prints with --csv --page raw."""
+    lines = text.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.startswith('"ID"')]
+    if not heads:
+        return []
+    table = list(csv.DictReader(io.StringIO("\n".join(lines[heads[0] :]))))
+    return [
+        {
+            "kernel": row["Kernel Name"],
+            **{
+                name: float(row[metric].replace(",", ""))
+                for metric, name in _METRICS.items()
+                if row.get(metric) not in (None, "", "n/a")
+            },
+        }
+        for row in table
+        if row.get("ID")  # the line under the head has units alone
+    ]
+
+
+def training(day: Day) -> list[Unit]:
+    """`lora-fast train --compare`: the same data through stock PEFT and through lora_fast."""
+    return [Unit("train", lambda: _trained("2" if day.rehearsal else "100"))]
+
+
+def _trained(steps: str) -> dict[str, Any]:
+    train = (sys.executable, "-m", "lora_fast.cli.app", "train", "--compare", "--steps", steps)
+    with tempfile.TemporaryDirectory() as folder:
+        done = _run((*train, "--out", folder))
+        if done.returncode != 0:
+            raise RuntimeError(f"exit status {done.returncode}: {done.stdout[-300:]}")
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+    return {"metrics": metrics, "summary": f"{steps} steps"}
+
+
+def _absent(program: str) -> dict[str, Any]:
+    """No failure, but no result either; the report says so."""
+    return {"absent": program, "summary": f"{program} is not installed"}
+
+
+def _one_step(day: Day, weight: str, M: str, width: str) -> tuple[str, ...]:
+    rehearse = ("--rehearse",) if day.rehearsal else ()
+    return (*_ONE_STEP, "--weight", weight, "--rows", M, "--width", width, *rehearse)
+
+
+def _run(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run and print: what is printed here goes to the log."""
+    print("$", *command, flush=True)
+    done = subprocess.run(
+        command, cwd=_ROOT, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    print(done.stdout, flush=True)
+    return done

@@ -1,0 +1,156 @@
+"""The device: what it is, what it reaches, what its clocks do.
+
+python -m bench.gpu_day.device [--rehearse]   name and versions as one line of JSON
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .day import Day
+    from .run_units import Unit
+
+_ROOT = Path(__file__).resolve().parents[2]
+_VERSIONS = ("triton", "bitsandbytes", "peft", "transformers", "liger_kernel", "unsloth")
+_CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
+
+
+def about(*, rehearse: bool) -> dict[str, Any]:
+    """What results belong to; {"missing": …} without a GPU."""
+    if rehearse:
+        name = "no GPU"
+        found: dict[str, Any] = {"name": name, "capability": [9, 0]}
+    elif not torch.cuda.is_available():
+        return {"missing": f"a CUDA device: torch {torch.__version__} sees none"}
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        found = {
+            "name": properties.name,
+            "capability": [properties.major, properties.minor],
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "driver": _nvidia_smi(("driver_version",)),
+        }
+    return {
+        **found,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in _VERSIONS},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    """Without importing it: Unsloth changes transformers when it is imported."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True
+    )
+    return asked.stdout.strip() or None
+
+
+def _nvidia_smi(fields: tuple[str, ...]) -> list[str] | None:
+    process = start_nvidia_smi(fields)
+    return None if process is None else read_nvidia_smi(process)
+
+
+def start_nvidia_smi(fields: tuple[str, ...] = _CLOCKS) -> subprocess.Popen[str] | None:
+    """Ask without waiting, so that the device can be kept busy meanwhile; None: not installed."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    return subprocess.Popen(
+        ["nvidia-smi", *query], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def read_nvidia_smi(process: subprocess.Popen[str]) -> list[str] | None:
+    """The answers, in the order of the fields; None if there is none within 20 seconds."""
+    try:
+        out, _ = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None
+    return [part.strip() for part in out.split(",")] if process.returncode == 0 else None
+
+
+def clocks_under(step: Any, day: Day) -> dict[str, str] | None:
+    """Clocks, temperature and power while ``step`` runs again and again."""
+    process = start_nvidia_smi()
+    if process is None:
+        return None
+    while process.poll() is None:
+        step()
+        torch.cuda.synchronize(day.device)
+    answers = read_nvidia_smi(process)
+    return None if answers is None else dict(zip(_CLOCKS, answers, strict=False))
+
+
+def units(day: Day) -> list[Unit]:
+    """The device's own ceilings, which the report sets beside what operations reach."""
+    from .run_units import Unit
+
+    return [
+        Unit("bfloat16 product", lambda: _product(day)),
+        Unit("copy", lambda: _copy(day)),
+        Unit("launch", lambda: _launch(day)),
+    ]
+
+
+def _product(day: Day) -> dict[str, Any]:
+    from .timing import median_seconds
+
+    size = 32 if day.rehearsal else 8192
+    a, b = (torch.randn(size, size, device=day.device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = median_seconds(lambda: a @ b, day)
+    flops = 2 * size**3 / seconds
+    return {"size": size, "flops_per_second": flops, "summary": f"{flops / 1e12:.0f} TFLOP/s"}
+
+
+def _copy(day: Day) -> dict[str, Any]:
+    from .timing import median_seconds
+
+    source = torch.empty(2**10 if day.rehearsal else 2**31, dtype=torch.uint8, device=day.device)
+    source.random_()
+    target = torch.empty_like(source)
+    seconds = median_seconds(lambda: target.copy_(source), day)
+    moved = 2 * source.nbytes / seconds
+    return {"bytes_per_second": moved, "summary": f"{moved / 1e12:.2f} TB/s read and written"}
+
+
+def _launch(day: Day) -> dict[str, Any]:
+    from .timing import median_seconds
+
+    x = torch.zeros(1, device=day.device)
+    seconds = median_seconds(lambda: x.add_(1), day)
+    return {"seconds": seconds, "summary": f"{seconds * 1e6:.1f} µs for the smallest launch"}
+
+
+def warm_up(day: Day) -> None:
+    """Bring the clocks up before the first measurement of a process."""
+    from .timing import run_for
+
+    size = 32 if day.rehearsal else 4096
+    a = torch.randn(size, size, device=day.device, dtype=torch.bfloat16)
+    run_for(lambda: a @ a, 0.0 if day.rehearsal else 0.5, day)
+
+
+if __name__ == "__main__":
+    print(json.dumps(about(rehearse="--rehearse" in sys.argv[1:])))

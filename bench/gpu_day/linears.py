@@ -1,0 +1,192 @@
+"""One adapted linear layer in many sizes; NF4 by both routes; few rows without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import lora_fast
+from bench.linear_cases import DIRECTIONS, Case, Layer, build, fused_calls
+from bench.paired import Step
+
+from .day import Day
+from .run_units import Unit
+from .timing import contest
+
+_SECONDS = 1.0
+"""Time of one comparison: there are many."""
+
+FLOOR = {"dense": "frozen", "nf4": "bitsandbytes"}
+"""The frozen layer as it is stored. For NF4 the dense one runs beside it."""
+
+# (K, N) of Llama-3-8B: q and o, k and v, gate and up, down.
+_SQUARE = (4096, 4096)
+_SHAPES = (_SQUARE, (4096, 1024), (4096, 14336), (14336, 4096))
+_TINY = (64, 64)
+
+
+def sweep(day: Day) -> list[Unit]:
+    """Both directions of every shape; other ranks and dropout for one shape."""
+    if day.rehearsal:
+        cases = [_case(weight, 8, _TINY, 4) for weight in ("dense", "nf4")]
+    else:
+        weights = ("dense", "nf4")
+        cases = [_case(w, 8192, shape, 16) for shape in _SHAPES for w in weights]
+        cases += [_case(w, 8192, _SQUARE, R) for R in (64, 256) for w in weights]
+        cases += [_case(w, 8192, _SQUARE, 16, 0.1) for w in weights]
+        cases += [_case(w, M, shape, 16) for M in (2048, 512) for shape in _SHAPES for w in weights]
+    return [
+        Unit(f"{case} {direction}", lambda case=case, way=direction: _measured(day, case, way))
+        for case in cases
+        for direction in reversed(DIRECTIONS)
+    ]
+
+
+def crossover(day: Day) -> list[Unit]:
+    """From how many rows on an NF4 weight is better decoded by a launch of its own."""
+    rows = (8,) if day.rehearsal else (16, 32, 64, 128, 256, 512, 1024, 2048)
+    shapes = (_TINY,) if day.rehearsal else (_SQUARE, (4096, 14336))
+    cases = [_case("nf4", M, shape, 16) for shape in shapes for M in rows]
+    return [
+        Unit(f"{case} {direction}", lambda case=case, way=direction: _routes(day, case, way))
+        for case in cases
+        for direction in DIRECTIONS
+    ]
+
+
+def inference(day: Day) -> list[Unit]:
+    """A forward pass without gradients, as in generation."""
+    rows = (1,) if day.rehearsal else (1, 4, 16, 64)
+    shapes = (_TINY,) if day.rehearsal else (_SQUARE, (4096, 14336))
+    cases = [_case(w, M, shape, 16) for shape in shapes for M in rows for w in ("dense", "nf4")]
+    return [
+        Unit(f"{case} inference", lambda case=case: _measured(day, case, "inference"))
+        for case in cases
+    ]
+
+
+def _case(weight: str, M: int, shape: tuple[int, int], R: int, p: float = 0.0) -> Case:
+    return Case(M, *shape, R, torch.bfloat16, weight, p, torch.bfloat16)
+
+
+def _measured(day: Day, case: Case, way: str) -> dict[str, Any]:
+    layers = build(case, day.device)
+    makers = {name: _maker(layer, way) for name, layer in layers.items()}
+    makers["lora_fast"] = _fused(layers["lora_fast"], way)
+    makers["lora_fast, torch backend"] = _on_torch(layers["lora_fast"], way)
+    return _row(day, case, way, makers, baseline=FLOOR[case.weight])
+
+
+def _routes(day: Day, case: Case, way: str) -> dict[str, Any]:
+    layers = build(case, day.device)
+    dense = build(replace(case, weight="dense"), day.device)["lora_fast"]
+    makers = {
+        "lora_fast, dense W": _fused(dense, way),
+        "lora_fast, workspace": _fused(layers["lora_fast"], way, "asked for by a benchmark"),
+        "lora_fast, in the product": _fused(layers["lora_fast"], way, None),
+        "bitsandbytes": _maker(layers["bitsandbytes"], way),
+    }
+    row = _row(day, case, way, makers, baseline="lora_fast, workspace")
+    return {**row, "chosen": _chosen_route(case, day.arch)}
+
+
+def _chosen_route(case: Case, arch: int) -> str:
+    from lora_fast.kernels import configs
+
+    why = configs.why_nf4_workspace(case.M, case.K, case.dtype, arch)
+    return "in the product" if why is None else f"workspace: {why}"
+
+
+def _row(
+    day: Day, case: Case, way: str, makers: dict[str, Callable[[], Step]], *, baseline: str
+) -> dict[str, Any]:
+    row = contest(replace(day, seconds=min(day.seconds, _SECONDS)), makers, baseline=baseline)
+    return {
+        **row,
+        "weight": case.weight,
+        **{name: getattr(case, name) for name in ("M", "K", "N", "R")},
+        "p": case.dropout_p,
+        "direction": way,
+        "work": work(case, way).__dict__,
+    }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What nobody can avoid: FLOPs of the products, each tensor read and written once a pass."""
+
+    flops: int
+    bytes: int
+
+
+def work(case: Case, way: str) -> Work:
+    """forward and inference: y. forward+backward: y, dX, dA and dB as well."""
+    M, K, N, R = case.M, case.K, case.N, case.R
+    passes = 2 if way == "forward+backward" else 1
+    W = N * K * (2 if case.weight == "dense" else 0.5)
+    base, adapter = 2 * M * N * K * passes, 2 * M * R * (N + K) * (3 if passes == 2 else 1)
+    x, y = (3 * M * K, 2 * M * N) if passes == 2 else (M * K, M * N)
+    return Work(base + adapter, int(2 * (x + y) + passes * (W + 2 * R * (N + K))))
+
+
+def _step(layer: Layer, way: str) -> Step:
+    if way != "inference":
+        return layer.step(way)
+
+    @torch.no_grad()
+    def step() -> object:
+        return layer.forward()
+
+    return step
+
+
+def _maker(layer: Layer, way: str) -> Callable[[], Step]:
+    return lambda: _step(layer, way)
+
+
+def _on_torch(layer: Layer, way: str) -> Callable[[], Step]:
+    """The same layer in calls of PyTorch and bitsandbytes."""
+    step = _step(layer, way)
+
+    def run() -> object:
+        with lora_fast.set_backend("torch"):
+            return step()
+
+    return lambda: run
+
+
+_AS_CHOSEN = object()
+
+
+def _fused(layer: Layer, way: str, why_workspace: Any = _AS_CHOSEN) -> Callable[[], Step]:
+    """Our layer, proven to run fused; NF4 by the route that is asked for, or the one chosen."""
+
+    def make() -> Step:
+        step = _step(layer, way)
+        if why_workspace is not _AS_CHOSEN:
+            step = _by_route(step, why_workspace)
+        before = fused_calls(layer)
+        step()
+        if fused_calls(layer) != before + 1:
+            raise RuntimeError("the fused path never ran, so nothing would be measured")
+        return step
+
+    return make
+
+
+def _by_route(step: Step, why_workspace: str | None) -> Step:
+    """``step`` with another answer to the question where W is decoded."""
+    from lora_fast.kernels import configs
+
+    def run() -> object:
+        chosen = configs.why_nf4_workspace
+        configs.why_nf4_workspace = lambda *shape: why_workspace
+        try:
+            return step()
+        finally:
+            configs.why_nf4_workspace = chosen
+
+    return run

@@ -1,0 +1,115 @@
+"""The process of one step: its units, one after the other, each on a line of the journal.
+
+    python -m bench.gpu_day.run_units STEP --out FOLDER [--rehearse]
+
+A unit that raises is recorded as broken and the next one runs; after a failure that the device does
+not survive, and after one that leaves traces in the process, a new process has to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .journal import Journal
+from .runner import NEW_PROCESS
+from .steps import STEPS, Step
+
+FILE = "journal.jsonl"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A measurement by itself. ``run`` returns its row: anything that JSON can hold; in it
+
+    ok: False       it ran to its end and found that something is wrong
+    summary         a few words for the terminal
+    new_process     True: the process is not fit for another unit
+    """
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+def run_units(step: Step, units: list[Unit], journal: Journal) -> int:
+    """Run what the journal lacks of ``units``; the exit status of the process."""
+    journal.append("units", step=step.name, units=[unit.name for unit in units])
+    progress = journal.step(step.name)
+    for unit in units:
+        if unit.name in progress.rows or unit.name in progress.broken_in_this_call:
+            continue
+        journal.append("start", step=step.name, unit=unit.name)
+        started = time.monotonic()
+        try:
+            row = unit.run()
+        except Exception as error:
+            traceback.print_exc()
+            journal.append("broken", step=step.name, unit=unit.name, reason=_first_line(error))
+            if _device_is_lost():
+                return NEW_PROCESS
+            continue
+        finally:
+            gc.collect()
+        seconds = round(time.monotonic() - started, 2)
+        journal.append("row", step=step.name, unit=unit.name, seconds=seconds, row=row)
+        if row.get("new_process"):
+            return NEW_PROCESS
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _device_is_lost() -> bool:
+    """After a kernel's illegal access every later call on the device fails, too."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=[step.name for step in STEPS])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args(arguments)
+    (step,) = (step for step in STEPS if step.name == options.step)
+    end_with_parent()
+    return run(step, options.out, rehearse=options.rehearse)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent is killed: a GPU is nobody's to keep."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def run(step: Step, out: Path, *, rehearse: bool) -> int:
+    """Make the units of ``step`` and run them."""
+    from .day import day
+
+    module, function = step.source.split(":")
+    make: Any = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+    with day(rehearse=rehearse) as today:
+        return run_units(step, make(today), Journal(out / FILE))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Tables of the report: rows of the journal in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .modelled import Modelled
+
+Rows = dict[str, dict[str, Any]]
+_REASONS = 200
+
+
+def steps(found: dict[str, dict[str, Any]]) -> str:
+    """What became of each step."""
+    lines = []
+    for name, step in found.items():
+        refuted = sum(row.get("ok") is False for row in step["rows"].values())
+        absent = {row["absent"] for row in step["rows"].values() if "absent" in row}
+        state = step["stopped"] or ("finished" if step["finished"] else "not finished")
+        if absent:
+            state += f", without {', '.join(sorted(absent))}"
+        seconds = sum(row["seconds"] for row in step["rows"].values())
+        done = f"{len(step['rows'])} of {len(step['units'])}"
+        lines.append((name, done, str(refuted), str(len(step["broken"])), f"{seconds:.0f}", state))
+    return table(("step", "units with a result", "failed", "broken", "seconds", "state"), lines)
+
+
+def failures(found: dict[str, dict[str, Any]]) -> str:
+    """Every failure and its reason; empty if there is none."""
+    lines = []
+    for name, step in found.items():
+        if step["stopped"]:
+            lines.append(f"- {name}: {step['stopped']}")
+        lines += [f"- {name}, {unit}: {reason}" for unit, reason in step["broken"].items()]
+        for unit, row in step["rows"].items():
+            if row.get("ok") is False:
+                lines.append(f"- {name}, {unit}: {row.get('summary', 'failed')[:_REASONS]}")
+            lines += [f"  - {line[:_REASONS]}" for line in row.get("failures", [])]
+            for who, contestant in row.get("contestants", {}).items():
+                for key in ("failed", "graph_failed"):
+                    if key in contestant:
+                        lines.append(f"  - {unit}, {who}, {key}: {contestant[key][:_REASONS]}")
+    return "\n".join(lines)
+
+
+def contests(rows: Rows, modelled: Modelled) -> str:
+    """Measured beside modelled, one line for each contestant."""
+    lines = []
+    for unit, row in rows.items():
+        for who, found in row["contestants"].items():
+            lines.append((unit, who, *_measured(row, who, found, modelled)))
+    head = (
+        *("case", "who", "eager ms", "graph ms", "over", "modelled", "extra ms", "modelled ms"),
+        *("TFLOP/s", "GB/s", "peak MB"),
+    )
+    return table(head, lines)
+
+
+def best(found: dict[str, Any]) -> dict[str, Any] | None:
+    """The times that the report compares: of the graph, or eager ones where there is none."""
+    times: dict[str, Any] | None = found.get("graph") or found.get("eager")
+    return times
+
+
+def _measured(
+    row: dict[str, Any], who: str, found: dict[str, Any], modelled: Modelled
+) -> tuple[str, ...]:
+    times = best(found)
+    if times is None:
+        return (*("failed",) * 2, *("-",) * 7)
+    floor = best(row["contestants"].get(row["baseline"], {}))
+    seconds = times["seconds"]["median"]
+    extra = None if floor is None else seconds - floor["seconds"]["median"]
+    flops, moved = _work(row, who)
+    return (
+        _milliseconds(found.get("eager")),
+        _milliseconds(found.get("graph")) if "graph_failed" not in found else "failed",
+        _ratio(times),
+        _number(modelled.over_floor(row, who), 1.0, 3),
+        _number(extra, 1e3, 3),
+        _number(modelled.extra_seconds(row, who), 1e3, 3),
+        _number(flops and flops / seconds, 1e-12, 0),
+        _number(moved and moved / seconds, 1e-9, 0),
+        _number(found.get("peak_bytes"), 1e-6, 0),
+    )
+
+
+def _work(row: dict[str, Any], who: str) -> tuple[float | None, float | None]:
+    if "work" in row:
+        return row["work"]["flops"] or None, row["work"]["bytes"]
+    if "flops" in row:
+        return row["flops"]["frozen" if who == row["baseline"] else "adapted"], None
+    return None, None
+
+
+def _milliseconds(times: dict[str, Any] | None) -> str:
+    if times is None:
+        return "-"
+    low, median, high = (1e3 * times["seconds"][name] for name in ("low", "median", "high"))
+    return f"{median:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _ratio(times: dict[str, Any]) -> str:
+    ratio = times.get("over_baseline")
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})" if ratio else "-"
+
+
+def _number(value: float | None, scale: float, digits: int) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
+
+
+def crossover(rows: Rows) -> str:
+    """Where an NF4 weight is better decoded, and where the library decodes it."""
+    lines = []
+    for unit, row in rows.items():
+        times = {who: best(found) for who, found in row["contestants"].items()}
+        medians = {who: t["seconds"]["median"] for who, t in times.items() if t}
+        routes = {who: t for who, t in medians.items() if who.endswith(("workspace", "product"))}
+        faster = min(routes, key=lambda who: routes[who]) if len(routes) == 2 else "-"
+        shown = [f"{1e3 * medians[who]:.4f}" if who in medians else "failed" for who in times]
+        lines.append((unit, *shown, faster.removeprefix("lora_fast, "), row["chosen"]))
+    names = [*next(iter(rows.values()))["contestants"]]
+    return table(("case", *(f"{name}, ms" for name in names), "faster", "chosen"), lines)
+
+
+def accuracy(rows: Rows) -> str:
+    """The worst error of each case, relative to the largest element, beside eager's."""
+    lines = []
+    for unit, row in rows.items():
+        for result in row["results"]:
+            errors = (f"{result['lora_fast']:.1e}", f"{result['eager']:.1e}")
+            lines.append((unit, result["result"], *errors, result["broken"] or "within the rule"))
+    return table(("case", "result", "lora_fast", "eager", "verdict"), lines)
+
+
+def profile(rows: Rows) -> str:
+    """What the hardware counted of each kernel."""
+    lines = []
+    for unit, row in rows.items():
+        for k in row.get("kernels", []):
+            moved = k.get("bytes_read", 0) + k.get("bytes_written", 0)
+            time = k.get("nanoseconds")
+            lines.append(
+                (
+                    unit,
+                    k["kernel"][:60],
+                    _number(time, 1e-3, 1),
+                    _number(moved, 1e-6, 1),
+                    _number(k.get("bytes_through_l2"), 1e-6, 1),
+                    _number(time and moved / time, 1.0, 0),
+                    *(_number(k.get(f"{n}_percent"), 1.0, 0) for n in _PERCENT),
+                    _number(k.get("registers"), 1.0, 0),
+                )
+            )
+    head = ("unit", "kernel", "µs", "MB of memory", "MB through L2", "GB/s", *_PERCENT, "registers")
+    return table(head, lines)
+
+
+_PERCENT = ("compute", "memory", "occupancy")
+
+
+def table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    rows = [head, ("---",) * len(head), *lines]
+    return "\n".join("| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in rows)
