@@ -74,6 +74,21 @@ _GEMM_16BIT_SM100_NARROW = GemmConfig(128, 64, 64, 64, 8, num_warps=4, num_stage
 # dense W, or 6 to 12 KB of packed bytes. The shrink's float32 A must fit beside: 16 columns.
 _GEMM_16BIT_FEW_ROWS = GemmConfig(64, 32, 128, 64, 8, num_warps=4, num_stages=4, MAX_R=16)
 _GEMM_16BIT_16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16)
+# What a tuner may try for many rows, by generation. 256 columns take three quarters of the
+# shared-memory traffic for each product, and a CTA then has a multiprocessor to itself. 64 rows are
+# for shapes whose tiles would fill the device once and a bit.
+_OTHERS = {
+    8: (
+        GemmConfig(128, 256, 32, 64, 8, num_warps=8, num_stages=3),
+        GemmConfig(64, 128, 64, 64, 8, num_warps=4, num_stages=3),
+    ),
+    9: (
+        GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3),
+        GemmConfig(64, 128, 64, 64, 8, num_warps=4, num_stages=3),
+    ),
+    10: (GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3),),
+}
+_OTHERS_SMALL_SHARED = (GemmConfig(64, 128, 32, 64, 8, num_warps=4, num_stages=3),)
 # IEEE float32 products run on the FMA pipes: small tiles, registers are the limit. Fewer than 64
 # rows, because Triton 3.7.1 can give an "ieee" product of 64 rows or more to tcgen05 on sm_100, as
 # TF32.
@@ -89,7 +104,7 @@ _STRIP_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
 # IEEE products again, so fewer than 64 rows; 128 columns make full lines of a W that is read once.
 _UPDATE = UpdateConfig(32, 128, 16, num_warps=4, num_stages=2)
 
-_SMALL_SHARED = (86, 87, 89, 120, 121)
+SMALL_SHARED = (86, 87, 89, 120, 121)
 # CTAs that one launch of strips aims for. A constant, not the size of the device: the order of the
 # sums, and with it every bit of the result, is the same everywhere.
 _STRIP_CTAS = 128
@@ -109,11 +124,22 @@ def pick_gemm(M: int, dtype: torch.dtype, arch: int | None, *, narrow: bool = Fa
         return _GEMM_FLOAT32
     if M <= 64:
         return _GEMM_16BIT_16_ROWS if M <= 16 else _GEMM_16BIT_FEW_ROWS
-    if arch in _SMALL_SHARED:
+    if arch in SMALL_SHARED:
         return _GEMM_16BIT_SMALL_SHARED
     if _has_tensor_memory(arch):
         return _GEMM_16BIT_SM100_NARROW if narrow else _GEMM_16BIT_SM100
     return _GEMM_16BIT
+
+
+def other_gemms(
+    M: int, dtype: torch.dtype, arch: int | None, *, narrow: bool = False
+) -> tuple[GemmConfig, ...]:
+    """What a tuner may try beside pick_gemm, where time depends on more than is modelled here."""
+    if dtype == torch.float32 or M <= 64 or narrow:
+        return ()
+    if arch in SMALL_SHARED:
+        return _OTHERS_SMALL_SHARED
+    return _OTHERS.get((arch or 90) // 10, ())
 
 
 def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:

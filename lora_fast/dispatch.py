@@ -89,5 +89,5 @@ def _backend(x: Tensor) -> ModuleType:
 
 def _select(device: torch.device) -> ModuleType:
     if uses_triton(device):
-        return importlib.import_module("lora_fast.triton_ops")
+        return importlib.import_module("lora_fast.routes")
     return torch_ops

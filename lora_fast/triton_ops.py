@@ -19,6 +19,7 @@ from .kernels import configs, nf4_decode, nf4_tile, strips, ticketed_gemm, weigh
 from .kernels import dropout as dropout_kernels
 from .kernels import row_norms as row_norms_kernels
 from .nf4 import NF4Weight
+from .tuning.plans import FUSED, Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,25 +29,27 @@ def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str
     return dropout_kernels.dropout_mask(M, K, dropout_kernels.Dropout(p, seed), device)
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
+def forward(x: Tensor, f: Factors, needs: Needs, plan: Plan = FUSED) -> tuple[Tensor, Saved]:
     """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
     _check_dtype(x)
     f = _with_dense_vectors(f)
     with _launching(x):
-        weight = _gemm_operand(f.weight, x)
+        weight = _gemm_operand(f.weight, x, plan.workspace)
         y, S, V = ticketed_gemm.forward(
             x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
-            saves_V=needs.saves_V,
+            saves_V=needs.saves_V, config=plan.gemm,
         )  # fmt: skip
     return y, Saved(S if needs.saves_S else None, V)
 
 
-def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
+def backward(
+    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, plan: Plan = FUSED
+) -> Gradients:
     """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
     if dY.shape[0] == 0:
         return _empty_batch(dY, f, needs)
     with _launching(dY):
-        return _gradients(dY, x, saved.S, saved.V, _with_dense_vectors(f), needs)
+        return _gradients(dY, x, saved, _with_dense_vectors(f), needs, plan)
 
 
 def update_weight(
@@ -155,13 +158,11 @@ def row_norms(
     """‖W_i + s (B A)_i‖₂ [N] in float32, in two launches; and the state for the next call."""
     known = state if isinstance(state, row_norms_kernels.State) else None
     with _launching(A):
-        return row_norms_kernels.norms_of(
-            lambda: _dense(weight, weight.dtype), A, B, scaling, known
-        )
+        return row_norms_kernels.norms_of(lambda: dense(weight, weight.dtype), A, B, scaling, known)
 
 
 def _gradients(
-    dY: Tensor, x: Tensor | None, S: Tensor | None, V: Tensor | None, f: Factors, needs: Needs
+    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, plan: Plan
 ) -> Gradients:
     grads: dict[str, Tensor | None] = {}
     partials = None
@@ -169,14 +170,16 @@ def _gradients(
     wanted = strips.Wanted(needs.B, needs.b, needs.d, needs.g, needs.bias)
     if wanted.outer or wanted.sums:
         grads, partials = strips.grad_expand(
-            dY, S, V, f.bias, f.B, f.b, f.d, f.g, f.scaling, wanted,
+            dY, saved.S, saved.V, f.bias, f.B, f.b, f.d, f.g, f.scaling, wanted,
             projects=needs_dS and wanted.outer and _projection_pays(dY, f),
         )  # fmt: skip
     if needs_dS or needs.x:
-        weight = _gemm_operand(f.weight, dY) if needs.x else _shape_only(f.weight, dY)
+        weight = _shape_only(f.weight, dY)
+        if needs.x:
+            weight = _gemm_operand(f.weight, dY, plan.workspace)
         dX, dS = ticketed_gemm.grad_input(
             dY, weight, partials, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
-            wants_dX=needs.x,
+            wants_dX=needs.x, config=plan.gemm,
         )  # fmt: skip
         grads["x"] = dX
         if needs.A and f.A is not None:
@@ -223,16 +226,24 @@ def _weight_gradient(dY: Tensor, x: Tensor, f: Factors) -> Tensor:
     return (dV.T @ x).to(f.weight.dtype)
 
 
-def _gemm_operand(weight: Tensor | NF4Weight, x: Tensor) -> Tensor | nf4_tile.Nf4Operand:
-    """The weight in the dtype of x [M, …]; as it is packed where the GEMM of M rows decodes it."""
-    if isinstance(weight, NF4Weight):
+def _gemm_operand(
+    weight: Tensor | NF4Weight, x: Tensor, workspace: bool | None = None
+) -> Tensor | nf4_tile.Nf4Operand:
+    """The weight in the dtype of x [M, …]; as it is packed where the GEMM of M rows decodes it,
+    which is for configs.py to say unless the caller does."""
+    if not isinstance(weight, NF4Weight):
+        return dense(weight, x.dtype)
+    if workspace is None:
         arch = configs.current_arch()
-        if configs.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch) is None:
-            return nf4_tile.Nf4Operand(weight.packed, weight.quant_state)
-    return _dense(weight, x.dtype)
+        reason = configs.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch)
+        workspace = reason is not None
+    if workspace:
+        return dense(weight, x.dtype)
+    return nf4_tile.Nf4Operand(weight.packed, weight.quant_state)
 
 
-def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+def dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in `dtype`; NF4 decoded in one launch."""
     if isinstance(weight, NF4Weight):
         return nf4_decode.decode(weight.packed, weight.quant_state, dtype)
     return weight.to(dtype)

@@ -1,0 +1,102 @@
+"""The operations on a Triton device, each by the route that the tuner picks for it.
+
+Two routes lead to the same results: the fused kernels (triton_ops) and products by cuBLAS
+(composed_ops). With the backend set to ``triton`` there is the first alone; ``auto`` takes either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import composed_ops, triton_ops
+from .backend import get_backend
+from .factors import Factors, Gradients, Needs, Saved
+from .triton_ops import dropout_mask, row_norms, update_weight
+from .tuning.plans import BACKWARD, BACKWARD_GROUP, FORWARD, FORWARD_GROUP, FUSED, Plan, query
+from .tuning.tuner import tuner
+
+__all__ = [
+    "backward",
+    "backward_group",
+    "dropout_mask",
+    "forward",
+    "forward_group",
+    "row_norms",
+    "update_weight",
+]
+
+
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
+    """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
+    run = partial(_forward, x, f, needs)
+    return run(_plan(FORWARD, x, [f], [Needs(g=needs.saves_V)], run))
+
+
+def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
+    """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
+    run = partial(_backward, dY, x, saved, f, needs)
+    return run(_plan(BACKWARD, dY, [f], [needs], run))
+
+
+def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, None]:
+    """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side."""
+    run = partial(_forward_group, x, fs)
+    return run(_plan(FORWARD_GROUP, x, fs, [Needs()] * len(fs), run))
+
+
+def backward_group(
+    dYs: Sequence[Tensor],
+    x: Tensor | None,
+    S: Tensor,
+    mask: None,
+    fs: Sequence[Factors],
+    needs: list[Needs],
+) -> list[Gradients]:
+    """The gradients of every layer of a group; that of x, their sum, is with the first."""
+    run = partial(_backward_group, dYs, x, S, fs, needs)
+    return run(_plan(BACKWARD_GROUP, dYs[0], fs, needs, run))
+
+
+def _plan(op: str, rows: Tensor, fs: Sequence[Factors], needs: Sequence[Needs], run: Any) -> Plan:
+    cublas = get_backend() == "auto"
+    if rows.shape[0] == 0 or not (cublas or tuner.times):
+        return FUSED
+    with torch.cuda.device_of(rows):
+        return tuner.plan(query(op, rows, fs, needs, cublas=cublas), rows.device, run)
+
+
+def _forward(x: Tensor, f: Factors, needs: Needs, plan: Plan) -> tuple[Tensor, Saved]:
+    if plan.composed:
+        return composed_ops.forward(x, f, needs)
+    return triton_ops.forward(x, f, needs, plan)
+
+
+def _backward(
+    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, plan: Plan
+) -> Gradients:
+    if plan.composed:
+        return composed_ops.backward(dY, x, saved, f, needs)
+    return triton_ops.backward(dY, x, saved, f, needs, plan)
+
+
+def _forward_group(
+    x: Tensor, fs: Sequence[Factors], plan: Plan
+) -> tuple[list[Tensor], Tensor, None]:
+    return (composed_ops if plan.composed else triton_ops).forward_group(x, fs)
+
+
+def _backward_group(
+    dYs: Sequence[Tensor],
+    x: Tensor | None,
+    S: Tensor,
+    fs: Sequence[Factors],
+    needs: list[Needs],
+    plan: Plan,
+) -> list[Gradients]:
+    route = composed_ops if plan.composed else triton_ops
+    return route.backward_group(dYs, x, S, None, fs, needs)

@@ -1,0 +1,129 @@
+"""What was timed, kept on disk: one JSON file for each device and set of versions.
+
+The folder is LORA_FAST_CACHE_DIR, else lora_fast in XDG_CACHE_HOME or ~/.cache. A file is replaced
+as a whole, after merging what other processes have written meanwhile; one that cannot be read or
+written costs a warning and the timings, nothing else. Nothing in it is executed: a plan is a name
+that must be among the candidates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: replacing the file is atomic, merging is not
+    fcntl = None  # type: ignore[assignment]
+
+
+def folder() -> Path:
+    """Where tuning files are kept. RuntimeError: there is no home directory."""
+    given = os.environ.get("LORA_FAST_CACHE_DIR")
+    if given:
+        return Path(given)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "lora_fast"
+
+
+def versions(device: str) -> dict[str, str]:
+    """What a timing is valid for."""
+    import torch
+    import triton
+
+    import lora_fast
+
+    return {
+        "device": device,
+        "lora_fast": lora_fast.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+class Cache:
+    """The plans of one file by key. Read at the first question, written at every answer."""
+
+    def __init__(self, header: Mapping[str, str]) -> None:
+        self.header = dict(header)
+        self._plans: dict[str, dict[str, Any]] | None = None
+        self._warned = False
+
+    @property
+    def path(self) -> Path:
+        words = "_".join(f"{name}-{value}" for name, value in self.header.items())
+        return folder() / (re.sub(r"[^\w.+-]+", "-", words) + ".json")
+
+    def get(self, key: str) -> str | None:
+        """The name of the plan that was fastest; None if the key was not timed."""
+        if self._plans is None:
+            self._plans = self._read()
+        entry = self._plans.get(key)
+        return None if entry is None else entry["plan"]
+
+    def put(self, key: str, plan: str, milliseconds: Mapping[str, float]) -> None:
+        """Keep a choice, and the times that led to it. The first process to know a key wins."""
+        ours = self._plans if self._plans is not None else {}
+        self._plans = {**ours, key: {"plan": plan, "milliseconds": dict(milliseconds)}}
+        try:
+            path = self.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                merged = {**self._plans, **self._read()}
+                _replace(path, json.dumps({**self.header, "plans": merged}, indent=1))
+        except (OSError, RuntimeError) as error:
+            self._warn(f"timings are kept in memory only: {error}")
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            stored = json.loads(self.path.read_text())
+            plans = stored.pop("plans")
+            if stored != self.header or not all(
+                isinstance(entry["plan"], str) for entry in plans.values()
+            ):
+                raise ValueError("not written by this version")
+            return plans
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self._warn(f"timings cannot be read: {error}")
+        except RuntimeError as error:
+            self._warn(f"timings are kept in memory only: {error}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._warn(f"{self.path} is damaged and will be replaced: {error}")
+        return {}
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"lora_fast: {text}", RuntimeWarning, stacklevel=2)
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock between reading and replacing, so that nobody's plans are lost."""
+    with open(path, "w") as file:
+        if fcntl is not None:
+            # Some network file systems have no locks: then two processes may time a key twice.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

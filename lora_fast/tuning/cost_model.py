@@ -1,0 +1,54 @@
+"""Modelled times of the two ways to compute an operation: fused and composed.
+
+    time = Σ over passes of max(FLOPs / FLOP/s, bytes / bytes/s)  +  a constant for each launch
+
+Bytes count each element that a pass touches once, as if the cache kept what its tiles share and
+nothing from pass to pass. The counts of the fused way are compared with the launches that the
+kernels make, those of the composed way with the operations that PyTorch makes.
+
+What no model of bytes can tell, whether a Triton product runs as fast as one of cuBLAS, is a
+constant here (_SHARE_OF_CUBLAS) and unmeasured; timing both (LORA_FAST_AUTOTUNE=1) is what knows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lora_fast.kernels.configs import SMALL_SHARED
+
+from . import counts
+from .plans import COMPOSED, FUSED, Plan, Query
+from .rooflines import ATTAINED_BYTES, ATTAINED_FLOPS, BY_ARCH, Roofline
+
+# From one kernel of a stream to the next, where the host keeps up.
+_LAUNCH_SECONDS = 2e-6
+# IEEE float32 tiles are small, see configs.py: their operands come from shared memory twice as
+# often as those of a tile that fills the registers.
+_SHARE_OF_CUBLAS = {torch.float32: 0.5}
+
+
+def pick(q: Query, arch: int | None) -> Plan:
+    """The plan that should be faster; fused where they tie, and where cuBLAS may not be used."""
+    if not q.cublas or seconds(FUSED, q, arch) <= seconds(COMPOSED, q, arch):
+        return FUSED
+    return COMPOSED
+
+
+def seconds(plan: Plan, q: Query, arch: int | None) -> float:
+    """Modelled time of FUSED or COMPOSED."""
+    roofline = roofline_of(arch)
+    flops = roofline.float32_flops if q.dtype == torch.float32 else roofline.flops
+    flops *= ATTAINED_FLOPS * (1.0 if plan.composed else _SHARE_OF_CUBLAS.get(q.dtype, 1.0))
+    return sum(
+        max(work.flops / flops, work.bytes / (roofline.bytes * ATTAINED_BYTES))
+        + work.launches * _LAUNCH_SECONDS
+        for work in counts.works(plan, q, arch)
+    )
+
+
+def roofline_of(arch: int | None) -> Roofline:
+    """That of the architecture, or of the nearest one with a data sheet here."""
+    if arch in SMALL_SHARED:
+        return BY_ARCH[89]
+    older = [known for known in (80, 90, 100) if known <= (arch or 90)]
+    return BY_ARCH[older[-1] if older else 80]

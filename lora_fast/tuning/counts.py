@@ -1,0 +1,213 @@
+"""FLOPs and bytes of the passes of an operation, from its query alone.
+
+Letters as everywhere: rows M, columns K and N, rank R; ``e`` is the size of an element of x.
+Vectors of N or R elements are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_fast.kernels import configs, strips
+
+from .plans import Plan, Query
+
+# Columns of the rank in one walk of strips over its rows.
+_CHUNK = configs.MAX_BLOCK_R
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass over memory; ``launches`` is 0 where it shares the launch of another."""
+
+    flops: int
+    bytes: int
+    launches: int = 1
+
+
+def works(plan: Plan, q: Query, arch: int | None) -> list[Work]:
+    """The passes of FUSED or COMPOSED."""
+    count = _Composed(q, arch) if plan.composed else _Fused(q, arch)
+    return count.forward() if q.is_forward else count.backward()
+
+
+class _Counts:
+    def __init__(self, q: Query, arch: int | None) -> None:
+        self.q, self.arch = q, arch
+        self.M, self.K, self.e = q.M, q.K, q.dtype.itemsize
+        self.adapter = self.e if q.adapter is None else q.adapter.itemsize
+        self.layers = list(zip(q.N, q.R, q.weights, strict=True))
+        self.R = sum(q.R)
+
+    def dense(self, N: int, weight: torch.dtype | tuple[int, bool]) -> list[Work]:
+        """What it takes to have W [N, K] in the dtype of x."""
+        if isinstance(weight, torch.dtype):
+            size = weight.itemsize
+            return [] if weight == self.q.dtype else [Work(0, N * self.K * (size + self.e))]
+        blocksize, nested = weight
+        absmax = N * self.K // blocksize * (1 if nested else 4)
+        return [Work(0, N * self.K // 2 + absmax + N * self.K * self.e)]
+
+
+class _Fused(_Counts):
+    """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward."""
+
+    def forward(self) -> list[Work]:
+        found = []
+        for i, (N, R, weight) in enumerate(self.layers):
+            decoding, W = self._operand(N, weight)
+            made = self.R if i == 0 else 0
+            if made:
+                found.append(self._shrink(self.K, made))
+            y = self.M * N * self.e * (2 if self.q.needs[i].g else 1)
+            found += [*decoding, self._gemm(self.K, N, R, W, y, 0 if made else 1)]
+        return found
+
+    def backward(self) -> list[Work]:
+        found = []
+        for (N, R, weight), need in zip(self.layers, self.q.needs, strict=True):
+            needs_dS = R > 0 and (need.x or any(n.A for n in self.q.needs))
+            outer, sums = need.B or need.b or need.d, need.bias or need.g
+            projects = (
+                needs_dS and outer and strips.projection_pays(N, R, self.q.dtype, self._strip(R))
+            )
+            if outer or sums:
+                found += self._strips(N, R, outer, projects, need.B)
+                if need.g:
+                    found.append(Work(0, self.M * N * self.e, 0))
+            if needs_dS or need.x:
+                if needs_dS:
+                    found.append(self._sum(N, R) if projects else self._shrink(N, R))
+                if need.x:
+                    decoding, W = self._operand(N, weight)
+                    dX = self.M * self.K * self.e * (1 if need is self.q.needs[0] else 2)
+                    found += [*decoding, self._gemm(N, self.K, R, W, dX, 0 if needs_dS else 1)]
+        if any(need.A for need in self.q.needs):
+            found += self._strips(self.K, self.R, True, False, True)
+        return found
+
+    def _operand(self, N: int, weight: torch.dtype | tuple[int, bool]) -> tuple[list[Work], int]:
+        """Launches before the GEMM, and the bytes of W that it reads."""
+        in_gemm = configs.why_nf4_workspace(self.M, self.K, self.q.dtype, self.arch) is None
+        if isinstance(weight, tuple) and in_gemm:
+            return [], N * self.K // 2
+        return self.dense(N, weight), N * self.K * self.e
+
+    def _shrink(self, K: int, R: int) -> Work:
+        """S [M, R] from x [M, K], or dS from dY; it shares the launch of the GEMM after it."""
+        M, e = self.M, self.e
+        return Work(2 * M * K * R, M * K * e + R * K * self.adapter + M * R * e)
+
+    def _sum(self, N: int, R: int) -> Work:
+        blocks = _cdiv(N, self._strip(R).BLOCK_L)
+        return Work(0, blocks * self.M * R * 4 + self.M * R * self.e)
+
+    def _gemm(self, K: int, N: int, R: int, W: int, y: int, launches: int) -> Work:
+        M, e = self.M, self.e
+        low_rank = M * R * e + N * R * self.adapter
+        return Work(2 * M * N * (K + R), M * K * e + W + low_rank + y, launches)
+
+    def _strips(self, L: int, R: int, outer: bool, projects: bool, grad: bool) -> list[Work]:
+        """Walks over X [M, L], one for each chunk of the rank."""
+        M, e, config = self.M, self.e, self._strip(R)
+        blocks, chunks = _cdiv(L, config.BLOCK_L), _cdiv(R, _CHUNK) if outer else 1
+        ranges, _ = configs.row_ranges(M, blocks * chunks, config.BLOCK_M)
+        found = []
+        for chunk in range(chunks):
+            width = min(_CHUNK, R - chunk * _CHUNK)
+            moved, flops = M * L * e, 0
+            if projects:
+                moved += L * width * self.adapter + blocks * M * width * 4
+                flops += 2 * M * L * width
+            if outer:
+                moved += M * width * e + ranges * L * width * 4
+                flops += 2 * M * L * width
+            if outer and chunk == chunks - 1:
+                moved += ranges * L * R * 4 + (L * R * self.adapter if grad else 0)
+            found.append(Work(flops, moved, 1 if chunk == 0 else 0))
+        return found
+
+    def _strip(self, R: int) -> configs.StripConfig:
+        return configs.pick_strips(self.q.dtype, R, self.arch)
+
+
+class _Composed(_Counts):
+    """The operations of torch_ops.py; ones on [M, R], [R, K] or [N, R] alone count as launches."""
+
+    def forward(self) -> list[Work]:
+        M, K, e = self.M, self.K, self.e
+        found = self._cast(self.R * K)
+        if self.R:
+            found += self._dropped_x()
+            found.append(self._product(M, K, self.R))
+        for N, R, weight in self.layers:
+            found += [*self.dense(N, weight), self._product(M, K, N)]
+            if R:
+                found += self._cast(N * R)
+                found.append(self._product(M, R, N, adds=True))
+            if self.q.has("g"):
+                found.append(Work(0, 2 * M * N * e))
+        return found
+
+    def backward(self) -> list[Work]:
+        M, K, e = self.M, self.K, self.e
+        found: list[Work] = []
+        for i, ((N, R, weight), need) in enumerate(zip(self.layers, self.q.needs, strict=True)):
+            needs_dS = R > 0 and (need.x or any(n.A for n in self.q.needs))
+            if needs_dS:
+                found += [*self._cast(N * R), self._product(M, N, R), Work(0, 2 * M * R * e)]
+            if need.B or need.b or need.d:
+                found += [self._product(N, M, R, out=4), Work(0, 2 * N * R * 4)]
+                found += self._cast(N * R, 4, self.adapter)
+            if need.bias:
+                found.append(Work(0, M * N * e))
+            if need.g:
+                widened = 0 if e == 4 else 2 * M * N * (e + 4)
+                found.append(Work(0, widened + 2 * M * N * 4))
+            if need.x:
+                found += [*self.dense(N, weight), self._product(M, N, K, adds=i > 0)]
+        if self.R and self.q.needs[0].x:
+            found += self._cast(self.R * K)
+            found += self._dropped_dX() or [self._product(M, self.R, K, adds=True)]
+        if any(need.A for need in self.q.needs):
+            found += [*self._dropped_x(), self._product(self.R, M, K, out=4)]
+            found += self._cast(self.R * K, 4, self.adapter)
+        return found
+
+    def _product(self, m: int, k: int, n: int, *, adds: bool = False, out: int = 0) -> Work:
+        """[m, k] · [k, n]; ``out`` is the size of an element of the result, if not that of x."""
+        result = m * n * (out or self.e)
+        return Work(2 * m * k * n, (m * k + k * n) * self.e + result * (2 if adds else 1))
+
+    def _cast(self, count: int, size: int = 0, to: int = 0) -> list[Work]:
+        """The elements of a factor, from its own dtype to that of x; nothing if they are equal."""
+        size, to = size or self.adapter, to or self.e
+        return [] if size == to else [Work(0, count * (size + to))]
+
+    def _dropped_x(self) -> list[Work]:
+        """The mask as bytes, as booleans and as numbers, and its product with x."""
+        if not self.q.has("dropout"):
+            return []
+        count, e = self.M * self.K, self.e
+        return [
+            Work(0, count),
+            Work(0, 2 * count),
+            Work(0, count * (1 + e)),
+            Work(0, 3 * count * e),
+        ]
+
+    def _dropped_dX(self) -> list[Work]:
+        if not self.q.has("dropout"):
+            return []
+        count, e = self.M * self.K, self.e
+        return [
+            Work(0, count * (1 + e)),
+            self._product(self.M, self.R, self.K),
+            Work(0, 4 * count * e),
+        ]
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,175 @@
+"""What is computed (Query) and in which ways it can be (Plan).
+
+Candidates of one operation, forward or backward:
+
+    fused       the Triton kernels, with the configuration that configs.py picks or another one;
+                an NF4 weight is decoded by a launch of its own (workspace) or inside the GEMM
+    composed    products by cuBLAS, S · outᵀ added in place: no slower than a user without us
+
+There is no "augmented K", [x | S] [W | Q]ᵀ as one cuBLAS product. It needs x and S side by side, so
+x [M, K] is copied: it reads and writes M · K elements where composed writes the M · N of S Qᵀ
+and adds to them. For the gradient dY [M, N] is copied instead, and W needs R more rows beside R
+more columns, which no checkpoint has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_fast.factors import Factors, Needs
+from lora_fast.kernels import configs
+from lora_fast.kernels.configs import GemmConfig
+from lora_fast.nf4 import NF4Weight
+
+SWITCHES = ("bias", "b", "d", "g", "dropout", "spans")
+FORWARD, BACKWARD = "forward", "backward"
+FORWARD_GROUP, BACKWARD_GROUP = "forward_group", "backward_group"
+
+
+class Plan(NamedTuple):
+    """One way to compute an operation; where a field is None, configs.py decides by exact shape."""
+
+    composed: bool = False
+    workspace: bool | None = None
+    gemm: GemmConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """What the cache keeps: ``fused 128x256x64/8/3 workspace``."""
+        if self.composed:
+            return "composed"
+        words = ["fused"]
+        if self.gemm is not None:
+            c = self.gemm
+            tile = (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K)
+            words.append(f"{'x'.join(map(str, tile))}/{c.num_warps}/{c.num_stages}")
+        if self.workspace is not None:
+            words.append("workspace" if self.workspace else "in-gemm")
+        return " ".join(words)
+
+
+FUSED = Plan()
+COMPOSED = Plan(composed=True)
+
+
+class Query(NamedTuple):
+    """An operation on one layer, or on a group of layers that read the same x; rows in buckets.
+
+    weights: the dtype of a dense weight, or NF4's (blocksize, nested); switches: which of SWITCHES
+    are on; needs: gradients that the backward pass makes, one Needs for each layer (forward: only
+    whether V is kept); cublas: whether the composed route may be taken.
+    """
+
+    op: str
+    M: int
+    K: int
+    N: tuple[int, ...]
+    R: tuple[int, ...]
+    dtype: torch.dtype
+    adapter: torch.dtype | None
+    weights: tuple[torch.dtype | tuple[int, bool], ...]
+    switches: tuple[bool, ...]
+    needs: tuple[Needs, ...]
+    cublas: bool
+
+    @property
+    def is_forward(self) -> bool:
+        return self.op in (FORWARD, FORWARD_GROUP)
+
+    @property
+    def is_group(self) -> bool:
+        return self.op in (FORWARD_GROUP, BACKWARD_GROUP)
+
+    @property
+    def is_nf4(self) -> bool:
+        return not isinstance(self.weights[0], torch.dtype)
+
+    def has(self, switch: str) -> bool:
+        return self.switches[SWITCHES.index(switch)]
+
+    @property
+    def key(self) -> str:
+        """The query in words, as the cache has it."""
+        needs = "+".join(
+            ",".join(name for name, wanted in zip(Needs._fields, need, strict=True) if wanted)
+            for need in self.needs
+        )
+        return " ".join(
+            [
+                self.op,
+                f"M{self.M}",
+                f"K{self.K}",
+                "N" + "+".join(map(str, self.N)),
+                "R" + "+".join(map(str, self.R)),
+                _name(self.dtype),
+                "adapter:" + _name(self.adapter),
+                "weight:" + "+".join(_name(weight) for weight in self.weights),
+                "with:" + ",".join(name for name in SWITCHES if self.has(name)),
+                "needs:" + needs,
+                "any" if self.cublas else "triton",
+            ]
+        )
+
+
+def query(
+    op: str, rows: Tensor, fs: Sequence[Factors], needs: Sequence[Needs], *, cublas: bool
+) -> Query:
+    """The query for rows x [M, K] or dY [M, N] of the layers `fs`."""
+    f = fs[0]
+    present = (f.bias, f.b, f.d, f.g)
+    switches = (*(v is not None for v in present), f.dropout_p > 0.0, f.rank_spans is not None)
+    return Query(
+        op,
+        bucket(rows.shape[0]),
+        f.weight.shape[1],
+        tuple(f.weight.shape[0] for f in fs),
+        tuple(0 if f.A is None else f.A.shape[0] for f in fs),
+        rows.dtype,
+        None if f.A is None else f.A.dtype,
+        tuple(_kind(f.weight) for f in fs),
+        switches,
+        tuple(needs),
+        cublas,
+    )
+
+
+def bucket(M: int) -> int:
+    """Rows rounded up to a power of two, from 16 (below, time is that of reading W) to 16384
+    (above, it grows with M for everyone)."""
+    return min(16384, max(16, 1 << (M - 1).bit_length()))
+
+
+def candidates(q: Query, arch: int | None) -> tuple[Plan, ...]:
+    """The plans to time; the first is that of configs.py."""
+    plans = [FUSED]
+    if not q.is_group:
+        plans = [Plan(workspace=route) for route in _routes(q, arch)]
+        narrow = q.has("g") or (q.op == BACKWARD and q.has("dropout"))
+        others = configs.other_gemms(q.M, q.dtype, arch, narrow=narrow)
+        plans += [Plan(workspace=True if q.is_nf4 else None, gemm=gemm) for gemm in others]
+    return (*plans, COMPOSED) if q.cublas else tuple(plans)
+
+
+def _routes(q: Query, arch: int | None) -> tuple[bool | None, ...]:
+    """Where an NF4 weight may be decoded, the modelled choice first; None without a choice."""
+    reads_weight = q.is_forward or q.needs[0].x
+    if not q.is_nf4 or q.K % 2 or not reads_weight:
+        return (None,)
+    workspace = configs.why_nf4_workspace(q.M, q.K, q.dtype, arch) is not None
+    return (workspace, not workspace)
+
+
+def _kind(weight: Tensor | NF4Weight) -> torch.dtype | tuple[int, bool]:
+    if isinstance(weight, NF4Weight):
+        return weight.blocksize, weight.nested
+    return weight.dtype
+
+
+def _name(what: torch.dtype | tuple[int, bool] | None) -> str:
+    if isinstance(what, tuple):
+        return f"nf4-{what[0]}" + "-nested" * what[1]
+    return str(what).removeprefix("torch.")

@@ -1,0 +1,131 @@
+"""Picks the plan of a query: from the model, from the cache, or by timing the candidates once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_fast.kernels import configs
+
+from . import cost_model
+from .cache import Cache, versions
+from .plans import Plan, Query, candidates
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Median device time of a call, with a cold L2, on the current device and stream."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+
+
+class Place(NamedTuple):
+    """A device to Triton: its name, and its compute capability (90), None without one."""
+
+    name: str
+    arch: int | None
+
+
+class Tuner:
+    """One plan for each query and device; a plan once given is given ever after.
+
+    So the first call and the second have the same bits, whatever is timed in between. While a CUDA
+    graph is captured or torch.compile traces nothing is timed: the cache answers, or the model.
+    Processes choose for themselves; ranks that differ differ by rounding alone, within the same
+    error bound.
+    """
+
+    def __init__(self, *, times: bool, timer: Timer = milliseconds) -> None:
+        self.times = times
+        self._timer = timer
+        self._chosen: dict[tuple[Place, Query], Plan] = {}
+        self._caches: dict[str, Cache] = {}
+        self._lock = threading.Lock()
+
+    def plan(self, query: Query, device: torch.device, run: Callable[[Plan], Any]) -> Plan:
+        """The plan of `query` on `device`; run(plan) computes the operation with a candidate."""
+        asked = (place_of(device), query)
+        found = self._chosen.get(asked)
+        if found is None:
+            # Backward passes run in threads of their own; candidates are timed one at a time.
+            with self._lock:
+                found = self._chosen.get(asked) or self._decide(*asked, device, run)
+                self._chosen[asked] = found
+        return found
+
+    def _decide(
+        self, place: Place, query: Query, device: torch.device, run: Callable[[Plan], Any]
+    ) -> Plan:
+        plans = candidates(query, place.arch)
+        modelled = cost_model.pick(query, place.arch)
+        if not self.times or len(plans) == 1:
+            return modelled
+        cache = self._caches.setdefault(place.name, Cache(versions(place.name)))
+        known = cache.get(query.key)
+        for plan in plans:
+            if plan.name == known:
+                return plan
+        if torch.compiler.is_compiling() or _is_capturing(device):
+            return modelled
+        times = self._time(plans, query, run)
+        if not times:
+            return modelled
+        fastest = min(times, key=times.__getitem__)
+        cache.put(query.key, fastest.name, {plan.name: times[plan] for plan in times})
+        return fastest
+
+    def _time(
+        self, plans: tuple[Plan, ...], query: Query, run: Callable[[Plan], Any]
+    ) -> dict[Plan, float]:
+        times = {}
+        for plan in plans:
+            try:
+                times[plan] = self._timer(lambda plan=plan: run(plan))  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                # A candidate that the memory left by the model does not hold is none.
+                continue
+            except Exception as error:
+                # Whatever a compiler or a launch raises; if nothing works, the call itself will.
+                warnings.warn(
+                    f"lora_fast: {plan.name} cannot compute {query.key}: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return times
+
+
+def place_of(device: torch.device) -> Place:
+    """Name and compute capability of the device that tensors of `device` are computed on."""
+    if device.type == "cuda":
+        return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    arch = configs.current_arch()
+    return Place("interpreter" if arch is None else f"sm_{arch}", arch)
+
+
+@functools.cache
+def _gpu(device: int) -> Place:
+    properties = torch.cuda.get_device_properties(device)
+    return Place(properties.name, 10 * properties.major + properties.minor)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _times_by_environment() -> bool:
+    value = os.environ.get("LORA_FAST_AUTOTUNE", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"LORA_FAST_AUTOTUNE must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+tuner = Tuner(times=_times_by_environment())
+"""The process's own; LORA_FAST_AUTOTUNE=1 lets it time."""

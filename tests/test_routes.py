@@ -1,0 +1,133 @@
+"""Either route computes either pass: fused and composed, mixed as the tuner may mix them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import assert_all_accurate, assert_same_bits
+from equation import Case, check, eager, exact, fused, make
+from test_groups import check as check_group
+
+pytest.importorskip("triton")
+import lora_fast
+from lora_fast import dispatch, routes, triton_ops
+from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
+from lora_fast.tuning.tuner import Tuner
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ALL = ("x", "bias", "A", "B", "b", "d", "g")
+PLAIN = Case(M=70, K=72, N=136, dtype=BF16, adapter_dtype=FP32, R=8)
+CASES = [
+    PLAIN,
+    replace(PLAIN, factors=ALL, p=0.3, dtype=FP32, adapter_dtype=None),
+    replace(PLAIN, nf4=True, p=0.3, adapter_dtype=None, dtype=FP16),
+    replace(PLAIN, nf4=True, factors=ALL, R=100),
+    replace(PLAIN, R=13, spans=((0, 5), (5, 13)), dtype=FP32, adapter_dtype=None),
+    replace(PLAIN, trains=("A",), p=0.3),
+    replace(PLAIN, factors=("x", "bias")),
+]
+WAYS = [(COMPOSED, COMPOSED), (FUSED, COMPOSED), (COMPOSED, FUSED)]
+
+
+@pytest.fixture
+def choosing(monkeypatch):
+    """Make the tuner choose `forward` and `backward`; returns what it was asked."""
+
+    def choose(forward: Plan, backward: Plan) -> list[str]:
+        asked: list[str] = []
+
+        def plan(op, rows, fs, needs, run):
+            asked.append(op)
+            return forward if op.startswith(FORWARD) else backward
+
+        monkeypatch.setattr(routes, "_plan", plan)
+        return asked
+
+    return choose
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "-".join(plan.name for plan in ways))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_either_route_takes_either_pass(choosing, case, ways):
+    asked = choosing(*ways)
+    with lora_fast.set_backend("triton"):
+        check(case)
+    assert asked == [FORWARD, BACKWARD]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "plan", [Plan(workspace=True), Plan(workspace=False)], ids=lambda p: p.name
+)
+def test_both_nf4_routes_have_the_same_bits(choosing, plan):
+    case = replace(PLAIN, nf4=True)
+    with lora_fast.set_backend("triton"):
+        expected = check(case)
+        choosing(plan, plan)
+        for name, value in check(case).items():
+            if value is not None:
+                assert_same_bits(value, expected[name], name=name)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "-".join(plan.name for plan in ways))
+@pytest.mark.parametrize(("dtype", "nf4", "drops"), [(BF16, False, True), (FP16, True, False)])
+def test_a_group_mixes_routes_as_well(choosing, dtype, nf4, drops, ways):
+    asked = choosing(*ways)
+    with lora_fast.set_backend("triton"):
+        check_group(dtype, FP32, nf4, drops=drops)
+    assert asked == ["forward_group", "backward_group"]
+
+
+@pytest.mark.interpreter
+def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
+    """Every candidate runs before the first result is returned."""
+    monkeypatch.setenv("LORA_FAST_CACHE_DIR", str(tmp_path))
+    timed = []
+
+    def timer(call):
+        call()
+        timed.append(call)
+        return float(-len(timed))
+
+    monkeypatch.setattr(routes, "tuner", Tuner(times=True, timer=timer))
+    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
+    with lora_fast.set_backend("triton"):
+        operands = make(replace(PLAIN, nf4=True))
+        first = fused(operands)
+        ran = len(timed)
+        second = fused(operands)
+    assert ran >= 6
+    assert len(timed) == ran
+    assert_all_accurate(first, exact(operands), eager(operands), compute_dtype=BF16, name="tuned")
+    for name, value in first.items():
+        if value is not None:
+            assert_same_bits(second[name], value, name=name)
+
+
+def test_auto_asks_the_tuner_and_triton_does_not(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def plan(query, device, run):
+        raise Asked
+
+    monkeypatch.setattr(routes.tuner, "plan", plan)
+    monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
+    x, f = torch.zeros(4, 8), dispatch.Factors(torch.zeros(8, 8))
+    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
+    with pytest.raises(Asked):
+        routes.forward(x, f, dispatch.Needs())
+    monkeypatch.setattr(routes, "get_backend", lambda: "triton")
+    assert routes.forward(x, f, dispatch.Needs()) is FUSED
+
+
+def test_an_empty_batch_needs_no_choice(monkeypatch):
+    monkeypatch.setattr(routes.tuner, "plan", lambda *args: pytest.fail("asked"))
+    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
+    monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
+    f = dispatch.Factors(torch.zeros(8, 8))
+    assert routes.forward(torch.zeros(0, 8), f, dispatch.Needs()) is FUSED
