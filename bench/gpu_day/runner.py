@@ -41,7 +41,13 @@ class Runner:
 
     def run(self, steps: Iterable[Step], budget: float | None) -> None:
         """Run what the journal lacks, within ``budget`` seconds. SIGTERM ends the step, too."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+        try:
+            self._run_steps(steps, budget)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _run_steps(self, steps: Iterable[Step], budget: float | None) -> None:
         deadline = time.monotonic() + (budget if budget is not None else float("inf"))
         for step in steps:
             if self.journal.step(step.name).done:
