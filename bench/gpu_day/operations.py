@@ -104,14 +104,18 @@ def _method(day: Day, M: int, K: int, method: str) -> dict[str, Any]:
 
 
 def _adapted(model: nn.Module, config: Any) -> Any:
-    """PEFT's model with adapters of the layers' dtype, none of them zero."""
+    """PEFT's model, none of its adapters zero; LoRA's in the dtype of the layers.
+
+    VeRA's projections are float32 in PEFT, and its vectors have to be, too.
+    """
     from peft import get_peft_model
 
     torch.manual_seed(1)
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(_DTYPE)
+            if config.peft_type == "LORA":
+                parameter.data = parameter.data.to(_DTYPE)
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
     return adapted.train()
@@ -143,7 +147,9 @@ def _decoding(day: Day, N: int, K: int) -> dict[str, Any]:
     layer: Any = linear4bit(nn.Linear(K, N, bias=False, device=day.device, dtype=_DTYPE))
     packed = lora_fast.NF4Weight.from_params4bit(layer.weight)
     makers: _Makers = {
-        "bitsandbytes": lambda: lambda: bnb.dequantize_4bit(layer.weight, layer.quant_state),
+        "bitsandbytes": lambda: (
+            lambda: bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        ),
         "lora_fast": lambda: lambda: _decoded(packed, day.device),
     }
     absmax = N * K // 64

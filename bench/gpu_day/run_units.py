@@ -60,12 +60,21 @@ def run_units(step: Step, units: list[Unit], journal: Journal) -> int:
                 return NEW_PROCESS
             continue
         finally:
-            gc.collect()
+            _free_device_memory()
         seconds = round(time.monotonic() - started, 2)
         journal.append("row", step=step.name, unit=unit.name, seconds=seconds, row=row)
         if row.get("new_process"):
             return NEW_PROCESS
     return 0
+
+
+def _free_device_memory() -> None:
+    """Modules hold one another in cycles. What survives is left out of the next search for them."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        gc.freeze()
+        torch.cuda.empty_cache()
 
 
 def _first_line(error: Exception) -> str:
