@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .dora import DoRALinear
     from .modules import LoRALinear
     from .nf4 import NF4Weight
+    from .planning import MemoryPlan, plan
     from .reporting import Report, report
     from .vera import VeRALinear
 
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 _LAZY = {
     "DoRALinear": "dora",
     "LoRALinear": "modules",
+    "MemoryPlan": "planning",
     "NF4Weight": "nf4",
     "Report": "reporting",
     "VeRALinear": "vera",
     "accelerate": "acceleration",
     "convert": "conversion",
     "decelerate": "acceleration",
+    "plan": "planning",
     "report": "reporting",
     "set_backend": "backend",
 }
@@ -47,6 +50,7 @@ _LAZY_MODULES = ("functional", "optim", "reference", "trainable")
 __all__ = [
     "DoRALinear",
     "LoRALinear",
+    "MemoryPlan",
     "NF4Weight",
     "Report",
     "VeRALinear",
@@ -55,6 +59,7 @@ __all__ = [
     "decelerate",
     "functional",
     "optim",
+    "plan",
     "reference",
     "report",
     "set_backend",

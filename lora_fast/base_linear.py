@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.nn.modules import module as module_hooks
 from .functional import Member, adapted_linear, adapted_linears
 from .nf4 import NF4Weight
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
 _FOUR_BIT = (Linear4bit, LinearNF4)
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,6 +49,18 @@ class CallCounts:
     def by_reason(self) -> dict[str, int]:
         """Fallbacks by reason; compiled calls, which cannot be counted, appear as one."""
         return {**self.fallbacks, **({"torch.compile": 1} if self.compiled else {})}
+
+
+@contextmanager
+def accepting(kind: type[Tensor]) -> Iterator[None]:
+    """Take tensors of one more class for ordinary ones: fake tensors, where bytes are counted."""
+    global _PLAIN_TENSORS
+    previous = _PLAIN_TENSORS
+    _PLAIN_TENSORS = (*previous, kind)
+    try:
+        yield
+    finally:
+        _PLAIN_TENSORS = previous
 
 
 def module_obstacle(module: nn.Module, role: str, *types: type) -> str | None:

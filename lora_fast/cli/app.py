@@ -13,6 +13,7 @@ except ModuleNotFoundError:
 from lora_fast import __version__
 
 from .compare import compare
+from .plan import plan
 from .train import train
 
 EXIT_ERROR = 1
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(compare)
+app.command()(plan)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,214 @@
+"""``lora-fast plan``: the memory of a run, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_fast.training.errors import TrainingError, first_line
+
+from . import options as opt
+from .errors import EXIT_ERROR, one_line_errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_fast.planning import MemoryPlan
+
+PLANNED = "Plan"
+BAR = 24
+SHOWN_CHANGES = 3
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="FOLDER|config.json|HUB_ID", help="Only its config is read.")
+]
+PlanMethod = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="As in lora-fast train, or full.", rich_help_panel=PLANNED),
+]
+PlanQuantize = Annotated[
+    str,
+    typer.Option(metavar="nf4|none", help="Frozen weights in 4 bits.", rich_help_panel=PLANNED),
+]
+PlanDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="bfloat16|float16|float32",
+        help="Of the weights and of the computation; adapters are float32.",
+        rich_help_panel=PLANNED,
+    ),
+]
+PlanTask = Annotated[str, typer.Option(metavar="causal-lm|classification", rich_help_panel=PLANNED)]
+PlanBatch = Annotated[int, typer.Option(help="Examples per batch.", rich_help_panel=PLANNED)]
+PlanLength = Annotated[int, typer.Option(help="Tokens of an example.", rich_help_panel=PLANNED)]
+PlanOptim = Annotated[
+    str,
+    typer.Option(
+        help="adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, "
+        "sgd.",
+        rich_help_panel=PLANNED,
+    ),
+]
+PlanRank = Annotated[int | None, typer.Option("--r", help="Rank.", rich_help_panel=PLANNED)]
+StockPeft = Annotated[
+    bool,
+    typer.Option("--stock", help="Stock PEFT instead of lora_fast.", rich_help_panel=PLANNED),
+]
+Card = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="h100, a100-80, rtx4090, …", rich_help_panel="Fits on"),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Or its memory: 24GB, 80GiB.", rich_help_panel="Fits on"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def plan(
+    model: ModelArgument,
+    method: PlanMethod = "lora",
+    quantize: PlanQuantize = "none",
+    r: PlanRank = None,
+    target_modules: opt.TargetModules = None,
+    dtype: PlanDtype = "bfloat16",
+    task: PlanTask = "causal-lm",
+    batch_size: PlanBatch = 1,
+    max_length: PlanLength = 2048,
+    gradient_checkpointing: opt.GradientCheckpointing = False,
+    optim: PlanOptim = "adamw_torch",
+    stock: StockPeft = False,
+    card: Card = None,
+    memory: Memory = None,
+    as_json: Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Count the memory of a training step, part by part, before anything is loaded.
+
+    With --card or --memory, the exit code is 1 when it does not fit.
+    """
+    settings = {
+        "method": method,
+        "quantize": quantize,
+        "r": r,
+        "target_modules": target_modules,
+        "dtype": dtype,
+        "task": task,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "gradient_checkpointing": gradient_checkpointing,
+        "optim": optim,
+        "fused": not stock,
+    }
+    with one_line_errors(Path(), debug=debug, interruption=lambda *_: "interrupted"):
+        try:
+            fitting = _plan(model, settings, card, memory, as_json=as_json, debug=debug)
+        except (ValueError, TypeError) as error:
+            raise TrainingError(first_line(error)) from error
+    if not fitting:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _plan(
+    model: str,
+    settings: dict[str, Any],
+    card: str | None,
+    memory: str | None,
+    *,
+    as_json: bool,
+    debug: bool,
+) -> bool:
+    from lora_fast.planning import cards
+
+    if card is not None and memory is not None:
+        raise TrainingError("--card and --memory must not be given together")
+    room = cards.card_bytes(card) if card else cards.parse_memory(memory) if memory else None
+    from .console import quiet_libraries
+
+    if not debug:
+        quiet_libraries()
+    import lora_fast
+
+    found = lora_fast.plan(model, **settings)
+    fitting = room is None or cards.fits(found.total, room)
+    if as_json:
+        import json
+
+        room_facts = {"memory": room, "fits": None if room is None else fitting}
+        print(json.dumps({**found.to_dict(), **room_facts}, indent=2))
+    else:
+        from rich.console import Console
+
+        show_plan(Console(highlight=False), found, room, card or memory)
+    return fitting
+
+
+def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str | None) -> None:
+    """Print the parts, what they fit on and what would help."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lora_fast.planning import cards
+
+    s = found.settings
+    console.print(
+        f"[bold]{escape(found.model)}[/]: {found.parameters / 1e9:.3g}B parameters, "
+        f"{found.trainable / 1e6:.4g}M train; {s.method}"
+        f"{f' r={s.rank}' if s.rank else ''}, batch {s.batch_size} × {s.max_length} tokens"
+        f"{', checkpointing' if s.gradient_checkpointing else ''}, {s.optim}"
+    )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="cyan")
+    for name, size in found.parts.items():
+        if size:
+            bar = "█" * round(BAR * size / found.total)
+            table.add_row(name, human(size), bar)
+    table.add_row("[bold]total[/]", f"[bold]{human(found.total)}[/]", "")
+    console.print(table)
+    if found.paged:
+        console.print(f"optimizer state that may be paged to the host: {human(found.paged)}")
+    if found.activations is not None:
+        with_, without = found.activations["with_checkpointing"], found.activations["without"]
+        console.print(
+            f"[dim]activations: {human(without)}, with checkpointing {human(with_)}; not counted: "
+            f"{human(cards.RESERVE)} for the CUDA context and fragmentation[/]"
+        )
+    for note in found.notes:
+        console.print(f"[yellow]![/] {escape(note)}")
+    _show_room(console, found, room, place)
+
+
+def _show_room(console: Console, found: MemoryPlan, room: int | None, place: str | None) -> None:
+    from lora_fast.planning import cards
+
+    if room is None:
+        names = [name for name, size in cards.CARDS.items() if cards.fits(found.total, size << 20)]
+        console.print(f"fits on: {', '.join(names) or 'none of the cards in the table'}")
+    elif cards.fits(found.total, room):
+        left = room - found.total - cards.RESERVE
+        console.print(f"[green]✓[/] fits on {place} ({human(room)}), {human(left)} to spare")
+    else:
+        over = found.total + cards.RESERVE - room
+        console.print(f"[red]✗[/] does not fit on {place} ({human(room)}): {human(over)} too much")
+    for number, change in enumerate(found.changes[:SHOWN_CHANGES]):
+        enough = ""
+        if room is not None and not cards.fits(found.total, room):
+            enough = ", then it fits" if cards.fits(found.total - change.saves, room) else ""
+        label = "helps most:" if number == 0 else "           "
+        console.print(f"{label} {change.what} saves {human(change.saves)}{enough}")
+
+
+def human(size: int) -> str:
+    """``1.23 GB``: decimal units, three digits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return (
+                f"{size / scale:.3g} {unit}"
+                if size < 1000 * scale
+                else f"{size / scale:.0f} {unit}"
+            )
+    return f"{size} B"

@@ -1,0 +1,277 @@
+"""The plan: every part of the memory of a run, and what would make it smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..training.methods import METHODS
+from .activations import Activations, count_activations
+from .settings import FULL, Settings
+from .states import decode_bytes, nf4_layers, optimizer_bytes, weight_bytes
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the settings, and the bytes that it would save."""
+
+    what: str
+    saves: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a training step by part. Prints as a table; ``to_dict()`` is for machines.
+
+    ``parts`` adds up to ``total``. weights: by storage, frozen and, for ``full``, trained ones.
+    adapters: what the method adds. gradients and optimizer: of all that trains. activations: kept
+    for backward, with or without checkpointing as asked; logits: they, their log-softmax and its
+    gradient.
+    workspace: the buffer in which NF4 weights are decoded and two more of the largest activation,
+    the gradients that come and go in the backward pass. Not counted: the CUDA context and
+    fragmentation, for which :mod:`lora_fast.planning.cards` sets a reserve aside.
+
+    ``paged``: optimizer state that may move to the host, not in ``parts``. ``activations``: kept
+    bytes ``with_checkpointing`` and ``without``; None, with a note, for models that cannot be
+    traced. ``changes``: what single changes would save, the best first.
+    """
+
+    model: str
+    settings: Settings
+    parameters: int
+    trainable: int
+    parts: Mapping[str, int]
+    activations: Mapping[str, int] | None
+    paged: int = 0
+    changes: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as what JSON can hold."""
+        return {**asdict(replace(self, parts=dict(self.parts))), "total": self.total}
+
+    def __str__(self) -> str:
+        rows = [*self.parts.items(), ("total", self.total)]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {size / GB:9.3f} GB" for name, size in rows]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a model and its adapter come to, whatever the batch and the optimizer."""
+
+    name: str
+    model: nn.Module
+    weights: Mapping[str, int]
+    adapters: int
+    trained: tuple[torch.Tensor, ...]
+    extra_state: int
+    master: int
+    decode: int
+    parameters: int
+
+
+def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> MemoryPlan:
+    """Count the bytes that training will need, before anything is loaded.
+
+    `model_or_config`: a folder, a ``config.json``, a hub id, a transformers config; or a model,
+    which is taken as it is, adapters and all. The keyword arguments are those of
+    :class:`lora_fast.planning.Settings`; ``method``, ``quantize``, ``r``, ``target_modules``,
+    ``frequencies`` and ``virtual_tokens`` say how a config becomes a model that trains, and must
+    not be given with a model. ``advise=False`` leaves out ``changes``, which take most of the time.
+
+    Nothing is allocated: parameters are counted on the meta device, activations by a forward pass
+    on fake tensors.
+
+    Raises ValueError or TypeError that names the argument: an unknown option, a config that cannot
+    be found or read, a method that does not fit the model.
+    """
+    given = Settings(**settings)
+    if isinstance(model_or_config, nn.Module):
+        shaping = ("method", "quantize", "r", "target_modules", "frequencies", "virtual_tokens")
+        wrong = next((name for name in shaping if name in settings), None)
+        if wrong:
+            raise ValueError(f"{wrong} must not be given with a model, which is taken as it is")
+        counted = _count_model(model_or_config, given)
+        return _planned(counted, given, *_trace(counted, given))
+    name, config = _config(model_or_config)
+    counted = _count(name, config, given)
+    traced, notes = _trace(counted, given)
+    found = _planned(counted, given, traced, notes)
+    if not advise:
+        return found
+    from .advice import changes
+
+    def replanned(other: Settings) -> MemoryPlan:
+        return _replanned(config, counted, found, traced, other)
+
+    return replace(found, changes=changes(found, replanned))
+
+
+def _config(source: Any) -> tuple[str, Any]:
+    from ..skeleton import load_config
+
+    if isinstance(source, str | Path):
+        return str(source), load_config(source)
+    if not hasattr(source, "model_type"):
+        raise TypeError(
+            "model_or_config must be a model, a transformers config, a folder, a config.json or a "
+            f"hub id, got {type(source).__name__}"
+        )
+    return source.model_type, source
+
+
+def _count(name: str, config: Any, settings: Settings) -> _Counted:
+    from ..skeleton import skeleton
+
+    dtype = getattr(torch, settings.dtype)
+    base = skeleton(config, settings.task, dtype)
+    base.config.use_cache = settings.method == "prefix"
+    quantised = nf4_layers(base) if settings.quantize == "nf4" else {}
+    own = {id(tensor) for tensor in [*base.parameters(), *base.buffers()]}
+    model = _adapted(name, base, settings)
+    tensors = [*model.parameters(), *model.buffers()]
+    trained = tuple(p for p in model.parameters() if p.requires_grad)
+    added = [t for t in tensors if id(t) not in own]
+    return _Counted(
+        name=name,
+        model=model,
+        weights=weight_bytes((t for t in tensors if id(t) in own), quantised),
+        adapters=sum(weight_bytes(added, {}).values()),
+        trained=trained,
+        extra_state=_extra_state(model, settings, quantised),
+        master=sum(4 * p.numel() for p in trained if settings.method == FULL and p.itemsize < 4),
+        decode=decode_bytes(model, quantised, dtype),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _count_model(model: Any, settings: Settings) -> _Counted:
+    trained = tuple(p for p in model.parameters() if p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return _Counted(
+        name=type(model).__name__,
+        model=model,
+        weights=weight_bytes([*frozen, *model.buffers()], {}),
+        adapters=sum(weight_bytes(trained, {}).values()),
+        trained=trained,
+        extra_state=0,
+        master=0,
+        decode=decode_bytes(model, {}, getattr(torch, settings.dtype)),
+        parameters=sum(
+            p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel()
+            for p in model.parameters()
+        ),
+    )
+
+
+def _adapted(name: str, base: Any, settings: Settings) -> Any:
+    if settings.method == FULL:
+        return base
+    from ..training.config import TrainConfig
+    from ..training.errors import TrainingError
+    from ..training.models import Base
+
+    dtype = getattr(torch, settings.dtype)
+    try:
+        options = {
+            key: getattr(settings, key)
+            for key in ("method", "task", "r", "target_modules", "frequencies", "virtual_tokens")
+        }
+        run = TrainConfig(model=name, data="-", quantize="none", steps=100, **options)
+        run = run.with_defaults(sum(p.numel() for p in base.parameters()))
+        held = Base(name, base, _NoTokenizer(), dtype, torch.device("meta"))
+        return METHODS[settings.method].build(held, run, 100)
+    except TrainingError as error:
+        raise ValueError(f"method {settings.method}: {error}") from error
+
+
+class _NoTokenizer:
+    """Where a method sets the side of the padding."""
+
+    padding_side = "right"
+
+
+def _extra_state(model: Any, settings: Settings, quantised: Mapping[int, nn.Module]) -> int:
+    """What a method keeps beside the optimizer: AdaLoRA's averages, Delta-LoRA's first weights."""
+    if settings.method == "adalora":
+        return 3 * sum(p.numel() * 4 for n, p in model.named_parameters() if "lora_" in n)
+    if settings.method != "delta-lora":
+        return 0
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    factors = [p for layer in layers for n, p in layer.named_parameters() if "lora_" in n]
+    weights = [layer.base_layer.weight for layer in layers]
+    kept = [w for w in weights if id(w) in quantised or w.itemsize < 4]
+    starts = sum(weight_bytes(kept, dict(quantised)).values())
+    return starts + sum(4 * p.numel() for p in factors)
+
+
+def _trace(counted: _Counted, s: Settings) -> tuple[Activations | None, tuple[str, ...]]:
+    try:
+        return count_activations(
+            counted.model,
+            task=s.task,
+            batch_size=s.batch_size,
+            max_length=s.max_length,
+            dtype=getattr(torch, s.dtype),
+            fused=s.fused,
+        ), ()
+    except NotImplementedError as error:
+        return None, (f"activations, logits and workspace are not in the total: {error}",)
+
+
+def _planned(
+    counted: _Counted, s: Settings, traced: Activations | None, notes: tuple[str, ...] = ()
+) -> MemoryPlan:
+    state, paged = optimizer_bytes(counted.trained, s.optim)
+    if counted.master and s.optim != "sgd":
+        # Mixed precision: the moments are float32 as the master copy is.
+        wide = [torch.empty(p.shape, device="meta") for p in counted.trained]
+        state, paged = optimizer_bytes(wide, s.optim)
+    parts = {f"weights, {kind}": size for kind, size in counted.weights.items()}
+    parts["adapters"] = counted.adapters
+    parts["gradients"] = sum(p.numel() * p.itemsize for p in counted.trained)
+    parts["optimizer state"] = state + counted.extra_state + counted.master
+    kept = None
+    if traced is not None:
+        kept = {
+            "without": traced.kept(checkpointing=False),
+            "with_checkpointing": traced.kept(checkpointing=True),
+        }
+        parts["activations"] = traced.kept(checkpointing=s.gradient_checkpointing)
+        parts["logits"] = traced.logits
+        parts["workspace"] = counted.decode + 2 * traced.widest
+    else:
+        parts["workspace"] = counted.decode
+    trainable = sum(p.numel() for p in counted.trained)
+    return MemoryPlan(
+        counted.name, s, counted.parameters, trainable, parts, kept, paged=paged, notes=notes
+    )
+
+
+def _replanned(
+    config: Any, counted: _Counted, now: MemoryPlan, traced: Activations | None, s: Settings
+) -> MemoryPlan:
+    """The plan for other settings; what a change leaves alone is not counted again."""
+    before = now.settings
+    if (s.method, s.r, s.quantize) != (before.method, before.r, before.quantize):
+        counted = _count(counted.name, config, s)
+    if s.method != before.method:
+        traced, _ = _trace(counted, s)
+    elif traced is not None and s.batch_size != before.batch_size:
+        traced = traced.scaled(s.batch_size / before.batch_size)
+    elif s.max_length != before.max_length:
+        traced, _ = _trace(counted, s)
+    return _planned(counted, s, traced)

@@ -1,0 +1,146 @@
+"""Models without their weights: every module, name, shape and dtype, and no memory behind them.
+
+A skeleton is built by transformers from a config, on the meta device. :func:`imagined` turns it
+into one of fake CPU tensors, on which whole forward passes run without computing anything.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# In the order in which a model's own class is looked for; tasks name one of them.
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "masked-lm": "AutoModelForMaskedLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "features": "AutoModel",
+}
+
+
+def load_config(name: str | Path) -> Any:
+    """Return the transformers config of a folder, a ``config.json`` or a hub id.
+
+    A hub id is looked up in the local cache first, then downloaded unless Hugging Face is set to
+    be offline. Code that a repository brings along is never run.
+
+    Raises:
+        ValueError: there is no such config, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from .training.models import resolve_model
+
+    name = resolve_model(str(name))
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"model must hold a config.json, got the folder {name} without one")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
+        raise ValueError(
+            f"model must be a folder, a config.json or a hub id, got {name}: no such file"
+        )
+    problem: Exception | None = None
+    for local in (True, False):
+        try:
+            return AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        except Exception as error:  # unreadable files surface as many kinds of error
+            problem = error
+            if path.exists():
+                break
+    if path.exists():
+        raise ValueError(f"model: cannot read the config of {name}: {problem}") from problem
+    raise ValueError(
+        f"model must be a folder, a config.json or a hub id that is in the local cache or can be "
+        f"downloaded, got {name!r}, which is neither; download its config.json and name that file"
+    ) from problem
+
+
+def skeleton(config: Any, task: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """Return the model of `config` on the meta device: of `task`, or of its own architecture.
+
+    No string of the config is imported: its ``architectures`` select among transformers' own
+    classes for this kind of config.
+
+    Raises:
+        ValueError: transformers has no such model for this kind of config.
+    """
+    kind = _auto_class(config, task)
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=dtype or torch.float32, trust_remote_code=False)
+
+
+def _auto_class(config: Any, task: str | None) -> Any:
+    import transformers
+
+    own = (getattr(config, "architectures", None) or [""])[0]
+    for name, kind in AUTO_CLASSES.items():
+        auto = getattr(transformers, kind, None)
+        found = None if auto is None else auto._model_mapping.get(type(config), None)
+        names = [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,)) if cls]
+        if names and (name == task or (task is None and own in names)):
+            return auto
+    raise ValueError(
+        f"model must be one that transformers has for {task or 'its architecture'}, "
+        f"got {config.model_type} ({own or 'no architecture'})"
+    )
+
+
+@contextmanager
+def imagined(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a copy of `model` in which every tensor is a fake one on the CPU; nothing is allocated.
+
+    Inside the block operations compute shapes and dtypes, on such tensors alone, and the layers of
+    lora_fast take them for ordinary ones. 4-bit layers appear as dense ones of the dtype that was
+    quantised: what they keep for backward is the same.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    from .backend import set_backend
+    from .base_linear import accepting
+
+    with FakeTensorMode(), accepting(FakeTensor), set_backend("torch"):
+        memo: dict[int, Any] = {}
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                memo[id(module)] = _dense_stand_in(module)
+        for tensor in _tensors_of(model):
+            fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = fake
+        yield copy.deepcopy(model, memo)
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and what modules hold as plain attributes or in plain dicts."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for value in vars(module).values():
+            for item in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(item, Tensor):
+                    yield item
+
+
+def _dense_stand_in(layer: Any) -> nn.Linear:
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    N, K = state.shape
+    linear = nn.Linear(K, N, bias=False, device="meta")
+    linear.weight = _frozen(torch.empty(N, K, dtype=state.dtype, device="cpu"))
+    if layer.bias is not None:
+        linear.bias = _frozen(torch.empty(N, dtype=layer.bias.dtype, device="cpu"))
+    return linear
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,365 @@
+"""Planned bytes beside measured ones: the same tiny models, built for real and trained one step."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ALLOCATORS
+from tiny_runs import save_llama
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BitsAndBytesConfig,
+    LlamaConfig,
+)
+
+import lora_fast
+from lora_fast.optim import DeltaLoRA
+from lora_fast.planning import MemoryPlan, Settings, cards, plan
+from lora_fast.planning.states import optimizer_bytes
+from lora_fast.training import methods
+from lora_fast.training.config import TrainConfig
+from lora_fast.training.models import Base
+
+
+@pytest.fixture(autouse=True)
+def _allocators_that_know_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.device("meta")`` does not recognise the functions that poison what they allocate."""
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+    torch.utils._device._device_constructors.cache_clear()
+
+
+TOLERANCE = 0.05  # what planning promises
+VOCABULARY, BATCH, LENGTH = 96, 2, 24
+LLAMA = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=144,
+    use_cache=False,
+)
+BERT = BertConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=144,
+    attention_probs_dropout_prob=0.0,
+)
+
+
+class SavedBytes:
+    """Bytes kept for backward: most at a time, without those as wide as the vocabulary."""
+
+    def __init__(self, model: nn.Module) -> None:
+        constant = [*model.parameters(), *model.buffers()]
+        self.permanent = {t.untyped_storage().data_ptr() for t in constant}
+        self.live: dict[int, list[int]] = {}
+        self.now = self.peak = self.wide = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key in self.permanent:
+            return tensor
+        entry = self.live.setdefault(key, [0, storage.nbytes()])
+        if tensor.shape[-1:] == (VOCABULARY,) and tensor.dim() > 1:
+            self.wide, entry[1] = self.wide + entry[1], 0
+        if entry[0] == 0:
+            self.now += entry[1]
+            self.peak = max(self.peak, self.now)
+        entry[0] += 1
+        held = Held(tensor)
+        weakref.finalize(held, self.release, key)
+        return held
+
+    def release(self, key: int) -> None:
+        entry = self.live[key]
+        entry[0] -= 1
+        if entry[0] == 0:
+            self.now -= entry[1]
+            del self.live[key]
+
+
+class Held:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def unpack(held: Any) -> Tensor:
+    return held.tensor if isinstance(held, Held) else held
+
+
+def real_model(config: Any, settings: Settings) -> Any:
+    """What `lora-fast train` would train, in memory."""
+    dtype = getattr(torch, settings.dtype)
+    auto = (
+        AutoModelForCausalLM if settings.task == "causal-lm" else AutoModelForSequenceClassification
+    )
+    base = auto.from_config(config, dtype=dtype)
+    base.config.use_cache = settings.method == "prefix"
+    if settings.gradient_checkpointing:
+        # The reentrant kind hands what it keeps to autograd, where it can be seen.
+        base.gradient_checkpointing_enable({"use_reentrant": True})
+        base.enable_input_require_grads()
+    if settings.method == "full":
+        return base.train()
+    options = {"method": settings.method, "task": settings.task, "r": settings.r}
+    run = TrainConfig(model="tiny", data="-", quantize="none", steps=100, **options)
+    held = Base("tiny", base, type("T", (), {})(), dtype, torch.device("cpu"))
+    model = methods.METHODS[settings.method].build(held, run.with_defaults(0), 100)
+    if settings.fused and methods.METHODS[settings.method].fused:
+        lora_fast.accelerate(model)
+    return model.train()
+
+
+def step(model: Any, settings: Settings) -> tuple[SavedBytes, Any]:
+    """One training step; what it kept, and the optimizer."""
+    ids = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % VOCABULARY
+    labels = ids if settings.task == "causal-lm" else torch.tensor([0, 1])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(trained)
+    if settings.method == "delta-lora":
+        optimizer = DeltaLoRA(optimizer, model, c=1.0)
+    saved = SavedBytes(model)
+    dtype = getattr(torch, settings.dtype)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(saved.pack, unpack),
+        torch.autocast("cpu", dtype, enabled=settings.dtype != "float32"),
+    ):
+        loss = model(input_ids=ids, labels=labels).loss
+    if settings.gradient_checkpointing:
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, unpack):
+            loss.backward()
+    else:
+        loss.backward()
+    optimizer.step()
+    return saved, optimizer
+
+
+def state_bytes(model: Any, optimizer: Any, method: str) -> int:
+    """What the optimizer keeps, and what the method keeps beside it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    held = [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
+    if method == "delta-lora":
+        for layer in optimizer._layers:
+            held += [factor for pair in layer.anchor for factor in pair]
+            held += [layer.start] if isinstance(layer.start, Tensor) else []
+    if method == "adalora":
+        allocator = model.base_model.rankallocator
+        allocator.update_ipt(model.base_model)
+        for average in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+            held += average.values()
+    return sum(t.nbytes for t in held)
+
+
+def storages(tensors: Any) -> int:
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+def part(found: MemoryPlan, name: str) -> int:
+    return sum(size for key, size in found.parts.items() if key.startswith(name))
+
+
+def close(planned: int, measured: int, what: str) -> None:
+    assert abs(planned - measured) <= TOLERANCE * measured, f"{what}: {planned} for {measured}"
+
+
+SHAPE = {"batch_size": BATCH, "max_length": LENGTH}
+CASES = [
+    Settings(method="lora", dtype="float32", **SHAPE),
+    Settings(method="lora", dtype="bfloat16", r=4, **SHAPE),
+    Settings(method="lora", dtype="bfloat16", fused=False, **SHAPE),
+    Settings(method="lora", dtype="float32", gradient_checkpointing=True, **SHAPE),
+    Settings(method="dora", dtype="bfloat16", **SHAPE),
+    Settings(method="vera", dtype="float32", **SHAPE),
+    Settings(method="adalora", dtype="float32", **SHAPE),
+    Settings(method="lora-fa", dtype="float32", **SHAPE),
+    Settings(method="delta-lora", dtype="bfloat16", **SHAPE),
+    Settings(method="ia3", dtype="float32", **SHAPE),
+    Settings(method="fourierft", dtype="float32", **SHAPE),
+    Settings(method="prefix", dtype="float32", **SHAPE),
+    Settings(method="full", dtype="float32", **SHAPE),
+    Settings(method="full", dtype="float32", gradient_checkpointing=True, **SHAPE),
+]
+NAMES = [
+    "-".join([s.method, s.dtype, *["stock"] * (not s.fused), *["ckpt"] * s.gradient_checkpointing])
+    for s in CASES
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=NAMES)
+def test_a_step_takes_what_was_planned(settings: Settings) -> None:
+    planned = plan(LLAMA, advise=False, **vars(settings))
+    model = real_model(LLAMA, settings)
+    saved, optimizer = step(model, settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = part(planned, "weights") + planned.parts["adapters"]
+    close(held, storages([*model.parameters(), *model.buffers()]), "weights and adapters")
+    assert planned.trainable == sum(p.numel() for p in trained)
+    close(planned.parts["gradients"], sum(p.grad.nbytes for p in trained), "gradients")
+    state = state_bytes(model, optimizer, settings.method)
+    close(planned.parts["optimizer state"], state, "optimizer state")
+    close(planned.parts["activations"], saved.peak, "activations")
+
+
+def test_a_classifier_is_planned() -> None:
+    settings = Settings(task="classification", dtype="float32", **SHAPE)
+    planned = plan(BERT, advise=False, **vars(settings))
+    model = real_model(BERT, settings)
+    saved, _ = step(model, settings)
+    close(planned.parts["activations"], saved.peak, "activations")
+    assert planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_nf4_takes_the_bytes_that_bitsandbytes_takes(tmp_path: Path) -> None:
+    quantised = AutoModelForCausalLM.from_pretrained(
+        save_llama(tmp_path),
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+    ).requires_grad_(False)
+    planned = plan(tmp_path, quantize="nf4", dtype="float32", advise=False, **SHAPE)
+    loaded = plan(quantised, dtype="float32", **SHAPE)
+    # The table of the scales' 256 codes is one for all layers as they are quantised, and each
+    # layer's own as it is loaded: a kilobyte, which only a layer as small as these can feel.
+    codes = sum(1024 for m in quantised.modules() if type(m).__name__ == "Linear4bit")
+    close(planned.parts["weights, nf4"], loaded.parts["weights, nf4"] - codes, "nf4")
+    assert planned.parts["weights, float32"] == loaded.parts["weights, float32"]
+    assert (
+        planned.parts["workspace"]
+        > plan(tmp_path, dtype="float32", advise=False, **SHAPE).parts["workspace"]
+    )
+
+
+def test_an_adapted_model_is_planned_as_it_is() -> None:
+    settings = Settings(dtype="float32", **SHAPE)
+    planned = plan(LLAMA, advise=False, **vars(settings))
+    model = real_model(LLAMA, settings)
+    found = plan(model, dtype="float32", **SHAPE)
+    assert found.parts == planned.parts
+    assert all(p.device.type == "cpu" and type(p) is nn.Parameter for p in model.parameters())
+    step(model, settings)
+    assert lora_fast.report(model).all_fused
+
+
+def test_eight_bit_moments_take_what_bitsandbytes_allocates() -> None:
+    import bitsandbytes
+
+    parameters = [torch.zeros(128, 64, requires_grad=True), torch.zeros(40, requires_grad=True)]
+    optimizer: Any = bitsandbytes.optim.AdamW8bit(parameters)
+    for group, p in enumerate(parameters):
+        p.grad = torch.zeros_like(p)
+        optimizer.init_state(optimizer.param_groups[0], p, 0, group)
+    # "qmap1" and "qmap2" are tables that all parameters share.
+    held = [
+        value.nbytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.startswith("qmap")
+    ]
+    assert optimizer_bytes(parameters, "adamw_8bit") == (sum(held), 0)
+
+
+def seven_billion(method: str, **settings: Any) -> float:
+    """GB of Llama-2-7B: the parts are linear in the number of layers, so that two and four do."""
+    totals = []
+    for layers in (2, 4):
+        config = LlamaConfig(num_hidden_layers=layers)  # the defaults are those of Llama-2-7B
+        found = plan(config, method=method, gradient_checkpointing=True, advise=False, **settings)
+        totals.append(found.total)
+    return (totals[1] + 14 * (totals[1] - totals[0])) / 1e9
+
+
+def test_the_well_known_table() -> None:
+    """7B in bfloat16, one example at a time, checkpointing, float32 adapters on all linears, AdamW.
+
+    Full: weights and gradients bfloat16, master copy and two moments float32: 16 bytes a parameter.
+    """
+    assert seven_billion("full", max_length=2048) == pytest.approx(112, rel=TOLERANCE)
+    assert seven_billion("lora", r=16, max_length=4096) == pytest.approx(18, rel=TOLERANCE)
+    qlora = seven_billion("lora", r=16, quantize="nf4", max_length=2048)
+    assert qlora == pytest.approx(6, rel=TOLERANCE)
+
+
+def test_changes_say_what_the_changed_plan_says() -> None:
+    found = plan(LLAMA, r=16, dtype="bfloat16", **SHAPE)
+    saves = {change.what: change.saves for change in found.changes}
+    assert list(saves.values()) == sorted(saves.values(), reverse=True)
+    changed = {
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--quantize nf4": {"quantize": "nf4"},
+        "--batch-size 1": {"batch_size": 1},
+        "--r 8": {"r": 8},
+        "--optim adamw_8bit": {"optim": "adamw_8bit"},
+    }
+    assert changed.keys() <= saves.keys()
+    for what, settings in changed.items():
+        other = plan(LLAMA, advise=False, **{"r": 16, "dtype": "bfloat16", **SHAPE, **settings})
+        assert saves[what] == pytest.approx(found.total - other.total, rel=TOLERANCE), what
+
+
+def test_a_model_whose_forward_needs_values_is_planned_without_activations() -> None:
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            return self.fc(input_ids.float()) if input_ids.sum().item() else None
+
+    found = plan(Deciding(), dtype="float32")
+    assert found.activations is None and "activations" not in found.parts
+    assert "not in the total" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "lorra"}, "method must be one of"),
+        ({"method": "full", "quantize": "nf4"}, "quantize must be none"),
+        ({"method": "ia3", "r": 4}, "r must not be given"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"optim": "adam"}, "optim must be one of"),
+        ({"target_modules": "nonesuch"}, "no module 'nonesuch'"),
+    ],
+)
+def test_unfitting_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(LLAMA, **settings)
+
+
+def test_configs_that_cannot_be_found_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in (str(tmp_path), str(tmp_path / "absent"), str(tmp_path / "config.json"), "no/such"):
+        with pytest.raises(ValueError, match="model must"):
+            plan(name)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot read the config"):
+        plan(tmp_path)
+
+
+def test_memory_is_read_as_it_is_written() -> None:
+    assert cards.parse_memory("24GB") == cards.parse_memory("24") == 24 * 10**9
+    assert cards.parse_memory("80 GiB") == 80 << 30
+    for text in ("", "-1GB", "24XB", "many", "0"):
+        with pytest.raises(ValueError, match="memory must be a size"):
+            cards.parse_memory(text)
+    with pytest.raises(ValueError, match="card must be one of"):
+        cards.card_bytes("voodoo2")
+    assert cards.card_bytes("H100") == 81559 << 20
+    assert cards.fits(20 * 10**9, cards.card_bytes("rtx4090"))
+    assert not cards.fits(25 * 10**9, cards.card_bytes("rtx4090"))
