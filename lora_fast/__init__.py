@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import functional, optim, reference, trainable
     from .acceleration import accelerate, decelerate
     from .backend import set_backend
+    from .callback import LoraFastCallback as LoraFastCallback
     from .conversion import convert
     from .dora import DoRALinear
     from .modules import LoRALinear
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "DoRALinear": "dora",
     "LoRALinear": "modules",
+    "LoraFastCallback": "callback",
     "MemoryPlan": "planning",
     "NF4Weight": "nf4",
     "Report": "reporting",
@@ -47,6 +49,7 @@ _LAZY = {
 }
 _LAZY_MODULES = ("functional", "optim", "reference", "trainable")
 
+# LoraFastCallback needs transformers, without which `from lora_fast import *` must do.
 __all__ = [
     "DoRALinear",
     "LoRALinear",
@@ -76,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_LAZY})
