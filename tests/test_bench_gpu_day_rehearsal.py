@@ -14,10 +14,22 @@ from typing import Any
 
 import pytest
 import torch
+from lora_fast.kernels import nf4_decode
 from torch import nn
 
+import lora_fast
 from bench import decoder_layer
-from bench.gpu_day import commands, device, integrations, linears, report, stand_in, tables, timing
+from bench.gpu_day import (
+    commands,
+    device,
+    integrations,
+    linears,
+    plans,
+    report,
+    stand_in,
+    tables,
+    timing,
+)
 from bench.gpu_day.day import Day, day
 from bench.gpu_day.journal import Journal
 from bench.gpu_day.modelled import Modelled
@@ -76,7 +88,7 @@ def test_every_contestant_is_timed_in_both_modes(folder: Path) -> None:
     for name in ("layers", "shorter_layers"):
         assert {(name, who) for who in decoder_layer.CONTESTANTS} <= contested
     assert ("layers", "peft compiled") in contested
-    assert ("crossover", "lora_fast, in the product") in contested
+    assert {("layers", "lora_fast fused"), ("crossover", "in the product")} <= contested
 
 
 def test_every_output_says_that_it_is_a_rehearsal(folder: Path) -> None:
@@ -99,7 +111,9 @@ def test_report_has_a_line_for_every_contestant(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     for event in Journal(folder / FILE).events():
         for who in event.get("row", {}).get("contestants", {}):
-            if event["step"] != "crossover":
+            if event["step"] == "candidates":
+                assert f"| {event['unit']} | {who} | 1.0000 |" in text
+            elif event["step"] != "crossover":
                 assert f"| {event['unit']} | {who} |" in text
     assert "| nf4 bfloat16 M8 K64 N64 R16 forward | 1.0000 | 1.0000 |" in text
 
@@ -187,7 +201,8 @@ def executable(folder: Path, name: str, body: str) -> None:
 NCU = """
     print("==PROF== Connected")
     moved = ["dram__bytes_read.sum", "dram__bytes_write.sum"]
-    print(*('"%s"' % name for name in ("ID", "Kernel Name", *moved, "gpu__time_duration.sum")), sep=",")
+    names = ["ID", "Kernel Name", *moved, "gpu__time_duration.sum"]
+    print(*('"%s"' % name for name in names), sep=",")
     print('"","","byte","byte","ns"')
     print('"0","ticketed_gemm","1,000","500","2000"')
     print('"1","strips","30","n/a","10"')
@@ -348,16 +363,19 @@ def test_liger_is_applied_before_the_layer_is_made(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.interpreter
-def test_kernels_run_in_a_rehearsal(tmp_path: Path) -> None:
-    """As the command runs it: with TRITON_INTERPRET=1 the kernels compute what is 'timed'."""
-    with day(rehearse=True) as today:
-        import lora_fast
-        from lora_fast.backend import get_backend
-
-        assert get_backend() == "triton"
-        unit = next(unit for unit in linears.crossover(today) if unit.name.endswith("R16 forward"))
-        row = unit.run()
-    assert row["ok"], row
-    assert set(row["contestants"]) >= {"lora_fast, workspace", "lora_fast, in the product"}
-    assert all("graph" in found for found in row["contestants"].values())
-    assert lora_fast.backend.get_backend() == "auto"
+def test_kernels_run_in_a_rehearsal() -> None:
+    """With TRITON_INTERPRET=1, as the command sets it, kernels compute what is not timed."""
+    launched: list[Any] = []
+    with day(rehearse=True) as today, pytest.MonkeyPatch.context() as patch:
+        assert lora_fast.backend.get_backend() == today.fused == "triton"
+        decode = nf4_decode.decode
+        patch.setattr(nf4_decode, "decode", lambda *args: launched.append(args) or decode(*args))
+        rows = [unit.run() for unit in (*linears.crossover(today)[:1], *plans.units(today)[-1:])]
+    for row in rows:
+        assert row["ok"], row
+        assert all("graph" in found for found in row["contestants"].values())
+    crossover, backward = rows
+    assert {"workspace", "in the product", "bitsandbytes"} <= crossover["contestants"].keys()
+    assert list(backward["contestants"]) == ["fused in-gemm", "fused workspace", "composed"]
+    assert backward["picked"] in backward["contestants"]
+    assert launched  # by the route with a workspace, which fused layers of so few rows do not take

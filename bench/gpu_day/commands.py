@@ -31,7 +31,7 @@ _METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
 }
 # Two tests that need no GPU, so that a rehearsal runs the command and reads its counts.
-_REHEARSED_TESTS = ("tests/test_fixtures.py", "-k", "seeds")
+_REHEARSED_TESTS = ("tests/test_fixtures.py", "-k", "allocations")
 
 
 def gpu_tests(day: Day) -> list[Unit]:

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_fast.backend import Backend
+
 
 @dataclass(frozen=True)
 class Day:
     """``seconds``: time that one comparison may take; ``rounds``: its least and most rounds.
 
-    ``arch``: the compute capability as one number, 90 for 9.0.
+    ``arch``: the compute capability as one number, 90 for 9.0; ``fused``: the backend whose only
+    route is the fused kernels, where ``auto`` may prefer cuBLAS.
     """
 
     device: torch.device
     arch: int
     rehearsal: bool
+    fused: Backend = "triton"
     seconds: float = 3.0
     rounds: tuple[int, int] = (11, 101)
     warm_up_calls: int = 3
@@ -48,5 +52,6 @@ def day(*, rehearse: bool) -> Iterator[Day]:
 
             triton_interpreter.install()
         yield Day(
-            torch.device("cpu"), 90, rehearsal=True, seconds=0.0, rounds=(2, 2), warm_up_calls=0
-        )
+            torch.device("cpu"), 90, rehearsal=True, fused="triton" if interprets else "torch",
+            seconds=0.0, rounds=(2, 2), warm_up_calls=0,
+        )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import lora_fast
 from bench import decoder_layer
 from bench.decoder_layer import CONTESTANTS, LLAMA_3_8B, QWEN3_8B, Case, Shape
 from bench.paired import Step
@@ -81,8 +82,27 @@ def _guests() -> dict[str, Callable[[Day, Case], dict[str, Any]]]:
 
 def measured(day: Day, case: Case) -> dict[str, Any]:
     """The row of one layer."""
-    makers = decoder_layer.makers(case, day.device, CONTESTANTS)
-    return _row(day, case, makers)
+    return _row(day, case, _makers(day, case, (*CONTESTANTS, "lora_fast fused")))
+
+
+def _makers(day: Day, case: Case, names: tuple[str, ...]) -> dict[str, Callable[[], Step]]:
+    """``lora_fast`` as a user has it, ``lora_fast fused`` with nothing but our kernels."""
+    found = decoder_layer.makers(case, day.device, tuple(n.removesuffix(" fused") for n in names))
+    if "lora_fast fused" in names:
+        make = found["lora_fast"]
+
+        def fused() -> Step:
+            with lora_fast.set_backend(day.fused):
+                step = make()
+
+            def run() -> object:
+                with lora_fast.set_backend(day.fused):
+                    return step()
+
+            return run
+
+        found["lora_fast fused"] = fused
+    return found
 
 
 def _compiled(day: Day, case: Case) -> dict[str, Any]:

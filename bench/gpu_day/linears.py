@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lora_fast.kernels import configs
 
 import lora_fast
 from bench.linear_cases import DIRECTIONS, Case, Layer, build, fused_calls
 from bench.paired import Step
+from lora_fast.backend import Backend
+from lora_fast.tuning.plans import Plan
 
+from . import plans
 from .day import Day
 from .run_units import Unit
 from .timing import contest
@@ -75,29 +79,31 @@ def _case(weight: str, M: int, shape: tuple[int, int], R: int, p: float = 0.0) -
 def _measured(day: Day, case: Case, way: str) -> dict[str, Any]:
     layers = build(case, day.device)
     makers = {name: _maker(layer, way) for name, layer in layers.items()}
-    makers["lora_fast"] = _fused(layers["lora_fast"], way)
-    makers["lora_fast, torch backend"] = _on_torch(layers["lora_fast"], way)
+    ours = layers["lora_fast"]
+    makers["lora_fast"] = _fused(ours, way)
+    makers["lora_fast fused"] = _fused(ours, way, day.fused)
+    makers["lora_fast torch"] = _fused(ours, way, "torch")
     return _row(day, case, way, makers, baseline=FLOOR[case.weight])
 
 
 def _routes(day: Day, case: Case, way: str) -> dict[str, Any]:
     layers = build(case, day.device)
     dense = build(replace(case, weight="dense"), day.device)["lora_fast"]
+    packed = _fused(layers["lora_fast"], way, day.fused)
     makers = {
-        "lora_fast, dense W": _fused(dense, way),
-        "lora_fast, workspace": _fused(layers["lora_fast"], way, "asked for by a benchmark"),
-        "lora_fast, in the product": _fused(layers["lora_fast"], way, None),
+        "dense W": _fused(dense, way, day.fused),
+        "workspace": plans.fixed(packed, Plan(workspace=True)),
+        "in the product": plans.fixed(packed, Plan(workspace=False)),
         "bitsandbytes": _maker(layers["bitsandbytes"], way),
     }
-    row = _row(day, case, way, makers, baseline="lora_fast, workspace")
-    return {**row, "chosen": _chosen_route(case, day.arch)}
-
-
-def _chosen_route(case: Case, arch: int) -> str:
-    from lora_fast.kernels import configs
-
-    why = configs.why_nf4_workspace(case.M, case.K, case.dtype, arch)
-    return "in the product" if why is None else f"workspace: {why}"
+    row = _row(day, case, way, makers, baseline="workspace")
+    ours = [found for name, found in row["contestants"].items() if name != "bitsandbytes"]
+    why = configs.why_nf4_workspace(case.M, case.K, case.dtype, day.arch)
+    return {
+        **row,
+        "ok": not any("failed" in found for found in ours),
+        "chosen": "in the product" if why is None else "workspace",
+    }
 
 
 def _row(
@@ -147,27 +153,13 @@ def _maker(layer: Layer, way: str) -> Callable[[], Step]:
     return lambda: _step(layer, way)
 
 
-def _on_torch(layer: Layer, way: str) -> Callable[[], Step]:
-    """The same layer in calls of PyTorch and bitsandbytes."""
-    step = _step(layer, way)
-
-    def run() -> object:
-        with lora_fast.set_backend("torch"):
-            return step()
-
-    return lambda: run
-
-
-_AS_CHOSEN = object()
-
-
-def _fused(layer: Layer, way: str, why_workspace: Any = _AS_CHOSEN) -> Callable[[], Step]:
-    """Our layer, proven to run fused; NF4 by the route that is asked for, or the one chosen."""
+def _fused(layer: Layer, way: str, backend: Backend = "auto") -> Callable[[], Step]:
+    """Our layer, proven to run fused; ``auto`` as a user has it, cuBLAS included."""
 
     def make() -> Step:
         step = _step(layer, way)
-        if why_workspace is not _AS_CHOSEN:
-            step = _by_route(step, why_workspace)
+        if backend != "auto":
+            step = _on(backend, step)
         before = fused_calls(layer)
         step()
         if fused_calls(layer) != before + 1:
@@ -177,16 +169,9 @@ def _fused(layer: Layer, way: str, why_workspace: Any = _AS_CHOSEN) -> Callable[
     return make
 
 
-def _by_route(step: Step, why_workspace: str | None) -> Step:
-    """``step`` with another answer to the question where W is decoded."""
-    from lora_fast.kernels import configs
-
+def _on(backend: Backend, step: Step) -> Step:
     def run() -> object:
-        chosen = configs.why_nf4_workspace
-        configs.why_nf4_workspace = lambda *shape: why_workspace
-        try:
+        with lora_fast.set_backend(backend):
             return step()
-        finally:
-            configs.why_nf4_workspace = chosen
 
     return run

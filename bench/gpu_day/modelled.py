@@ -15,6 +15,8 @@ _LAYERS = {
     "Llama-3-8B": "Llama-3-8B and Mistral-7B layer",
     "Qwen3-8B": "Qwen3-8B layer",
 }
+# What was counted is the fused kernels.
+_SAME = {"lora_fast fused": "lora_fast"}
 _KEY = ("layer", "M", "R", "weight", "p", "who")
 
 
@@ -40,8 +42,8 @@ class Modelled:
         if layer is None:
             return None
         case = (layer, *(measured[name] for name in ("M", "R", "weight", "p")))
-        floor = "frozen" if who == measured["baseline"] else who
-        return self._rows.get((*case, floor))
+        name = "frozen" if who == measured["baseline"] else _SAME.get(who, who)
+        return self._rows.get((*case, name))
 
     def over_floor(self, measured: dict[str, Any], who: str) -> float | None:
         """Modelled time over that of the frozen layer, as it is stored."""

@@ -18,7 +18,8 @@ _COLOURS = {
     "unsloth": "#8172b3",
     "lora_fast": "#4c72b0",
     "lora_fast fp32": "#64b5cd",
-    "lora_fast, torch backend": "#55a868",
+    "lora_fast fused": "#1f3f77",
+    "lora_fast torch": "#55a868",
 }
 
 
@@ -98,7 +99,7 @@ def _routes(axis: Any, rows: Rows) -> None:
 
 def _scatter_of(modelled: Modelled) -> Callable[[Any, Rows], None]:
     def scatter(axis: Any, rows: Rows) -> None:
-        for who in ("peft", "peft fp32", "unsloth", "lora_fast"):
+        for who in ("peft", "peft fp32", "unsloth", "lora_fast fused"):
             points = []
             for row in rows.values():
                 ratio = (best(row["contestants"].get(who, {})) or {}).get("over_baseline")

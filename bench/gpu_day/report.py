@@ -93,6 +93,7 @@ def text(results: dict[str, Any], modelled: Modelled) -> str:
             parts += [f"## {title}", tables.contests(rows, modelled)]
     for name, make in (
         ("crossover", tables.crossover),
+        ("candidates", tables.candidates),
         ("accuracy", tables.accuracy),
         ("profile", tables.profile),
     ):

@@ -27,6 +27,7 @@ STEPS = (
     Step("layers", "decoder_layers:long", 1200, 300, "whole decoder layers, 8192 tokens"),
     Step("linears", "linears:sweep", 900, 150, "adapted linears of many sizes"),
     Step("crossover", "linears:crossover", 600, 120, "NF4 decoded before or inside the product"),
+    Step("candidates", "plans:units", 900, 150, "fused kernels, their configurations, cuBLAS"),
     Step("shorter_layers", "decoder_layers:short", 900, 300, "decoder layers, 512 and 2048 tokens"),
     Step(
         "operations", "operations:units", 600, 120, "groups, DoRA, VeRA, decoding, norms, merging"

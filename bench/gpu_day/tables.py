@@ -114,14 +114,44 @@ def crossover(rows: Rows) -> str:
     """Where an NF4 weight is better decoded, and where the library decodes it."""
     lines = []
     for unit, row in rows.items():
-        times = {who: best(found) for who, found in row["contestants"].items()}
-        medians = {who: t["seconds"]["median"] for who, t in times.items() if t}
-        routes = {who: t for who, t in medians.items() if who.endswith(("workspace", "product"))}
-        faster = min(routes, key=lambda who: routes[who]) if len(routes) == 2 else "-"
-        shown = [f"{1e3 * medians[who]:.4f}" if who in medians else "failed" for who in times]
-        lines.append((unit, *shown, faster.removeprefix("lora_fast, "), row["chosen"]))
+        medians = _medians(row)
+        faster = _fastest(medians, ("workspace", "in the product"))
+        shown = (_number(medians.get(name), 1e3, 4) for name in row["contestants"])
+        lines.append((unit, *shown, faster, row["chosen"]))
     names = [*next(iter(rows.values()))["contestants"]]
     return table(("case", *(f"{name}, ms" for name in names), "faster", "chosen"), lines)
+
+
+def candidates(rows: Rows) -> str:
+    """The tuner's candidates, and whether its model picks what is fastest."""
+    lines = []
+    for unit, row in rows.items():
+        medians, modelled = _medians(row), row.get("modelled_seconds", {})
+        fastest = _fastest(medians, tuple(row["contestants"]))
+        picked = row.get("picked", "-")
+        lost = medians[picked] / medians[fastest] if {picked, fastest} <= medians.keys() else None
+        for name in row["contestants"]:
+            note = " and ".join(["picked"] * (name == picked) + ["fastest"] * (name == fastest))
+            expected = modelled.get(name if name == "composed" else "fused")
+            lines.append(
+                (
+                    *(unit, name, _number(medians.get(name), 1e3, 4), _number(expected, 1e3, 4)),
+                    *(note, _number(lost, 1.0, 3) if name == picked else ""),
+                )
+            )
+    return table(("case", "way", "ms", "modelled ms, one way", "", "picked / fastest"), lines)
+
+
+def _medians(row: dict[str, Any]) -> dict[str, float]:
+    times = {who: best(found) for who, found in row["contestants"].items()}
+    return {who: t["seconds"]["median"] for who, t in times.items() if t}
+
+
+def _fastest(medians: dict[str, float], names: tuple[str, ...]) -> str:
+    """The fastest of ``names``; no name unless all of them ran."""
+    if not set(names) <= medians.keys():
+        return "-"
+    return min(names, key=lambda name: medians[name])
 
 
 def accuracy(rows: Rows) -> str:

@@ -1,0 +1,134 @@
+"""Every way in which the library could compute a layer, timed beside the one that it picks.
+
+The tuner's candidates: fused kernels with each configuration, NF4 decoded before or inside the
+product, and products by cuBLAS. A plan is forced by putting another tuner in the tuner's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bench.linear_cases import Case, build
+from bench.paired import Step
+from lora_fast import routes
+from lora_fast.tuning import cost_model
+from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan, Query, candidates
+
+from .day import Day
+from .run_units import Unit
+from .timing import contest
+
+_SECONDS = 1.0
+_MAKES = {FORWARD: "forward", BACKWARD: "forward+backward"}
+
+
+class _Fixed:
+    """Answers every query with ``choose(query)``, and keeps the queries."""
+
+    times = True
+
+    def __init__(self, choose: Callable[[Query], Plan]) -> None:
+        self._choose = choose
+        self.queries: list[Query] = []
+
+    def plan(self, query: Query, device: torch.device, run: Any) -> Plan:
+        self.queries.append(query)
+        return self._choose(query)
+
+
+@contextlib.contextmanager
+def _in_place_of_the_tuner(tuner: _Fixed) -> Iterator[None]:
+    chosen: Any = routes.tuner
+    routes.tuner = tuner  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        routes.tuner = chosen
+
+
+def fixed(make: Callable[[], Step], plan: Plan) -> Callable[[], Step]:
+    """A maker of the same step by one plan, in both directions."""
+    return _by(make, _Fixed(lambda query: plan))
+
+
+def _by(make: Callable[[], Step], tuner: _Fixed) -> Callable[[], Step]:
+    def made() -> Step:
+        with _in_place_of_the_tuner(tuner):
+            step = make()
+
+        def run() -> object:
+            tuner.queries.clear()
+            with _in_place_of_the_tuner(tuner):
+                return step()
+
+        return run
+
+    return made
+
+
+def units(day: Day) -> list[Unit]:
+    """Forward and backward of the sizes that decide: Llama-3-8B's linears, few and many rows."""
+    shapes, rows = ([(64, 64)], [8]) if day.rehearsal else (_SHAPES, (8192, 2048, 512, 64))
+    cases = [
+        Case(M, *shape, 16, torch.bfloat16, weight, p, torch.bfloat16)
+        for M in rows
+        for shape in shapes
+        for weight in ("dense", "nf4")
+        for p in (0.0, 0.1)
+    ]
+    return [
+        Unit(f"{case} {op}", lambda case=case, op=op: _measured(day, case, op))
+        for case in cases
+        for op in _MAKES
+    ]
+
+
+_SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)]
+
+
+def _measured(day: Day, case: Case, op: str) -> dict[str, Any]:
+    """All candidates of one direction; the backward pass is timed with the same forward pass."""
+    layer = build(case, day.device)["lora_fast"]
+    step = layer.step(_MAKES[op])
+    query = _query(step, op)
+
+    def maker(plan: Plan) -> Callable[[], Step]:
+        return _by(lambda: step, _Fixed(lambda q: plan if q.op == op else FUSED))
+
+    ways = (FUSED,) if query is None else candidates(query, day.arch)
+    found = {plan.name: plan for plan in ways}
+    makers = {name: maker(plan) for name, plan in found.items()}
+    shorter = replace(day, seconds=min(day.seconds, _SECONDS))
+    row = contest(shorter, makers, baseline=next(iter(found)))
+    return {
+        **row,
+        "ok": not any("failed" in contestant for contestant in row["contestants"].values()),
+        **({} if query is None else _modelled(query, day.arch, found)),
+    }
+
+
+def _modelled(query: Query, arch: int, found: dict[str, Plan]) -> dict[str, Any]:
+    """What the cost model picks; the first candidate is what FUSED means for this query."""
+    picked = cost_model.pick(query, arch)
+    return {
+        "picked": picked.name if picked.composed else next(iter(found)),
+        "modelled_seconds": {
+            plan.name: cost_model.seconds(plan, query, arch) for plan in (FUSED, COMPOSED)
+        },
+    }
+
+
+def _query(step: Step, op: str) -> Query | None:
+    """What the layer asks the tuner for ``op``; None from a backend that has one way alone."""
+    tuner = _Fixed(lambda query: FUSED)
+    with _in_place_of_the_tuner(tuner):
+        step()
+    if not tuner.queries:
+        return None
+    (query,) = (query for query in tuner.queries if query.op == op)
+    return query._replace(cublas=True)
