@@ -6,7 +6,7 @@ element 2i in its high nibble and 2i+1 in its low one. With double quantisation
     absmax[i] = code2[absmax_u8[i]] · absmax2[i // blocksize2] + offset
 
 W = code[nibble] · absmax in float32, rounded once to the wanted dtype (QLoRA, Dettmers et al. 2023,
-§3).
+§3). bitsandbytes takes longer to import than PyTorch, so only what quantises or decodes loads it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -70,6 +69,8 @@ class NF4Weight:
             raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
         if blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+        import bitsandbytes.functional as bnb
+
         packed, state = bnb.quantize_4bit(
             weight.detach(), blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
         )
@@ -102,6 +103,8 @@ class NF4Weight:
         state = self.quant_state
         if not self.nested:
             return state.absmax.float()
+        import bitsandbytes.functional as bnb
+
         return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -109,6 +112,8 @@ class NF4Weight:
 
         float64 is the exact float64 image of the float32 product code · absmax.
         """
+        import bitsandbytes  # noqa: F401 - registers the operator
+
         wanted = dtype or self.dtype
         direct = (
             wanted if wanted in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
