@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .nf4 import NF4Weight
     from .planning import MemoryPlan, plan
     from .reporting import Report, report
+    from .tuning.warm_up import warm_up
     from .vera import VeRALinear
 
 # Resolved on first use, so that `import lora_fast` loads neither Triton nor PEFT nor transformers.
@@ -46,6 +47,7 @@ _LAZY = {
     "plan": "planning",
     "report": "reporting",
     "set_backend": "backend",
+    "warm_up": "tuning.warm_up",
 }
 _LAZY_MODULES = ("functional", "optim", "reference", "trainable")
 
@@ -67,6 +69,7 @@ __all__ = [
     "report",
     "set_backend",
     "trainable",
+    "warm_up",
 ]
 
 
