@@ -1,7 +1,8 @@
 """FLOPs and bytes of every launch of a LoRA step, from what the launch was given.
 
 A launch is one or more *passes*: the shrink tiles and the GEMM tiles of ticketed_gemm, the chunks
-of the rank in strips. Of each pass the model says, argument by argument,
+of the rank in strips. Of each pass the model says, argument by argument (those of all members of a
+launch under one name),
 
     distinct bytes   each byte that the pass touches counted once: its traffic to memory, if the
                      cache keeps what the tiles of one pass share and nothing from pass to pass
@@ -68,7 +69,11 @@ def traffic(launch: LaunchLike) -> list[Pass]:
         raise NotImplementedError(f"launch must be one of {sorted(_KERNELS)}, got {launch.name}")
     known, count = _KERNELS[launch.name]
     values = {**launch.arguments, **launch.constexprs}
-    unknown = [name for name, value in values.items() if name not in known and _is_set(value)]
+    given = [
+        *values.items(),
+        *(item for m in values.get("members", ()) for item in m._asdict().items()),
+    ]
+    unknown = [name for name, value in given if name not in known and _is_set(value)]
     if unknown:
         raise NotImplementedError(
             f"bench/cost_model.py must learn what {unknown} mean to {launch.name}"
@@ -93,7 +98,9 @@ class _Values:
         self._values = values
 
     def __getitem__(self, name: str) -> Any:
-        return self._values.get(name)
+        value = self._values.get(name)
+        # What is a constant to the compiler is wrapped where it is part of a member.
+        return getattr(value, "value", value)
 
     def itemsize(self, name: str) -> int:
         return int(self._values[name].dtype.itemsize)
@@ -114,82 +121,93 @@ def _cdiv(a: int, b: int) -> int:
 
 
 _GEMM_ARGUMENTS = _names(
-    "x_ptr w_ptr s_ptr partials_ptr in_ptr out_ptr y_ptr sync_ptr scaling keep_scale seed_low "
-    "seed_high threshold M N K R R_made num_partials num_producers num_tiles rows_per_sample "
-    "stride_xm stride_xk stride_wk stride_wn stride_in_l stride_in_r stride_out_l stride_out_r "
-    "stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y ADDS SUMS_PARTIALS DROPOUT EVEN_K "
-    "BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M PRECISION absmax_ptr absmax2_ptr "
-    "code2_ptr offset_ptr code_ptr IS_NF4 IS_NESTED BLOCKSIZE BLOCKSIZE2 SHARING SHUFFLES MMA_SYNC"
+    "members num_partials s_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold M N "
+    "num_chunks rows_per_sample stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y DROPOUT "
+    "EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M PRECISION SHUFFLES MMA_SYNC "
+    "PAIRS "
+    # of each member
+    "x_ptr w_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr partials_ptr in_ptr out_ptr "
+    "scaling K R R_made first_r stride_xm stride_xk stride_wk stride_wn stride_in_l stride_in_r "
+    "stride_out_l stride_out_r IS_NF4 IS_NESTED BLOCKSIZE BLOCKSIZE2 SHARING"
 )
 
 
 def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
-    M, N, K, R = v["M"], v["N"], v["K"], v["R"]
+    members = [_Values(member._asdict()) for member in v["members"]]
     passes = []
     if v["MAKES_S"]:
-        passes.append(_producers(v, M, K, v["R_made"]))
+        passes.append(Pass("sum" if members[0]["partials_ptr"] is not None else "shrink"))
+        for member, partials in zip(members, v["num_partials"], strict=True):
+            _producers(passes[0], v, member, partials)
     if not v["WRITES_Y"]:
         return passes
-    x = v.itemsize("x_ptr")
-    across, down = _cdiv(N, v["BLOCK_N"]), _cdiv(M, v["BLOCK_M"])
-    gemm = Pass("gemm", 2 * M * N * K)
-    gemm.reads("x_ptr", M * K * x, across * M * K * x)
-    if v["IS_NF4"]:
-        _packed_weight(gemm, v, across, down)
-    else:
-        w = N * K * v.itemsize("w_ptr")
-        gemm.reads("w_ptr", w, down * w)
-    if v["HAS_ADAPTER"]:
-        s, out = v.itemsize("s_ptr"), v.itemsize("out_ptr")
-        gemm.flops += 2 * M * N * R
-        gemm.reads("s_ptr", M * R * s, across * M * R * s)
-        gemm.reads("out_ptr", N * R * out, down * N * R * out)
-    y = M * N * v.itemsize("y_ptr")
-    if v["ADDS"]:
-        gemm.reads("y_ptr", y, y)
-    gemm.writes("y_ptr", y)
+    gemm = Pass("gemm")
+    for member in members:
+        _product(gemm, v, member)
+    gemm.writes("y_ptr", v["M"] * v["N"] * v.itemsize("y_ptr"))
     return [*passes, gemm]
 
 
-def _packed_weight(gemm: Pass, v: _Values, across: int, down: int) -> None:
+def _product(gemm: Pass, v: _Values, member: _Values) -> None:
+    """X W' and S · outᵀ of one member."""
+    M, N, K, R = v["M"], v["N"], member["K"], member["R"]
+    across, down = _cdiv(N, v["BLOCK_N"]), _cdiv(M, v["BLOCK_M"])
+    x = M * K * member.itemsize("x_ptr")
+    gemm.flops += 2 * M * N * K
+    gemm.reads("x_ptr", x, across * x)
+    if member["IS_NF4"]:
+        _packed_weight(gemm, v, member, across, down)
+    else:
+        w = N * K * member.itemsize("w_ptr")
+        gemm.reads("w_ptr", w, down * w)
+    if v["HAS_ADAPTER"]:
+        s, out = v.itemsize("s_ptr"), member.itemsize("out_ptr")
+        gemm.flops += 2 * M * N * R
+        gemm.reads("s_ptr", M * R * s, across * M * R * s)
+        gemm.reads("out_ptr", N * R * out, down * N * R * out)
+
+
+def _packed_weight(gemm: Pass, v: _Values, member: _Values, across: int, down: int) -> None:
     """An NF4 weight that the GEMM decodes, once for each block of rows."""
-    elements, tiles = v["N"] * v["K"], across * down
+    elements, tiles = v["N"] * member["K"], across * down
     gemm.reads("w_ptr", elements // 2, down * elements // 2)
-    blocks, shared = _cdiv(elements, v["BLOCKSIZE"]), down * elements // v["SHARING"]
-    absmax, code = v.itemsize("absmax_ptr"), v.count("code_ptr") * v.itemsize("code_ptr")
+    blocks, shared = _cdiv(elements, member["BLOCKSIZE"]), down * elements // member["SHARING"]
+    absmax = member.itemsize("absmax_ptr")
+    code = member.count("code_ptr") * member.itemsize("code_ptr")
     gemm.reads("absmax_ptr", blocks * absmax, shared * absmax)
     gemm.reads("code_ptr", code, tiles * code)
-    if v["IS_NESTED"]:
-        outer, table = v.itemsize("absmax2_ptr"), v.itemsize("code2_ptr")
-        gemm.reads("absmax2_ptr", _cdiv(blocks, v["BLOCKSIZE2"]) * outer, shared * outer)
+    if member["IS_NESTED"]:
+        outer, table = member.itemsize("absmax2_ptr"), member.itemsize("code2_ptr")
+        gemm.reads("absmax2_ptr", _cdiv(blocks, member["BLOCKSIZE2"]) * outer, shared * outer)
         # Masked lanes look up entry 0.
-        lookups = tiles * _cdiv(v["K"], v["BLOCK_K"]) * v["BLOCK_K"] * v["BLOCK_N"] // v["SHARING"]
-        gemm.reads("code2_ptr", v.count("code2_ptr") * table, lookups * table)
-        gemm.reads("offset_ptr", v.itemsize("offset_ptr"), tiles * v.itemsize("offset_ptr"))
+        padded = _cdiv(member["K"], v["BLOCK_K"]) * v["BLOCK_K"] * v["BLOCK_N"]
+        lookups = tiles * padded // member["SHARING"]
+        gemm.reads("code2_ptr", member.count("code2_ptr") * table, lookups * table)
+        offset = member.itemsize("offset_ptr")
+        gemm.reads("offset_ptr", offset, tiles * offset)
 
 
-def _producers(v: _Values, M: int, K: int, R: int) -> Pass:
-    shrink = Pass("shrink")
-    if v["SUMS_PARTIALS"]:
-        partials = v["num_partials"] * M * R * v.itemsize("partials_ptr")
-        shrink.name = "sum"
+def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> None:
+    """The columns of S that a member adds to those of the others."""
+    M, K, R = v["M"], member["K"], member["R_made"]
+    if member["partials_ptr"] is not None:
+        partials = num_partials * M * R * member.itemsize("partials_ptr")
         shrink.reads("partials_ptr", partials, partials)
     else:
-        x, factor = v.itemsize("x_ptr"), v.itemsize("in_ptr")
+        x, factor = M * K * member.itemsize("x_ptr"), K * R * member.itemsize("in_ptr")
         chunks, strips = _cdiv(R, v["BLOCK_R"]), _cdiv(M, v["BLOCK_S"])
         # Chunks of the rank of the same rows have neighbouring tickets and share the cache.
-        shrink.reads("x_ptr", M * K * x, chunks * M * K * x)
-        shrink.reads("in_ptr", K * R * factor, strips * K * R * factor)
-        shrink.flops = 2 * M * K * R
+        shrink.reads("x_ptr", x, chunks * x)
+        shrink.reads("in_ptr", factor, strips * factor)
+        shrink.flops += 2 * M * K * R
     shrink.writes("s_ptr", M * R * v.itemsize("s_ptr"))
-    return shrink
 
 
 _STRIP_ARGUMENTS = _names(
     "x_ptr s_ptr B_ptr ds_ptr t_ptr grad_ptr sync_ptr scaling keep_scale seed_low seed_high "
     "threshold M L R rows_per_range num_ranges stride_xm stride_xl stride_sm stride_vm stride_vl "
-    "stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT BLOCK_M BLOCK_L "
-    "BLOCK_R PRECISION"
+    "stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT PAIRS "
+    "BLOCK_M BLOCK_L BLOCK_R PRECISION"
 )
 
 

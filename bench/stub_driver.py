@@ -239,15 +239,18 @@ class _Launcher:
     def _arguments(self, args: tuple[Any, ...]) -> dict[str, Any]:
         signature = self._src.signature
         return {
-            name: self._described(index, arg)
+            name: self._described((index,), arg)
             for index, (name, arg) in enumerate(zip(signature, args, strict=True))
             if signature[name] != "constexpr"
         }
 
-    def _described(self, index: int, arg: Any) -> Any:
+    def _described(self, path: tuple[int, ...], arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            parts = [self._described((*path, index), part) for index, part in enumerate(arg)]
+            return type(arg)(*parts) if hasattr(arg, "_fields") else tuple(parts)
         if not isinstance(arg, torch.Tensor):
             return arg
-        attributes = [key for key, value in self._src.attrs.get((index,), []) if value == 16]
+        attributes = [key for key, value in self._src.attrs.get(path, []) if value == 16]
         return TensorArgument(
             tuple(arg.shape), arg.stride(), arg.dtype, "tt.divisibility" in attributes
         )

@@ -1,4 +1,13 @@
-"""The dropout mask: a pure function of seed, row and column, regenerated wherever it is needed."""
+"""The dropout mask: a pure function of seed, row and column, regenerated wherever it is needed.
+
+Element (m, l) has 15 random bits, the lower ones of half l % 2 of word l % 8 // 2 of
+Philox4x32(seed, m, l // 8): drawing them is what a mask costs, so one call serves eight neighbours
+of a row. So p is a multiple of 2⁻¹⁵, and what is kept is scaled by 1 / (1 − p) of that p, which
+leaves expectations as they are.
+
+Philox has 7 rounds here: with as many it passes all tests of BigCrush, and 10, the usual number,
+are a margin of safety (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+"""
 
 from dataclasses import dataclass
 
@@ -6,23 +15,54 @@ import torch
 import triton
 import triton.language as tl
 
+_ROUNDS = tl.constexpr(7)
+# Two elements of 16 bits in $1, a word in $2, the threshold in both halves of $3. A half becomes
+# its 15 bits + 2¹⁵ − threshold: it borrows nothing from its neighbour, and its sign tells; prmt
+# makes a mask of that.
+_DROP_PAIR = tl.constexpr(
+    "{\n.reg .b32 m;\n"
+    "or.b32 m, $2, 0x80008000;\n"
+    "sub.u32 m, m, $3;\n"
+    "prmt.b32 m, m, 0, 0xbb99;\n"
+    "and.b32 $0, $1, m;\n}"
+)
+
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probability p and seed of the mask; p = 0 is no dropout."""
+    """Probability p and seed of the mask; p = 0 is no dropout, 1 drops everything.
+
+    Between them p is rounded to one of 1, 2, … 32767 in 32768.
+    """
 
     p: float = 0.0
     seed: int = 0
 
     @property
+    def dropped(self):
+        """Of the 32768 values of an element's random bits, the first that keeps it."""
+        if self.p <= 0.0 or self.p >= 1.0:
+            return 32768 * int(self.p >= 1.0)
+        return min(max(round(self.p * 32768), 1), 32767)
+
+    @property
+    def drawn(self):
+        """p as it is drawn."""
+        return self.dropped / 32768
+
+    @property
     def keep_scale(self):
-        """1 / (1 − p); 0 where nothing is kept."""
-        return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
+        """1 / (1 − p) for p as it is drawn; 0 where nothing is kept."""
+        return 1.0 / (1.0 - self.drawn) if self.drawn < 1.0 else 0.0
 
     def words(self):
-        """seed (low, high) and threshold p · 2³², each as the int32 with those bits."""
-        threshold = min(round(self.p * 2**32), 2**32 - 1)
-        return [_as_int32(word) for word in (self.seed, self.seed >> 32, threshold)]
+        """seed (low, high), each as the int32 with those bits, and the threshold."""
+        return [_as_int32(self.seed), _as_int32(self.seed >> 32), self.dropped]
+
+
+def drops_pairs(dtype, arch):
+    """Whether `drop` may take PAIRS: elements of 16 bits, on an NVIDIA GPU."""
+    return dtype.itemsize == 2 and arch is not None
 
 
 def _as_int32(word):
@@ -30,20 +70,57 @@ def _as_int32(word):
 
 
 @triton.jit
-def keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L: tl.constexpr):
-    """True where dropout keeps element (m, l): word l % 4 of Philox(seed, m, l // 4) ≥ threshold.
+def _multiply(a: tl.constexpr, b):
+    """The high and the low word of a product of 64 bits, which is one instruction."""
+    product = b.to(tl.uint64) * a
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
-    threshold is p · 2³² as an unsigned integer. first_l must be a multiple of 4. The mask does not
-    depend on how the matrix is cut into tiles.
+
+@triton.jit
+def _random_words(seed_low, seed_high, offs_m, first_l, BLOCK_L: tl.constexpr):
+    """Philox's words for a tile, [BLOCK_M, BLOCK_L / 8, 2, 2]: each serves two neighbours."""
+    octets = (first_l // 8 + tl.arange(0, BLOCK_L // 8)).to(tl.uint32, bitcast=True)
+    c0 = offs_m.to(tl.uint32, bitcast=True)[:, None] + tl.zeros([1, BLOCK_L // 8], tl.uint32)
+    c1 = octets[None, :] + tl.zeros_like(c0)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    k0, k1 = tl.cast(seed_low, tl.uint32), tl.cast(seed_high, tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high_0, low_0 = _multiply(0xD2511F53, c0)
+        high_2, low_2 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return tl.join(tl.join(c0, c2), tl.join(c1, c3))
+
+
+@triton.jit
+def keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L: tl.constexpr):
+    """True where dropout keeps element (m, l): where its 15 bits are not below the threshold.
+
+    first_l must be a multiple of 8. The mask does not depend on how the matrix is cut into tiles.
     """
-    quads = first_l // 4 + tl.arange(0, BLOCK_L // 4)
-    rows = offs_m[:, None] + tl.zeros([1, BLOCK_L // 4], tl.int32)
-    columns = quads[None, :] + tl.zeros([offs_m.shape[0], 1], tl.int32)
-    zero = tl.zeros_like(rows)
-    seed = (tl.cast(seed_high, tl.int64) << 32) | (tl.cast(seed_low, tl.int64) & 0xFFFFFFFF)
-    w0, w1, w2, w3 = tl.philox(seed, rows, columns, zero, zero)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(offs_m.shape[0], BLOCK_L)
-    return words >= tl.cast(threshold, tl.uint32)
+    words = _random_words(seed_low, seed_high, offs_m, first_l, BLOCK_L)
+    # With − 1 a threshold of 2¹⁵, too, fits 32 bits.
+    limit = (tl.cast(threshold, tl.uint32) << 17) - 1
+    return tl.join(words << 17 > limit, words << 1 > limit).reshape(offs_m.shape[0], BLOCK_L)
+
+
+@triton.jit
+def drop(
+    x, seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr
+):
+    """The tile x, zero where dropout does not keep it; PAIRS: two elements of 16 bits at once."""
+    if PAIRS:
+        words = _random_words(seed_low, seed_high, offs_m, first_l, BLOCK_L)
+        halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+        return tl.inline_asm_elementwise(
+            _DROP_PAIR, "=r,r,r,r,r",
+            [x, halves.reshape(offs_m.shape[0], BLOCK_L), tl.cast(threshold, tl.uint32) * 0x10001],
+            x.dtype, True, 2,
+        )  # fmt: skip
+    else:
+        keep = keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L)
+        return tl.where(keep, x, 0.0)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .configs import current_arch, pick_strips, precision_of, rank_block, row_ranges
-from .dropout import Dropout, keep_mask
+from .dropout import Dropout, drop, drops_pairs
 from .fitting import drops_to_smaller
 from .tiles import load_factor, load_tile, tile_pointers
 from .workspace import sync_words
@@ -57,8 +57,8 @@ def _walk_rows(
     M, L, R, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     PROJECTS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GAIN_GRAD: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x, Σ x ⊙ V; stores dS partials."""
     dtype = x_ptr.dtype.element_ty
@@ -80,9 +80,7 @@ def _walk_rows(
         offs_m = m + tl.arange(0, BLOCK_M)
         x = load_tile(x_ptr, offs_m, offs_l, stride_xm, stride_xl, last_m, L)
         if DROPOUT:
-            x = tl.where(
-                keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L), x, 0.0
-            )
+            x = drop(x, seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L, PAIRS)
         if PROJECTS:
             # Scaled after the product: s · B can be too small for float16.
             dS = tl.dot(x, factor, input_precision=PRECISION) * tl.cast(scaling, tl.float32)
@@ -170,8 +168,8 @@ def strips(
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     SCALES: tl.constexpr, PROJECTS: tl.constexpr, OUTER: tl.constexpr, GRAD: tl.constexpr,
     GRAD_b: tl.constexpr, GRAD_d: tl.constexpr, GRAD_g: tl.constexpr, GRAD_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns, range of rows, chunk of the rank)."""
     block, rows, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -187,7 +185,7 @@ def strips(
         scaling, keep_scale, seed_low, seed_high, threshold,
         first_m, last_m, block * BLOCK_L, chunk * BLOCK_R, M, L, R,
         stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
-        HAS_b, HAS_d, HAS_g, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT,
+        HAS_b, HAS_d, HAS_g, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT, PAIRS,
         BLOCK_M, BLOCK_L, BLOCK_R, PRECISION,
     )  # fmt: skip
     if OUTER:
@@ -312,7 +310,8 @@ def _launch(
         HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         SCALES=scales, PROJECTS=projects, OUTER=wanted.outer, GRAD=grad is not None,
         GRAD_b=wanted.b, GRAD_d=wanted.d, GRAD_g=wanted.g, GRAD_BIAS=wanted.bias,
-        DROPOUT=dropout.p > 0.0, BLOCK_M=config.BLOCK_M, BLOCK_L=config.BLOCK_L, BLOCK_R=BLOCK_R,
+        DROPOUT=dropout.p > 0.0, PAIRS=drops_pairs(x.dtype, current_arch()),
+        BLOCK_M=config.BLOCK_M, BLOCK_L=config.BLOCK_L, BLOCK_R=BLOCK_R,
         PRECISION=precision_of(x.dtype), num_warps=config.num_warps,
         # A pipelined tile that is summed and multiplied loses its wait: Triton 3.7.1 lets cp.async
         # overwrite on sm_90 what the previous iteration's wgmma still reads.

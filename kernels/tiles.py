@@ -47,14 +47,3 @@ def sum_partials(
     for j in range(0, num_partials):
         acc += load_tile(partials_ptr + tl.cast(j, tl.int64) * M * R, offs_m, offs_r, R, 1, M, R)
     return acc
-
-
-@triton.jit
-def group_rows(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column block of a tile; GROUP_M row blocks share the columns of W that sit in L2."""
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first = (tile // per_group) * GROUP_M
-    rows = tl.minimum(blocks_m - first, GROUP_M)
-    within = tile % per_group
-    return first + within % rows, within // rows

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from . import torch_ops, triton_ops
 from .factors import Factors, Gradients, Needs, Saved
+from .kernels.dropout import Dropout
 
 
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
     with torch.cuda.device_of(x):
-        y, saved = torch_ops.forward(x, _decoded(f, x), needs, mask=_mask(f, x))
+        y, saved = torch_ops.forward(x, _decoded(_drawn(f), x), needs, mask=_mask(f, x))
     return y, saved._replace(mask=None)
 
 
@@ -27,14 +28,15 @@ def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Need
     """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as either forward left them."""
     with torch.cuda.device_of(dY):
         mask = _mask(f, dY) if needs.saves_mask else None
-        f = _decoded(f, dY) if needs.x else f
+        f = _decoded(_drawn(f), dY) if needs.x else _drawn(f)
         return torch_ops.backward(dY, x, saved._replace(mask=mask), f, needs)
 
 
 def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, None]:
     """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side."""
     with torch.cuda.device_of(x):
-        ys, S, _ = torch_ops.forward_group(x, [_decoded(f, x) for f in fs], mask=_mask(fs[0], x))
+        dense = [_decoded(_drawn(f), x) for f in fs]
+        ys, S, _ = torch_ops.forward_group(x, dense, mask=_mask(fs[0], x))
     return ys, S, None
 
 
@@ -49,6 +51,7 @@ def backward_group(
     """The gradients of every layer of a group; that of x, their sum, is with the first."""
     with torch.cuda.device_of(S):
         keep = _mask(fs[0], S) if any(need.saves_mask for need in needs) else None
+        fs = [_drawn(f) for f in fs]
         fs = [_decoded(f, S) if need.x else f for f, need in zip(fs, needs, strict=True)]
         return torch_ops.backward_group(dYs, x, S, keep, fs, needs)
 
@@ -56,6 +59,11 @@ def backward_group(
 def _decoded(f: Factors, like: Tensor) -> Factors:
     """With W dense, in the dtype of x, decoded in one launch; the same bits as in the kernels."""
     return replace(f, weight=triton_ops.dense(f.weight, like.dtype))
+
+
+def _drawn(f: Factors) -> Factors:
+    """With the p that the kernels' mask has, by which what it keeps is scaled."""
+    return replace(f, dropout_p=Dropout(f.dropout_p).drawn)
 
 
 def _mask(f: Factors, rows: Tensor) -> Tensor | None:

@@ -100,48 +100,52 @@ def backward_group(
 ) -> list[Gradients]:
     """The gradients of every layer of a group; that of x, their sum, is with the first.
 
-    Two launches a layer, and one for all dA.
+    One launch a layer, one for dX and one for all dA.
     """
     if S.shape[0] == 0:
         return [_empty_batch(dY, f, need) for dY, f, need in zip(dYs, fs, needs, strict=True)]
-    ranks = _ranks(fs)
-    dS, dX = torch.empty_like(S), None
-    grads = []
+    needs_dS = any(need.A for need in needs)
     with _launching(S):
-        columns = zip(S.split(ranks, dim=1), dS.split(ranks, dim=1), strict=True)
-        for dY, (S_i, dS_i), f, need in zip(dYs, columns, fs, needs, strict=True):
-            found, dX = _group_member(dY, S_i, dS_i, dX, f, need, any(n.A for n in needs))
+        grads, layers = [], []
+        for dY, S_i, f, need in zip(dYs, S.split(_ranks(fs), dim=1), fs, needs, strict=True):
+            found, partials = _output_side(dY, S_i, f, need, needs_dS or need.x)
+            weight = _gemm_operand(f.weight, dY) if need.x else _shape_only(f.weight, dY)
             grads.append(found)
-        grads[0] = grads[0]._replace(x=dX)
-        if x is not None and any(need.A for need in needs):
-            dtypes = {A.dtype for A in _factors_A(fs)}
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            dAs = strips.grad_shrink(x, dS, dtype, _dropout(fs[0])).split(ranks)
+            layers.append((dY, weight, partials, f.A, f.B, f.scaling))
+        if needs_dS or needs[0].x:
+            dropout = _dropout(fs[0])
+            dX, dS = ticketed_gemm.grad_input_group(layers, dropout, wants_dX=needs[0].x)
+            grads[0] = grads[0]._replace(x=dX)
+        if needs_dS and x is not None:
+            dAs = _grad_A(x, dS, fs)
             grads = [
-                grad._replace(A=dA.to(A.dtype)) if need.A else grad
-                for grad, dA, A, need in zip(grads, dAs, _factors_A(fs), needs, strict=True)
+                grad._replace(A=dA) if need.A else grad
+                for grad, dA, need in zip(grads, dAs, needs, strict=True)
             ]
     return grads
 
 
-def _group_member(
-    dY: Tensor, S: Tensor, dS: Tensor, dX: Tensor | None, f: Factors, need: Needs, needs_dS: bool
+def _output_side(
+    dY: Tensor, S: Tensor, f: Factors, need: Needs, needs_dS: bool
 ) -> tuple[Gradients, Tensor | None]:
-    """dB and dbias of one layer; dS is filled, dX added to that of the layers before."""
-    grads, partials = {}, None
+    """dB and dbias of one layer, and the partials of its dS where they pay."""
     wanted = strips.Wanted(B=need.B, bias=need.bias)
-    if wanted.outer or wanted.sums:
-        grads, partials = strips.grad_expand(
-            dY, S, None, f.bias, f.B, None, None, None, f.scaling, wanted,
-            projects=(needs_dS or need.x) and need.B and _projection_pays(dY, f),
-        )  # fmt: skip
-    if needs_dS or need.x:
-        weight = _gemm_operand(f.weight, dY) if need.x else _shape_only(f.weight, dY)
-        dX, _ = ticketed_gemm.grad_input(
-            dY, weight, partials, f.A, f.B, None, None, None, f.scaling, _dropout(f),
-            wants_dX=need.x, dS=dS, add_to=dX,
-        )  # fmt: skip
-    return Gradients(**grads), dX
+    if not (wanted.outer or wanted.sums):
+        return Gradients(), None
+    grads, partials = strips.grad_expand(
+        dY, S, None, f.bias, f.B, None, None, None, f.scaling, wanted,
+        projects=needs_dS and need.B and _projection_pays(dY, f),
+    )  # fmt: skip
+    return Gradients(**grads), partials
+
+
+def _grad_A(x: Tensor, dS: Tensor, fs: Sequence[Factors]) -> list[Tensor]:
+    """dA of every layer of a group in one launch."""
+    factors = _factors_A(fs)
+    dtypes = {A.dtype for A in factors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dAs = strips.grad_shrink(x, dS, dtype, _dropout(fs[0])).split(_ranks(fs))
+    return [dA.to(A.dtype) for dA, A in zip(dAs, factors, strict=True)]
 
 
 def _factors_A(fs: Sequence[Factors]) -> list[Tensor]:

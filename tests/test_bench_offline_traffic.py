@@ -43,15 +43,35 @@ class Observed:
         if self.name == "strips":
             return program[2]
         if self.name == "ticketed_gemm" and self.arguments["MAKES_S"]:
-            return int(program[0] >= self.arguments["num_producers"])
+            return int(self._is_gemm_tile(program[0]))
         return 0
 
+    def _is_gemm_tile(self, ticket: int) -> bool:
+        """A group of row blocks after the other: the tiles that make its S, then its products."""
+        a = self.arguments
+        rows = a["GROUP_M"] * a["BLOCK_M"]
+        for first in range(0, a["M"], rows):
+            here = min(rows, a["M"] - first)
+            producers = -(-here // a["BLOCK_S"]) * a["num_chunks"]
+            if ticket < producers:
+                return False
+            ticket -= producers
+            products = -(-here // a["BLOCK_M"]) * -(-a["N"] // a["BLOCK_N"])
+            if ticket < products:
+                return True
+            ticket -= products
+        raise AssertionError(f"{ticket} tickets too many")
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        members = (member._asdict() for member in self.arguments.get("members", ()))
+        for arguments in (self.arguments, *members):
+            yield from ((n, v) for n, v in arguments.items() if isinstance(v, torch.Tensor))
+
     def argument_at(self, addresses: np.ndarray) -> str:
-        for name, value in self.arguments.items():
-            if isinstance(value, torch.Tensor):
-                start = value.untyped_storage().data_ptr()
-                if start <= addresses.min() < start + value.untyped_storage().nbytes():
-                    return name
+        for name, value in self.tensors():
+            start = value.untyped_storage().data_ptr()
+            if start <= addresses.min() < start + value.untyped_storage().nbytes():
+                return name
         raise AssertionError(f"{self.name} touches memory of none of its arguments")
 
     def record(self, into: Any, program: tuple[int, int, int], ptrs: Any, mask: Any) -> None:
@@ -66,8 +86,9 @@ class Observed:
         return self._bytes(into, number, lambda chunks: sum(len(c) for c in chunks))
 
     def _bytes(self, into: Any, number: int, count: Any) -> dict[str, int]:
+        itemsize = {name: value.dtype.itemsize for name, value in self.tensors()}
         return {
-            name: count(chunks) * self.arguments[name].dtype.itemsize
+            name: count(chunks) * itemsize[name]
             for (p, name), chunks in into.items()
             if p == number and name != "sync_ptr"
         }
@@ -153,8 +174,8 @@ def test_groups_of_layers_with_one_input_are_counted_too() -> None:
         ys = adapted_linears(x, members)
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     names = [launch.name for launch in launches]
-    assert names == ["ticketed_gemm"] * 2 + ["strips", "ticketed_gemm"] * 2 + ["strips"]
-    assert [launch.arguments["ADDS"] for launch in launches[3:6:2]] == [False, True]
+    assert names == ["ticketed_gemm"] * 2 + ["strips"] * 2 + ["ticketed_gemm", "strips"]
+    assert [len(launch.arguments["members"]) for launch in (launches[0], launches[4])] == [1, 2]
     _compare(launches)
 
 
@@ -183,7 +204,7 @@ def test_flops_are_those_of_the_equation() -> None:
 
 def test_what_the_model_does_not_know_is_refused() -> None:
     (launch, *_) = _step(64, 64, 64, 16, torch.bfloat16, 0.0, False)
-    launch.arguments["extra_ptr"] = launch.arguments["x_ptr"]
+    launch.arguments["extra_ptr"] = launch.arguments["y_ptr"]
     with pytest.raises(NotImplementedError, match=r"must learn what \['extra_ptr'\]"):
         cost_model.traffic(launch)
     launch.name = "unheard_of"

@@ -24,7 +24,7 @@ CASES = [
     replace(RAGGED, K=75, N=131, M=33, R=8, x_layout="transposed", dY_layout="sliced"),
     replace(RAGGED, dtype=FP16, adapter_dtype=None, nf4=True, nested=False),
     replace(RAGGED, dtype=FP32, adapter_dtype=None, M=35, R=100, dY_layout="transposed"),
-    replace(RAGGED, M=70, dtype=FP32, adapter_dtype=None, p=0.3, factors=GAINS, nf4=True),
+    replace(RAGGED, M=70, dtype=FP32, adapter_dtype=None, p=0.3125, factors=GAINS, nf4=True),
     ALIGNED,
     replace(ALIGNED, factors=("x", "bias", "A", "B"), adapter_dtype=None, nf4=True),
     replace(ALIGNED, factors=GAINS, R=80),

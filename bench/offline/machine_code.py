@@ -87,11 +87,14 @@ def issue_seconds(launch: stub_driver.Launch, pass_name: str, arch: int) -> floa
     if launch.name == "strips":
         iterations = launch.grid[0] * _cdiv(values["M"], c["BLOCK_M"])
     elif pass_name == "shrink":
-        chunks = _cdiv(launch.arguments["in_ptr"].shape[1], c["BLOCK_R"])
-        iterations = chunks * _cdiv(values["M"], c["BLOCK_S"]) * _cdiv(values["K"], c["BLOCK_K"])
+        strips = _cdiv(values["M"], c["BLOCK_S"])
+        iterations = strips * sum(
+            _cdiv(member.R_made, c["BLOCK_R"]) * _cdiv(member.K, c["BLOCK_K"])
+            for member in values["members"]
+        )
     else:
         tiles = _cdiv(values["M"], c["BLOCK_M"]) * _cdiv(values["N"], c["BLOCK_N"])
-        iterations = tiles * _cdiv(values["K"], c["BLOCK_K"])
+        iterations = tiles * sum(_cdiv(member.K, c["BLOCK_K"]) for member in values["members"])
     return iterations * issue_cycles(loop, warps) / _cycles_per_second(arch)
 
 
@@ -122,14 +125,15 @@ def loop_of(launch: stub_driver.Launch, part: str) -> sass.Loop | None:
 
     Of ticketed_gemm's loops the one that adds S · outᵀ is not pipelined, the K-loops are; that over
     W has more products than the shrink's or, where the opcode does not tell (tensor memory), loads
-    more. None: the pass has no product.
+    more. Each member of a launch has its own; the longest stands for all. None: the pass has no
+    product.
     """
     loops = _pipelined_loops(launch)
     if launch.name != "ticketed_gemm":
         return loops[0] if loops else None
-    if part == "shrink":
-        return loops[1] if len(loops) == 2 else None
-    return loops[0] if part == "gemm" else None
+    products = len(launch.arguments["members"]) * launch.constexprs["WRITES_Y"]
+    of_part = {"gemm": loops[:products], "shrink": loops[products:]}.get(part, [])
+    return max(of_part, key=lambda loop: len(loop.instructions), default=None)
 
 
 # By kernel: thousands of launches share a few dozen of them, and reading one takes a while.
@@ -149,7 +153,9 @@ def _pipelined_loops(launch: stub_driver.Launch) -> list[sass.Loop]:
     loops = sorted(kernel.resources.hot_loops, key=weight, reverse=True)
     if launch.name == "ticketed_gemm":
         loops = [loop for loop in loops if not _ASYNCHRONOUS.isdisjoint(loop.by_opcode)]
-        expected = c["WRITES_Y"] + (c["MAKES_S"] and not c["SUMS_PARTIALS"])
+        members = launch.arguments["members"]
+        shrinks = [m for m in members if m.in_ptr is not None and m.partials_ptr is None]
+        expected = c["WRITES_Y"] * len(members) + len(shrinks)
         if len(loops) != expected:
             raise RuntimeError(f"{launch.name} must have {expected} K-loops, got {len(loops)}")
     _loops[id(kernel)] = kernel, loops
@@ -161,8 +167,10 @@ _ASYNCHRONOUS = {"LDGSTS", "UTMALDG"}
 
 def _tile_bytes(launch: stub_driver.Launch, part: str) -> int:
     c = launch.constexprs
-    tile = c["BLOCK_S"] * c["BLOCK_K"] if part == "shrink" else c["BLOCK_M"] * c["BLOCK_L"]
-    return int(tile * launch.arguments["x_ptr"].dtype.itemsize)
+    if part == "shrink":
+        x = launch.arguments["members"][0].x_ptr
+        return int(c["BLOCK_S"] * c["BLOCK_K"] * x.dtype.itemsize)
+    return int(c["BLOCK_M"] * c["BLOCK_L"] * launch.arguments["x_ptr"].dtype.itemsize)
 
 
 def loop_flops(launch: stub_driver.Launch) -> int:

@@ -42,7 +42,7 @@ _SMALL = 1 << 16
 
 @dataclass(frozen=True)
 class Operation:
-    """One launch, or one pass of it: FLOPs of its matrix product, bytes read and written.
+    """One launch: FLOPs of its matrix products, bytes read and written.
 
     ``issue_seconds`` is a lower bound of its time from its instructions, where they are known.
     """

@@ -37,7 +37,7 @@ def _assumptions() -> str:
     )
     return (
         "Launches, bytes, FLOPs and saved bytes are counted. Times over the frozen layer are "
-        "modelled: each operation takes the longer of its products and its memory traffic, at "
+        "modelled: each launch takes the longer of its products and its memory traffic, at "
         f"{ATTAINED_FLOPS:.0%} and {ATTAINED_BYTES:.0%} of the peaks; nothing overlaps, launches "
         f"cost nothing, Triton multiplies as fast as cuBLAS. Peaks: {devices}."
     )

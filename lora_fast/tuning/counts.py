@@ -6,7 +6,7 @@ Vectors of N or R elements are left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,7 +52,10 @@ class _Counts:
 
 
 class _Fused(_Counts):
-    """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward."""
+    """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward.
+
+    Of a group the first layer's shrink makes S for all, and one launch sums dX.
+    """
 
     def forward(self) -> list[Work]:
         found = []
@@ -67,8 +70,9 @@ class _Fused(_Counts):
 
     def backward(self) -> list[Work]:
         found = []
-        for (N, R, weight), need in zip(self.layers, self.q.needs, strict=True):
+        for i, ((N, R, weight), need) in enumerate(zip(self.layers, self.q.needs, strict=True)):
             needs_dS = R > 0 and (need.x or any(n.A for n in self.q.needs))
+            first = int(i == 0)
             outer, sums = need.B or need.b or need.d, need.bias or need.g
             projects = (
                 needs_dS and outer and strips.projection_pays(N, R, self.q.dtype, self._strip(R))
@@ -79,11 +83,12 @@ class _Fused(_Counts):
                     found.append(Work(0, self.M * N * self.e, 0))
             if needs_dS or need.x:
                 if needs_dS:
-                    found.append(self._sum(N, R) if projects else self._shrink(N, R))
+                    dS = self._sum(N, R) if projects else self._shrink(N, R)
+                    found.append(replace(dS, launches=first))
                 if need.x:
                     decoding, W = self._operand(N, weight)
-                    dX = self.M * self.K * self.e * (1 if need is self.q.needs[0] else 2)
-                    found += [*decoding, self._gemm(N, self.K, R, W, dX, 0 if needs_dS else 1)]
+                    dX, launches = first * self.M * self.K * self.e, 0 if needs_dS else first
+                    found += [*decoding, self._gemm(N, self.K, R, W, dX, launches)]
         if any(need.A for need in self.q.needs):
             found += self._strips(self.K, self.R, True, False, True)
         return found

@@ -1,0 +1,149 @@
+"""The tiles of ticketed_gemm that follow: Σ over members of X W', then S · outᵀ, then g and bias.
+
+The K-loops over the weights run one after the other into the same accumulator, before the tile
+waits for its row block's flag.
+"""
+
+import triton
+import triton.language as tl
+
+from .dropout import keep_mask
+from .nf4_tile import load_codes, load_nf4_tile, packed_pointers
+from .shrink_tiles import load_spans, times_gain
+from .tiles import load_factor, load_tile, tile_pointers
+
+
+@triton.jit
+def _add_product(
+    acc, member, block_m, block_n, g_ptr, M, N,
+    IN_IS_B: tl.constexpr, HAS_g: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
+):  # fmt: skip
+    """acc + X W' of one member: the K-loop over its weight, dense or packed."""
+    K = member.K
+    IS_NF4: tl.constexpr = member.IS_NF4
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = (offs_m < M)[:, None]
+    mask_n = (offs_n < N)[None, :]
+    x_ptrs = tile_pointers(member.x_ptr, offs_m, offs_k, member.stride_xm, member.stride_xk)
+    w_step = tl.cast(member.stride_wk, tl.int64) * BLOCK_K
+    if not IS_NF4:
+        w_ptrs = tile_pointers(member.w_ptr, offs_k, offs_n, member.stride_wk, member.stride_wn)
+    else:
+        codes = load_codes(member.code_ptr, SHUFFLES)
+        offset = tl.load(member.offset_ptr) if member.IS_NESTED else 0.0
+        if IN_IS_B:
+            w_ptrs = packed_pointers(member.w_ptr, 0, block_n, member.stride_wk, BLOCK_K, BLOCK_N)
+        else:
+            w_ptrs = packed_pointers(member.w_ptr, block_n, 0, member.stride_wn, BLOCK_N, BLOCK_K)
+            w_step = BLOCK_K // 2
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_m, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=mask_m & (offs_k < K - k * BLOCK_K)[None, :], other=0.0)
+        if IS_NF4:
+            # Rows and columns of the weight [N, K] as it lies in memory.
+            w = load_nf4_tile(
+                w_ptrs, member.absmax_ptr, member.absmax2_ptr, member.code2_ptr, offset, codes,
+                k if IN_IS_B else block_n, block_n if IN_IS_B else k,
+                K if IN_IS_B else N, N if IN_IS_B else K,
+                member.stride_wk if IN_IS_B else member.stride_wn,
+                member.BLOCKSIZE, member.BLOCKSIZE2, member.IS_NESTED, member.SHARING,
+                SHUFFLES, MMA_SYNC,
+                EVEN_K and IN_IS_B, EVEN_K and not IN_IS_B, member.x_ptr.dtype.element_ty,
+            )  # fmt: skip
+            w = w if IN_IS_B else tl.trans(w)
+        elif EVEN_K:
+            w = tl.load(w_ptrs, mask=mask_n, other=0.0)
+        else:
+            w = tl.load(w_ptrs, mask=(offs_k < K - k * BLOCK_K)[:, None] & mask_n, other=0.0)
+        if HAS_g and IN_IS_B:
+            w = times_gain(w, g_ptr, k * BLOCK_K + offs_k, K)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_ptrs += tl.cast(member.stride_xk, tl.int64) * BLOCK_K
+        w_ptrs += w_step
+    return acc
+
+
+@triton.jit
+def _add_low_rank(
+    acc, members, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N,
+    rows_per_sample, stride_sm,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, MAKES_S: tl.constexpr,
+    HAS_SPANS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + Σ over members of S · outᵀ, as soon as all of S is stored for these rows."""
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if MAKES_S:
+        expected = tl.cdiv(tl.minimum(BLOCK_M, M - block_m * BLOCK_M), BLOCK_S) * num_chunks
+        while tl.atomic_add(sync_ptr + 2 + block_m, 0, sem="acquire") < expected:
+            pass
+    for i in tl.static_range(len(members)):
+        R = members[i].R
+        first_r, stop_r = 0, R
+        if HAS_SPANS:
+            start, stop = load_spans(spans_ptr, offs_m, rows_per_sample, M, R)
+            first_r = tl.min(start, 0) // BLOCK_E * BLOCK_E
+            stop_r = tl.max(stop, 0)
+        for r in tl.range(first_r, stop_r, BLOCK_E, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_E)
+            S = load_tile(s_ptr + members[i].first_r, offs_m, offs_r, stride_sm, 1, M, R)
+            factor = load_factor(
+                members[i].out_ptr, b_ptr, d_ptr, members[i].scaling, offs_n, offs_r,
+                members[i].stride_out_l, members[i].stride_out_r, N, R,
+                not IN_IS_B, HAS_b, HAS_d, S.dtype,
+            )  # fmt: skip
+            acc = tl.dot(S, tl.trans(factor), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def consume(
+    block_m, block_n, members, num_chunks, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr,
+    spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
+    stride_sm, stride_ym,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
+    HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK_M × BLOCK_N tile of y."""
+    # Dropout masks the low-rank part of dX alone, which then needs an accumulator of its own.
+    MASKS: tl.constexpr = DROPOUT and IN_IS_B and HAS_ADAPTER
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.static_range(len(members)):
+        acc = _add_product(
+            acc, members[i], block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
+        )  # fmt: skip
+    if HAS_ADAPTER:
+        low_rank = _add_low_rank(
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if MASKS else acc, members, num_chunks,
+            block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N, rows_per_sample,
+            stride_sm, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
+            BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
+        )  # fmt: skip
+        if MASKS:
+            keep = keep_mask(seed_low, seed_high, threshold, offs_m, block_n * BLOCK_N, BLOCK_N)
+            acc += tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
+        else:
+            acc = low_rank
+    if SAVES_V:
+        v_ptrs = tile_pointers(v_ptr, offs_m, offs_n, N, 1)
+        tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mask)
+    if HAS_g and not IN_IS_B:
+        acc *= tl.load(g_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = tile_pointers(y_ptr, offs_m, offs_n, stride_ym, 1)
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
