@@ -13,6 +13,7 @@ except ModuleNotFoundError:
 from lora_fast import __version__
 
 from .compare import compare
+from .merge import merge
 from .plan import plan
 from .train import train
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(compare)
 app.command()(plan)
+app.command()(merge)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,94 @@
+"""``lora-fast merge``: a base model and an adapter become one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_fast.training.errors import TrainingError, first_line
+
+from . import options as opt
+from .errors import one_line_errors
+
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Folder or hub id, 16-bit, float32 or 4-bit.")
+]
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of lora-fast or PEFT.")]
+MergedOut = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")]
+MergedDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="bfloat16|float16|float32", help="Of the result: that of the base."
+    ),
+]
+ShardSize = Annotated[
+    str, typer.Option(metavar="SIZE", help="Of a file, and so of the memory that is needed.")
+]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT.")]
+
+
+def merge(
+    base: Base,
+    adapter: Adapter,
+    out: MergedOut,
+    dtype: MergedDtype = None,
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Replace = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Merge an adapter into its base model and write the result, shard by shard.
+
+    OUT appears when it is complete: a merge that is stopped leaves nothing there.
+    """
+    with one_line_errors(
+        out, debug=debug, interruption=lambda *_: f"interrupted; {out} is as it was"
+    ):
+        try:
+            _merge(base, adapter, out, dtype, max_shard_size, overwrite=overwrite, debug=debug)
+        except FileExistsError as error:
+            raise TrainingError(f"{first_line(error)}: replace it with --overwrite") from error
+        except (ValueError, NotImplementedError, BlockingIOError) as error:
+            raise TrainingError(first_line(error)) from error
+
+
+def _merge(
+    base: str,
+    adapter: Path,
+    out: Path,
+    dtype: str | None,
+    max_shard_size: str,
+    *,
+    overwrite: bool,
+    debug: bool,
+) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .console import quiet_libraries
+
+    if not debug:
+        quiet_libraries()
+    from lora_fast.export import merge_checkpoint
+
+    console = Console(highlight=False)
+    columns = (
+        TextColumn("Merging"),
+        BarColumn(bar_width=30),
+        DownloadColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        merge_checkpoint(
+            base,
+            adapter,
+            out,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(f"[green]✓[/] {escape(str(out))}")

@@ -1,0 +1,154 @@
+"""A base model on disk: its config, its tensors under the names that the loaded model has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nf4 import NF4Weight
+from .safe_files import Entry, TensorFiles, checkpoint_files
+
+CONFIG = "config.json"
+# What belongs to a tokenizer or processor and goes along; weights and cards do not.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+    "LICENSE*",
+)
+_STATE = re.compile(r"^(.*weight)\.quant_state\.bitsandbytes__(\w+)$")
+_CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def base_folder(name: str) -> Path:
+    """Return the folder of a base model, from the local cache or downloaded for a hub id.
+
+    Raises:
+        ValueError: there is no such folder, and no such model can be had.
+    """
+    from ..training.models import resolve_model
+
+    path = Path(resolve_model(name))
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")):
+        raise ValueError(f"base must be a folder or a hub id, got {name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    problem: Exception | None = None
+    for local in (True, False):
+        try:
+            found = snapshot_download(name, allow_patterns=patterns, local_files_only=local)
+            checkpoint_files(Path(found))
+            return Path(found)
+        except Exception as error:  # a name that is none, no connection, half a download
+            problem = error
+    raise ValueError(
+        f"base must be a folder or a hub id that is in the local cache or can be downloaded, "
+        f"got {name!r}: {problem}"
+    ) from problem
+
+
+class Weights:
+    """The tensors of a checkpoint, 4-bit ones decoded, by the names that `model` has for them.
+
+    ``header`` has the shape and dtype of each as :meth:`tensor` returns it; ``stored`` its name in
+    the file. A weight that transformers would assemble from several tensors keeps its stored names
+    and is in ``assembled``.
+    """
+
+    def __init__(self, files: TensorFiles, model: nn.Module) -> None:
+        self._files = files
+        self._states = {}
+        for key in files.header:
+            found = _STATE.match(key)
+            if found:
+                self._states[found[1]] = found[2]
+        parts = {f"{weight}.{part}" for weight in self._states for part in _CONSTANTS} | {
+            key for key in files.header if _STATE.match(key)
+        }
+        plain = [key for key in files.header if key not in parts]
+        self.stored, self.assembled = _names(plain, model)
+        self.header = {name: self._entry(key) for name, key in self.stored.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """The values of a tensor; of a 4-bit weight, what bitsandbytes decodes it to."""
+        key = self.stored[name]
+        if key not in self._states:
+            return self._files.tensor(key)
+        packed, state = self._files.tensor(key), self._quant_state(key)
+        if self._states[key] == "nf4":
+            return NF4Weight(packed.view(-1), state).dequantize()
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(packed, state)
+
+    def _entry(self, key: str) -> Entry:
+        if key not in self._states:
+            return self._files.header[key]
+        state = self._quant_state(key)
+        return Entry(tuple(state.shape), state.dtype)
+
+    def _quant_state(self, key: str) -> Any:
+        from bitsandbytes.functional import QuantState
+
+        prefix = f"{key}."
+        names = [name for name in self._files.header if name.startswith(prefix)]
+        parts = {name.removeprefix(prefix): self._files.tensor(name) for name in names}
+        return QuantState.from_dict(parts, device=torch.device("cpu"))
+
+
+def _names(keys: Iterable[str], model: Any) -> tuple[dict[str, str], set[str]]:
+    """({name in the model: name in the file}, the names that stand for parts of a weight)."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    prefix = getattr(model, "base_model_prefix", "")
+    renamed = _renamer(model)
+    names: dict[str, str] = {}
+    assembled: set[str] = set()
+    for key in keys:
+        name, is_part = renamed(key)
+        shorter = name.removeprefix(f"{prefix}.") if prefix else name
+        for candidate in (name, shorter, f"{prefix}.{name}"):
+            if candidate in own:
+                name = candidate
+                break
+        if is_part:
+            assembled.add(key)
+            name = key
+        names[name] = key
+    return names, assembled
+
+
+def _renamer(model: Any) -> Any:
+    """What transformers does to the names of a checkpoint of this kind of model as it loads it."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+    except ImportError:  # before transformers 5, names in files are those of the model
+        return lambda key: (key, False)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def renamed(key: str) -> tuple[str, bool]:
+        name, part = rename_source_key(key, renamings, converters)
+        return name, part is not None
+
+    return renamed

@@ -1,0 +1,277 @@
+"""A base model with an adapter merged into it, written shard by shard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..skeleton import load_config, skeleton
+from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header
+from .base_checkpoint import COMPANIONS, Weights, base_folder
+from .changes import Changes, changes_of
+from .model_writer import WholeFolder, copy_files, write_shards
+from .safe_files import Entry, TensorFiles, checkpoint_files
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+)
+HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "qa_outputs.weight")
+TASKS = {
+    "SEQ_CLS": "classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+Progress = Callable[[int, int], None]
+
+
+def merge_checkpoint(
+    base: str,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Write to the folder `out` the model `base` with `adapter` merged into it; returns `out`.
+
+        W' = round( g ⊙ (W + s · (b ⊙ (B d)) A) )                         in float32, rounded once
+
+    `base`: a folder or a hub id, 16-bit, float32 or 4-bit (bitsandbytes); 4-bit weights are decoded
+    first. `adapter`: a folder with PEFT's LoRA, rsLoRA, DoRA, LoRA+, LoRA-FA, VeRA, AdaLoRA, (IA)³
+    or LayerNorm tuning, or what ``lora-fast train`` left of a method that trains weights of the
+    base (Delta-LoRA, BitFit, linear probing). `dtype`: bfloat16, float16 or float32, by default
+    that of each tensor of the base. Tensors are read, merged and written shard by shard, at most
+    `max_shard_size` at a time.
+
+    `out` appears when it is complete; whatever stops the merge before leaves nothing there, and
+    merging again cleans up. ``progress(done, total)`` is told bytes.
+
+    Raises ValueError for files that do not fit together or are no safetensors, before anything is
+    written; NotImplementedError for adapters that have no such formula; FileExistsError for an
+    `out` with something in it, unless `overwrite`.
+    """
+    wanted = _dtype(dtype)
+    adapter_path, base_path = Path(adapter), base_folder(base)
+    if not adapter_path.is_dir():
+        raise ValueError(f"adapter must be a folder, got {adapter}")
+    with ExitStack() as stack:
+        files = stack.enter_context(TensorFiles(base_path, checkpoint_files(base_path)))
+        merging = _Merging(base_path, adapter_path, files, wanted, stack)
+        with WholeFolder(Path(out), overwrite=overwrite) as folder:
+            merging.config.save_pretrained(folder.path)
+            copy_files(adapter_path, TOKENIZER, folder.path)
+            copy_files(base_path, COMPANIONS, folder.path)
+            write_shards(folder.path, merging.entries, _told(merging, progress), max_shard_size)
+    return Path(out)
+
+
+class _Merging:
+    """All that is known before a tensor is read: names, shapes, dtypes and what changes.
+
+    ``entries`` describes the files to write, by the names in them.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path,
+        files: TensorFiles,
+        dtype: torch.dtype | None,
+        stack: ExitStack,
+    ) -> None:
+        config = load_config(base)
+        _unquantised(config, base)
+        held = _adapter_files(adapter, stack)
+        peft_config = adapter_config(adapter) if WEIGHTS in held else None
+        self.model = _model(config, peft_config, held, files)
+        self._own = _shapes(self.model)
+        self._same = _shared_names(self.model)
+        self._base = Weights(files, self.model)
+        self._moved = Weights(held[CHANGED], self.model) if CHANGED in held else None
+        self._changes = Changes({}, {})
+        if self._moved is not None:
+            self._check_moved(adapter / CHANGED)
+        values = dict(self._moved.header) if self._moved is not None else {}
+        if peft_config is not None:
+            reader = held[WEIGHTS]
+            wrapped = adapt(self.model, peft_config, adapter)
+            check_header(reader.header, wrapped, peft_config, adapter / WEIGHTS)
+            self._changes = changes_of(wrapped, set(reader.header), reader.tensor)
+            values |= {name: reader.header[key] for name, key in self._changes.replaced.items()}
+        self._dtype = dtype
+        self._known = self._output_names(set(values))
+        self._check_complete()
+        self.entries = {out: self._entry(name, values) for out, name in self._known.items()}
+        self.config = self.model.config
+        self.config.dtype = dtype or self._usual_dtype()
+
+    def make(self, name: str) -> Tensor:
+        """The tensor with that name in the files to write."""
+        entry, known = self.entries[name], self._known[name]
+        change = self._changes.makers.get(known)
+        with torch.no_grad():
+            if change is None:
+                new = self._old(known).to(entry.dtype)
+            else:
+                made = change()
+                new = made.apply(None if made.value is not None else self._old(known), entry.dtype)
+        if new.is_floating_point() and not torch.isfinite(new).all():
+            raise ValueError(f"{name} must be finite in {entry.dtype}, got NaN or infinity")
+        return new.contiguous()
+
+    def _old(self, name: str) -> Tensor:
+        if self._moved is not None and name in self._moved.header:
+            return self._moved.tensor(name)
+        return self._base.tensor(self._in_base(name))
+
+    def _in_base(self, name: str) -> str:
+        """The name under which the base holds a tensor: tied ones are there once."""
+        same = self._same.get(name, (name,))
+        return next((other for other in (name, *same) if other in self._base.header), name)
+
+    def _entry(self, name: str, values: dict[str, Entry]) -> Entry:
+        before = self._base.header.get(self._in_base(name))
+        shape, dtype = before or Entry(values[name].shape, self._usual_dtype())
+        if not dtype.is_floating_point:
+            return Entry(shape, dtype)
+        return Entry(shape, self._dtype or dtype)
+
+    def _usual_dtype(self) -> torch.dtype:
+        """Of what is new, such as a classification head: the dtype of the largest tensor."""
+        largest = max(
+            self._base.header.values(), key=lambda e: (e.dtype.is_floating_point, e.shape)
+        )
+        return largest.dtype
+
+    def _output_names(self, values: set[str]) -> dict[str, str]:
+        """{name in the files to write: name in the model}; names that only the base's files use
+        stay as they are, but for the prefix that a model with a head has before the rest."""
+        kept = [n for n in self._base.header if n in self._own or n in self._base.assembled]
+        prefix = getattr(self.model, "base_model_prefix", "")
+        found = {}
+        for name in kept:
+            stored = self._base.stored[name]
+            plain = stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            found[name if plain else stored] = name
+        for name in sorted(values - set(kept)):
+            found[name] = name
+            self._untie(name, found, values)
+        return found
+
+    def _untie(self, name: str, found: dict[str, str], values: set[str]) -> None:
+        """A tensor that was one with another and now has values of its own."""
+        if len(self._same.get(name, ())) > 1 and not values.issuperset(self._same[name]):
+            self.model.config.tie_word_embeddings = False
+
+    def _check_moved(self, path: Path) -> None:
+        assert self._moved is not None
+        for name, entry in self._moved.header.items():
+            if self._own.get(name) != entry.shape:
+                wanted = self._own.get(name, "no such tensor")
+                raise ValueError(f"{path}: {name} must have shape {wanted}, got {entry.shape}")
+
+    def _check_complete(self) -> None:
+        there = set(self._known.values())
+        for name, maker in self._changes.makers.items():
+            if name not in there and self._in_base(name) in there:
+                self._changes.makers[self._in_base(name)] = maker
+            elif name not in there:
+                raise ValueError(
+                    f"the base must hold {name}, which the adapter changes, as one tensor; got none"
+                )
+        for name, shape in self._own.items():
+            in_base = self._base.header.get(self._in_base(name))
+            if in_base is None and name not in there:
+                raise ValueError(f"the base or the adapter must hold {name}, got neither")
+            if in_base is not None and in_base.shape != shape:
+                raise ValueError(f"the base: {name} must have shape {shape}, got {in_base.shape}")
+
+
+def _told(merging: _Merging, progress: Progress) -> Callable[[str], Tensor]:
+    sizes = {name: math.prod(e.shape) * e.dtype.itemsize for name, e in merging.entries.items()}
+    total, done = sum(sizes.values()), 0
+
+    def make(name: str) -> Tensor:
+        nonlocal done
+        tensor = merging.make(name)
+        done += sizes[name]
+        progress(done, total)
+        return tensor
+
+    return make
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name is None else DTYPES[name]
+
+
+def _unquantised(config: Any, base: Path) -> None:
+    """Let the config speak of dense weights; what cannot be decoded is refused."""
+    quantised: Any = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    options = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    if options.get("quant_method") != "bitsandbytes" or not options.get("load_in_4bit"):
+        kind = options.get("quant_method", "an unknown kind")
+        raise ValueError(
+            f"{base} must be dense or in bitsandbytes' 4 bits, got {kind}: merge into the 16-bit "
+            "model that it was made from"
+        )
+    del config.quantization_config
+
+
+def _adapter_files(adapter: Path, stack: ExitStack) -> dict[str, TensorFiles]:
+    if (adapter / CONFIG).is_file() and not (adapter / WEIGHTS).is_file():
+        adapter_config(adapter)  # which says what is wrong
+    names = [name for name in (WEIGHTS, CHANGED) if (adapter / name).is_file()]
+    if not names:
+        raise ValueError(f"{adapter} must hold {CONFIG} with {WEIGHTS}, or {CHANGED}; got neither")
+    return {name: stack.enter_context(TensorFiles(adapter, [name])) for name in names}
+
+
+def _model(config: Any, peft_config: Any, held: dict[str, TensorFiles], files: TensorFiles) -> Any:
+    """The skeleton of the model that was adapted: with a head, where the adapter brings one."""
+    shapes = {
+        key: entry.shape for tensors in held.values() for key, entry in tensors.header.items()
+    }
+    heads = [key for key in shapes if key.endswith(HEADS) and "lora_" not in key]
+    task = TASKS.get(str(getattr(peft_config, "task_type", None)))
+    if task is None and heads and not any(key.endswith(HEADS) for key in files.header):
+        task = "classification"
+    if task is not None and heads:
+        config.num_labels = shapes[heads[0]][0]
+    try:
+        model = skeleton(config, task)
+    except ValueError:
+        if task is not None:
+            raise
+        model = skeleton(config, "causal-lm")
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For every parameter all the names that it has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}

@@ -1,0 +1,259 @@
+"""What merging refuses to read, and what is left of a merge that was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+import weakref
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_runs import run_cli, save_llama
+from transformers import AutoModelForCausalLM
+
+from lora_fast.export import merge_checkpoint
+from lora_fast.export.model_writer import WholeFolder
+
+WEIGHTS = "adapter_model.safetensors"
+A_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base in many shards and an adapter for it."""
+    folder = tmp_path_factory.mktemp("made")
+    model = AutoModelForCausalLM.from_pretrained(save_llama(folder / "base"))
+    shutil.copytree(folder / "base", folder / "sharded")
+    (folder / "sharded" / "model.safetensors").unlink()
+    model.save_pretrained(folder / "sharded", max_shard_size="30KB")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def adapter(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "adapter", tmp_path / "adapter"))
+
+
+def edit_tensors(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, adapter / WEIGHTS)
+
+
+def edit_config(adapter: Path, **values: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def set_key(key: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({key: torch.zeros(shape)})
+
+
+def cut_off(adapter: Path) -> None:
+    path = adapter / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def pickled(adapter: Path) -> None:
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+
+
+BAD_ADAPTERS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("unknown-key", lambda a: edit_tensors(a, set_key("base_model.model.nonesuch.weight", 2)),
+     "tensors of this model, got base_model.model.nonesuch.weight"),
+    ("missing-key", lambda a: edit_tensors(a, lambda t: t.pop(A_KEY)), f"misses {A_KEY}"),
+    ("wrong-shape", lambda a: edit_tensors(a, set_key(A_KEY, 2, 63)),
+     rf"{A_KEY} must have shape \(2, 64\), got \(2, 63\)"),
+    ("other-rank", lambda a: edit_config(a, r=3), r"must have shape \(3, "),
+    ("cut-off", cut_off, "must be a whole safetensors file"),
+    ("pickle", pickled, "only safetensors are read"),
+    ("no-json", lambda a: (a / "adapter_config.json").write_text("{"), "must hold JSON"),
+    ("list", lambda a: (a / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
+    ("unknown-type", lambda a: edit_config(a, peft_type="os.system"), "must name a peft_type"),
+    ("pissa", lambda a: edit_config(a, init_lora_weights="pissa"), "must belong to the base"),
+    ("other-model", lambda a: edit_config(a, target_modules=["nonesuch"]), "must fit the base"),
+    ("nan", lambda a: edit_tensors(a, lambda t: t[A_KEY].fill_(float("nan"))), "must be finite"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [c[1:] for c in BAD_ADAPTERS], ids=[c[0] for c in BAD_ADAPTERS]
+)
+def test_adapters_that_do_not_fit_are_refused(
+    spoil: Callable[[Path], None], message: str, made: Path, adapter: Path, tmp_path: Path
+) -> None:
+    spoil(adapter)
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoint(str(made / "base"), adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_no_config_string_reaches_an_import(
+    made: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit_config(adapter, megatron_core="planted_module", megatron_config={"a": 1})
+    with pytest.raises(ValueError, match="megatron_config"):
+        merge_checkpoint(str(made / "base"), adapter, tmp_path / "out")
+    edit_config(adapter, megatron_config=None, auto_mapping={
+        "base_model_class": "Evil", "parent_library": "planted_module"})  # fmt: skip
+    base = Path(shutil.copytree(made / "base", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "planted_module.Evil"}
+    (base / "config.json").write_text(json.dumps(config))
+    shutil.copy(tmp_path / "planted_module.py", base)
+    merge_checkpoint(str(base), adapter, tmp_path / "out")
+    config["architectures"] = ["planted_module.Evil"]
+    (base / "config.json").write_text(json.dumps(config))
+    merge_checkpoint(str(base), adapter, tmp_path / "out2")
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["../base/model.safetensors", "/etc/passwd", "absent.safetensors"])
+def test_indices_that_lead_elsewhere_are_refused(name: str, made: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(made / "sharded", tmp_path / "sharded"))
+    shutil.copytree(made / "base", tmp_path / "base")
+    index = index_of(base)
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"must lie inside|must hold absent"):
+        merge_checkpoint(str(base), made / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes-8bit"])
+def test_bases_that_cannot_be_decoded_are_refused(method: str, made: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(made / "base", tmp_path / "base"))
+    options = {"quant_method": "gptq", "bits": 4}
+    if method != "gptq":
+        options = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config = {**json.loads((base / "config.json").read_text()), "quantization_config": options}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="merge into the 16-bit model"):
+        merge_checkpoint(str(base), made / "adapter", tmp_path / "out")
+
+
+def test_one_shard_is_in_memory_at_a_time(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = merge_checkpoint(str(made / "base"), made / "adapter", tmp_path / "whole")
+    limit, earlier = 40_000, []
+    write = safetensors.torch.save_file
+
+    def watched(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        assert not any(reference() is not None for reference in earlier), "an earlier shard lives"
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert size <= limit or len(tensors) == 1
+        earlier.extend(weakref.ref(tensor.untyped_storage()) for tensor in tensors.values())
+        write(tensors, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", watched)
+    told = []
+    out = merge_checkpoint(
+        str(made / "sharded"), made / "adapter", tmp_path / "out", max_shard_size=limit,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    index = index_of(out)
+    files = set(index["weight_map"].values())
+    assert len(files) > 5 and files <= {path.name for path in out.iterdir()}
+    assert told == sorted(told) and told[-1][0] == told[-1][1]
+    assert index["metadata"]["total_size"] == told[-1][1]
+    expected = load_file(whole / "model.safetensors")
+    found = {k: v for name in files for k, v in load_file(out / name).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def merge_in_shards(made: Path, out: Path, slowly: float = 0.0) -> None:
+    torch.set_num_threads(1)  # the threads of the parent are not there after a fork
+    merge_checkpoint(
+        str(made / "sharded"), made / "adapter", out, max_shard_size=20_000, overwrite=True,
+        progress=lambda done, total: time.sleep(slowly),
+    )  # fmt: skip
+
+
+def kill_after(seconds: float, made: Path, out: Path) -> bool:
+    """Merge in another process and kill it; whether it had not come to its end."""
+    process = get_context("fork").Process(target=merge_in_shards, args=(made, out, 0.02))
+    process.start()
+    process.join(seconds)
+    alive = process.is_alive()
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return alive
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_killed_merge_leaves_no_half_model(made: Path, tmp_path: Path) -> None:
+    merge_in_shards(made, tmp_path / "expected")
+    expected = listing(tmp_path / "expected")
+    out, killed = tmp_path / "out", 0
+    for seconds in (0.03, 0.17, 0.29, 0.41, 0.53):
+        killed += kill_after(seconds, made, out)
+        assert not out.exists() or listing(out) == expected
+    assert killed >= 3, "the merges were over before they were killed"
+    assert any(path.name == ".out.merging" for path in tmp_path.iterdir())
+    merge_in_shards(made, out)
+    assert listing(out) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
+    # Over a model that is there: the old one or the new one, whole.
+    (out / "config.json").write_text("{}")
+    old = listing(out)
+    for seconds in (0.2, 0.4):
+        kill_after(seconds, made, out)
+        assert listing(out) in (old, expected)
+
+
+def test_two_merges_into_one_folder_keep_apart(tmp_path: Path) -> None:
+    with WholeFolder(tmp_path / "out") as first:
+        (first.path / "file").write_text("first")
+        with pytest.raises(BlockingIOError, match="another merge"), WholeFolder(tmp_path / "out"):
+            pass
+        assert (first.path / "file").exists()
+    assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_what_is_there_is_replaced_only_when_asked(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="out must be"):
+        merge_checkpoint(str(made / "base"), made / "adapter", out)
+    assert listing(out) == {"mine.txt": b"keep"}
+    merge_checkpoint(str(made / "base"), made / "adapter", out, overwrite=True)
+    assert not (out / "mine.txt").exists() and (out / "model.safetensors").exists()
+
+
+def test_the_command_merges_and_says_what_is_wrong_in_one_line(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("merge", made / "base", made / "adapter", tmp_path / "out", "--dtype", "bfloat16")
+    assert run_cli(*arguments) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out.replace("\n", "")
+    assert run_cli(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out must be") and "--overwrite" in error
+    assert error.count("\n") == 1
+    assert run_cli("merge", made / "adapter", made / "adapter", tmp_path / "o") == 1
+    assert capsys.readouterr().err.count("\n") == 1
