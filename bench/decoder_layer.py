@@ -135,18 +135,36 @@ def adapted(model: Any, case: Case, *, float32: bool) -> Any:
     return peft_model.train()
 
 
-def step_of(model: Any, case: Case, device: torch.device) -> Step:
-    """A forward and a backward pass with the gradients of the input and of all adapters."""
+def step_of(
+    model: Any,
+    case: Case,
+    device: torch.device,
+    *,
+    trained: list[nn.Parameter] | None = None,
+    transform: Callable[[nn.Module], Any] = lambda layer: layer,
+) -> Step:
+    """A forward and a backward pass with the gradients of the input and of all adapters.
+
+    The layer alone is called, without a mask, so that attention is causal by itself: the model
+    around it decides from the values of positions, and a captured graph then runs other kernels.
+    ``transform``: what to call instead of the layer; ``trained``: instead of what requires_grad.
+    """
     generator = torch.Generator(device).manual_seed(2)
     shape = (case.batch, case.length, case.shape.hidden)
     x, dY = (
         torch.randn(shape, generator=generator, device=device, dtype=case.dtype) for _ in range(2)
     )
-    wanted: list[Tensor] = [x.requires_grad_()]
-    wanted += [p for p in model.parameters() if p.requires_grad]
+    if trained is None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+    wanted: list[Tensor] = [x.requires_grad_(), *trained]
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = transform(plain.layers[0])
+    positions = torch.arange(case.length, device=device)[None]
+    with torch.no_grad():
+        rotations = plain.rotary_emb(x, positions)
 
     def step() -> object:
-        y = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        y = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotations)
         return torch.autograd.grad(y, wanted, dY)
 
     return step

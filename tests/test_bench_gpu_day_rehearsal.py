@@ -34,13 +34,14 @@ from bench.gpu_day.day import Day, day
 from bench.gpu_day.journal import Journal
 from bench.gpu_day.modelled import Modelled
 from bench.gpu_day.run_units import FILE, run
+from bench.gpu_day.runner import NEW_PROCESS
 from bench.gpu_day.steps import STEPS
 
 CPU = torch.device("cpu")
 ABOUT = {"name": "no GPU", "capability": [9, 0], "rehearsal": True}
 
 
-def answered(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def answered(command: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
     """Stands for programs that take long: writes what the real ones write."""
     if "--json" in command:
         counts = [{"passed": 2, "failed": 0, "skipped": 1}]
@@ -62,7 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(commands, "_run", answered)
         patch.setattr(torch, "compile", lambda model, *, backend: model)
         for step in STEPS:
-            assert run(step, out, rehearse=True) == 0
+            while (status := run(step, out, rehearse=True)) == NEW_PROCESS:
+                pass
+            assert status == 0
             Journal(out / FILE).append("finished", step=step.name)
     report.write(out)
     return out
@@ -244,7 +247,7 @@ def test_the_sanitizer_must_say_that_there_are_no_errors(
 def test_failing_tests_are_a_result_with_their_names(
     today: Day, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    def failing(command: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
         answered(command)
         return subprocess.CompletedProcess(command, 1, "FAILED tests/test_x.py::test_y - no\n..")
 

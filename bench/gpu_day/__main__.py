@@ -87,7 +87,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _environment(rehearse: bool) -> dict[str, str]:
     """What every step runs in. Triton decides at import whether it interprets."""
     env = {
-        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LORA_FAST_BACKEND")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("TRITON_INTERPRET", "LORA_FAST_BACKEND", "LORA_FAST_AUTOTUNE")
     }
     env["PYTHONUNBUFFERED"] = "1"
     if rehearse:

@@ -106,15 +106,16 @@ def _makers(day: Day, case: Case, names: tuple[str, ...]) -> dict[str, Callable[
 
 
 def _compiled(day: Day, case: Case) -> dict[str, Any]:
+    backend = "eager" if day.rehearsal else "inductor"
+
     def make() -> Step:
-        model = torch.compile(
-            decoder_layer.build(case, "peft", day.device),
-            backend="eager" if day.rehearsal else "inductor",
-        )
-        return decoder_layer.step_of(model, case, day.device)
+        return decoder_layer.step_of(
+            decoder_layer.build(case, "peft", day.device), case, day.device,
+            transform=lambda layer: torch.compile(layer, backend=backend),
+        )  # fmt: skip
 
     makers = decoder_layer.makers(case, day.device, ("frozen", "lora_fast"))
-    return _row(day, case, {**makers, "peft compiled": make})
+    return {**_row(day, case, {**makers, "peft compiled": make}), "new_process": True}
 
 
 def _liger(day: Day, case: Case) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def unsloth(case: Case, device: torch.device) -> Step:
     attention.o_proj = _First(lambda x: (apply_lora_o(output, x),))
     trained = [p for part in vars(parts).values() for p in part.parameters() if p.requires_grad]
     trained += [p for p in output.o_proj.parameters() if p.requires_grad]
-    step = decoder_layer.step_of(_WithParameters(model, trained), case, device)
-    return step
+    trained += [p for p in layer.mlp.parameters() if p.requires_grad]
+    return decoder_layer.step_of(model, case, device, trained=trained)
 
 
 class _First(nn.Module):
@@ -73,16 +73,3 @@ class _Next(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._first[0].results[self._place]
-
-
-class _WithParameters:
-    """A model and parameters that it uses but no longer holds."""
-
-    def __init__(self, model: Any, more: list[nn.Parameter]) -> None:
-        self._model, self._more = model, more
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self._model(**inputs)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self._model.parameters(), *self._more]

@@ -85,7 +85,6 @@ _ANSWERS: dict[str, Any] = {
     "memory_allocated": 0,
     "max_memory_allocated": 0,
     "reset_peak_memory_stats": None,
-    "empty_cache": None,
 }
 
 

@@ -119,7 +119,6 @@ def _captured(
 def _peak_bytes(step: Step, day: Day) -> int:
     """Bytes that a call needs at its peak beyond what is there before it."""
     torch.cuda.synchronize(day.device)
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(day.device)
     torch.cuda.reset_peak_memory_stats(day.device)
     step()
