@@ -13,9 +13,11 @@ except ModuleNotFoundError:
 from lora_fast import __version__
 
 from .compare import compare
+from .doctor import doctor
 from .merge import merge
 from .plan import plan
 from .train import train
+from .tune import tune
 
 EXIT_ERROR = 1
 
@@ -30,6 +32,8 @@ app.command()(train)
 app.command()(compare)
 app.command()(plan)
 app.command()(merge)
+app.command()(tune)
+app.command()(doctor)
 
 
 def _show_version(wanted: bool) -> None:

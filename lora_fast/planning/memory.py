@@ -141,7 +141,7 @@ def _count(name: str, config: Any, settings: Settings) -> _Counted:
     base.config.use_cache = settings.method == "prefix"
     quantised = nf4_layers(base) if settings.quantize == "nf4" else {}
     own = {id(tensor) for tensor in [*base.parameters(), *base.buffers()]}
-    model = _adapted(name, base, settings)
+    model = adapted(name, base, settings)
     tensors = [*model.parameters(), *model.buffers()]
     trained = tuple(p for p in model.parameters() if p.requires_grad)
     added = [t for t in tensors if id(t) not in own]
@@ -177,7 +177,11 @@ def _count_model(model: Any, settings: Settings) -> _Counted:
     )
 
 
-def _adapted(name: str, base: Any, settings: Settings) -> Any:
+def adapted(name: str, base: Any, settings: Settings) -> Any:
+    """The model that trains, from a skeleton of the base model.
+
+    Raises ValueError if the method does not fit it.
+    """
     if settings.method == FULL:
         return base
     from ..training.config import TrainConfig

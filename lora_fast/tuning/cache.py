@@ -61,6 +61,9 @@ class Cache:
         words = "_".join(f"{name}-{value}" for name, value in self.header.items())
         return folder() / (re.sub(r"[^\w.+-]+", "-", words) + ".json")
 
+    def __len__(self) -> int:
+        return len(self._plans or ())
+
     def get(self, key: str) -> str | None:
         """The name of the plan that was fastest; None if the key was not timed."""
         if self._plans is None:

@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,10 @@ class Tuner:
                 found = self._chosen.get(asked) or self._decide(*asked, device, run)
                 self._chosen[asked] = found
         return found
+
+    def kept(self) -> dict[Path, int]:
+        """The cache files that were asked, and how many plans each of them holds."""
+        return {cache.path: len(cache) for cache in self._caches.values()}
 
     def _decide(
         self, place: Place, query: Query, device: torch.device, run: Callable[[Plan], Any]

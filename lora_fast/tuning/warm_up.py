@@ -70,7 +70,7 @@ def units(model: nn.Module) -> list[Unit]:
     found: dict[Any, Unit] = {}
     for bundle in bundles.values():
         names, layers = zip(*bundle, strict=True)
-        kind = tuple(map(_kind, layers))
+        kind = tuple(map(kind_of, layers))
         known = found.get(kind)
         found[kind] = known._replace(alike=known.alike + 1) if known else Unit(names, layers, 1)
     return list(found.values())
@@ -125,7 +125,7 @@ def _copies(unit: Unit) -> list[Any]:
     return layers
 
 
-def _kind(layer: Any) -> tuple[Any, ...]:
+def kind_of(layer: Any) -> tuple[Any, ...]:
     """What the kernels of a layer depend on, beside the number of rows."""
     dropouts = tuple(m.p for m in layer.modules() if isinstance(m, nn.Dropout))
     return type(layer), dropouts, tuple(_tensors(layer))

@@ -1,0 +1,154 @@
+"""``lora-fast tune``: time what a model will launch, before it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_fast.training.errors import TrainingError, first_line
+
+from . import options as opt
+from .errors import EXIT_ERROR, one_line_errors
+from .plan import ModelArgument, PlanDtype, PlanMethod, PlanQuantize, PlanRank
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from lora_fast.tuning.replica import Replica
+
+Tokens = Annotated[
+    str,
+    typer.Option(
+        metavar="N,N", help="Rows of a batch, its size times its length; several to tune."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be timed, no more.")]
+
+
+def tune(
+    model: ModelArgument,
+    method: PlanMethod = "lora",
+    quantize: PlanQuantize = "none",
+    r: PlanRank = None,
+    target_modules: opt.TargetModules = None,
+    dtype: PlanDtype = "bfloat16",
+    tokens: Tokens = "2048",
+    dry_run: DryRun = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Time every way to compute each kind of layer of a model, on this GPU, and keep the fastest.
+
+    Runs with LORA_FAST_AUTOTUNE=1 then start with what was found. One layer of each kind is made,
+    with random weights: the model itself is not loaded.
+    """
+    options = {
+        "method": method,
+        "quantize": quantize,
+        "r": r,
+        "target_modules": target_modules,
+        "dtype": dtype,
+    }
+    with one_line_errors(Path(), debug=debug, interruption=_kept):
+        try:
+            timed = _tune(model, options, _numbers(tokens), dry_run=dry_run, debug=debug)
+        except (ValueError, TypeError) as error:
+            raise TrainingError(first_line(error)) from error
+    if not timed:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _tune(
+    model: str, options: dict[str, Any], tokens: list[int], *, dry_run: bool, debug: bool
+) -> bool:
+    """Whether what was asked for was done."""
+    from rich.console import Console
+
+    from .console import quiet_libraries
+
+    if not debug:
+        quiet_libraries()
+    from lora_fast.tuning.replica import replica
+
+    console = Console(highlight=False)
+    layers = replica(model, **options)
+    _show(console, model, layers, tokens)
+    if dry_run:
+        return True
+    device = gpu()
+    if device is None:
+        console.print(
+            "[yellow]![/] no GPU that lora_fast has kernels for: nothing was timed, nothing kept. "
+            "Run this command on the machine that trains."
+        )
+        return False
+    layers.materialise(device)
+    _time(console, layers, tokens)
+    return True
+
+
+def gpu() -> torch.device | None:
+    """The GPU whose timings are wanted; None without one."""
+    import torch
+
+    from lora_fast.backend import uses_triton
+
+    device = torch.device("cuda")
+    return device if torch.cuda.is_available() and uses_triton(device) else None
+
+
+def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lora_fast.tuning.warm_up import base_of
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("layers", "in", "out", "times"):
+        table.add_column(title, justify="left" if title == "layers" else "right")
+    for path, parent in layers.named_children():
+        for name, layer in parent.named_children():
+            base = base_of(layer)
+            sizes = (str(base.in_features), str(base.out_features), str(layers.alike[path]))
+            table.add_row(escape(f"{path}/{name}"), *sizes)
+    console.print(f"[bold]{escape(model)}[/]: forward and backward for {_listed(tokens)} rows of")
+    console.print(table)
+
+
+def _time(console: Console, layers: Replica, tokens: list[int]) -> None:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lora_fast.tuning.tuner import tuner
+    from lora_fast.tuning.warm_up import warm_up
+
+    tuner.times = True
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("Compiling and timing")
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+            if not console.is_terminal:
+                console.print(f"  {done + 1}/{total} {name}")
+
+        warm_up(layers.train(), tokens, progress=progress)
+    for path, count in tuner.kept().items():
+        console.print(f"[green]✓[/] {count} operations known for this device: {path}")
+
+
+def _numbers(tokens: str) -> list[int]:
+    words = [word.strip() for word in tokens.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
+        raise TrainingError(f"--tokens must be positive integers with commas, got {tokens!r}")
+    return [int(word) for word in words]
+
+
+def _listed(tokens: list[int]) -> str:
+    *others, last = map(str, tokens)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _kept(stop: BaseException, out: Path) -> str:
+    return "interrupted; what was timed so far is kept"
