@@ -14,6 +14,7 @@ from lora_fast import __version__
 
 from .compare import compare
 from .doctor import doctor
+from .doctor import doctor
 from .merge import merge
 from .plan import plan
 from .train import train
@@ -32,6 +33,7 @@ app.command()(train)
 app.command()(compare)
 app.command()(plan)
 app.command()(merge)
+app.command()(doctor)
 app.command()(tune)
 app.command()(doctor)
 

@@ -1,0 +1,141 @@
+"""What the doctor finds, and that it finds what is broken."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny_runs import run_cli, save_llama
+from transformers import AutoModelForCausalLM
+
+from lora_fast import compile_check, doctor
+from lora_fast.compile_check import compile_kernels, parse_arch
+from lora_fast.doctor import diagnose
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def paths(found: doctor.Diagnosis) -> dict[tuple[str, str, str | None], int]:
+    return {(path.kind, path.base, path.obstacle): path.count for path in found.layers}
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "count"),
+    [("lora", "lora.Linear", 14), ("adalora", "adalora.SVDLinear", 14), ("ia3", "ia3.Linear", 6)],
+)
+def test_every_layer_of_a_method_has_its_path(
+    method: str, kind: str, count: int, llama: Path
+) -> None:
+    found = diagnose(model=str(llama), method=method, quantize="nf4", kernels=False)
+    assert paths(found) == {(kind, "nf4", None): count}
+    assert found.problems == ()
+
+
+def test_layers_of_an_adapter_say_why_they_are_not_fused(llama: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+    model.save_pretrained(tmp_path)
+    found = diagnose(model=str(llama), adapter=str(tmp_path), kernels=False)
+    assert paths(found) == {
+        ("lora.Embedding", "bfloat16", "lora.Embedding has no fused path"): 1,
+        ("lora.Linear", "bfloat16", None): 2,
+    }
+    assert {path.example for path in found.layers} == {
+        "model.embed_tokens",
+        "model.layers.0.self_attn.q_proj",
+    }
+
+
+def test_packages_out_of_range_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["torch>=99", "peft>=0.1; extra == 'peft'", "bitsandbytes>=0.1"]
+    monkeypatch.setattr(metadata, "requires", lambda name: wanted)
+    found = diagnose(kernels=False)
+    assert [problem.split()[0] for problem in found.problems] == ["torch"]
+    assert "must be >=99" in found.problems[0]
+
+
+def test_a_required_package_that_is_absent_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version
+
+    def without(name: str) -> str:
+        if name in ("bitsandbytes", "peft"):
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", without)
+    found = diagnose(kernels=False)
+    assert len(found.problems) == 1 and found.problems[0].startswith("bitsandbytes is absent")
+
+
+def test_a_kernel_that_does_not_compile_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("ptxas died\nof old age")
+
+    monkeypatch.setattr(compile_check, "_layers", lambda: {"LoRA": fails, "none": lambda: None})
+    assert run_cli("doctor") == 1
+    shown = capsys.readouterr().out
+    assert "LoRA does not compile for sm_90: RuntimeError: ptxas died" in shown.replace("\n", " ")
+    assert run_cli("doctor", "--json", "--arch", "sm_80") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["healthy"] and found["arch"] == 80
+    assert found["kernels"][0]["error"] == "RuntimeError: ptxas died"
+
+
+def test_the_command_shows_one_screen(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("doctor", "--no-kernels", "--model", llama) == 0
+    shown = capsys.readouterr().out
+    assert "14 × lora.Linear on bfloat16: fused" in shown
+    assert "nothing is broken" in shown
+    assert shown.count("\n") <= 24
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--arch", "sm_42"),
+        ("--model", "./absent"),
+        ("--model", "LLAMA", "--method", "lorra"),
+        ("--model", "LLAMA", "--quantize", "int3"),
+        ("--model", "LLAMA", "--adapter", "LLAMA"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(
+    arguments: tuple[Any, ...], llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [llama if argument == "LLAMA" else argument for argument in arguments]
+    assert run_cli("doctor", "--no-kernels", *given) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_architectures_are_read_in_every_spelling() -> None:
+    assert {parse_arch(text) for text in ("sm_90", "sm_90a", "9.0", "90")} == {90}
+    assert parse_arch("12.0") == 120
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("arch", [80, 120])
+def test_kernels_compile_for_a_device_that_is_not_there(
+    arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_layers = compile_check._layers()
+    some = {name: all_layers[name] for name in ("QLoRA, few rows", "DoRA's norms", "merging")}
+    monkeypatch.setattr(compile_check, "_layers", lambda: some)
+    told: list[str] = []
+    found = compile_kernels(arch, told.append)
+    assert [c.kernel for c in compile_kernels(arch)] == [c.kernel for c in found]
+    assert told == list(some)
+    assert [check.error for check in found] == [None] * len(found)
+    names = {check.kernel for check in found}
+    assert names == {"ticketed_gemm", "strips", "mark_changes", "row_norms", "weight_update"}
+    limit = compile_check.DEVICES[arch][0] * compile_check.KIB
+    assert all(0 < check.shared_bytes <= limit for check in found)
