@@ -86,6 +86,8 @@ def _poison() -> Iterator[None]:
     A patch of the functions, and not torch.utils.deterministic.fill_uninitialized_memory, which
     needs deterministic algorithms and so changes what the tests run.
     """
+    # `with torch.device(...)` knows the functions it redirects by a list made at its first use.
+    torch.utils._device._device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, _poisoning(getattr(owner, name)))

@@ -42,6 +42,11 @@ def test_allocations_keep_their_meaning() -> None:
     assert torch.nn.Linear(2, 2).weight.isfinite().all()
 
 
+def test_allocations_obey_a_device_context() -> None:
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+
+
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_the_seed_is_fixed_per_test(order: str) -> None:
     fresh = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_fast import Report
-from lora_fast.training import artefacts
+from lora_fast.training import artefacts, json_files
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.models import Base
 from lora_fast.training.trainer import Arm
@@ -36,7 +36,7 @@ def setting(**options: Any) -> Any:
 
 def test_json_has_no_nan() -> None:
     values = {"a": [math.nan, 1.0], "b": {"c": math.inf, "d": "x"}, "e": True, "f": (2,)}
-    assert artefacts.finite(values) == {
+    assert json_files.finite(values) == {
         "a": [None, 1.0],
         "b": {"c": None, "d": "x"},
         "e": True,

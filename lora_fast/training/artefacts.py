@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from pathlib import Path
 from typing import Any
 
 from lora_fast import Report
 
 from .experiment import Experiment
+from .json_files import write_json
 from .methods import method_of
 from .plots import plot_losses, plot_ranks
 from .summary import method_options
@@ -52,13 +50,6 @@ def save_artefacts(
     write_json(summary, out / METRICS_FILE)
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write ``value`` in one piece: the file is there as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
-
-
 def _save_model(out: Path, setting: Experiment) -> None:
     method = method_of(setting.config)
     if method.peft:
@@ -67,15 +58,6 @@ def _save_model(out: Path, setting: Experiment) -> None:
         save_weights(unwrapped(base_weights(setting.model)), out / WEIGHTS_FILE)
     elif not method.peft:
         save_weights(trained(setting.model), out / WEIGHTS_FILE)
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` with every NaN and infinity, which JSON does not have, as None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def model_card(setting: Experiment, summary: dict[str, Any], out: Path) -> str:

@@ -21,13 +21,13 @@ import torch
 from lora_fast import report
 
 from . import models
-from .artefacts import write_json
 from .comparison_table import SCORE_TITLES, Result, facts, markdown
 from .config import TrainConfig
 from .data import load_rows
 from .errors import Interrupted, TrainingError, explain_write_failure, first_line
 from .events import Observer, Silent
 from .experiment import Experiment
+from .json_files import write_json
 from .measurement import (
     Batch,
     forward_backward,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TrainingError
+from .json_files import write_json
 from .methods import METHODS, check_options, method_of
 
 BUILTIN = "builtin"
@@ -128,7 +129,7 @@ class TrainConfig:
 
     def save(self, folder: Path) -> None:
         """Write the options to ``folder/run.json``, where ``--resume`` finds them."""
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(asdict(self), folder / CONFIG_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> TrainConfig:

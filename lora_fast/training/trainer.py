@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
@@ -92,7 +91,7 @@ class OrderedTrainer(Trainer):
         save_weights(capture(self.model, frozen=self.changes_weights), folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        restore(self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -260,7 +259,7 @@ def _finished_arm(name: str, model: Any, checkpoint: Path) -> Arm:
     best = state.get("best_model_checkpoint")
     # By name: the folder of the run may have moved since.
     source = checkpoint.with_name(Path(best).name) if best else checkpoint
-    restore(model, load_file(source / WEIGHTS))
+    restore(model, source / WEIGHTS)
     history = stored_attributes(checkpoint, EffectiveRanks.__name__).get("history", [])
     return Arm(
         name,

@@ -6,17 +6,23 @@ name, its constants below it (``….weight.absmax``, …).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lora_fast.export.safe_files import TensorFiles
 
 ALLOCATOR = "rank_allocator"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 Tensors = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+Read = Callable[[str], Tensor]
 
 
 def capture(model: nn.Module, *, frozen: bool) -> Tensors:
@@ -32,15 +38,20 @@ def capture(model: nn.Module, *, frozen: bool) -> Tensors:
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
-def restore(model: nn.Module, tensors: Tensors) -> None:
-    """Put back what :func:`capture` returned, in place.
+def restore(model: nn.Module, tensors: Tensors | Path) -> None:
+    """Put back what :func:`capture` returned, in place: the tensors, or the file that holds them.
 
     Raises:
-        ValueError: a tensor is not of this model, or has another shape.
+        ValueError: a tensor is not of this model or has another shape, or one that trains is
+            missing; the model is then unchanged.
     """
-    state = {name: t for name, t in tensors.items() if not name.startswith(ALLOCATOR)}
-    _load(model, state, "the checkpoint")
-    _restore_allocator(model, {n: t for n, t in tensors.items() if n.startswith(ALLOCATOR)})
+    with _opened(tensors) as (shapes, read, source):
+        state = {name: s for name, s in shapes.items() if not name.startswith(ALLOCATOR)}
+        missing = sorted(trained(model).keys() - state.keys())
+        if missing:
+            raise ValueError(f"{source} must hold all that trains, misses {missing[0]}")
+        _load(model, state, read, source)
+        _restore_allocator(model, {name: read(name) for name in shapes.keys() - state.keys()})
 
 
 def trained(model: nn.Module) -> Tensors:
@@ -77,27 +88,40 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load into ``model``, in place, weights that ``lora-fast train`` saved; return ``model``.
 
     Raises:
-        ValueError: a name is not of this model, a shape differs, or the one is quantised and the
-            other is not; the model is then unchanged.
+        ValueError: the file is no safetensors or cut off, a name is not of this model, a shape
+            differs, or the one is quantised and the other is not; the model is then unchanged.
         FileNotFoundError: there is no such file.
     """
-    _load(model, load_file(path), str(path))
+    with _opened(Path(path)) as (shapes, read, source):
+        _load(model, shapes, read, source)
     return model
 
 
-def _load(model: nn.Module, tensors: Tensors, source: str) -> None:
+@contextmanager
+def _opened(tensors: Tensors | Path) -> Iterator[tuple[Shapes, Read, str]]:
+    """Shapes, and a way to the values: those of a file are read when they are wanted."""
+    if not isinstance(tensors, Path):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        yield shapes, tensors.__getitem__, "the checkpoint"
+        return
+    path = tensors.resolve(strict=True)
+    with TensorFiles(path.parent, [path.name]) as files:
+        yield {name: entry.shape for name, entry in files.header.items()}, files.tensor, str(path)
+
+
+def _load(model: nn.Module, shapes: Shapes, read: Read, source: str) -> None:
     parameters = dict(model.named_parameters())
-    owners = sorted({_owner(name) for name in tensors})
+    owners = sorted({_owner(name) for name in shapes})
     unknown = [name for name in owners if name not in parameters]
     if unknown:
         raise ValueError(f"{source} must hold parameters of this model, got {unknown[0]}")
     for name in owners:
-        _check(name, parameters[name], tensors, source)
+        _check(name, parameters[name], shapes, source)
     with torch.no_grad():
         for name in owners:
             parameter = parameters[name]
-            parameter.data.copy_(tensors[name])
-            constants = _constants(name, tensors)
+            parameter.data.copy_(read(name))
+            constants = {key: read(f"{name}.{key}") for key in _constants(name, shapes)}
             if constants:
                 kind = type(parameter.quant_state)  # type: ignore[attr-defined]
                 state = kind.from_dict(constants, device=parameter.device)
@@ -108,14 +132,14 @@ def _load(model: nn.Module, tensors: Tensors, source: str) -> None:
             module.quant_state = module.weight.quant_state  # type: ignore[union-attr]
 
 
-def _check(name: str, parameter: nn.Parameter, tensors: Tensors, source: str) -> None:
-    if name not in tensors:
+def _check(name: str, parameter: nn.Parameter, shapes: Shapes, source: str) -> None:
+    if name not in shapes:
         raise ValueError(f"{source} must hold {name}, got its constants only")
-    given, quantised = tensors[name], hasattr(parameter, "quant_state")
-    if given.shape != parameter.shape or quantised != bool(_constants(name, tensors)):
+    given, quantised = shapes[name], hasattr(parameter, "quant_state")
+    if given != tuple(parameter.shape) or quantised != bool(_constants(name, shapes)):
         raise ValueError(
             f"{source}: {name} must have shape {tuple(parameter.shape)}"
-            f"{' and be NF4' if quantised else ''}, got {tuple(given.shape)}"
+            f"{' and be NF4' if quantised else ''}, got {given}"
         )
 
 
@@ -130,9 +154,9 @@ def _owner(name: str) -> str:
 _CONSTANTS = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
 
 
-def _constants(name: str, tensors: Tensors) -> dict[str, Any]:
+def _constants(name: str, shapes: Shapes) -> list[str]:
     prefix = f"{name}."
-    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    return [key.removeprefix(prefix) for key in shapes if key.startswith(prefix)]
 
 
 def _allocator(model: Any) -> Any:
