@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._device
 from hypothesis import HealthCheck, settings
 from machines import MACHINES, Executor, started
 
