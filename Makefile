@@ -9,13 +9,16 @@ ARGS ?=
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 
-.PHONY: train test lint format bench gpu clean
+.PHONY: train test peft-suite lint format bench gpu clean
 
 train: $(installed)
 	$(bin)/lora-fast train $(ARGS)
 
 test: $(installed)
 	$(bin)/python tests/run.py --jobs $(JOBS) $(ARGS)
+
+peft-suite: $(installed)
+	$(bin)/python tests/peft_suite/run.py --jobs $(JOBS) $(ARGS)
 
 lint: $(installed)
 	$(bin)/ruff check .
