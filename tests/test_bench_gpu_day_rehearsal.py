@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from bench.gpu_day.modelled import Modelled
 from bench.gpu_day.run_units import FILE, run
 from bench.gpu_day.runner import NEW_PROCESS
 from bench.gpu_day.steps import STEPS
+from lora_fast import functional
 
 CPU = torch.device("cpu")
 ABOUT = {"name": "no GPU", "capability": [9, 0], "rehearsal": True}
@@ -153,6 +155,23 @@ def test_a_capture_that_fails_leaves_eager_times_and_a_reason(
     assert "capturing" in found["graph_failed"]
     assert row["new_process"]
     assert "failed" in tables.contests({"case": row}, Modelled(None))
+
+
+def test_captured_dropout_has_one_mask(today: Day) -> None:
+    """Eager calls draw a seed each, or two steps of training would drop the same."""
+    x, W, A, B = (torch.randn(8, 8) for _ in range(4))
+    captured: list[torch.Tensor] = []
+
+    def step() -> object:
+        y = functional.adapted_linear(x, W, A=A, B=B, dropout_p=0.5)
+        captured.append(y)
+        return y
+
+    timing.contest(today, {"lora_fast": lambda: step}, baseline="lora_fast")
+    *eager, in_graph = captured
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(eager, 2))
+    with timing._one_mask():
+        assert torch.equal(step(), in_graph)  # type: ignore[arg-type]
 
 
 def test_without_its_floor_a_contest_still_has_times(today: Day) -> None:
