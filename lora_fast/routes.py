@@ -87,7 +87,9 @@ def _backward(
 def _forward_group(
     x: Tensor, fs: Sequence[Factors], plan: Plan
 ) -> tuple[list[Tensor], Tensor, None]:
-    return (composed_ops if plan.composed else triton_ops).forward_group(x, fs)
+    if plan.composed:
+        return composed_ops.forward_group(x, fs)
+    return triton_ops.forward_group(x, fs, plan)
 
 
 def _backward_group(
@@ -98,5 +100,6 @@ def _backward_group(
     needs: list[Needs],
     plan: Plan,
 ) -> list[Gradients]:
-    route = composed_ops if plan.composed else triton_ops
-    return route.backward_group(dYs, x, S, None, fs, needs)
+    if plan.composed:
+        return composed_ops.backward_group(dYs, x, S, None, fs, needs)
+    return triton_ops.backward_group(dYs, x, S, None, fs, needs, plan)

@@ -71,7 +71,9 @@ def update_weight(
     torch.autograd.graph.increment_version(out)
 
 
-def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, None]:
+def forward_group(
+    x: Tensor, fs: Sequence[Factors], plan: Plan = FUSED
+) -> tuple[list[Tensor], Tensor, None]:
     """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side.
 
     One launch a layer; the first makes S for all.
@@ -83,8 +85,9 @@ def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tenso
     with _launching(x):
         for i, (f, S) in enumerate(zip(fs, made.split(_ranks(fs), dim=1), strict=True)):
             y, *_ = ticketed_gemm.forward(
-                x, _gemm_operand(f.weight, x), f.bias, A if i == 0 else f.A, f.B, None, None, None,
-                f.scaling, _dropout(f), S=None if i == 0 else S, made=made if i == 0 else None,
+                x, _gemm_operand(f.weight, x, plan.workspace), f.bias, A if i == 0 else f.A, f.B,
+                None, None, None, f.scaling, _dropout(f),
+                S=None if i == 0 else S, made=made if i == 0 else None, config=plan.gemm,
             )  # fmt: skip
             ys.append(y)
     return ys, made, None
@@ -97,6 +100,7 @@ def backward_group(
     mask: None,
     fs: Sequence[Factors],
     needs: list[Needs],
+    plan: Plan = FUSED,
 ) -> list[Gradients]:
     """The gradients of every layer of a group; that of x, their sum, is with the first.
 
@@ -109,12 +113,16 @@ def backward_group(
         grads, layers = [], []
         for dY, S_i, f, need in zip(dYs, S.split(_ranks(fs), dim=1), fs, needs, strict=True):
             found, partials = _output_side(dY, S_i, f, need, needs_dS or need.x)
-            weight = _gemm_operand(f.weight, dY) if need.x else _shape_only(f.weight, dY)
+            weight = _shape_only(f.weight, dY)
+            if need.x:
+                weight = _gemm_operand(f.weight, dY, plan.workspace)
             grads.append(found)
             layers.append((dY, weight, partials, f.A, f.B, f.scaling))
         if needs_dS or needs[0].x:
             dropout = _dropout(fs[0])
-            dX, dS = ticketed_gemm.grad_input_group(layers, dropout, wants_dX=needs[0].x)
+            dX, dS = ticketed_gemm.grad_input_group(
+                layers, dropout, wants_dX=needs[0].x, config=plan.gemm
+            )
             grads[0] = grads[0]._replace(x=dX)
         if needs_dS and x is not None:
             dAs = _grad_A(x, dS, fs)

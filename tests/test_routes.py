@@ -11,8 +11,12 @@ from equation import Case, check, eager, exact, fused, make
 from test_groups import check as check_group
 
 pytest.importorskip("triton")
+from lora_fast.kernels import nf4_tile
+from lora_fast.kernels.configs import GemmConfig
+
 import lora_fast
-from lora_fast import dispatch, routes, triton_ops
+from lora_fast import NF4Weight, dispatch, routes, triton_ops
+from lora_fast.factors import Factors, Needs, Saved
 from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
 from lora_fast.tuning.tuner import Tuner
 
@@ -21,13 +25,14 @@ ALL = ("x", "bias", "A", "B", "b", "d", "g")
 PLAIN = Case(M=70, K=72, N=136, dtype=BF16, adapter_dtype=FP32, R=8)
 CASES = [
     PLAIN,
-    replace(PLAIN, factors=ALL, p=0.3, dtype=FP32, adapter_dtype=None),
+    replace(PLAIN, factors=ALL, p=0.3125, dtype=FP32, adapter_dtype=None),
     replace(PLAIN, nf4=True, p=0.3, adapter_dtype=None, dtype=FP16),
     replace(PLAIN, nf4=True, factors=ALL, R=100),
     replace(PLAIN, R=13, spans=((0, 5), (5, 13)), dtype=FP32, adapter_dtype=None),
     replace(PLAIN, trains=("A",), p=0.3),
     replace(PLAIN, factors=("x", "bias")),
 ]
+SMALL = GemmConfig(32, 32, 32, 32, 8, num_warps=4, num_stages=2)
 WAYS = [(COMPOSED, COMPOSED), (FUSED, COMPOSED), (COMPOSED, FUSED)]
 
 
@@ -58,18 +63,58 @@ def test_either_route_takes_either_pass(choosing, case, ways):
     assert asked == [FORWARD, BACKWARD]
 
 
+NF4_ROUTES = [Plan(workspace=True), Plan(workspace=False)]
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize(
-    "plan", [Plan(workspace=True), Plan(workspace=False)], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("plan", NF4_ROUTES, ids=lambda plan: plan.name)
 def test_both_nf4_routes_have_the_same_bits(choosing, plan):
-    case = replace(PLAIN, nf4=True)
+    def results():
+        alone = check(replace(PLAIN, nf4=True))
+        return {**alone, **check_group(BF16, FP32, True)}
+
     with lora_fast.set_backend("triton"):
-        expected = check(case)
+        expected = results()
         choosing(plan, plan)
-        for name, value in check(case).items():
+        for name, value in results().items():
             if value is not None:
                 assert_same_bits(value, expected[name], name=name)
+
+
+class Seen(Exception):
+    pass
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("plan", [*NF4_ROUTES, Plan(gemm=SMALL, workspace=True)], ids=str)
+def test_a_plan_reaches_every_launch(monkeypatch, choosing, plan):
+    """The configuration of each GEMM, and whether an NF4 weight is decoded before."""
+    seen = []
+
+    def gemm(*args, config, **kwargs):
+        seen.append((config, isinstance(args[1], nf4_tile.Nf4Operand)))
+        raise Seen
+
+    def group(layers, dropout, *, config, **kwargs):
+        seen.extend((config, isinstance(layer[1], nf4_tile.Nf4Operand)) for layer in layers)
+        raise Seen
+
+    weight = NF4Weight.from_dense(torch.randn(8, 64))
+    f = Factors(weight, A=torch.zeros(2, 64), B=torch.zeros(8, 2))
+    x, dY, S, needs = torch.zeros(4, 64), torch.zeros(4, 8), torch.zeros(4, 2), Needs(x=True)
+    choosing(plan, plan)
+    monkeypatch.setattr(triton_ops.ticketed_gemm, "forward", gemm)
+    monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input", gemm)
+    monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input_group", group)
+    for call in (
+        lambda: routes.forward(x, f, needs),
+        lambda: routes.backward(dY, x, Saved(S), f, needs),
+        lambda: routes.forward_group(x, [f]),
+        lambda: routes.backward_group([dY], x, S, None, [f], [needs]),
+    ):
+        with pytest.raises(Seen):
+            call()
+    assert seen == [(plan.gemm, not plan.workspace)] * 4
 
 
 @pytest.mark.interpreter

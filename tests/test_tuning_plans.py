@@ -100,9 +100,11 @@ def test_few_rows_float32_and_gains_have_one_configuration():
         assert candidates(asked, 90) == (FUSED, COMPOSED)
 
 
-def test_a_group_runs_fused_or_composed():
-    group = PLAIN._replace(op=BACKWARD_GROUP, N=(4096, 1024), R=(16, 16))
-    assert candidates(group, 90) == (FUSED, COMPOSED)
+def test_a_group_has_the_candidates_of_a_layer():
+    group = PLAIN._replace(op=BACKWARD_GROUP, N=(4096, 1024), R=(16, 16), needs=(TRAINED,) * 2)
+    assert candidates(group, 90) == candidates(PLAIN, 90)
+    mixed = group._replace(weights=(BF16, (64, True)))
+    assert candidates(mixed, 90) == candidates(NF4, 90)
 
 
 @pytest.mark.parametrize("arch", [None, 80, 86, 89, 90, 100, 120])

@@ -81,12 +81,8 @@ class Query(NamedTuple):
         return self.op in (FORWARD, FORWARD_GROUP)
 
     @property
-    def is_group(self) -> bool:
-        return self.op in (FORWARD_GROUP, BACKWARD_GROUP)
-
-    @property
     def is_nf4(self) -> bool:
-        return not isinstance(self.weights[0], torch.dtype)
+        return any(isinstance(weight, tuple) for weight in self.weights)
 
     def has(self, switch: str) -> bool:
         return self.switches[SWITCHES.index(switch)]
@@ -145,12 +141,10 @@ def bucket(M: int) -> int:
 
 def candidates(q: Query, arch: int | None) -> tuple[Plan, ...]:
     """The plans to time; the first is that of configs.py."""
-    plans = [FUSED]
-    if not q.is_group:
-        plans = [Plan(workspace=route) for route in _routes(q, arch)]
-        narrow = q.has("g") or (q.op == BACKWARD and q.has("dropout"))
-        others = configs.other_gemms(q.M, q.dtype, arch, narrow=narrow)
-        plans += [Plan(workspace=True if q.is_nf4 else None, gemm=gemm) for gemm in others]
+    plans = [Plan(workspace=route) for route in _routes(q, arch)]
+    narrow = q.has("g") or (q.has("dropout") and not q.is_forward)
+    for gemm in configs.other_gemms(q.M, q.dtype, arch, narrow=narrow):
+        plans.append(Plan(workspace=True if q.is_nf4 else None, gemm=gemm))
     return (*plans, COMPOSED) if q.cublas else tuple(plans)
 
 
