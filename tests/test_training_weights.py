@@ -11,6 +11,7 @@ from lora_models import Mlp, peft_model, quantised
 from safetensors.torch import load_file
 from torch import nn
 
+from lora_fast.export.safe_files import TensorFiles
 from lora_fast.training.weights import (
     base_weights,
     capture,
@@ -97,6 +98,34 @@ def test_files_that_do_not_fit_change_nothing(
         load_weights(model, tmp_path / "w.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_files_that_are_cut_off_or_lack_something_change_nothing(tmp_path: Path) -> None:
+    model, path = peft_model(model=Mlp()), tmp_path / "w.safetensors"
+    state = capture(model, frozen=False)
+    disturb(model)
+    before = capture(model, frozen=False)
+    state.pop(next(iter(state)))
+    save_weights(state, path)
+    for source in (state, path):
+        with pytest.raises(ValueError, match="must hold all that trains, misses base_model"):
+            restore(model, source)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        restore(model, path)
+    with pytest.raises(FileNotFoundError):
+        load_weights(model, tmp_path / "absent.safetensors")
+    for name, tensor in capture(model, frozen=False).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_wrong_shape_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_weights({"fc1.weight": torch.zeros(41, 24)}, tmp_path / "w.safetensors")
+    monkeypatch.setattr(TensorFiles, "tensor", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(ValueError, match=r"fc1\.weight must have shape"):
+        load_weights(Mlp(), tmp_path / "w.safetensors")
 
 
 def test_a_quantised_weight_needs_a_quantised_model(tmp_path: Path) -> None:
