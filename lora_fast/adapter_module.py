@@ -73,7 +73,7 @@ class AdapterModule(nn.Module):
             dropout_p=self.dropout_p() if self.training else 0.0,
             **vars(term),
         )
-        self._lora_fast_calls.fused += 1
+        self._lora_fast_calls.add_fused()
         return y
 
     def obstacle(self) -> str | None:

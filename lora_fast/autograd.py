@@ -15,11 +15,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .factors import Constants, Factors, Needs, Saved
+from .factors import Constants, Factors, Gradients, Needs, Saved
 from .nf4 import NF4Weight
 
 # Positions of the differentiable arguments of apply(), in the order of Needs.
 _DIFFERENTIABLE = ("x", "weight", "bias", "A", "B", "b", "d", "g")
+
+
+def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
+    """y [..., N] for x [..., K], and what the backward pass needs beside x and the factors."""
+    with _without_autocast(x):
+        y, saved = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
+    # Not a view to autograd, so that the caller may modify the result in place.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])), saved
+
+
+def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
+    """The gradients that `needs` names, for dY [..., N] and what :func:`forward` saved."""
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    with _without_autocast(dY):
+        grads = dispatch.backward(dY.reshape(-1, dY.shape[-1]), rows, saved, f, needs)
+    if grads.x is None:
+        return grads
+    return grads._replace(x=grads.x.view(*dY.shape[:-1], grads.x.shape[-1]))
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -31,10 +49,7 @@ class AdaptedLinear(torch.autograd.Function):
         bias, A, B, b, d, g, constants = rest
         f = Factors(weight, bias, A, B, b, d, g, *constants)
         needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
-        with _without_autocast(x):
-            y, saved = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
-        # Not a view to autograd, so that the caller may modify the result in place.
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        y, saved = forward(x, f, needs)
         nf4 = isinstance(weight, NF4Weight)
         ctx.save_for_backward(
             x if needs.saves_x else None,
@@ -49,7 +64,6 @@ class AdaptedLinear(torch.autograd.Function):
         )
         ctx.nf4 = weight if nf4 else None
         ctx.constants = constants
-        ctx.x_shape = x.shape
         return y
 
     @staticmethod
@@ -58,16 +72,7 @@ class AdaptedLinear(torch.autograd.Function):
         x, S, V, mask, weight, *vectors = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
         f = Factors(ctx.nf4 if weight is None else weight, *vectors, *ctx.constants)
-        with _without_autocast(dY):
-            grads = dispatch.backward(
-                dY.reshape(-1, dY.shape[-1]),
-                None if x is None else x.reshape(-1, x.shape[-1]),
-                Saved(S, V, mask),
-                f,
-                needs,
-            )
-        dX = None if grads.x is None else grads.x.view(ctx.x_shape)
-        return (dX, *grads[1:], None)
+        return (*backward(dY, x, Saved(S, V, mask), f, needs), None)
 
 
 class AdaptedLinearGroup(torch.autograd.Function):

@@ -33,22 +33,43 @@ _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class CallCounts:
-    """How often one layer ran fused, and how often and why it ran the plain path instead."""
+    """How often one layer ran fused, and how often and why it ran the plain path instead.
+
+    Calls inside torch.compile are not counted, since a counter that changes is a reason to compile
+    again; kept is that there were some, and why the last of those that ran the plain path did.
+    """
 
     fused: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     compiled: bool = False
+    compiled_fallback: str | None = None
+
+    def add_fused(self) -> None:
+        if torch.compiler.is_compiling():
+            _set_while_compiling(self, "compiled", True)
+        else:
+            self.fused += 1
 
     def add_fallback(self, reason: str) -> None:
-        # Inside torch.compile a counter that changes is a reason to compile again at each call.
         if torch.compiler.is_compiling():
-            self.compiled = True
+            _set_while_compiling(self, "compiled_fallback", reason)
         else:
             self.fallbacks[reason] += 1
 
     def by_reason(self) -> dict[str, int]:
-        """Fallbacks by reason; compiled calls, which cannot be counted, appear as one."""
-        return {**self.fallbacks, **({"torch.compile": 1} if self.compiled else {})}
+        """Fallbacks by reason; all inside torch.compile, which are not counted, appear as one."""
+        if self.compiled_fallback is None:
+            return dict(self.fallbacks)
+        return {**self.fallbacks, f"torch.compile: {self.compiled_fallback}": 1}
+
+
+def _set_while_compiling(calls: CallCounts, name: str, value: Any) -> None:
+    # An exported program leaves the layer behind. Dynamo refuses effects other than tensors inside
+    # a checkpointed region, since they do not happen again in the backward pass; this one may.
+    if not torch.compiler.is_exporting():
+        torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
+            setattr, calls, name, value
+        )
 
 
 @contextmanager
@@ -125,17 +146,17 @@ def base_obstacle(base: Any) -> str | None:
 
 def environment_obstacle() -> str | None:
     """Why the surroundings need PyTorch's own operations, or every module to be called."""
-    if torch.compiler.is_compiling():
-        return "torch.compile"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit tracing"
+    if torch.compiler.is_exporting():
+        return "torch.export"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transform"
-    if forward_ad._current_level >= 0:
-        return "forward-mode autograd"
     if module_hooks._has_any_global_hook():
         return "global module hooks"
-    return None
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit tracing"
+    return "forward-mode autograd" if forward_ad._current_level >= 0 else None
 
 
 def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:

@@ -80,7 +80,9 @@ def row_norms(
     `state` is what the previous call for the same W returned, or None.
     """
     device = weight.device
-    return _select(device).row_norms(weight, A, B, scaling, state)
+    # In float32 under autocast, too: the norms are kept for calls outside it.
+    with torch.autocast(device.type, enabled=False):
+        return _select(device).row_norms(weight, A, B, scaling, state)
 
 
 def _backend(x: Tensor) -> ModuleType:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import library_ops
 from .autograd import AdaptedLinear, AdaptedLinearGroup
 from .factors import Constants
 from .nf4 import NF4Weight
@@ -56,6 +57,10 @@ def adapted_linear(
         scaling = 1.0
     if A is None:
         dropout_p = 0.0
+    if torch.compiler.is_compiling():
+        return library_ops.apply(
+            x, weight, (bias, A, B, b, d, g), scaling, dropout_p, dropout_seed, rank_spans
+        )
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = _draw_seed(x.device)
     constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)

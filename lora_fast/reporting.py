@@ -20,6 +20,8 @@ class LayerReport:
 
     ``obstacle``: why the next call would run the plain path, None if it would run fused (unless
     its input rules that out). ``fused_calls`` and ``fallback_calls`` (by reason) count so far.
+    Calls inside torch.compile cannot be counted: ``compiled`` tells whether some of them ran fused,
+    and those that did not are one among the fallback calls.
     """
 
     name: str
@@ -28,6 +30,7 @@ class LayerReport:
     obstacle: str | None
     fused_calls: int
     fallback_calls: dict[str, int]
+    compiled: bool
 
     @property
     def fused(self) -> bool:
@@ -42,7 +45,7 @@ class Report:
 
     @property
     def fused_calls(self) -> int:
-        """Forward passes of a layer that ran fused, over all layers."""
+        """Forward passes of a layer that ran fused outside torch.compile, over all layers."""
         return sum(layer.fused_calls for layer in self.layers)
 
     @property
@@ -102,6 +105,7 @@ def _layer_report(name: str, layer: Any) -> LayerReport:
         obstacle=environment_obstacle() or _obstacle(layer),
         fused_calls=calls.fused,
         fallback_calls=calls.by_reason(),
+        compiled=calls.compiled,
     )
 
 
@@ -129,7 +133,8 @@ def _kind(layer: nn.Module) -> str:
 def _row(layer: LayerReport) -> tuple[str, ...]:
     slow = ", ".join(f"{count} × {reason}" for reason, count in layer.fallback_calls.items())
     path = "fused" if layer.obstacle is None else f"fallback: {layer.obstacle}"
-    return (layer.name, layer.kind, layer.base, path, str(layer.fused_calls), slow or "0")
+    fused = f"{layer.fused_calls} + compiled" if layer.compiled else str(layer.fused_calls)
+    return (layer.name, layer.kind, layer.base, path, fused, slow or "0")
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, library_ops
 from .nf4 import NF4Weight
 
 
@@ -34,6 +34,8 @@ class RowNorms:
     def __call__(
         self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float | Tensor
     ) -> Tensor:
+        if torch.compiler.is_compiling():
+            return row_norms_in_graph(weight, A, B, scaling)
         weight_now = _identity(weight)
         if weight_now != self._weight:
             self._weight, self._state = weight_now, None
@@ -41,6 +43,17 @@ class RowNorms:
             weight, A.detach(), B.detach(), float(scaling), self._state
         )
         return norms
+
+
+@torch.no_grad()
+def row_norms_in_graph(
+    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float | Tensor
+) -> Tensor:
+    """What :class:`RowNorms` gives, for torch.compile, in whose graphs nothing is remembered."""
+    if isinstance(scaling, Tensor):
+        # Its value would have to be waited for.
+        B, scaling = B * scaling, 1.0
+    return library_ops.row_norms(weight, A.detach(), B.detach(), float(scaling))
 
 
 def _identity(weight: Tensor | NF4Weight) -> tuple[Any, ...]:

@@ -82,7 +82,8 @@ def check_scaling(scaling: Any) -> None:
             raise ValueError(f"scaling must be one number, got shape {tuple(scaling.shape)}")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
-    elif not math.isfinite(scaling):
+    # Not math.isfinite, which takes no number of torch.compile's.
+    elif not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be finite, got {scaling}")
 
 

@@ -340,19 +340,6 @@ def test_tracing() -> None:
     assert counted(fused) == (0, {"torch.jit tracing": 1})
 
 
-def test_compile_compiles_once_and_is_reported() -> None:
-    stock = peft_model()
-    fused = accelerated_copy(stock)
-    counter = torch._dynamo.testing.CompileCounter()
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, backend=counter, fullgraph=True)
-    for _ in range(3):
-        x = torch.randn(3, K)
-        assert_equal_runs({"y": compiled(x).detach()}, {"y": stock(x).detach()})
-    assert counter.frame_count == 1
-    assert counted(fused) == (0, {"torch.compile": 1})
-
-
 def test_distributed_tensors() -> None:
     from torch.distributed.tensor import DTensor, Replicate, distribute_module, init_device_mesh
 

@@ -21,7 +21,6 @@ from torch import nn
 
 import lora_fast
 from lora_fast import Report
-from lora_fast.base_linear import CallCounts
 
 
 def test_predicts_before_the_first_call_and_counts_after() -> None:
@@ -158,13 +157,6 @@ def test_prediction_holds_for_every_state() -> None:
         assert after.fused_calls - before.fused_calls == (expected is None)
         if expected is not None:
             assert after.fallback_calls[expected] == 1
-
-
-def test_counts_inside_torch_compile_appear_once() -> None:
-    counts = CallCounts()
-    counts.add_fallback("merged")
-    counts.compiled = True
-    assert counts.by_reason() == {"merged": 1, "torch.compile": 1}
 
 
 def test_without_peft_installed() -> None:

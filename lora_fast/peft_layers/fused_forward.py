@@ -30,7 +30,7 @@ class FusedForward:
             calls.add_fallback(found)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         y = self.fused(state, x)
-        calls.fused += 1
+        calls.add_fused()
         return y
 
     def active(self, **kwargs: Any) -> tuple[Any, str | None]:

@@ -32,7 +32,7 @@ from ..base_linear import (
     weight_shape,
 )
 from ..functional import Member
-from ..row_norms import RowNorms
+from ..row_norms import RowNorms, row_norms_in_graph
 from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 from .lora_merging import merge_terms, plain_terms, unmerge_terms
 from .shared_input import GROUP, Kept, signature_of
@@ -245,6 +245,8 @@ def _lora(layer: Any, state: State, x: Tensor) -> Tensor:
 
 def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     """The output from the group of layers that read the same x; None if the layer is on its own."""
+    if torch.compiler.is_compiling():
+        return None
     group, index = layer.__dict__.get(GROUP, (None, 0))
     if group is None or group.given_up or layer._forward_pre_hooks or not group.join(index, layer):
         return None
@@ -315,7 +317,10 @@ def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     """PEFT drops x before the base product, too, but only for what m scales."""
     assert adapter.magnitude is not None
     base = layer.base_layer
-    norms: RowNorms = layer.__dict__.setdefault(_NORMS, {}).setdefault(adapter.name, RowNorms())
+    if torch.compiler.is_compiling():
+        norms: Any = row_norms_in_graph
+    else:
+        norms = layer.__dict__.setdefault(_NORMS, {}).setdefault(adapter.name, RowNorms())
     g = adapter.magnitude / norms(weight_of(base), adapter.A, adapter.B, adapter.scaling)
     factors: dict[str, Any] = {"A": adapter.A, "B": adapter.B, "scaling": adapter.scaling, "g": g}
     if adapter.dropout_p == 0.0:
