@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -121,6 +122,19 @@ def test_report_has_a_line_for_every_contestant(folder: Path) -> None:
             elif event["step"] != "crossover":
                 assert f"| {event['unit']} | {who} |" in text
     assert "| nf4 bfloat16 M8 K64 N64 R16 forward | 1.0000 | 1.0000 |" in text
+
+
+def test_a_call_that_got_nowhere_has_a_report(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / FILE)
+    journal.append("call", **ABOUT)
+    journal.append("units", step="layers", units=["a", "b"])
+    journal.append("start", step="layers", unit="a")
+    journal.append("broken", step="layers", unit="a", reason="killed by signal 11")
+    journal.append("stopped", step="tests", reason="exit status 1")
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| layers | 0 of 2 | 0 | 1 | 0 | not finished |" in text
+    assert "- layers, a: killed by signal 11" in text and "- tests: exit status 1" in text
 
 
 @pytest.fixture
@@ -243,7 +257,10 @@ def test_ncu_is_read(today: Day, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "bytes_read": 1000.0,
         "bytes_written": 500.0,
     }
-    assert "| ncu dense | ticketed_gemm | 2.0 |" in tables.profile({"ncu dense": row})
+    text = tables.profile({"ncu dense": row}, Modelled(90))
+    assert "| ncu dense | ticketed_gemm | 2.0 |" in text
+    full_size = tables.profile({"ncu dense": {**row, "M": 8192, "K": 4096}}, Modelled(90))
+    assert re.search(r"\| ncu dense \| all kernels \| - \| 0\.0 \(counted: 5\d\d\.\d\)", full_size)
 
 
 @pytest.mark.parametrize(

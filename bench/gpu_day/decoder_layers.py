@@ -47,27 +47,33 @@ def _rehearsed() -> list[tuple[Shape, str, float]]:
 
 
 def _cases(tokens: tuple[int, ...]) -> tuple[list[Case], list[Case]]:
-    """All cases, and those in which torch.compile and other libraries take part."""
+    """All cases, the usual rank without dropout first; and those that guests take part in."""
     found = [
         Case(shape, weight, R, p, *_LENGTHS[M])
         for R, p, M, shape, weight in itertools.product(
             (16, 64), (0.0, 0.1), tokens, (LLAMA_3_8B, QWEN3_8B), ("dense", "nf4")
         )
     ]
-    main = [case for case in found if (case.R, case.dropout_p) == (16, 0.0) and case.M >= 2048]
-    return found, [case for case in main if case.shape is LLAMA_3_8B]
+    return found, [c for c in found if _is_usual(c) and c.M >= 2048 and c.shape is LLAMA_3_8B]
 
 
-def _units(day: Day, cases: list[Case], main: list[Case]) -> list[Unit]:
-    units = []
-    for case in cases:
-        units.append(Unit(str(case), lambda case=case: measured(day, case)))
-        if case in main:
-            units += [
-                Unit(f"{case}, {name}", lambda case=case, make=make: make(day, case))
-                for name, make in _guests().items()
-            ]
-    return units
+def _is_usual(case: Case) -> bool:
+    return (case.R, case.dropout_p) == (16, 0.0)
+
+
+def _units(day: Day, cases: list[Case], with_guests: list[Case]) -> list[Unit]:
+    """Guests take long, and come after the usual cases."""
+    usual = [case for case in cases if _is_usual(case)]
+    first, last = (
+        [Unit(str(case), lambda case=case: measured(day, case)) for case in some]
+        for some in (usual, [case for case in cases if case not in usual])
+    )
+    guests = [
+        Unit(f"{case}, {name}", lambda case=case, make=make: make(day, case))
+        for case in with_guests
+        for name, make in _guests().items()
+    ]
+    return [*first, *guests, *last]
 
 
 def _guests() -> dict[str, Callable[[Day, Case], dict[str, Any]]]:

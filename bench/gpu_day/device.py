@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VERSIONS = ("triton", "bitsandbytes", "peft", "transformers", "liger_kernel", "unsloth")
+_LONGEST_ANSWER = 10.0
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
 
 
@@ -82,9 +84,9 @@ def start_nvidia_smi(fields: tuple[str, ...] = _CLOCKS) -> subprocess.Popen[str]
 
 
 def read_nvidia_smi(process: subprocess.Popen[str]) -> list[str] | None:
-    """The answers, in the order of the fields; None if there is none within 20 seconds."""
+    """The answers, in the order of the fields; None if there is none."""
     try:
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=_LONGEST_ANSWER)
     except subprocess.TimeoutExpired:
         process.kill()
         return None
@@ -96,7 +98,8 @@ def clocks_under(step: Any, day: Day) -> dict[str, str] | None:
     process = start_nvidia_smi()
     if process is None:
         return None
-    while process.poll() is None:
+    until = time.monotonic() + _LONGEST_ANSWER
+    while process.poll() is None and time.monotonic() < until:
         step()
         torch.cuda.synchronize(day.device)
     answers = read_nvidia_smi(process)
@@ -141,15 +144,6 @@ def _launch(day: Day) -> dict[str, Any]:
     x = torch.zeros(1, device=day.device)
     seconds = median_seconds(lambda: x.add_(1), day)
     return {"seconds": seconds, "summary": f"{seconds * 1e6:.1f} µs for the smallest launch"}
-
-
-def warm_up(day: Day) -> None:
-    """Bring the clocks up before the first measurement of a process."""
-    from .timing import run_for
-
-    size = 32 if day.rehearsal else 4096
-    a = torch.randn(size, size, device=day.device, dtype=torch.bfloat16)
-    run_for(lambda: a @ a, 0.0 if day.rehearsal else 0.5, day)
 
 
 if __name__ == "__main__":

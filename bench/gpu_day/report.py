@@ -95,7 +95,7 @@ def text(results: dict[str, Any], modelled: Modelled) -> str:
         ("crossover", tables.crossover),
         ("candidates", tables.candidates),
         ("accuracy", tables.accuracy),
-        ("profile", tables.profile),
+        ("profile", lambda rows: tables.profile(rows, modelled)),
     ):
         rows = steps.get(name, {}).get("rows")
         if rows:
