@@ -66,7 +66,7 @@ def load_config(name: str | Path) -> Any:
 
 
 def skeleton(config: Any, task: str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """Return the model of `config` on the meta device: of `task`, or of its own architecture.
+    """Return the dense model of `config` on the meta device: of `task`, or of its own architecture.
 
     No string of the config is imported: its ``architectures`` select among transformers' own
     classes for this kind of config.
@@ -74,6 +74,9 @@ def skeleton(config: Any, task: str | None = None, dtype: torch.dtype | None = N
     Raises:
         ValueError: transformers has no such model for this kind of config.
     """
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
     kind = _auto_class(config, task)
     with torch.device("meta"):
         return kind.from_config(config, dtype=dtype or torch.float32, trust_remote_code=False)

@@ -21,6 +21,8 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import lora_fast
@@ -267,3 +269,20 @@ def test_a_symlinked_cache_is_read_and_a_link_out_of_the_folder_is_not(
         (tmp_path / "linked" / path.name).symlink_to(path)
     with pytest.raises(ValueError, match="must lie inside"):
         merge_checkpoint(str(tmp_path / "linked"), tmp_path / "adapter", tmp_path / "out2")
+
+
+def test_weights_that_transformers_assembles_keep_their_stored_names(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        load(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    )
+    disturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    out = merge_checkpoint(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+    assert_merged_as_by_peft(out, tmp_path / "base", tmp_path / "adapter", torch.float32)
+    stored = [load_file(side / "model.safetensors") for side in (tmp_path / "base", out)]
+    assert stored[0].keys() == stored[1].keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ALLOCATORS
-from tiny_runs import save_llama
+from tiny_runs import run_cli, save_llama
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -363,3 +364,47 @@ def test_memory_is_read_as_it_is_written() -> None:
     assert cards.card_bytes("H100") == 81559 << 20
     assert cards.fits(20 * 10**9, cards.card_bytes("rtx4090"))
     assert not cards.fits(25 * 10**9, cards.card_bytes("rtx4090"))
+
+
+def test_a_quantised_checkpoint_is_planned_as_such() -> None:
+    stored = LlamaConfig(**LLAMA.to_diff_dict())
+    stored.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    found = plan(stored, advise=False, dtype="float32", **SHAPE)
+    assert found.parts == plan(LLAMA, quantize="nf4", advise=False, dtype="float32", **SHAPE).parts
+    assert stored.use_cache is LLAMA.use_cache and stored.quantization_config
+    stored.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="must be dense or in bitsandbytes' 4 bits, got gptq"):
+        plan(stored)
+
+
+def test_the_command_says_what_fits_and_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path)
+    shape = ("--batch-size", BATCH, "--max-length", LENGTH)
+    assert run_cli("plan", tmp_path, *shape, "--card", "rtx4090") == 0
+    shown = capsys.readouterr().out
+    assert "fits on rtx4090" in shown and "helps most:" in shown and "activations" in shown
+    assert run_cli("plan", tmp_path / "config.json", *shape, "--memory", "1GB", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False and found["memory"] == 10**9
+    assert found["total"] == sum(found["parts"].values())
+    assert run_cli("plan", tmp_path, *shape) == 0
+    assert "fits on: t4, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("absent/no", "--method", "full", "--quantize", "nf4"),
+        ("./absent",),
+        ("x", "--card", "voodoo2"),
+        ("x", "--card", "h100", "--memory", "1GB"),
+    ],
+)
+def test_the_command_tells_what_is_wrong_in_one_line(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("plan", *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1

@@ -37,12 +37,14 @@ class WholeFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> WholeFolder:
-        if not self.overwrite and self.out.exists() and any(self.out.iterdir()):
-            raise FileExistsError(f"out must be a new or empty folder, got {self.out}")
+        self._refuse_to_replace()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
         for left in self.path.iterdir():
             _remove(left)
+        if self._old.exists() and not self.out.exists():
+            os.replace(self._old, self.out)  # killed between the two renames of _publish
+            self._refuse_to_replace()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -54,6 +56,10 @@ class WholeFolder:
         finally:
             if self._lock is not None:
                 os.close(self._lock)
+
+    def _refuse_to_replace(self) -> None:
+        if not self.overwrite and self.out.exists() and any(self.out.iterdir()):
+            raise FileExistsError(f"out must be a new or empty folder, got {self.out}")
 
     def _publish(self) -> None:
         for path in (*self.path.rglob("*"), self.path):

@@ -90,7 +90,8 @@ def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> Memor
     which is taken as it is, adapters and all. The keyword arguments are those of
     :class:`lora_fast.planning.Settings`; ``method``, ``quantize``, ``r``, ``target_modules``,
     ``frequencies`` and ``virtual_tokens`` say how a config becomes a model that trains, and must
-    not be given with a model. ``advise=False`` leaves out ``changes``, which take most of the time.
+    not be given with a model. A checkpoint in 4 bits is nf4. ``advise=False`` leaves out
+    ``changes``, which take most of the time.
 
     Nothing is allocated: parameters are counted on the meta device, activations by a forward pass
     on fake tensors.
@@ -107,6 +108,7 @@ def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> Memor
         counted = _count_model(model_or_config, given)
         return _planned(counted, given, *_trace(counted, given))
     name, config = _config(model_or_config)
+    given = _as_stored(config, given)
     counted = _count(name, config, given)
     traced, notes = _trace(counted, given)
     found = _planned(counted, given, traced, notes)
@@ -131,6 +133,18 @@ def _config(source: Any) -> tuple[str, Any]:
             f"hub id, got {type(source).__name__}"
         )
     return source.model_type, source
+
+
+def _as_stored(config: Any, settings: Settings) -> Settings:
+    """The settings for a checkpoint that is quantised itself."""
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is None:
+        return settings
+    options = stored if isinstance(stored, dict) else stored.to_dict()
+    if not options.get("load_in_4bit"):
+        kind = options.get("quant_method", "unknown")
+        raise ValueError(f"model must be dense or in bitsandbytes' 4 bits, got {kind}")
+    return replace(settings, quantize="nf4")
 
 
 def _count(name: str, config: Any, settings: Settings) -> _Counted:
