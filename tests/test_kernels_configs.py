@@ -14,11 +14,12 @@ from machines import MACHINES, Executor, started
 pytest.importorskip("triton")
 from lora_fast.kernels import configs, strips, ticketed_gemm
 from lora_fast.kernels.configs import GemmConfig, StripConfig
+from lora_fast.kernels.dropout import Dropout
+
+from bench import resources, stub_driver
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHS = [None, 80, 86, 87, 89, 90, 100, 103, 120]
-
-ALL = ("x", "bias", "A", "B", "b", "d", "g")
 
 
 def _ragged(config: GemmConfig | StripConfig, dtype: torch.dtype) -> Case:
@@ -82,7 +83,7 @@ TILES = {_label(replace(config, num_warps=1, num_stages=1)): config for config i
 @pytest.mark.parametrize("config", TILES.values(), ids=_label)
 def test_a_configuration_alone_is_right(config):
     with started(MACHINES[0][1]()) as executor:
-        _check_alone(config, executor, factors=ALL)
+        _check_alone(config, executor)
 
 
 def _compiled() -> Iterator[object]:
@@ -93,7 +94,8 @@ def _compiled() -> Iterator[object]:
         arch = int(name.removeprefix("sm_")) if name.startswith("sm_") else 90
         for config in configs.other_gemms(8192, BF16, arch):
             for even in (False, True):
-                slow = [] if (arch, even) == (90, True) else [pytest.mark.exhaustive]
+                usual = (arch, config.BLOCK_N, even) == (90, 128, True)
+                slow = [] if usual else [pytest.mark.exhaustive]
                 label = f"{name}-{config.BLOCK_M}x{config.BLOCK_N}-{'even' if even else 'ragged'}"
                 yield pytest.param(make, config, even, marks=[*marks, *slow], id=label)
 
@@ -105,6 +107,40 @@ def test_a_tuned_configuration_compiles_to_the_right_thing(
     changes = {"M": 144, "K": 192, "N": 272, "R": 16} if even else {}
     with started(make()) as executor:
         _check_alone(config, executor, **changes)
+
+
+def _tuned() -> Iterator[object]:
+    for arch in (80, 89, 90, 100, 120):
+        for config in configs.other_gemms(8192, BF16, arch):
+            slow = [] if (arch, config.BLOCK_N) == (90, 256) else [pytest.mark.exhaustive]
+            label = f"sm_{arch}-{config.BLOCK_M}x{config.BLOCK_N}"
+            yield pytest.param(arch, config, marks=slow, id=label)
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize(("arch", "config"), [*_tuned()])
+def test_a_tuned_configuration_fits_the_device(arch, config):
+    """Forward and dX of 4096 × 4096, and dX of a group: no spilled register, tensor cores."""
+
+    def meta(*shape, dtype=BF16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    M, N, K, R = 8192, 4096, 4096, 16
+    A, B = meta(R, K, dtype=FP32), meta(N, R, dtype=FP32)
+    x, dY, W, partials = meta(M, K), meta(M, N), meta(N, K), meta(16, M, R, dtype=FP32)
+    none, options = (None,) * 3, {"wants_dX": True, "config": config}
+    with stub_driver.recording(arch) as log:
+        ticketed_gemm.forward(x, W, None, A, B, *none, 2.0, Dropout(0.1), config=config)
+        ticketed_gemm.grad_input(dY, W, partials, A, B, *none, 2.0, Dropout(), **options)
+        ticketed_gemm.grad_input_group([(dY, W, partials, A, B, 2.0)] * 2, Dropout(), **options)
+    limits = resources.limits_of(arch)
+    assert len(log.kernels) == 3
+    for kernel in log.kernels:
+        found = kernel.resources
+        assert kernel.num_stages == config.num_stages, "dropped to a smaller one"
+        assert found.local_bytes == 0, found
+        assert found.shared_bytes <= limits.shared_per_block
+        assert set(found.mma) == {limits.mma}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_siblings_run_as_a_group(monkeypatch):
     assert calls == [*grouped, *grouped, "forward_group", *alone, *alone, "forward"]
 
 
-def test_modules_of_lora_fast_are_warmed_up_too():
+def test_modules_of_lora_fast_are_warmed_up_too_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lora_fast.peft_layers", None)
     model = lora_fast.convert(Stack(), ["q_proj", "o_proj"], r=4)
     assert [unit.alike for unit in units(model)] == [6]
     assert warm_up(model, 3) == 1

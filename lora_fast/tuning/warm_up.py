@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..peft_layers.shared_input import GROUP
+from ..adapter_module import AdapterModule
 from ..reporting import adapted_layers, report
 
 Progress = Callable[[int, int, str], None]
@@ -65,7 +65,7 @@ def units(model: nn.Module) -> list[Unit]:
     bundles: dict[int, list[tuple[str, Any]]] = {}
     for name, layer in adapted_layers(model):
         if name in fused:
-            group, _ = layer.__dict__.get(GROUP, (layer, 0))
+            group, _ = _group_of(layer) or (layer, 0)
             bundles.setdefault(id(group), []).append((name, layer))
     found: dict[Any, Unit] = {}
     for bundle in bundles.values():
@@ -107,22 +107,27 @@ def compute_dtype(base: Any) -> torch.dtype:
     return base.compute_dtype or base.weight.quant_state.dtype
 
 
-def join(layers: Sequence[Any]) -> None:
-    """Let copies of siblings find each other."""
-    for layer in layers:
-        if GROUP in layer.__dict__:
-            group, index = layer.__dict__[GROUP]
-            group.join(index, layer)
-
-
 def _outputs(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     return [layer(x) for layer in layers]
 
 
 def _copies(unit: Unit) -> list[Any]:
     layers = copy.deepcopy(list(unit.layers))
-    join(layers)
+    for layer in layers:
+        # Copied siblings find each other when they are called; here already the first one should.
+        group, index = _group_of(layer) or (None, 0)
+        if group is not None:
+            group.join(index, layer)
     return layers
+
+
+def _group_of(layer: Any) -> tuple[Any, int] | None:
+    """The group of a PEFT layer, and its place in it; PEFT need not be installed."""
+    if isinstance(layer, AdapterModule):
+        return None
+    from ..peft_layers.shared_input import GROUP
+
+    return layer.__dict__.get(GROUP)
 
 
 def kind_of(layer: Any) -> tuple[Any, ...]:
