@@ -183,14 +183,25 @@ def test_configs_of_every_shape_merge_as_in_peft(config: Any, llama: Path, tmp_p
     assert_merged_as_by_peft(out, llama, tmp_path / "adapter", torch.float32)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_weights_stored_the_other_way_round_merge(use_dora: bool, tmp_path: Path) -> None:
-    config = GPT2Config(vocab_size=24, n_embd=32, n_layer=1, n_head=2, n_positions=16)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    adapter = LoraConfig(
-        r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=use_dora
-    )
-    model = get_peft_model(load(tmp_path / "base"), adapter)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, lora_bias=True),
+        LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=True),
+        IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"],
+            feedforward_modules=["mlp.c_proj"],
+            fan_in_fan_out=True,
+        ),
+    ],
+    ids=["lora-bias", "dora", "ia3"],
+)
+def test_weights_stored_the_other_way_round_and_biases_merge(config: Any, tmp_path: Path) -> None:
+    gpt2 = GPT2Config(vocab_size=24, n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    base = GPT2LMHeadModel(gpt2)
+    disturb(base)  # its biases start at zero
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(load(tmp_path / "base"), copy.deepcopy(config))
     disturb(model)
     model.save_pretrained(tmp_path / "adapter")
     out = merge_checkpoint(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")

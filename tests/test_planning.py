@@ -274,13 +274,13 @@ def test_eight_bit_moments_take_what_bitsandbytes_allocates() -> None:
 
 
 def seven_billion(method: str, **settings: Any) -> float:
-    """GB of Llama-2-7B: the parts are linear in the number of layers, so that two and four do."""
+    """GB of Llama-2-7B: from two layers on the parts are linear in their number."""
     totals = []
-    for layers in (2, 4):
+    for layers in (2, 3):
         config = LlamaConfig(num_hidden_layers=layers)  # the defaults are those of Llama-2-7B
         found = plan(config, method=method, gradient_checkpointing=True, advise=False, **settings)
         totals.append(found.total)
-    return (totals[1] + 14 * (totals[1] - totals[0])) / 1e9
+    return (totals[1] + 29 * (totals[1] - totals[0])) / 1e9
 
 
 def test_the_well_known_table() -> None:
