@@ -17,7 +17,8 @@ MAX_BLOCK_R = 64
 class GemmConfig:
     """Tile sizes of ticketed_gemm.
 
-    A producer tile is BLOCK_S rows, which divide BLOCK_M, by at most MAX_R columns of the rank.
+    A producer tile is BLOCK_S rows, which divide BLOCK_M, by at most MAX_R columns of the rank. A
+    step of S · outᵀ takes at most MAX_E of them.
     """
 
     BLOCK_M: int
@@ -28,6 +29,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     MAX_R: int = MAX_BLOCK_R
+    MAX_E: int = MAX_BLOCK_R
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class UpdateConfig:
 # 64 columns of K make full 128-byte lines of 16-bit operands. Three stages of (128 + 128) × 64 × 2
 # bytes are 96 KiB: two CTAs on an H100 or A100, and the epilogue's S and factor tiles still fit.
 _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
+# A100: 8 warps would take 176 registers each and so the whole multiprocessor; of 4 warps, with 64 ×
+# 64 products each, two CTAs fit and one multiplies while the other waits, adds S or stores. Nearly
+# all registers are taken: 16 columns of S at a time.
+_GEMM_16BIT_SM80 = GemmConfig(128, 128, 32, 64, 8, num_warps=4, num_stages=4, MAX_E=16)
 # Consumer parts (sm_86, sm_89, sm_120) have 99 KiB of shared memory for a block.
 _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stages=3)
 # tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
@@ -118,8 +124,11 @@ def current_arch() -> int | None:
     return int(target.arch) if target.backend == "cuda" else None
 
 
-def pick_gemm(M: int, dtype: torch.dtype, arch: int | None, *, narrow: bool = False) -> GemmConfig:
-    """The configuration of ticketed_gemm for M rows; `narrow` where a tile needs more registers."""
+def pick_gemm(
+    M: int, dtype: torch.dtype, arch: int | None, *, narrow: bool = False, R: int = 0
+) -> GemmConfig:
+    """The configuration of ticketed_gemm for M rows and rank R; `narrow` where a tile needs more
+    registers."""
     if dtype == torch.float32:
         return _GEMM_FLOAT32
     if M <= 64:
@@ -128,7 +137,8 @@ def pick_gemm(M: int, dtype: torch.dtype, arch: int | None, *, narrow: bool = Fa
         return _GEMM_16BIT_SMALL_SHARED
     if _has_tensor_memory(arch):
         return _GEMM_16BIT_SM100_NARROW if narrow else _GEMM_16BIT_SM100
-    return _GEMM_16BIT
+    # Rows of S off 16 bytes load element by element, each by an address of its own.
+    return _GEMM_16BIT_SM80 if arch == 80 and not narrow and R % 16 == 0 else _GEMM_16BIT
 
 
 def other_gemms(

@@ -20,6 +20,7 @@ sync holds int32 zeros [ticket, finished, flag of row block 0, 1, …]; the CTA 
 leaves zeros behind.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -174,8 +175,6 @@ def forward(
     [R_made, K] and S [M, R_made] given as `made`, and uses its first columns, as many as B has; the
     others get their columns as S and make none.
     """
-    # With g, V may be stored beside y.
-    config = config or pick_gemm(x.shape[0], x.dtype, current_arch(), narrow=g is not None)
     y = x.new_empty(x.shape[0], weight.shape[0])
     in_factor = None
     if A is not None and S is None:
@@ -183,6 +182,10 @@ def forward(
         made = x.new_empty(x.shape[0], A.shape[0]) if made is None else made
         S = made[:, : B.shape[1]]
     V = torch.empty_like(y) if saves_V else None
+    if config is None:
+        # With g, V may be stored beside y.
+        R = 0 if S is None else S.shape[1]
+        config = pick_gemm(x.shape[0], x.dtype, current_arch(), narrow=g is not None, R=R)
     layer = (x, weight, None, in_factor, B, scaling)
     _launch(config, [layer], y, V, S, b, d, g, bias, dropout, rank_spans, is_grad=False)
     return y, S, V
@@ -197,10 +200,11 @@ def grad_input(
     partials [J, M, R] are the parts of dS that the strips kernel left; with None this launch
     forms dS itself.
     """
-    dX, dS = _results(wants_dX, dY, weight, 0 if A is None else A.shape[0])
+    R = 0 if A is None else A.shape[0]
+    dX, dS = _results(wants_dX, dY, weight, R)
     # A second accumulator; or with g, W scaled on its way.
     narrow = dropout.p > 0.0 or g is not None
-    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), narrow=narrow)
+    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), narrow=narrow, R=R)
     layer = (dY, weight, partials, B, None if A is None else A.T, scaling)
     _launch(config, [layer], dX, None, dS, b, d, g, None, dropout, rank_spans, is_grad=True)
     return dX, dS
@@ -213,9 +217,11 @@ def grad_input_group(layers, dropout, *, wants_dX, config=None):
     layers are (dY, weight, partials, A, B, scaling), all of them as in grad_input.
     """
     dY, weight = layers[0][:2]
-    dX, dS = _results(wants_dX, dY, weight, sum(A.shape[0] for *_, A, _, _ in layers))
-    narrow = dropout.p > 0.0
-    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), narrow=narrow)
+    ranks = [A.shape[0] for *_, A, _, _ in layers]
+    dX, dS = _results(wants_dX, dY, weight, sum(ranks))
+    # One rank that is no multiple of 16 is enough.
+    R = math.gcd(*ranks)
+    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), narrow=dropout.p > 0.0, R=R)
     layers = [(dY, w, partials, B, A.T, s) for dY, w, partials, A, B, s in layers]
     _launch(config, layers, dX, None, dS, None, None, None, None, dropout, None, is_grad=True)
     return dX, dS
@@ -256,7 +262,7 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
         HAS_SPANS=spans is not None, WRITES_Y=y is not None, SAVES_V=V is not None,
         DROPOUT=dropout.p > 0.0, EVEN_K=all(m.K % config.BLOCK_K == 0 for m in members),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R,
-        BLOCK_E=min(expand_block(m.R, x.dtype) for m in members),
+        BLOCK_E=min(config.MAX_E, *(expand_block(m.R, x.dtype) for m in members)),
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
         SHUFFLES=arch is not None, MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
         PAIRS=drops_pairs(x.dtype, arch),

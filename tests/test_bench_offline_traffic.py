@@ -148,6 +148,7 @@ CASES = {
     "chunks of the rank": (130, 64, 72, 136, torch.bfloat16, 0.0, False),
     "few rows": (9, 96, 64, 8, torch.bfloat16, 0.0, False),
     "float32": (70, 80, 48, 20, torch.float32, 0.0, False),
+    "two groups of row blocks": (270, 40, 16, 5, torch.float32, 0.0, False),
     "nf4": (40, 72, 320, 16, torch.bfloat16, 0.0, True),
     "nf4, many rows": (400, 72, 64, 16, torch.bfloat16, 0.0, True),
 }

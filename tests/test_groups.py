@@ -146,6 +146,18 @@ def test_kernels_with_dropout(typical_executor, dtype, nf4):
     check(dtype, FP32, nf4, typical_executor.device, M=80, K=128, trains=ALL, drops=True)
 
 
+@pytest.mark.exhaustive
+def test_every_schedule_gives_the_same_bits(ptx_executor):
+    """Three K-loops, producers of three dS, more rows than one group of tickets has."""
+    options = {"dtype": FP32, "adapter": FP32, "nf4": False, "M": 300, "K": 32, "trains": ALL}
+    expected = check(device=ptx_executor.device, **options)
+    for order in ({"schedule": "reverse", "resident": 1}, {"schedule": "random:7", "resident": 3}):
+        with ptx_executor.with_options(**order):
+            results = check(device=ptx_executor.device, **options)
+        for name, value in expected.items():
+            assert_same_bits(results[name], value, name=name)
+
+
 def test_launches(typical_executor):
     x, members, dYs = make(BF16, FP32, False, device=typical_executor.device)
     with typical_executor.counting_launches() as names:

@@ -66,7 +66,7 @@ DROPOUT = replace(PLAIN, name="bf16-dropout", dropout_p=0.1)
 DORA = replace(PLAIN, name="bf16-dora", gains="g")
 ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains="bdg")
 CASES: dict[int, list[Case]] = {
-    80: [R64, replace(FP32, name="fp32-r64", R=64), DORA],
+    80: [R64, R100, replace(FP32, name="fp32-r64", R=64), DORA],
     89: [R100, FP32],
     90: [R100, replace(FP32, name="fp32-r100", R=100), ALL_FACTORS, DORA],
     100: [R64, FP32, DROPOUT, DORA],
@@ -177,7 +177,7 @@ def test_row_norms_fit_the_device(arch: int, dtype: torch.dtype) -> None:
 
 # Instructions of the K-loops of the forward pass, GEMM and shrink: measured, plus a tenth. What the
 # compiler fails to hoist, a conversion or an address, shows here without a device.
-K_LOOP_BUDGET = {80: 181, 89: 108, 90: 133, 100: 235, 120: 99}
+K_LOOP_BUDGET = {80: 174, 89: 108, 90: 133, 100: 235, 120: 99}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -240,8 +240,8 @@ def _in_gemm(arch: int, M: int, R: int, dtype: torch.dtype) -> stub_driver.Log:
 
 
 # Instructions of the K-loops that decode, forward and input gradient: measured, plus a twentieth.
-# sm_80 … sm_100 take 64 columns of K, the others 32.
-NF4_K_LOOP_BUDGET = {80: 315, 89: 205, 90: 250, 100: 426, 120: 202}
+# sm_90 and sm_100 take 64 columns of K, the others 32; sm_80 has half as many warps.
+NF4_K_LOOP_BUDGET = {80: 343, 89: 205, 90: 250, 100: 426, 120: 202}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -255,7 +255,7 @@ def test_nf4_in_the_gemm_fits_the_device(arch: int) -> None:
             assert decoding.by_class["local"] == 0
             if M > 64:
                 assert len(decoding.instructions) <= NF4_K_LOOP_BUDGET[arch]
-                assert found.ctas_per_sm >= (2 if arch in (90, 100) else 1)
+                assert found.ctas_per_sm >= (2 if arch in (80, 90, 100) else 1)
 
 
 def test_nf4_in_a_float32_gemm_fits_the_device() -> None:
