@@ -15,6 +15,7 @@ from lora_fast.kernels import nf4_tile
 from lora_fast.kernels.configs import GemmConfig
 
 import lora_fast
+from bench import stub_driver
 from lora_fast import NF4Weight, dispatch, routes, triton_ops
 from lora_fast.factors import Factors, Needs, Saved
 from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
@@ -156,6 +157,16 @@ def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
     for name, value in first.items():
         if value is not None:
             assert_same_bits(second[name], value, name=name)
+
+
+@pytest.mark.offline
+def test_auto_leaves_ieee_products_to_cublas(monkeypatch):
+    """What a GPU would do with float32 in both passes, done by torch on the CPU."""
+    monkeypatch.setattr(routes, "tuner", Tuner(times=False))
+    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
+    with lora_fast.set_backend("triton"), stub_driver.recording(90) as log:
+        check(replace(PLAIN, M=512, K=768, N=768, dtype=FP32, adapter_dtype=None))
+        assert log.names == []
 
 
 def test_auto_asks_the_tuner_and_triton_does_not(monkeypatch):
