@@ -156,17 +156,24 @@ def kernels_of(text: str) -> list[dict[str, Any]]:
 
 def training(day: Day) -> list[Unit]:
     """`lora-fast train --compare`: the same data through stock PEFT and through lora_fast."""
-    return [Unit("train", lambda: _trained("2" if day.rehearsal else "100"))]
+    return [Unit("train", lambda: _trained(day))]
 
 
-def _trained(steps: str) -> dict[str, Any]:
-    train = (sys.executable, "-m", "lora_fast.cli.app", "train", "--compare", "--steps", steps)
+def _trained(day: Day) -> dict[str, Any]:
+    train = (sys.executable, "-m", "lora_fast.cli.app", "train", "--compare")
     with tempfile.TemporaryDirectory() as folder:
-        done = _run((*train, "--out", folder))
+        few: tuple[str, ...] = ("--steps", "100")
+        if day.rehearsal:
+            data = Path(folder) / "few.jsonl"
+            lines = [{"text": f"{n} is even", "label": str(n % 2 == 0)} for n in range(16)]
+            data.write_text("\n".join(map(json.dumps, lines)))
+            few = ("--steps", "2", "--batch-size", "2", "--max-length", "8", "--data", str(data))
+        out = Path(folder) / "run"
+        done = _run((*train, *few, "--out", str(out)))
         if done.returncode != 0:
             raise RuntimeError(f"exit status {done.returncode}: {done.stdout[-300:]}")
-        metrics = json.loads((Path(folder) / "metrics.json").read_text())
-    return {"metrics": metrics, "summary": f"{steps} steps"}
+        metrics = json.loads((out / "metrics.json").read_text())
+    return {"metrics": metrics, "summary": f"{few[1]} steps"}
 
 
 def _absent(program: str) -> dict[str, Any]:

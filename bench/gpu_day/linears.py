@@ -17,6 +17,7 @@ from lora_fast.tuning.plans import Plan
 
 from . import plans
 from .day import Day
+from .plans import SHAPES
 from .run_units import Unit
 from .timing import contest
 
@@ -26,9 +27,7 @@ _SECONDS = 1.0
 FLOOR = {"dense": "frozen", "nf4": "bitsandbytes"}
 """The frozen layer as it is stored. For NF4 the dense one runs beside it."""
 
-# (K, N) of Llama-3-8B: q and o, k and v, gate and up, down.
-_SQUARE = (4096, 4096)
-_SHAPES = (_SQUARE, (4096, 1024), (4096, 14336), (14336, 4096))
+_SQUARE = SHAPES[0]
 _TINY = (64, 64)
 
 
@@ -38,10 +37,10 @@ def sweep(day: Day) -> list[Unit]:
         cases = [_case(weight, 8, _TINY, 4) for weight in ("dense", "nf4")]
     else:
         weights = ("dense", "nf4")
-        cases = [_case(w, 8192, shape, 16) for shape in _SHAPES for w in weights]
+        cases = [_case(w, 8192, shape, 16) for shape in SHAPES for w in weights]
         cases += [_case(w, 8192, _SQUARE, R) for R in (64, 256) for w in weights]
         cases += [_case(w, 8192, _SQUARE, 16, 0.1) for w in weights]
-        cases += [_case(w, M, shape, 16) for M in (2048, 512) for shape in _SHAPES for w in weights]
+        cases += [_case(w, M, shape, 16) for M in (2048, 512) for shape in SHAPES for w in weights]
     return [
         Unit(f"{case} {direction}", lambda case=case, way=direction: _measured(day, case, way))
         for case in cases

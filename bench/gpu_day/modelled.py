@@ -42,8 +42,11 @@ class Modelled:
         if layer is None:
             return None
         case = (layer, *(measured[name] for name in ("M", "R", "weight", "p")))
-        name = "frozen" if who == measured["baseline"] else _SAME.get(who, who)
-        return self._rows.get((*case, name))
+        if who == measured["baseline"]:
+            who = "frozen"
+        elif who == "frozen":
+            return None  # the dense layer beside an NF4 one
+        return self._rows.get((*case, _SAME.get(who, who)))
 
     def over_floor(self, measured: dict[str, Any], who: str) -> float | None:
         """Modelled time over that of the frozen layer, as it is stored."""

@@ -7,6 +7,7 @@ product, and products by cuBLAS. A plan is forced by putting another tuner in th
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,9 @@ from .run_units import Unit
 from .timing import contest
 
 _SECONDS = 1.0
+# (K, N) of Llama-3-8B: q and o, gate and up, down, k and v.
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))
+_WEIGHTS = ("dense", "nf4")
 _MAKES = {FORWARD: "forward", BACKWARD: "forward+backward"}
 
 
@@ -73,14 +77,12 @@ def _by(make: Callable[[], Step], tuner: _Fixed) -> Callable[[], Step]:
 
 def units(day: Day) -> list[Unit]:
     """Forward and backward of the sizes that decide: Llama-3-8B's linears, few and many rows."""
-    shapes, rows = ([(64, 64)], [8]) if day.rehearsal else (_SHAPES, (8192, 2048, 512, 64))
-    cases = [
-        Case(M, *shape, 16, torch.bfloat16, weight, p, torch.bfloat16)
-        for M in rows
-        for shape in shapes
-        for weight in ("dense", "nf4")
-        for p in (0.0, 0.1)
-    ]
+    if day.rehearsal:
+        cases = [_case(8, (64, 64), weight, p) for weight in _WEIGHTS for p in (0.0, 0.1)]
+    else:
+        every = itertools.product((8192, 2048, 512, 64), SHAPES, _WEIGHTS)
+        cases = [_case(M, shape, weight) for M, shape, weight in every]
+        cases += [_case(8192, SHAPES[0], weight, 0.1) for weight in _WEIGHTS]
     return [
         Unit(f"{case} {op}", lambda case=case, op=op: _measured(day, case, op))
         for case in cases
@@ -88,7 +90,8 @@ def units(day: Day) -> list[Unit]:
     ]
 
 
-_SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)]
+def _case(M: int, shape: tuple[int, int], weight: str, p: float = 0.0) -> Case:
+    return Case(M, *shape, 16, torch.bfloat16, weight, p, torch.bfloat16)
 
 
 def _measured(day: Day, case: Case, op: str) -> dict[str, Any]:
