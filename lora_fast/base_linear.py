@@ -94,7 +94,10 @@ def module_obstacle(module: nn.Module, role: str, *types: type) -> str | None:
         or module._backward_hooks
         or module._backward_pre_hooks
     ):
-        return f"hooks on {role}"
+        parameters = module._parameters.values()
+        return next(filter(None, (_partition_obstacle(p, role) for p in parameters)), None) or (
+            f"hooks on {role}"
+        )
     if not runs_own_forward(module) or module._compiled_call_impl is not None:
         return f"forward of {role} replaced"
     return None
@@ -133,7 +136,12 @@ def tensor_obstacle(tensor: Tensor | None, role: str) -> str | None:
         return f"{role} is {type(tensor).__name__}"
     if tensor.layout is not torch.strided or tensor.is_meta:
         return f"{role} is {'on the meta device' if tensor.is_meta else tensor.layout}"
-    return None
+    return _partition_obstacle(tensor, role)
+
+
+def _partition_obstacle(tensor: Tensor | None, role: str) -> str | None:
+    """Whether DeepSpeed ZeRO-3 owns `tensor`, which is whole only while its module is called."""
+    return f"{role} is partitioned by DeepSpeed ZeRO-3" if hasattr(tensor, "ds_id") else None
 
 
 def base_obstacle(base: Any) -> str | None:

@@ -1,0 +1,77 @@
+"""Existing engines around fused layers: two processes end where one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed_runs import SCENARIOS, Result, run_everything, train
+from lora_models import K, N, peft_model
+from torch import nn
+
+import lora_fast
+
+# Layers whose own modules an engine has taken over run PEFT's code, and say why.
+FALLBACKS = {
+    "fsdp2-children": {"lora_A is FSDPLinear": 12},
+    "fsdp2-children-nf4": {"lora_A is FSDPLinear": 12},
+    "tensor-parallel": {"hooks on base layer": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> list[dict[str, Result | str]]:
+    return run_everything(world=2)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_train_what_one_does(
+    name: str, two_processes: list[dict[str, Result | str]]
+) -> None:
+    alone = train(SCENARIOS[name])
+    assert alone.fallbacks == {} and alone.fused_calls > 0
+    for rank in two_processes:
+        result = rank[name]
+        assert isinstance(result, Result), result
+        expected = FALLBACKS.get(name, {})
+        assert result.fallbacks == expected
+        assert result.fused_calls == alone.fused_calls - sum(expected.values())
+        assert result.parameters.keys() == alone.parameters.keys()
+        for parameter, value in alone.parameters.items():
+            error = (result.parameters[parameter] - value).abs().max().item()
+            assert error <= 1e-6, f"{parameter} is {error:.1e} away"
+
+
+def partitioned(parameter: nn.Parameter, number: int) -> None:
+    """As DeepSpeed ZeRO-3 leaves a parameter between two uses of it."""
+    parameter.ds_id = number  # type: ignore[attr-defined]
+    parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+    parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_zero3_is_left_to_peft(hooked: bool) -> None:
+    """ZeRO-3 gathers a parameter in hooks of its own module, so that module must be called."""
+    model = lora_fast.accelerate(peft_model())
+    (layer,) = (m for m in model.modules() if hasattr(m, "lora_A"))
+    modules = [layer.lora_A["default"], layer.lora_B["default"], layer.base_layer]
+    full = [module.weight.data for module in modules]
+    x = torch.randn(3, K)
+    expected = model(x)
+    for number, (module, data) in enumerate(zip(modules, full, strict=True)):
+        partitioned(module.weight, number)
+        if hooked:
+            module.register_forward_pre_hook(
+                lambda module, _, data=data: setattr(module.weight, "data", data)
+            )
+    reason = "lora_A is partitioned by DeepSpeed ZeRO-3"
+    assert lora_fast.report(model).layers[0].obstacle == reason
+    if hooked:
+        torch.testing.assert_close(model(x), expected)
+        assert lora_fast.report(model).fallback_calls == {reason: 1}
+
+
+def test_zero3_layers_are_not_converted() -> None:
+    linear = nn.Linear(K, N)
+    partitioned(linear.weight, 0)
+    with pytest.raises(ValueError, match="weight is partitioned by DeepSpeed ZeRO-3"):
+        lora_fast.LoRALinear.from_linear(linear, r=2)
