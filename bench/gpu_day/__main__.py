@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _PROBE_SECONDS = 180
 
 
 def main(arguments: list[str] | None = None) -> int:
+    started = time.monotonic()
     options = _options(arguments)
     if options.list:
         for step in STEPS:
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             journal.append("forget", step=step.name)
     print(_title({**about, "rehearsal": options.rehearse}), flush=True)
     runner = Runner(journal, _command(out, options.rehearse), out / "log.txt", ROOT, env)
-    runner.run(steps, options.budget)
+    runner.run(steps, options.budget and options.budget - (time.monotonic() - started))
     reported = _report(out, env)
     return _verdict(steps, journal) or (0 if reported else 1)
 
@@ -75,7 +77,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [step.name for step in STEPS]
-    parser.add_argument("--budget", type=float, help="seconds; steps that do not fit wait")
+    parser.add_argument(
+        "--budget", type=float, help="seconds, up to the report; what does not fit waits"
+    )
     parser.add_argument("--only", action="append", choices=names, help="this step (repeatable)")
     parser.add_argument("--fresh", action="store_true", help="run what has a result again")
     parser.add_argument("--out", type=Path, help="folder of the results")
