@@ -59,8 +59,11 @@ def forget() -> None:
 def _provide(device: torch.device) -> None:
     """See to it that at least half an arena is there for the captures to come."""
     arena = _arenas.get(device)
-    if arena is None or 2 * arena.used > _ARENA:
-        with _lock:
+    if arena is not None and 2 * arena.used <= _ARENA:
+        return
+    with _lock:
+        # Another thread may have provided meanwhile.
+        if _arenas.get(device) is arena:
             if arena is not None:
                 _full.append(arena)
             _arenas[device] = _Arena(_zeros(_ARENA, device))

@@ -112,7 +112,7 @@ def place_of(device: torch.device) -> Place:
     if device.type == "cuda":
         return _gpu(torch.cuda.current_device() if device.index is None else device.index)
     arch = configs.current_arch()
-    return Place("interpreter" if arch is None else f"sm_{arch}", arch)
+    return Place(device.type if arch is None else f"sm_{arch}", arch)
 
 
 @functools.cache
