@@ -225,7 +225,8 @@ def _dropout(f: Factors, x: Tensor, mask: Tensor | None) -> Dropout | None:
     if f.dropout_p == 0.0:
         return None
     if mask is None:
-        mask = dropout_mask(f.dropout_seed, *x.shape, f.dropout_p, x.device)
+        M, K = x.shape
+        mask = dropout_mask(f.dropout_seed, M, K, f.dropout_p, x.device)
     return Dropout(mask, f.dropout_p)
 
 
