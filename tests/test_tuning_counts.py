@@ -21,7 +21,15 @@ from bench.offline.operations import OperationCounter
 from lora_fast import torch_ops, triton_ops
 from lora_fast.factors import Factors, Needs
 from lora_fast.tuning.counts import works
-from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, query
+from lora_fast.tuning.plans import (
+    BACKWARD,
+    BACKWARD_GROUP,
+    COMPOSED,
+    FORWARD,
+    FORWARD_GROUP,
+    FUSED,
+    query,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="reads the launches of the compiler's JIT"
@@ -65,6 +73,24 @@ def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, adapter, need
     backward = _launches(monkeypatch, lambda: triton_ops.backward(dY, x, saved, f, needs))
     for op, rows, launches in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
         asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
+        counted = works(FUSED, asked, ARCH)
+        passes = [p for launch in launches for p in cost_model.traffic(launch)]
+        assert sum(work.launches for work in counted) == len(launches), op
+        assert sum(work.bytes for work in counted) == sum(p.bytes for p in passes), op
+        assert sum(work.flops for work in counted) == sum(p.flops for p in passes), op
+
+
+@pytest.mark.parametrize("R", [16, 64])
+@pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True)], ids=str)
+def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, R, needs):
+    (x, dY, q), (_, dK, k) = (_operands(2048, N, 4096, R, BF16, FP32) for N in (1536, 512))
+    fs, wanted, S = [q, k], [needs, needs], x.new_empty(2048, 2 * R)
+    forward = _launches(monkeypatch, lambda: triton_ops.forward_group(x, fs))
+    backward = _launches(
+        monkeypatch, lambda: triton_ops.backward_group([dY, dK], x, S, None, fs, wanted)
+    )
+    for op, rows, launches in ((FORWARD_GROUP, x, forward), (BACKWARD_GROUP, dY, backward)):
+        asked = query(op, rows, fs, wanted if op == BACKWARD_GROUP else [Needs()] * 2, cublas=True)
         counted = works(FUSED, asked, ARCH)
         passes = [p for launch in launches for p in cost_model.traffic(launch)]
         assert sum(work.launches for work in counted) == len(launches), op
