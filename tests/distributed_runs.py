@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import runpy
+import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -37,6 +41,14 @@ class Result:
     parameters: dict[str, Tensor]
     fused_calls: int
     fallbacks: dict[str, int]
+
+
+@dataclass
+class Example:
+    """How an example ended, and what it printed."""
+
+    status: int
+    printed: str
 
 
 @dataclass(frozen=True)
@@ -179,35 +191,65 @@ def accumulating(model: Any, *, last: bool) -> Any:
         yield
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    """One process of `world`: every scenario, its results in a file."""
+EXAMPLES = ("ddp.py", "fsdp2_qlora.py")
+
+
+def run_example(name: str, port: int) -> Example:
+    """One of the folder examples/ with --smoke, as torchrun starts it in each process."""
+    path = Path(__file__).resolve().parents[1] / "examples" / name
+    os.environ["MASTER_PORT"] = str(port)
+    sys.argv = [name, "--smoke"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = runpy.run_path(str(path))["main"]()
+    return Example(status, printed.getvalue())
+
+
+def work(rank: int, world: int, folder: str, ports: list[int]) -> None:
+    """One process of `world`: every example and scenario, what came of them in a file."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", HF_HUB_OFFLINE="1")
+    results: dict[str, Result | Example | str] = {}
+    for name, port in zip(EXAMPLES, ports, strict=True):
+        try:
+            results[name] = run_example(name, port)
+        except Exception:
+            results[name] = traceback.format_exc()
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group(
         "gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=60)
     )
     try:
-        results: dict[str, Result | str] = {}
         for name, scenario in SCENARIOS.items():
             try:
                 results[name] = train(scenario, rank, world)
             except Exception:
                 results[name] = traceback.format_exc()
-        torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
     finally:
         dist.destroy_process_group()
+    torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
 
 
-def run_everything(world: int = 2) -> list[dict[str, Result | str]]:
-    """For each rank the result of every scenario, or the traceback of its failure."""
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as open_sockets:
+        found = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for listener in found:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in found]
+
+
+def run_everything(world: int = 2) -> list[dict[str, Result | Example | str]]:
+    """For each rank what came of every example and scenario: for a failure, its traceback."""
     with tempfile.TemporaryDirectory() as folder:
         # A process that has imported this file once starts the others, without the threads of ours.
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         torch.multiprocessing.start_processes(
-            work, (world, folder), nprocs=world, start_method="forkserver"
+            work,
+            (world, folder, free_ports(len(EXAMPLES))),
+            nprocs=world,
+            start_method="forkserver",
         )
         files = [Path(folder, f"rank{rank}.pt") for rank in range(world)]
         return [torch.load(file, weights_only=False) for file in files]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from distributed_runs import SCENARIOS, Result, run_everything, train
+from distributed_runs import EXAMPLES, SCENARIOS, Example, Result, run_everything, train
 from lora_models import K, N, peft_model
 from torch import nn
 
@@ -18,15 +20,16 @@ FALLBACKS = {
 }
 
 
+Results = list[dict[str, Result | Example | str]]
+
+
 @pytest.fixture(scope="module")
-def two_processes() -> list[dict[str, Result | str]]:
+def two_processes() -> Results:
     return run_everything(world=2)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes_train_what_one_does(
-    name: str, two_processes: list[dict[str, Result | str]]
-) -> None:
+def test_two_processes_train_what_one_does(name: str, two_processes: Results) -> None:
     alone = train(SCENARIOS[name])
     assert alone.fallbacks == {} and alone.fused_calls > 0
     for rank in two_processes:
@@ -39,6 +42,19 @@ def test_two_processes_train_what_one_does(
         for parameter, value in alone.parameters.items():
             error = (result.parameters[parameter] - value).abs().max().item()
             assert error <= 1e-6, f"{parameter} is {error:.1e} away"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_have_the_losses_of_one_process(name: str, two_processes: Results) -> None:
+    first, second = (rank[name] for rank in two_processes)
+    assert isinstance(first, Example), first
+    assert (first.status, second) == (0, Example(0, ""))
+    assert "fused calls, fallbacks: none" in first.printed
+    losses = re.findall(r"^loss (\S+) → (\S+) in (2 processes|one)$", first.printed, re.MULTILINE)
+    assert [where for *_, where in losses] == ["2 processes", "one"]
+    assert all(float(last) < 0.8 * float(start) for start, last, _ in losses)
+    apart = re.search(r"largest relative difference of a step's loss (\S+),", first.printed)
+    assert apart is not None and float(apart.group(1)) <= 1e-4
 
 
 def partitioned(parameter: nn.Parameter, number: int) -> None:
