@@ -178,7 +178,7 @@ def _claimed(layer: Any, arguments: dict[str, Any]) -> bool:
     disabled.
     """
     known = any(isinstance(layer, cls) for cls in FUSED_CLASSES)
-    if not known or type(layer.get_base_layer()) not in LINEAR:
+    if not known or type(layer.base_layer) not in LINEAR:
         return False
     if layer.merged or layer.disable_adapters:
         return False
