@@ -362,3 +362,14 @@ def test_adalora_trains_with_its_own_allocator() -> None:
 def test_single_is_what_the_accuracy_rule_measures() -> None:
     assert [type(layer).__name__ for layer in tuner_layers(method_model("vera"))] == ["Linear"]
     assert isinstance(method_model("vera").get_base_model(), Single)
+
+
+def test_the_order_of_adalora_adapters_does_not_show() -> None:
+    """PEFT's own tests ask for it, with outputs so large that rounding would show."""
+    model = accelerated_copy(method_model("adalora", adapters=2))
+    x, outputs = torch.randn(9, K), []
+    for order in (["default", "adapter1"], ["adapter1", "default"]):
+        model.base_model.set_adapter(order, inference_mode=True)
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+    assert counted(model) == (2, {})

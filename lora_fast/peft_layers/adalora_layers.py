@@ -95,7 +95,8 @@ def _read(layer: Any) -> tuple[list[Adapter], str | None]:
     found = switched_off(layer)
     if found is not None:
         return adapters, found
-    for name in layer.active_adapters:
+    # By name: the order in which they were activated must not show, not even in the rounding.
+    for name in sorted(layer.active_adapters):
         if name not in layer.lora_A:
             continue
         A, B, E = layer.lora_A[name], layer.lora_B[name], layer.lora_E[name]
