@@ -251,5 +251,7 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     kept = command._load(command.RESULTS / command.FILE)
     text = (command.RESULTS / "tables.md").read_text()
     assert tables._targets(kept["counts"], kept["kernels"]) in text
+    assert tables.summary(kept["counts"]) in text
+    assert tables.summary(kept["counts"]) in (Path(__file__).parents[1] / "README.md").read_text()
     for name in {row["layer"] for row in kept["counts"]}:
         assert tables._layer(kept["counts"], name) in text

@@ -19,6 +19,8 @@ def everything(counts: Rows, kernels: Rows, breakdown: Rows) -> str:
     parts = [
         "# Counted and modelled, not measured",
         _assumptions(),
+        "## In short: bfloat16, M = 8192, r = 16, forward + backward",
+        summary(counts),
         "## Targets",
         _targets(counts, kernels),
     ]
@@ -28,6 +30,33 @@ def everything(counts: Rows, kernels: Rows, breakdown: Rows) -> str:
     parts += [f"## Where the bytes come from: {MAIN}, sm_90", _breakdown(breakdown)]
     parts += ["## Machine code", _kernels(kernels)]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(counts: Rows) -> str:
+    """Everybody's launches, bytes and modelled times, for a dense linear and a decoder layer."""
+    lines = []
+    for layer in (LINEAR, LAYER):
+        for who, rows in _by(_select(counts, layer, "dense", 0.0), "who"):
+            first, times = _merged(rows)
+            lines.append(
+                (
+                    layer,
+                    who,
+                    str(first["launches_forward"] + first["launches_backward"]),
+                    f"{first['extra_bytes'] / 1e6:.0f}",
+                    f"{first['saved_bytes'] / 1e6:.0f}",
+                    *times,
+                )
+            )
+    head = ("", "", "launches", "extra MB", "kept MB")
+    return _table((*head, *(r.name for r in ROOFLINES)), lines)
+
+
+def _merged(rows: Rows) -> tuple[dict[str, Any], list[str]]:
+    """The counts of sm_90, where it was counted, and the time on each device."""
+    first = next((row for row in rows if row["arch"] == 90), rows[0])
+    times = {name: t for row in rows for name, t in row["over_frozen"].items()}
+    return first, [f"{times[r.name]:.3f}" if r.name in times else "-" for r in ROOFLINES]
 
 
 def _assumptions() -> str:
@@ -92,9 +121,7 @@ def _layer(counts: Rows, layer: str) -> str:
     for weight in ("dense", "nf4"):
         for p in (0.0, 0.1):
             for who, rows in _by(_select(counts, layer, weight, p), "who"):
-                # Of ours the counts of sm_90, where it was counted; each device has its own time.
-                first = next((row for row in rows if row["arch"] == 90), rows[0])
-                times = {name: t for row in rows for name, t in row["over_frozen"].items()}
+                first, times = _merged(rows)
                 lines.append(
                     (
                         weight,
@@ -106,7 +133,7 @@ def _layer(counts: Rows, layer: str) -> str:
                         f"{first['bytes'] / 1e6:.0f}",
                         f"{first['extra_bytes'] / 1e6:.0f}",
                         f"{first['saved_bytes'] / 1e6:.0f}",
-                        *(f"{times[r.name]:.3f}" if r.name in times else "-" for r in ROOFLINES),
+                        *times,
                     )
                 )
     head = ("W", "p", "who", "launches", "TFLOP", "compulsory MB", "MB", "extra MB", "saved MB")
