@@ -58,9 +58,9 @@ def adapted_linear(
     if A is None:
         dropout_p = 0.0
     if torch.compiler.is_compiling():
-        return library_ops.apply(
-            x, weight, (bias, A, B, b, d, g), scaling, dropout_p, dropout_seed, rank_spans
-        )
+        seed = library_ops.seed_of(dropout_p, dropout_seed)
+        vectors = (bias, A, B, b, d, g)
+        return library_ops.apply(x, weight, vectors, scaling, dropout_p, seed, rank_spans)
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = _draw_seed(x.device)
     constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)
@@ -107,6 +107,12 @@ def adapted_linears(
             raise ValueError("members must have frozen weights, got one that requires a gradient")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.compiler.is_compiling():
+        seed = library_ops.seed_of(dropout_p, dropout_seed)
+        return tuple(
+            library_ops.apply(x, W, (bias, A, B, None, None, None), s, dropout_p, seed, None)
+            for W, bias, A, B, s in members
+        )
     vectors_of_all = [v for member in members for v in (member.bias, member.A, member.B)]
     weights = tuple(member.weight for member in members)
     if dropout_p > 0.0 and dropout_seed is None:

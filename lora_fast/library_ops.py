@@ -237,23 +237,24 @@ _row_norms_op = _registered(
 )
 
 
+def seed_of(dropout_p: float, dropout_seed: int | None) -> Tensor | None:
+    """Dropout's seed; unless given, it is drawn in the graph, from torch's generator of the CPU."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(2**62, ()) if dropout_seed is None else torch.tensor(dropout_seed)
+
+
 def apply(
     x: Tensor,
     weight: Tensor | NF4Weight,
     vectors: tuple[Tensor | None, ...],
     scaling: float,
     dropout_p: float,
-    dropout_seed: int | None,
+    seed: Tensor | None,
     rank_spans: Tensor | None,
 ) -> Tensor:
-    """y of `lora_fast::adapted_linear`; `vectors` are bias, A, B, b, d and g.
-
-    Without a seed one is drawn in the graph, from torch's generator of the CPU.
-    """
+    """y of `lora_fast::adapted_linear`; `vectors` are bias, A, B, b, d and g."""
     flat = FlatWeight.of(weight)
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(2**62, ()) if dropout_seed is None else torch.tensor(dropout_seed)
     enabled = torch.is_grad_enabled()
     needs = [enabled and t is not None and t.requires_grad for t in (x, flat.data, *vectors)]
     y, *_ = adapted_linear(

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 import lora_fast
-from lora_fast import DoRALinear, LoRALinear, VeRALinear
+from lora_fast import DoRALinear, LoRALinear, VeRALinear, functional
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +235,23 @@ def test_a_layer_of_a_group_computes_alone() -> None:
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     assert_compiles(alone, compiled, (3,))
     assert torch.equal(compiled(x), alone(x))
+
+
+def test_members_of_a_group_share_their_mask() -> None:
+    A, B = torch.randn(3, K), torch.randn(N, 3)
+    member = functional.Member(torch.randn(N, K), None, A, B, 0.5)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def together(x: Tensor, seed: int | None) -> tuple[Tensor, ...]:
+        return functional.adapted_linears(x, [member, member], dropout_p=0.4, dropout_seed=seed)
+
+    x = torch.randn(5, K)
+    first, second = together(x, None)
+    assert torch.equal(first, second)
+    alone = functional.adapted_linear(
+        x, member.weight, A=A, B=B, scaling=0.5, dropout_p=0.4, dropout_seed=7
+    )
+    assert_same_bits(together(x, 7)[0], alone, name="y")
 
 
 def test_autocast_and_inference() -> None:
