@@ -14,7 +14,6 @@ from lora_fast import __version__
 
 from .compare import compare
 from .doctor import doctor
-from .doctor import doctor
 from .merge import merge
 from .plan import plan
 from .train import train
@@ -33,7 +32,6 @@ app.command()(train)
 app.command()(compare)
 app.command()(plan)
 app.command()(merge)
-app.command()(doctor)
 app.command()(tune)
 app.command()(doctor)
 
