@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,18 @@ def test_a_plan_that_is_no_candidate_any_more_is_not_taken():
     file.write_text(file.read_text().replace('"plan": "composed"', '"plan": "os.system"'))
     assert Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run) == COMPOSED
     assert len(clock.ran) == 2 * len(PLANS)
+    # It is replaced on disk, too: the next process times nothing.
+    later = Clock({})
+    assert Tuner(times=True, timer=later).plan(PLAIN, CPU, later.run) == COMPOSED
+    assert later.ran == []
+
+
+@pytest.mark.parametrize(("hip", "arch"), [(None, 94), ("6.4", None)], ids=["nvidia", "amd"])
+def test_a_gpu_of_another_vendor_has_no_compute_capability(monkeypatch, hip, arch):
+    properties = SimpleNamespace(name="a GPU", major=9, minor=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert tuner._gpu.__wrapped__(0) == Place("a GPU", arch)
 
 
 @pytest.mark.parametrize(

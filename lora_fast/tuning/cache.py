@@ -71,15 +71,26 @@ class Cache:
         entry = self._plans.get(key)
         return None if entry is None else entry["plan"]
 
-    def put(self, key: str, plan: str, milliseconds: Mapping[str, float]) -> None:
-        """Keep a choice, and the times that led to it. The first process to know a key wins."""
+    def put(
+        self,
+        key: str,
+        plan: str,
+        milliseconds: Mapping[str, float],
+        *,
+        instead_of: str | None = None,
+    ) -> None:
+        """Keep a choice, and the times that led to it. The first process to know a key wins, unless
+        what it chose is `instead_of`, a plan that is none any more."""
         ours = self._plans if self._plans is not None else {}
         self._plans = {**ours, key: {"plan": plan, "milliseconds": dict(milliseconds)}}
         try:
             path = self.path
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
-                merged = {**self._plans, **self._read()}
+                stored = self._read()
+                if key in stored and stored[key]["plan"] == instead_of:
+                    del stored[key]
+                merged = {**self._plans, **stored}
                 _replace(path, json.dumps({**self.header, "plans": merged}, indent=1))
         except (OSError, RuntimeError) as error:
             self._warn(f"timings are kept in memory only: {error}")

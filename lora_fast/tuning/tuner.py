@@ -84,7 +84,8 @@ class Tuner:
         if not times:
             return modelled
         fastest = min(times, key=times.__getitem__)
-        cache.put(query.key, fastest.name, {plan.name: times[plan] for plan in times})
+        measured = {plan.name: times[plan] for plan in times}
+        cache.put(query.key, fastest.name, measured, instead_of=known)
         return fastest
 
     def _time(
@@ -118,7 +119,9 @@ def place_of(device: torch.device) -> Place:
 @functools.cache
 def _gpu(device: int) -> Place:
     properties = torch.cuda.get_device_properties(device)
-    return Place(properties.name, 10 * properties.major + properties.minor)
+    # AMD's numbers are no compute capability: gfx942 would pass for sm_94.
+    arch = None if torch.version.hip else 10 * properties.major + properties.minor
+    return Place(properties.name, arch)
 
 
 def _is_capturing(device: torch.device) -> bool:
