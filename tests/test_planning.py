@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALLOCATORS
 from tiny_runs import run_cli, save_llama
 from torch import Tensor, nn
 from transformers import (
@@ -27,15 +26,6 @@ from lora_fast.planning.states import optimizer_bytes
 from lora_fast.training import methods
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.models import Base
-
-
-@pytest.fixture(autouse=True)
-def _allocators_that_know_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.device("meta")`` does not recognise the functions that poison what they allocate."""
-    for owner, name in ALLOCATORS:
-        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
-    torch.utils._device._device_constructors.cache_clear()
-
 
 TOLERANCE = 0.05  # what planning promises
 VOCABULARY, BATCH, LENGTH = 96, 2, 24

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALLOCATORS
 from transformers import LlamaConfig
 
 import lora_fast
@@ -30,14 +29,6 @@ DEFAULTS = {
     "dtype": "bfloat16",
 }
 ATTENTION, MLP = "model/layers/0/self_attn", "model/layers/0/mlp"
-
-
-@pytest.fixture(autouse=True)
-def _allocators_that_know_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.device("meta")`` does not recognise the functions that poison what they allocate."""
-    for owner, name in ALLOCATORS:
-        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
-    torch.utils._device._device_constructors.cache_clear()
 
 
 @pytest.fixture(scope="module")
