@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accuracy import assert_all_accurate
+from accuracy import assert_all_accurate, assert_same_bits
 
 from lora_fast import NF4Weight, dispatch, functional, reference
 
@@ -217,3 +217,21 @@ def variations(base: Case, **axes: tuple[Any, ...]) -> list[Case]:
         for value in values
         if value != getattr(base, name)
     ]
+
+
+def check_rows_keep_apart(
+    case: Case, value: float, device: torch.device | str = "cpu", x_row: int = 17, dY_row: int = 5
+) -> None:
+    """Assert that `value` (not finite) in a row of x spoils that row of y, and in a row of dY that
+    of dX, and that all other rows keep their bits."""
+    clean, spoilt = make(case, device), make(case, device)
+    with torch.no_grad():
+        spoilt.tensors["x"][x_row] = value
+        spoilt.dY[dY_row] = value
+    expected, results = fused(clean), fused(spoilt)
+    for name, row in (("y", x_row), ("dx", dY_row)):
+        actual, wanted = results[name], expected[name]
+        assert actual is not None and wanted is not None
+        assert not actual[row].isfinite().any(), name
+        others = torch.arange(case.M) != row
+        assert_same_bits(actual[others], wanted[others], name=name)

@@ -66,6 +66,18 @@ def test_one_wrong_element_fails(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_one_wrong_element_fails_though_the_rms_is_allowed(dtype: torch.dtype) -> None:
+    x, weight, bias, ref = _problem(dtype)
+    eager = _eager(x, weight, bias)
+    actual = ref.to(dtype)
+    actual[17, 3] += 4 * ((eager - ref).abs().max() + torch.finfo(dtype).eps * ref.abs().max())
+    rms = (actual - ref).square().mean().sqrt() / ref.square().mean().sqrt()
+    assert rms < RMS_CEILING[dtype]
+    with pytest.raises(AssertionError, match=r"worst at \(17, 3\)"):
+        assert_accurate(actual, ref, eager, name="y")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_missing_last_k_step_fails(dtype: torch.dtype) -> None:
     x, weight, bias, ref = _problem(dtype)
     short = x[:, :-1].double() @ weight[:, :-1].double().T + bias.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,16 @@ def test_commands_exist(page: str) -> None:
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
     named = set(re.findall(r"lora-fast ([a-z]+)\b", (ROOT / page).read_text()))
     assert named <= commands
+
+
+def test_tests_of_the_checklist_exist() -> None:
+    """`test_x.py` opens a file, and the `test_…` after it are its functions."""
+    functions: set[str] = set()
+    named = re.findall(r"`(test_\w+)(\.py)?`", (ROOT / "tests" / "README.md").read_text())
+    assert len(named) > 100
+    for name, suffix in named:
+        if suffix:
+            tree = ast.parse((ROOT / "tests" / f"{name}.py").read_text())
+            functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        else:
+            assert name in functions, name

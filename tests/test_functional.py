@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import assert_all_accurate, assert_same_bits
-from equation import FACTORS, Case, check, eager, exact, fused, make, variations
+from equation import (
+    FACTORS,
+    Case,
+    check,
+    check_rows_keep_apart,
+    eager,
+    exact,
+    fused,
+    make,
+    variations,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,6 +63,20 @@ def test_shapes_and_layouts(case):
 @pytest.mark.parametrize("lead", [(2, 3, 6), (4, 9), ()], ids=str)
 def test_leading_dimensions(lead):
     check(replace(BASE, M=36, lead=lead, dtype=BF16, adapter_dtype=FP32))
+
+
+def test_leading_dimensions_in_another_order():
+    """x and dY whose rows do not lie at equal distances."""
+    operands = make(replace(BASE, M=36, lead=(4, 9)))
+    t = operands.tensors
+
+    def run(x, dY):
+        y = functional.adapted_linear(x, operands.weight, A=t["A"], B=t["B"])
+        return (y.detach(), *torch.autograd.grad(y, (t["x"], t["A"], t["B"]), dY))
+
+    x, dY = t["x"].transpose(0, 1), operands.dY.transpose(0, 1)
+    for a, b in zip(run(x, dY), run(x.contiguous(), dY.contiguous()), strict=True):
+        assert_same_bits(a, b, name="permuted")
 
 
 @settings(max_examples=40)
@@ -346,3 +370,25 @@ def test_dropout_seed_on_a_gpu_follows_its_generator():
     first, second = functional._draw_seed(device), functional._draw_seed(device)
     torch.manual_seed(5)
     assert functional._draw_seed(device) == first != second
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_backward_agrees_with_finite_differences(p):
+    """In float64, along random directions."""
+    operands = make(replace(BASE, M=9, dtype=torch.float64, factors=FACTORS, p=p))
+    names = list(operands.tensors)
+
+    def call(weight, *values):
+        t = dict(zip(names, values, strict=True))
+        return functional.adapted_linear(
+            t.pop("x"), weight, t.pop("bias"), **t, scaling=0.7, dropout_p=p, dropout_seed=3
+        )
+
+    inputs = (operands.dense.requires_grad_(), *operands.tensors.values())
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_stays_in_its_row_backward_as_well(value):
+    case = replace(BASE, factors=FACTORS, p=0.3, nf4=True)
+    check_rows_keep_apart(case, value)

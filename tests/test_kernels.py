@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_all_accurate, assert_same_bits
-from equation import Case, check, eager, exact, fused, lay_out, make, variations
+from equation import (
+    Case,
+    check,
+    check_rows_keep_apart,
+    eager,
+    exact,
+    fused,
+    lay_out,
+    make,
+    variations,
+)
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_groups import check as check_group
+
+import lora_fast
+from lora_fast import dispatch, functional
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GAINS = ("x", "bias", "A", "B", "b", "d", "g")
@@ -144,3 +164,119 @@ def test_the_race_check_notices_a_missing_link(ptx_executor, mutate):
         pytest.raises(ptxrun.GlobalRace, match="ticketed_gemm"),
     ):
         fused(operands)
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """For what the compiler has no part in."""
+    with lora_fast.set_backend("triton"):
+        yield
+
+
+LAYOUTS = ["contiguous", "transposed", "sliced"]
+
+
+@pytest.mark.interpreter
+# No shrinking, which takes minutes here.
+@settings(max_examples=10, phases=[Phase.generate])
+@given(
+    M=st.integers(0, 40), K=st.integers(8, 70), N=st.integers(8, 70),
+    R=st.sampled_from([3, 8, 16, 21, 40]), dtype=st.sampled_from([FP32, BF16, FP16]),
+    nf4=st.booleans(), p=st.sampled_from([0.0, 0.25]), x_layout=st.sampled_from(LAYOUTS),
+    dY_layout=st.sampled_from(LAYOUTS), gains=st.sets(st.sampled_from(["b", "d", "g", "bias"])),
+)  # fmt: skip
+def test_any_shape(interpreted, M, K, N, R, dtype, nf4, p, x_layout, dY_layout, gains):
+    # At rank 1 the gradient of d is one sum, whose terms may cancel; MORE_CASES have that rank.
+    factors = tuple(name for name in GAINS if name in {"x", "A", "B", *gains})
+    check(
+        Case(
+            M, K, N, R, dtype, nf4=nf4, factors=factors, p=p,
+            x_layout=x_layout, dY_layout=dY_layout,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.interpreter
+def test_no_dimension_is_a_multiple_of_a_block(interpreted):
+    factors = tuple(name for name in GAINS if name != "d")
+    check(replace(RAGGED, M=252, K=507, N=123, R=3, factors=factors))
+
+
+@pytest.mark.interpreter
+def test_subsets_of_gradients(interpreted):
+    """Those that leave few out or few in; the torch backend has all."""
+    case = replace(RAGGED, M=20, K=24, N=28, factors=GAINS)
+    operands = make(case)
+    yardsticks = exact(operands), eager(operands)
+    for count in (0, 1, 2, 6, 7):
+        for trains in itertools.combinations(GAINS, count):
+            results = fused(make(replace(case, trains=trains)))
+            found = {name for name in GAINS if results["d" + name] is not None}
+            assert found == set(trains)
+            names = ["y", *("d" + name for name in trains)]
+            compared = ({name: values[name] for name in names} for values in (results, *yardsticks))
+            assert_all_accurate(*compared, compute_dtype=BF16, name=str(trains))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_stays_in_its_row(interpreted, value):
+    check_rows_keep_apart(replace(RAGGED, M=70, factors=GAINS, p=0.3, nf4=True), value)
+
+
+@pytest.mark.interpreter
+def test_all_dropped_leaves_the_base_and_no_adapter_gradient(interpreted):
+    results = check(replace(RAGGED, M=40, p=1.0))
+    assert not results["dA"].any() and not results["dB"].any()
+
+
+@pytest.mark.interpreter
+def test_inputs_stay_and_a_second_backward_gives_the_same_bits(interpreted):
+    operands = make(replace(RAGGED, M=40, factors=GAINS, p=0.3, nf4=True))
+    t, packed = operands.tensors, operands.weight.packed
+    inputs = {**t, "dY": operands.dY, "packed": packed}
+    before = {name: value.detach().clone() for name, value in inputs.items()}
+    y = functional.adapted_linear(
+        t["x"], operands.weight, t["bias"], **{name: t[name] for name in ("A", "B", "b", "d", "g")},
+        dropout_p=0.3,
+    )  # fmt: skip
+    first, second = (
+        torch.autograd.grad(y, list(t.values()), operands.dY, retain_graph=True) for _ in range(2)
+    )
+    for name, a, b in zip(t, first, second, strict=True):
+        assert_same_bits(a, b, name=name)
+    for name, value in inputs.items():
+        assert_same_bits(value, before[name], name=name)
+
+
+@pytest.mark.interpreter
+def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
+    """Triton launches on the current device, which may be another."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    inside, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def recording(run: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(self, *args, **kwargs):
+            launched.append((self.fn.__name__, bool(inside)))
+            return run(self, *args, **kwargs)
+
+        return recorded
+
+    operands = make(replace(RAGGED, M=400, nf4=True))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(InterpretedFunction, "run", recording(InterpretedFunction.run))
+    fused(operands)
+    check_group(BF16, FP32, True)
+    W, A, B = torch.randn(20, 24), torch.randn(3, 24), torch.randn(20, 3)
+    dispatch.row_norms(W, A, B, 0.5, None)
+    dispatch.update_weight(W, W, A=A, B=B)
+    kernels = {"nf4_decode", "ticketed_gemm", "strips", "mark_changes", "row_norms"}
+    assert {name for name, _ in launched} == kernels | {"weight_update"}
+    assert [name for name, guarded in launched if not guarded] == []

@@ -7,6 +7,7 @@ import torch
 from accuracy import assert_same_bits
 
 from lora_fast import NF4Weight
+from lora_fast.nf4 import BLOCKSIZES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -37,3 +38,13 @@ def test_one_launch(executor):
     with executor.counting_launches() as names:
         decode(weight, torch.bfloat16)
     assert names == ["nf4_decode"]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_every_block_size(blocksize, nested):
+    """With a last block that is partial."""
+    weight = NF4Weight.from_dense(torch.randn(91, 91), blocksize=blocksize, double_quant=nested)
+    for dtype in DTYPES:
+        assert_same_bits(decode(weight, dtype), weight.dequantize(dtype), name=str(dtype))

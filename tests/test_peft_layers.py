@@ -369,3 +369,17 @@ def test_result_dtype_under_cuda_autocast() -> None:
     finally:
         torch.set_autocast_enabled("cuda", False)
     assert fused_lora_layers._result_dtype(nf4, y) == F16
+
+
+@pytest.mark.parametrize("x_dtype", [F32, BF16])
+@pytest.mark.parametrize("adapter", [F32, BF16])
+@pytest.mark.parametrize("base", [BF16, F16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bit_models_under_autocast(
+    kind: str, base: torch.dtype, adapter: torch.dtype, x_dtype: torch.dtype
+) -> None:
+    stock = peft_model(kind, base, adapter, compute_dtype=base)
+    fused = accelerated_copy(stock)
+    x = _exact_in_every_dtype(21, K).to(x_dtype)
+    compare(fused, stock, x, compute_dtype=BF16, autocast=BF16)
+    assert counted(fused) == (1, {})
