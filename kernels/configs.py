@@ -70,6 +70,10 @@ _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
 _GEMM_16BIT_SM80 = GemmConfig(128, 128, 32, 64, 8, num_warps=4, num_stages=4, MAX_E=16)
 # Consumer parts (sm_86, sm_89, sm_120) have 99 KiB of shared memory for a block.
 _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stages=3)
+# A second accumulator, the low-rank part of dX that dropout masks, leaves registers for 16 columns
+# of S and of a float32 A at a time.
+_GEMM_16BIT_NARROW = replace(_GEMM_16BIT, MAX_E=16)
+_GEMM_16BIT_SMALL_SHARED_NARROW = replace(_GEMM_16BIT_SMALL_SHARED, MAX_E=16)
 # tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
 # Two accumulators of 128 columns do not fit the registers of 4 warps, nor one and a W that is
@@ -79,7 +83,7 @@ _GEMM_16BIT_SM100_NARROW = GemmConfig(128, 64, 64, 64, 8, num_warps=4, num_stage
 # TB/s × 0.7 µs). Narrow tiles make 128 CTAs of 4096 columns, long stages give each of them 24 KB of
 # dense W, or 6 to 12 KB of packed bytes. The shrink's float32 A must fit beside: 16 columns.
 _GEMM_16BIT_FEW_ROWS = GemmConfig(64, 32, 128, 64, 8, num_warps=4, num_stages=4, MAX_R=16)
-_GEMM_16BIT_16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16)
+_GEMM_16BIT_16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16, MAX_E=32)
 # What a tuner may try for many rows, by generation. 256 columns take three quarters of the
 # shared-memory traffic for each product, and a CTA then has a multiprocessor to itself. 64 rows are
 # for shapes whose tiles would fill the device once and a bit.
@@ -134,11 +138,22 @@ def pick_gemm(
     if M <= 64:
         return _GEMM_16BIT_16_ROWS if M <= 16 else _GEMM_16BIT_FEW_ROWS
     if arch in SMALL_SHARED:
-        return _GEMM_16BIT_SMALL_SHARED
+        return _GEMM_16BIT_SMALL_SHARED_NARROW if narrow else _GEMM_16BIT_SMALL_SHARED
     if _has_tensor_memory(arch):
         return _GEMM_16BIT_SM100_NARROW if narrow else _GEMM_16BIT_SM100
     # Rows of S off 16 bytes load element by element, each by an address of its own.
-    return _GEMM_16BIT_SM80 if arch == 80 and not narrow and R % 16 == 0 else _GEMM_16BIT
+    if arch == 80 and narrow:
+        return _GEMM_16BIT_NARROW
+    return _GEMM_16BIT_SM80 if arch == 80 and R % 16 == 0 else _GEMM_16BIT
+
+
+def shares_shrink(M: int) -> bool:
+    """Whether layers that read the same x [M, K] make all their S in the launch of the first.
+
+    That takes a copy of their A side by side, a launch of its own. For few rows reading x again,
+    from the L2 cache, costs less than the copy.
+    """
+    return M > 64
 
 
 def other_gemms(

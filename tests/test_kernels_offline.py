@@ -101,17 +101,18 @@ def _training_step(arch: int, case: Case) -> stub_driver.Log:
     return log
 
 
-def _group_step(arch: int, dropout_p: float) -> stub_driver.Log:
-    """q, k and v of a layer with grouped queries: one x, three widths."""
+def _group_step(arch: int, dropout_p: float, R: int = 16, nf4: bool = False) -> stub_driver.Log:
+    """q, k and v of a layer with grouped queries: one x, three widths, float32 adapters."""
     x = torch.zeros(256, 4096, dtype=torch.bfloat16, requires_grad=True)
+    weights = [torch.zeros(N, 4096, dtype=torch.bfloat16) for N in (4096, 1024, 1024)]
     members = [
         Member(
-            torch.zeros(N, 4096, dtype=torch.bfloat16),
+            lora_fast.NF4Weight.from_dense(weight) if nf4 else weight,
             None,
-            torch.zeros(16, 4096, requires_grad=True),
-            torch.zeros(N, 16, requires_grad=True),
+            torch.zeros(R, 4096, requires_grad=True),
+            torch.zeros(weight.shape[0], R, requires_grad=True),
         )
-        for N in (4096, 1024, 1024)
+        for weight in weights
     ]
     with stub_driver.recording(arch) as log, lora_fast.set_backend("triton"):
         ys = adapted_linears(x, members, dropout_p=dropout_p)
@@ -158,6 +159,14 @@ def test_a_group_of_layers_fits_the_device(arch: int, dropout_p: float) -> None:
     for launch in log.launches:
         _assert_fits(launch, arch)
         assert set(launch.kernel.resources.mma) == {resources.limits_of(arch).mma}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_wide_rank_fits_beside_a_second_accumulator(arch: int, nf4: bool) -> None:
+    for launch in _group_step(arch, 0.1, R=64, nf4=nf4).launches:
+        _assert_fits(launch, arch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
