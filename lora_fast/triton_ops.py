@@ -76,18 +76,22 @@ def forward_group(
 ) -> tuple[list[Tensor], Tensor, None]:
     """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side.
 
-    One launch a layer; the first makes S for all.
+    One launch a layer; of many rows the first makes S for all.
     """
     _check_dtype(x)
-    A = torch.cat(_factors_A(fs))
-    made = x.new_empty(x.shape[0], A.shape[0])
+    factors = _factors_A(fs)
+    made = x.new_empty(x.shape[0], sum(A.shape[0] for A in factors))
+    columns = made.split(_ranks(fs), dim=1)
+    shrinks = [{"A": A, "made": S} for A, S in zip(factors, columns, strict=True)]
+    if configs.shares_shrink(x.shape[0]):
+        shrinks = [{"A": A, "S": S} for A, S in zip(factors, columns, strict=True)]
+        shrinks[0] = {"A": torch.cat(factors), "made": made}
     ys = []
     with _launching(x):
-        for i, (f, S) in enumerate(zip(fs, made.split(_ranks(fs), dim=1), strict=True)):
+        for f, shrink in zip(fs, shrinks, strict=True):
             y, *_ = ticketed_gemm.forward(
-                x, _gemm_operand(f.weight, x, plan.workspace), f.bias, A if i == 0 else f.A, f.B,
-                None, None, None, f.scaling, _dropout(f),
-                S=None if i == 0 else S, made=made if i == 0 else None, config=plan.gemm,
+                x, _gemm_operand(f.weight, x, plan.workspace), f.bias, B=f.B, b=None, d=None,
+                g=None, scaling=f.scaling, dropout=_dropout(f), config=plan.gemm, **shrink,
             )  # fmt: skip
             ys.append(y)
     return ys, made, None

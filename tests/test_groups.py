@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_all_accurate, assert_same_bits
+from machines import interpreter, started
 
 from lora_fast import NF4Weight, dispatch, reference
 from lora_fast.functional import Member, adapted_linears
@@ -164,6 +165,20 @@ def test_launches(typical_executor):
         _results(adapted_linears, x, members, dYs, lambda t: t)
     assert names[:3] == ["ticketed_gemm"] * 3, "one launch a layer forward, the first shrinks"
     assert names[3:] == ["strips"] * 3 + ["ticketed_gemm", "strips"], "one dX and one dA for all"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("M", [1, 64])
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_few_rows_take_one_launch_a_layer_and_no_copy_of_A(monkeypatch, M, nf4):
+    def copies(*_, **__):
+        raise AssertionError("a launch of its own")
+
+    x, members, _ = make(BF16, FP32, nf4, M=M, K=128, trains=())
+    monkeypatch.setattr(torch, "cat", copies)
+    with started(interpreter()) as machine, machine.counting_launches() as names, torch.no_grad():
+        adapted_linears(x, members)
+    assert names == ["ticketed_gemm"] * 3
 
 
 def test_saved_are_x_and_the_S_of_all():

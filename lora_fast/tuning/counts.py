@@ -54,14 +54,17 @@ class _Counts:
 class _Fused(_Counts):
     """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward.
 
-    Of a group the first layer's shrink makes S for all, and one launch sums dX.
+    Of a group the first layer's shrink makes S for all, where there are many rows, and one launch
+    sums dX.
     """
 
     def forward(self) -> list[Work]:
         found = []
         for i, (N, R, weight) in enumerate(self.layers):
             decoding, W = self._operand(N, weight)
-            made = self.R if i == 0 else 0
+            made = R
+            if configs.shares_shrink(self.M):
+                made = self.R if i == 0 else 0
             if made:
                 found.append(self._shrink(self.K, made))
             y = self.M * N * self.e * (2 if self.q.needs[i].g else 1)
