@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_tuning_replica import LLAMA, _allocators_that_know_the_meta_device  # noqa: F401
+from test_tuning_replica import LLAMA
 from tiny_runs import library_logging, run_cli
 
 pytest.importorskip("triton")

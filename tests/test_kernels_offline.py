@@ -67,7 +67,7 @@ DORA = replace(PLAIN, name="bf16-dora", gains="g")
 ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains="bdg")
 CASES: dict[int, list[Case]] = {
     80: [R64, R100, replace(FP32, name="fp32-r64", R=64), DORA],
-    89: [R100, FP32],
+    89: [R100, FP32, DROPOUT],
     90: [R100, replace(FP32, name="fp32-r100", R=100), ALL_FACTORS, DORA],
     100: [R64, FP32, DROPOUT, DORA],
     120: [R100, replace(FP32, name="fp32-r64", R=64)],
