@@ -7,7 +7,6 @@ Two routes lead to the same results: the fused kernels (triton_ops) and products
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,20 +32,17 @@ __all__ = [
 
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
-    run = partial(_forward, x, f, needs)
-    return run(_plan(FORWARD, x, [f], [Needs(g=needs.saves_V)], run))
+    return _routed(FORWARD, x, [f], [Needs(g=needs.saves_V)], x, f, needs)
 
 
 def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
     """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
-    run = partial(_backward, dY, x, saved, f, needs)
-    return run(_plan(BACKWARD, dY, [f], [needs], run))
+    return _routed(BACKWARD, dY, [f], [needs], dY, x, saved, f, needs)
 
 
 def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, None]:
     """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side."""
-    run = partial(_forward_group, x, fs)
-    return run(_plan(FORWARD_GROUP, x, fs, [Needs()] * len(fs), run))
+    return _routed(FORWARD_GROUP, x, fs, [Needs()] * len(fs), x, fs)
 
 
 def backward_group(
@@ -58,8 +54,20 @@ def backward_group(
     needs: list[Needs],
 ) -> list[Gradients]:
     """The gradients of every layer of a group; that of x, their sum, is with the first."""
-    run = partial(_backward_group, dYs, x, S, fs, needs)
-    return run(_plan(BACKWARD_GROUP, dYs[0], fs, needs, run))
+    return _routed(BACKWARD_GROUP, dYs[0], fs, needs, dYs, x, S, mask, fs, needs)
+
+
+def _routed(
+    op: str, rows: Tensor, fs: Sequence[Factors], needs: Sequence[Needs], *arguments: Any
+) -> Any:
+    """The operation `op`, which both routes have under this name, of `arguments`."""
+
+    def run(plan: Plan) -> Any:
+        if plan.composed:
+            return getattr(composed_ops, op)(*arguments)
+        return getattr(triton_ops, op)(*arguments, plan)
+
+    return run(_plan(op, rows, fs, needs, run))
 
 
 def _plan(op: str, rows: Tensor, fs: Sequence[Factors], needs: Sequence[Needs], run: Any) -> Plan:
@@ -68,38 +76,3 @@ def _plan(op: str, rows: Tensor, fs: Sequence[Factors], needs: Sequence[Needs], 
         return FUSED
     with torch.cuda.device_of(rows):
         return tuner.plan(query(op, rows, fs, needs, cublas=cublas), rows.device, run)
-
-
-def _forward(x: Tensor, f: Factors, needs: Needs, plan: Plan) -> tuple[Tensor, Saved]:
-    if plan.composed:
-        return composed_ops.forward(x, f, needs)
-    return triton_ops.forward(x, f, needs, plan)
-
-
-def _backward(
-    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, plan: Plan
-) -> Gradients:
-    if plan.composed:
-        return composed_ops.backward(dY, x, saved, f, needs)
-    return triton_ops.backward(dY, x, saved, f, needs, plan)
-
-
-def _forward_group(
-    x: Tensor, fs: Sequence[Factors], plan: Plan
-) -> tuple[list[Tensor], Tensor, None]:
-    if plan.composed:
-        return composed_ops.forward_group(x, fs)
-    return triton_ops.forward_group(x, fs, plan)
-
-
-def _backward_group(
-    dYs: Sequence[Tensor],
-    x: Tensor | None,
-    S: Tensor,
-    fs: Sequence[Factors],
-    needs: list[Needs],
-    plan: Plan,
-) -> list[Gradients]:
-    if plan.composed:
-        return composed_ops.backward_group(dYs, x, S, None, fs, needs)
-    return triton_ops.backward_group(dYs, x, S, None, fs, needs, plan)
