@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver as triton_driver
 
+from lora_fast.compile_check import AbsentDevice, standing_in
+
 from . import resources
 
 _DEVICE_INDEX_BASE = 1000
@@ -129,43 +131,28 @@ def target_of(arch: int | str) -> GPUTarget:
 def recording(arch: int | str) -> Iterator[Log]:
     """Make the stub for ``arch`` Triton's active driver for a block, and yield its log."""
     log = Log(target_of(arch))
-    previous = triton_driver._active
-    triton_driver.set_active(StubDriver(log))
-    try:
+    with standing_in(StubDriver(log)):
         yield log
-    finally:
-        triton_driver._active = previous
 
 
-class StubDriver:
-    """The interface that triton.runtime asks of a driver; every launch goes to ``log``."""
+class StubDriver(AbsentDevice):
+    """A device whose every launch goes to ``log``, and whose tensors are on the meta device."""
 
     def __init__(self, log: Log) -> None:
+        arch = log.target.arch
+        limits = resources.limits_of(arch)
+        properties = {
+            "max_shared_mem": limits.shared_per_block,
+            "multiprocessor_count": limits.multiprocessors,
+            "max_num_regs": limits.registers_per_sm,
+        }
+        index = _DEVICE_INDEX_BASE + list(resources.LIMITS).index(arch)
+        super().__init__(log.target, properties, index)
         self.log = log
-        self.limits = resources.limits_of(log.target.arch)
-        self.utils = _Utils(log.target, self.limits)
         self.launcher_cls = _Launcher
-
-    def get_current_target(self) -> GPUTarget:
-        return self.log.target
-
-    def get_current_device(self) -> int:
-        return _DEVICE_INDEX_BASE + list(resources.LIMITS).index(self.log.target.arch)
-
-    def set_current_device(self, device: int) -> None:
-        """There is one device."""
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
-        return divmod(int(self.log.target.arch), 10)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("meta")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
 
     def get_benchmarker(self) -> Any:
         """All configurations of an autotuner cost the same, so that the first one wins."""
@@ -174,28 +161,6 @@ class StubDriver:
             return [1.0] * len(quantiles) if quantiles else 1.0
 
         return bench
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-
-class _Utils:
-    def __init__(self, target: GPUTarget, limits: resources.DeviceLimits) -> None:
-        self._target = target
-        self._limits = limits
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {
-            "max_shared_mem": self._limits.shared_per_block,
-            "max_num_regs": self._limits.registers_per_sm,
-            "multiprocessor_count": self._limits.multiprocessors,
-            "warpSize": self._target.warp_size,
-        }
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """(module, function, registers, spills, most threads): the binary stands for all of it."""
-        return binary, binary, 0, 0, 1024
 
 
 class _Launcher:

@@ -58,12 +58,15 @@ def compile_kernels(
 
     ``told(layer)`` is called before each. Whatever goes wrong is in the result, not raised.
     """
+    from .backend import set_backend
+
     found: list[KernelCheck] = []
     for layer, step in _layers().items():
         told(layer)
         start = time.perf_counter()
         try:
-            with _standing_in(arch) as compiled:
+            device = _Compiling(arch)
+            with standing_in(device), set_backend("triton"):
                 step()
         except Exception as error:  # of Triton, the assembler, the file system
             first = (str(error).strip().splitlines() or [""])[0]
@@ -72,7 +75,9 @@ def compile_kernels(
             found.append(KernelCheck(layer, "", problem, seconds))
             continue
         seconds = time.perf_counter() - start
-        found += [KernelCheck(layer, name, None, seconds, *size) for name, size in compiled.items()]
+        found += [
+            KernelCheck(layer, name, None, seconds, *size) for name, size in device.compiled.items()
+        ]
     return found
 
 
@@ -120,60 +125,44 @@ def _merge(weight: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _standing_in(arch: int) -> Iterator[dict[str, tuple[int, int]]]:
-    """Make Triton believe in a device of `arch`; yields (shared bytes, warps) by kernel."""
+def standing_in(device: AbsentDevice) -> Iterator[None]:
+    """Make Triton believe in `device` for a block."""
     from triton.runtime.driver import driver
 
-    from .backend import set_backend
-
-    compiled: dict[str, tuple[int, int]] = {}
     previous = driver._active
-    driver.set_active(_Driver(arch, compiled))
+    driver.set_active(device)
     try:
-        with set_backend("triton"):
-            yield compiled
+        yield
     finally:
         driver._active = previous
 
 
-class _Driver:
-    """The interface that triton.runtime asks of a driver; a launch leaves its kernel's name."""
+class AbsentDevice:
+    """The interface that triton.runtime asks of a driver, for a device that is not there.
 
-    def __init__(self, arch: int, compiled: dict[str, tuple[int, int]]) -> None:
-        from triton.backends.compiler import GPUTarget
+    `properties` are those that Triton reads of a device, `index` is nobody else's: Triton keeps
+    compiled kernels by it. ``launcher_cls``, of a subclass, stands where Triton puts the compiled
+    launcher of a kernel.
+    """
 
-        self.arch = arch
-        self.compiled = compiled
-        self.target = GPUTarget("cuda", arch, _WARP)
+    def __init__(self, target: Any, properties: dict[str, int], index: int) -> None:
+        self.target = target
+        self.properties = {"max_num_regs": 65536, "warpSize": target.warp_size, **properties}
+        self.index = index
         self.utils = self
-        self.launcher_cls = self._launcher
-
-    def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
-        from triton.runtime.driver import driver
-
-        def launch(*arguments: Any) -> None:
-            # Kept with the kernel, and called again under later drivers.
-            driver.active.compiled[metadata.name] = (int(metadata.shared), int(metadata.num_warps))
-
-        return launch
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        shared, multiprocessors = DEVICES[self.arch]
-        return {
-            "max_shared_mem": shared * KIB,
-            "max_num_regs": 65536,
-            "multiprocessor_count": multiprocessors,
-            "warpSize": _WARP,
-        }
+        return self.properties
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """(module, function, registers, spills, most threads): the binary stands for all of it."""
         return binary, binary, 0, 0, 1024
 
     def get_current_target(self) -> Any:
         return self.target
 
     def get_current_device(self) -> int:
-        return _FIRST_INDEX + self.arch
+        return self.index
 
     def set_current_device(self, device: int) -> None:
         """There is one device."""
@@ -182,7 +171,7 @@ class _Driver:
         return 0
 
     def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
-        return divmod(self.arch, 10)
+        return divmod(int(self.target.arch), 10)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -193,3 +182,25 @@ class _Driver:
     @staticmethod
     def is_active() -> bool:
         return True
+
+
+class _Compiling(AbsentDevice):
+    """A launch leaves its kernel's name, shared bytes and warps."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        shared, multiprocessors = DEVICES[arch]
+        properties = {"max_shared_mem": shared * KIB, "multiprocessor_count": multiprocessors}
+        super().__init__(GPUTarget("cuda", arch, _WARP), properties, _FIRST_INDEX + arch)
+        self.compiled: dict[str, tuple[int, int]] = {}
+        self.launcher_cls = self._launcher
+
+    def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
+        from triton.runtime.driver import driver
+
+        def launch(*arguments: Any) -> None:
+            # Kept with the kernel, and called again under later drivers.
+            driver.active.compiled[metadata.name] = (int(metadata.shared), int(metadata.num_warps))
+
+        return launch
