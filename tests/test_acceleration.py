@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from accuracy import assert_accurate, assert_same_bits
 from lora_models import (
     K,
     Mlp,
@@ -23,7 +22,6 @@ from lora_models import (
     assert_equal_runs,
     compare,
     counted,
-    float64_copy,
     lora_config,
     lora_layers,
     peft_model,
@@ -387,17 +385,3 @@ def test_single_layer_model_without_wrapper() -> None:
     lora_fast.accelerate(model)(torch.randn(2, K))
     assert counted(model) == (1, {})
     assert isinstance(get_peft_model(Single(), lora_config()), PeftModel)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_to_a_gpu_and_back(kind: str) -> None:
-    stock = peft_model(kind, compute_dtype=F32)
-    fused = accelerated_copy(stock)
-    x = torch.randn(9, K)
-    on_cpu, exact = fused(x), float64_copy(stock)(x.double())
-    on_gpu = fused.to("cuda")(x.to("cuda"))
-    assert on_gpu.is_cuda
-    assert_accurate(on_gpu, exact, stock(x), name="y")
-    assert_same_bits(fused.to("cpu")(x), on_cpu, name="y")
-    assert counted(fused) == (3, {})

@@ -1,4 +1,4 @@
-"""A whole QLoRA model trains on the Triton kernels as it does on the torch backend."""
+"""Accelerated models on the Triton kernels: a whole QLoRA model trains, and devices change."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_all_accurate
-from lora_models import accelerated_copy, counted, float64_copy, lora_config, nf4_linear
+from accuracy import assert_accurate, assert_all_accurate, assert_same_bits
+from lora_models import (
+    K,
+    accelerated_copy,
+    counted,
+    float64_copy,
+    lora_config,
+    nf4_linear,
+    peft_model,
+)
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,3 +63,17 @@ def test_three_steps_of_adamw_on_a_two_layer_llama() -> None:
         with lora_fast.set_backend(backend):
             assert_all_accurate(_train(fused, ids), ref64, eager, name=backend)
         assert counted(fused) == (3 * 2 * 7, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_to_a_gpu_and_back(kind: str) -> None:
+    stock = peft_model(kind, compute_dtype=torch.float32)
+    fused = accelerated_copy(stock)
+    x = torch.randn(9, K)
+    on_cpu, exact = fused(x), float64_copy(stock)(x.double())
+    on_gpu = fused.to("cuda")(x.to("cuda"))
+    assert on_gpu.is_cuda
+    assert_accurate(on_gpu, exact, stock(x), name="y")
+    assert_same_bits(fused.to("cpu")(x), on_cpu, name="y")
+    assert counted(fused) == (3, {})
