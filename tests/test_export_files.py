@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 import weakref
 from collections.abc import Callable
@@ -197,7 +195,7 @@ def kill_after(seconds: float, made: Path, out: Path, slowly: float) -> None:
     while process.is_alive() and not out.with_name(f".{out.name}.merging").exists():
         time.sleep(0.001)
     process.join(seconds)
-    os.kill(process.pid or 0, signal.SIGKILL)
+    process.kill()  # nothing, when it came to its end
     process.join()
 
 
