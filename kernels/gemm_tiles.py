@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_mask
-from .nf4_tile import load_codes, load_nf4_tile, packed_pointers
+from .nf4_codes import load_codes
+from .nf4_tile import load_nf4_tile, packed_pointers
 from .shrink_tiles import load_spans, times_gain
 from .tiles import load_factor, load_tile, tile_pointers
 

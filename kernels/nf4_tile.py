@@ -3,12 +3,7 @@
     W[n, k] = round(code[nibble of element nK + k] · absmax[(nK + k) // blocksize])
 
 A byte holds two neighbours of one row, so rows must start on whole bytes: K is even. The products
-are float32 and rounded once, and absmax is decoded as in nf4_decode, without a fused multiply-add:
-every bit equals bitsandbytes' own decoding.
-
-On NVIDIA GPUs the 16 codes lie across the lanes of a warp, one in a register of each, and shfl.sync
-reads them. With segments of 16 lanes (0x101f) the hardware takes the lowest four bits of the index
-alone, so a nibble needs a shift and no mask. Elsewhere tl.gather reads the same table.
+are float32 and rounded once: every bit equals bitsandbytes' own decoding.
 """
 
 import math
@@ -19,19 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .nf4_decode import load_absmax
-
-# Four bytes in $8, the code of the lane in $9: the codes of their high, then of their low nibbles.
-_SHUFFLE_FOUR_BYTES = tl.constexpr(
-    "{\n.reg .b32 n;\n"
-    + "".join(
-        f"shr.u32 n, $8, {shift}; shfl.sync.idx.b32 ${out}, $9, n, 0x101f, 0xffffffff;\n"
-        for out, shift in enumerate((4, 12, 20, 28, 0, 8, 16, 24))
-    )
-    + "}"
-)
-_FLOATS_OUT_BYTES_IN = tl.constexpr(",".join(["=f"] * 8 + ["r"] + ["f"] * 4))
-_LANE_MODULO_16 = tl.constexpr("{\nmov.u32 $0, %laneid;\nand.b32 $0, $0, 15;\n}")
+from .nf4_codes import load_absmax, lookup_codes
 
 
 @dataclass(frozen=True)
@@ -79,31 +62,6 @@ def weight_arguments(w, config, is_grad):
         switches = dict.fromkeys(("IS_NF4", "IS_NESTED"), False)
         switches |= dict.fromkeys(("BLOCKSIZE", "BLOCKSIZE2", "SHARING"), 1)
     return pointers, strides if is_grad else strides[::-1], switches
-
-
-@triton.jit
-def load_codes(code_ptr, SHUFFLES: tl.constexpr):
-    """The table: entry lane % 16 in every thread for shuffles, else all 16 as a tensor."""
-    if SHUFFLES:
-        # A scalar to Triton, which broadcasts it to tiles in place: one register.
-        lane = tl.inline_asm_elementwise(_LANE_MODULO_16, "=r", [], tl.int32, True, 1)
-        return tl.load(code_ptr + lane)
-    else:
-        return tl.load(code_ptr + tl.arange(0, 16))
-
-
-@triton.jit
-def lookup_codes(packed, codes, SHUFFLES: tl.constexpr):
-    """float32 codes of the high and of the low nibble of every byte."""
-    if SHUFFLES:
-        return tl.inline_asm_elementwise(
-            _SHUFFLE_FOUR_BYTES, _FLOATS_OUT_BYTES_IN, [packed, codes], (tl.float32, tl.float32),
-            True, 4,
-        )  # fmt: skip
-    else:
-        index = packed.to(tl.int32).reshape(packed.numel)
-        high = tl.gather(codes, index >> 4, 0).reshape(packed.shape)
-        return high, tl.gather(codes, index & 0xF, 0).reshape(packed.shape)
 
 
 @triton.jit

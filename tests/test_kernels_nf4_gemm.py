@@ -15,7 +15,7 @@ from lora_fast import NF4Weight
 from lora_fast.functional import adapted_linear
 
 triton = pytest.importorskip("triton")
-from lora_fast.kernels import configs, nf4_tile, ticketed_gemm  # noqa: E402
+from lora_fast.kernels import configs, nf4_codes, nf4_tile, ticketed_gemm  # noqa: E402
 from lora_fast.kernels.dropout import Dropout  # noqa: E402
 from triton import language as tl  # noqa: E402
 
@@ -54,7 +54,7 @@ def store_decoded_tile(
     rows = tl.arange(0, ROWS)[:, None]
     packed = tl.load(packed_ptr + rows * BYTES + tl.arange(0, BYTES)[None, :])
     absmax = tl.load(absmax_ptr + rows * GROUPS + tl.arange(0, GROUPS)[None, :])
-    codes = nf4_tile.load_codes(code_ptr, SHUFFLES)
+    codes = nf4_codes.load_codes(code_ptr, SHUFFLES)
     w = nf4_tile.decode_tile(
         packed, codes, absmax, SHARING, SHUFFLES, False, w_ptr.dtype.element_ty
     )
