@@ -166,7 +166,7 @@ def update_weight(
 class NormState(NamedTuple):
     """What :func:`row_norms` found, and for which A, B and s."""
 
-    squares: Tensor
+    lengths: Tensor
     A: Tensor
     B: Tensor
     scaling: float
@@ -179,20 +179,23 @@ def row_norms(
     """‖W_i + s (B A)_i‖₂ [N] in float32, without an N × K product.
 
     ‖W_i + s (B A)_i‖² = ‖W_i‖² + 2s (W Aᵀ)_i · B_i + s² B_i (A Aᵀ) B_iᵀ
+
+    Where that adds nothing it is the length that m was set to, so that g is 1 before training.
     """
     known = state if isinstance(state, NormState) else None
     # On a GPU the comparison would wait for it; there the norms are formed at every call.
     if known is not None and A.device.type == "cpu" and _same(known, A, B, scaling):
         return known.norms, known
     W = _dense(weight, torch.float32)
-    squares = torch.linalg.vector_norm(W, dim=1).square_() if known is None else known.squares
+    lengths = torch.linalg.vector_norm(W, dim=1) if known is None else known.lengths
     a, b = A.float(), B.float()
     cross = torch.linalg.vecdot(W @ a.T, b)
     delta = torch.linalg.vecdot(b @ (a @ a.T), b)
-    total = squares + 2.0 * scaling * cross + scaling * scaling * delta
+    change = 2.0 * scaling * cross + scaling * scaling * delta
     # Rounding can take a row that cancels below zero.
-    norms = total.clamp_(min=0.0).sqrt_()
-    return norms, NormState(squares, A.clone(), B.clone(), scaling, norms)
+    changed = (lengths * lengths + change).clamp_(min=0.0).sqrt_()
+    norms = torch.where(change == 0.0, lengths, changed)
+    return norms, NormState(lengths, A.clone(), B.clone(), scaling, norms)
 
 
 def _same(known: NormState, A: Tensor, B: Tensor, scaling: float) -> bool:

@@ -44,6 +44,14 @@ def test_torch_backend(case):
     _check(norms(weight, A, B, 0.7), weight, A, B, 0.7)
 
 
+def test_an_adapter_that_adds_nothing_leaves_the_length_of_the_rows():
+    """To the bit, for that is what PEFT sets m to: g is 1 before training."""
+    weight, A, B = torch.randn(70, 300), torch.randn(8, 300), torch.zeros(70, 8)
+    B[0] = 1.0
+    norms, lengths = RowNorms()(weight, A, B, 0.7), torch.linalg.norm(weight, dim=1)
+    assert (norms != lengths).nonzero().tolist() == [[0]]
+
+
 @pytest.mark.parametrize("case", CASES[1:4:2], ids=str)
 def test_kernel(executor, case):
     _check_kernel(executor, case)

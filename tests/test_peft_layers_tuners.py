@@ -83,7 +83,10 @@ def test_layers_wrapped_later_are_covered(
     ids=["vera", "ia3", "adalora"],
 )
 def test_every_tuner_covers_its_later_layers(config: Any, wider: Any) -> None:
-    model = lora_fast.accelerate(get_peft_model(SameWidth(), config))
+    model = get_peft_model(SameWidth(), config)
+    name = model.get_model_status().adapter_model_type
+    lora_fast.accelerate(model)
+    assert model.get_model_status().adapter_model_type == name
     model.add_adapter("wide", wider)
     model.set_adapter("wide")
     model(torch.randn(3, K))

@@ -28,8 +28,9 @@ class CoversLaterLayers:
         cover: Callable[[nn.Module], object] = self.__dict__[COVER]
         cover(model)
 
-    def _get_name(self) -> str:
-        return type(self).__bases__[-1].__name__
+    def __init_subclass__(cls) -> None:
+        # PEFT reports the name of the class; a pickle finds it by __qualname__.
+        cls.__name__ = cls.__bases__[-1].__name__
 
 
 class CoveredLoraModel(CoversLaterLayers, LoraModel):
