@@ -9,6 +9,7 @@ Philox has 7 rounds here: with as many it passes all tests of BigCrush, and 10, 
 are a margin of safety (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Dropout:
     p: float = 0.0
     seed: int = 0
 
-    @property
+    @functools.cached_property
     def dropped(self):
         """Of the 32768 values of an element's random bits, the first that keeps it."""
         if self.p <= 0.0 or self.p >= 1.0:
@@ -50,7 +51,7 @@ class Dropout:
         """p as it is drawn."""
         return self.dropped / 32768
 
-    @property
+    @functools.cached_property
     def keep_scale(self):
         """1 / (1 − p) for p as it is drawn; 0 where nothing is kept."""
         return 1.0 / (1.0 - self.drawn) if self.drawn < 1.0 else 0.0
@@ -58,6 +59,9 @@ class Dropout:
     def words(self):
         """seed (low, high), each as the int32 with those bits, and the threshold."""
         return [_as_int32(self.seed), _as_int32(self.seed >> 32), self.dropped]
+
+
+NO_DROPOUT = Dropout()
 
 
 def drops_pairs(dtype, arch):

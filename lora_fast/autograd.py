@@ -8,10 +8,12 @@ mask as well, one byte an element. An NF4 weight stays packed and is decoded aga
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
@@ -20,14 +22,23 @@ from .nf4 import NF4Weight
 
 # Positions of the differentiable arguments of apply(), in the order of Needs.
 _DIFFERENTIABLE = ("x", "weight", "bias", "A", "B", "b", "d", "g")
+_UNCHANGED = nullcontext()
 
 
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     """y [..., N] for x [..., K], and what the backward pass needs beside x and the factors."""
     with _without_autocast(x):
         y, saved = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
-    # Not a view to autograd, so that the caller may modify the result in place.
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])), saved
+    return _shaped(y, x), saved
+
+
+def forward_group(
+    x: Tensor, fs: Sequence[Factors]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+    """y_i [..., N_i] of layers that read the same x [..., K], the S [M, Σ R_i] of all, the mask."""
+    with _without_autocast(x):
+        ys, S, mask = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs)
+    return tuple([_shaped(y, x) for y in ys]), S, mask
 
 
 def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
@@ -85,9 +96,7 @@ class AdaptedLinearGroup(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weights: Sequence[Any], constants: Sequence[Constants], *vectors: Any
     ) -> tuple[Tensor, ...]:
-        fs = _group_factors(weights, constants, vectors)
-        with _without_autocast(x):
-            ys, S, mask = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs)
+        ys, S, mask = forward_group(x, group_factors(weights, constants, vectors))
         needs = _group_needs(ctx)
         trains_A, trains_B = any(need.A for need in needs), any(need.B for need in needs)
         needs_mask = trains_A or ctx.needs_input_grad[0]
@@ -97,13 +106,13 @@ class AdaptedLinearGroup(torch.autograd.Function):
         ctx.weights, ctx.constants = weights, constants
         ctx.x_shape, ctx.S_shape = x.shape, S.shape
         ctx.set_materialize_grads(False)
-        return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
+        return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, S, mask, *vectors = ctx.saved_tensors
-        fs = _group_factors(ctx.weights, ctx.constants, vectors)
+        fs = group_factors(ctx.weights, ctx.constants, vectors)
         like = next(dY for dY in dYs if dY is not None)
         rows = [
             like.new_zeros(ctx.S_shape[0], f.weight.shape[0])
@@ -131,9 +140,21 @@ class AdaptedLinearGroup(torch.autograd.Function):
         return (None if dX is None else dX.view(ctx.x_shape), None, None, *found)
 
 
-def _group_factors(
+def is_recording() -> bool:
+    """Whether anything that keeps account of operations would have to hear of one: autograd,
+    forward-mode autograd, torch.func, torch.jit."""
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def group_factors(
     weights: Sequence[Any], constants: Sequence[Constants], vectors: Sequence[Any]
 ) -> list[Factors]:
+    """The factors of every layer of a group; vectors are bias_1, A_1, B_1, bias_2, …"""
     triples = zip(vectors[0::3], vectors[1::3], vectors[2::3], strict=True)
     return [
         Factors(weight, bias, A, B, None, None, None, *constant)
@@ -148,6 +169,16 @@ def _group_needs(ctx: Any) -> list[Needs]:
     ]
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N] as [..., N]; not a view to autograd, so that the caller may modify it in place."""
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Every cast is made by hand: autocast would round float32 products a second time."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _UNCHANGED
+    return torch.autocast(device, enabled=False)

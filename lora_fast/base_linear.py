@@ -5,6 +5,8 @@
 An *obstacle* is the reason, in words for the report, why this equation cannot be computed by
 :func:`lora_fast.functional.adapted_linear`; None means that it can. Everything is read from the
 layers when asked, nothing is remembered: weights, hooks and dtypes may change between two calls.
+All of it runs before every call, and a forward pass of a single token takes no longer than its host
+code: hence loops and not generators, and no helper for what is one comparison.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class CallCounts:
     compiled_fallback: str | None = None
 
     def add_fused(self) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             _set_while_compiling(self, "compiled", True)
         else:
             self.fused += 1
@@ -98,7 +100,8 @@ def module_obstacle(module: nn.Module, role: str, *types: type) -> str | None:
         return next(filter(None, (_partition_obstacle(p, role) for p in parameters)), None) or (
             f"hooks on {role}"
         )
-    if not runs_own_forward(module) or module._compiled_call_impl is not None:
+    replaced = "forward" in module.__dict__ and not runs_own_forward(module)
+    if replaced or module._compiled_call_impl is not None:
         return f"forward of {role} replaced"
     return None
 
@@ -136,7 +139,7 @@ def tensor_obstacle(tensor: Tensor | None, role: str) -> str | None:
         return f"{role} is {type(tensor).__name__}"
     if tensor.layout is not torch.strided or tensor.is_meta:
         return f"{role} is {'on the meta device' if tensor.is_meta else tensor.layout}"
-    return _partition_obstacle(tensor, role)
+    return _partition_obstacle(tensor, role) if hasattr(tensor, "ds_id") else None
 
 
 def _partition_obstacle(tensor: Tensor | None, role: str) -> str | None:
@@ -149,18 +152,20 @@ def base_obstacle(base: Any) -> str | None:
     found = module_obstacle(base, "base layer", nn.Linear, *_FOUR_BIT)
     if found is None:
         found = _nf4_obstacle(base) if is_four_bit(base) else tensor_obstacle(base.weight, "weight")
-    return found or tensor_obstacle(base.bias, "bias")
+    bias = None if found is not None else base.bias
+    return found if bias is None else tensor_obstacle(bias, "bias")
 
 
 def environment_obstacle() -> str | None:
     """Why the surroundings need PyTorch's own operations, or every module to be called."""
-    if torch.compiler.is_exporting():
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.compiler.is_exporting():
         return "torch.export"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transform"
     if module_hooks._has_any_global_hook():
         return "global module hooks"
-    if torch.compiler.is_compiling():
+    if compiling:
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit tracing"
@@ -177,10 +182,13 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     N, K = weight_shape(base)
     if x.dim() == 0 or x.shape[-1] != K or N == 0 or K == 0:
         return "shape of x"
-    device = base.weight.device
-    if x.device != device or any(t is not None and t.device != device for t in factors):
+    weight, bias, device = base.weight, base.bias, x.device
+    if weight.device != device:
         return "tensors on different devices"
-    return _dtype_obstacle(base, x, factors)
+    for t in factors:
+        if t is not None and t.device != device:
+            return "tensors on different devices"
+    return _dtype_obstacle(x, None if is_four_bit(base) else weight, bias, factors)
 
 
 def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Tensor:
@@ -248,7 +256,7 @@ def _nf4_obstacle(base: Any) -> str | None:
 
 def weight_shape(base: Any) -> tuple[int, ...]:
     """(N, K) of the base's weight, packed or not."""
-    if not is_four_bit(base):
+    if not isinstance(base, Linear4bit):
         return tuple(base.weight.shape)
     # The same repair that Linear4bit.forward makes when FSDP has replaced the parameter.
     fix_4bit_weight_quant_state_from_module(base)
@@ -263,14 +271,16 @@ def _four_bit_dtype(base: Any, x: Tensor) -> torch.dtype:
     return base.compute_dtype or x.dtype
 
 
-def _dtype_obstacle(base: Any, x: Tensor, factors: tuple[Tensor | None, ...]) -> str | None:
-    operands = [x, *(t for t in (base.bias, *factors) if t is not None)]
-    if not is_four_bit(base):
-        operands.append(base.weight)
-        mixed = {t.dtype for t in (x, base.weight, base.bias) if t is not None}
-        if len(mixed) > 1 and not torch.is_autocast_enabled(x.device.type):
+def _dtype_obstacle(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: tuple[Tensor | None, ...]
+) -> str | None:
+    """weight: the dense one, None for a packed one."""
+    dtype = x.dtype
+    if weight is not None:
+        mixed = weight.dtype != dtype or (bias is not None and bias.dtype != dtype)
+        if mixed and not torch.is_autocast_enabled(x.device.type):
             return "x and base layer differ in dtype"
-    for t in operands:
-        if t.dtype not in _COMPUTE_DTYPES:
+    for t in (x, weight, bias, *factors):
+        if t is not None and t.dtype not in _COMPUTE_DTYPES:
             return f"dtype {str(t.dtype).removeprefix('torch.')}"
     return None

@@ -5,6 +5,7 @@ Modules above know neither Triton nor aten; the backends below know neither auto
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,18 +22,18 @@ from .nf4 import NF4Weight
 
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     """y [M, N] for x [M, K], and what the backward pass needs."""
-    return _backend(x).forward(x, f, needs)
+    return _select(x.device).forward(x, f, needs)
 
 
 def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
     """Every gradient that `needs` names, from dY [M, N] and what the forward pass saved."""
-    return _backend(dY).backward(dY, x, saved, f, needs)
+    return _select(dY.device).backward(dY, x, saved, f, needs)
 
 
 def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """y [M, N_i] of several plain LoRA layers that read the same x [M, K], S [M, Σ R_i], and
     dropout's mask, which they share, from a backend that keeps it."""
-    return _backend(x).forward_group(x, fs)
+    return _select(x.device).forward_group(x, fs)
 
 
 def backward_group(
@@ -44,7 +45,7 @@ def backward_group(
     needs: list[Needs],
 ) -> list[Gradients]:
     """Every wanted gradient of every layer of a group; that of x, summed, is with the first."""
-    return _backend(S).backward_group(dYs, x, S, mask, fs, needs)
+    return _select(S.device).backward_group(dYs, x, S, mask, fs, needs)
 
 
 def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
@@ -68,7 +69,7 @@ def update_weight(
 
     Products and sums in float32, in float64 where W is float64; one rounding to out's dtype.
     """
-    backend = torch_ops if W.dtype == torch.float64 else _backend(W)
+    backend = torch_ops if W.dtype == torch.float64 else _select(W.device)
     backend.update_weight(W, out, A, B, b, d, g, scaling)
 
 
@@ -85,11 +86,11 @@ def row_norms(
         return _select(device).row_norms(weight, A, B, scaling, state)
 
 
-def _backend(x: Tensor) -> ModuleType:
-    return _select(x.device)
-
-
 def _select(device: torch.device) -> ModuleType:
-    if uses_triton(device):
-        return importlib.import_module("lora_fast.routes")
-    return torch_ops
+    return _routes() if uses_triton(device) else torch_ops
+
+
+@functools.cache
+def _routes() -> ModuleType:
+    """Imported when it is wanted: Triton's own import takes its time."""
+    return importlib.import_module("lora_fast.routes")

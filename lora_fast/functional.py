@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from . import library_ops
-from .autograd import AdaptedLinear, AdaptedLinearGroup
-from .factors import Constants
+from .autograd import (
+    AdaptedLinear,
+    AdaptedLinearGroup,
+    forward,
+    forward_group,
+    group_factors,
+    is_recording,
+)
+from .factors import Constants, Factors, Needs
 from .nf4 import NF4Weight
 from .validation import check_adapted_linear, check_dropout, check_rank_spans
 
@@ -49,7 +56,8 @@ def adapted_linear(
     """
     check_adapted_linear(x, weight, {"bias": bias, "b": b, "d": d, "g": g}, A, B, scaling)
     check_dropout(dropout_p, dropout_seed)
-    check_rank_spans(rank_spans, x, A)
+    if rank_spans is not None:
+        check_rank_spans(rank_spans, x, A)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(scaling, Tensor):
@@ -64,7 +72,9 @@ def adapted_linear(
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = _draw_seed(x.device)
     constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)
-    return AdaptedLinear.apply(x, weight, bias, A, B, b, d, g, constants)
+    if is_recording():
+        return AdaptedLinear.apply(x, weight, bias, A, B, b, d, g, constants)
+    return forward(x, Factors(weight, bias, A, B, b, d, g, *constants), Needs())[0]
 
 
 class Member(NamedTuple):
@@ -120,7 +130,9 @@ def adapted_linears(
     constants = tuple(
         Constants(float(member.scaling), float(dropout_p), dropout_seed or 0) for member in members
     )
-    return AdaptedLinearGroup.apply(x, weights, constants, *vectors_of_all)
+    if is_recording():
+        return AdaptedLinearGroup.apply(x, weights, constants, *vectors_of_all)
+    return forward_group(x, group_factors(weights, constants, vectors_of_all))[0]
 
 
 def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor | None:

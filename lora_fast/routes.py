@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import composed_ops, triton_ops
@@ -29,10 +28,13 @@ __all__ = [
     "update_weight",
 ]
 
+# What a query holds of the needs of a forward pass.
+_NOTHING, _KEEPS_V = Needs(), Needs(g=True)
+
 
 def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
     """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
-    return _routed(FORWARD, x, [f], [Needs(g=needs.saves_V)], x, f, needs)
+    return _routed(FORWARD, x, [f], [_KEEPS_V if needs.saves_V else _NOTHING], x, f, needs)
 
 
 def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
@@ -42,7 +44,7 @@ def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Need
 
 def forward_group(x: Tensor, fs: Sequence[Factors]) -> tuple[list[Tensor], Tensor, None]:
     """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side."""
-    return _routed(FORWARD_GROUP, x, fs, [Needs()] * len(fs), x, fs)
+    return _routed(FORWARD_GROUP, x, fs, [_NOTHING] * len(fs), x, fs)
 
 
 def backward_group(
@@ -74,5 +76,4 @@ def _plan(op: str, rows: Tensor, fs: Sequence[Factors], needs: Sequence[Needs], 
     cublas = get_backend() == "auto"
     if rows.shape[0] == 0 or not (cublas or tuner.times):
         return FUSED
-    with torch.cuda.device_of(rows):
-        return tuner.plan(query(op, rows, fs, needs, cublas=cublas), rows.device, run)
+    return tuner.plan(query(op, rows, fs, needs, cublas=cublas), rows.device, run)

@@ -6,8 +6,7 @@ NF4 weight.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +32,7 @@ def forward(x: Tensor, f: Factors, needs: Needs, plan: Plan = FUSED) -> tuple[Te
     """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
     _check_dtype(x)
     f = _with_dense_vectors(f)
-    with _launching(x):
+    with _Launching(x):
         weight = _gemm_operand(f.weight, x, plan.workspace)
         y, S, V = ticketed_gemm.forward(
             x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
@@ -48,7 +47,7 @@ def backward(
     """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
     if dY.shape[0] == 0:
         return _empty_batch(dY, f, needs)
-    with _launching(dY):
+    with _Launching(dY):
         return _gradients(dY, x, saved, _with_dense_vectors(f), needs, plan)
 
 
@@ -65,7 +64,7 @@ def update_weight(
     """out [N, K] ← round(g ⊙ (W + s · (b ⊙ (B d)) A)) in one launch; out may be W."""
     _check_dtype(W)
     vectors = (None if v is None else v.contiguous() for v in (b, d, g))
-    with _launching(W):
+    with _Launching(W):
         weight_update.update(W, out, A, B, *vectors, scaling)
     # What autograd has saved of a tensor that a kernel overwrote must not pass for intact.
     torch.autograd.graph.increment_version(out)
@@ -87,7 +86,7 @@ def forward_group(
         shrinks = [{"A": A, "S": S} for A, S in zip(factors, columns, strict=True)]
         shrinks[0] = {"A": torch.cat(factors), "made": made}
     ys = []
-    with _launching(x):
+    with _Launching(x):
         for f, shrink in zip(fs, shrinks, strict=True):
             y, *_ = ticketed_gemm.forward(
                 x, _gemm_operand(f.weight, x, plan.workspace), f.bias, B=f.B, b=None, d=None,
@@ -113,7 +112,7 @@ def backward_group(
     if S.shape[0] == 0:
         return [_empty_batch(dY, f, need) for dY, f, need in zip(dYs, fs, needs, strict=True)]
     needs_dS = any(need.A for need in needs)
-    with _launching(S):
+    with _Launching(S):
         grads, layers = [], []
         for dY, S_i, f, need in zip(dYs, S.split(_ranks(fs), dim=1), fs, needs, strict=True):
             found, partials = _output_side(dY, S_i, f, need, needs_dS or need.x)
@@ -173,7 +172,7 @@ def row_norms(
 ) -> tuple[Tensor, row_norms_kernels.State]:
     """‖W_i + s (B A)_i‖₂ [N] in float32, in two launches; and the state for the next call."""
     known = state if isinstance(state, row_norms_kernels.State) else None
-    with _launching(A):
+    with _Launching(A):
         return row_norms_kernels.norms_of(lambda: dense(weight, weight.dtype), A, B, scaling, known)
 
 
@@ -205,19 +204,29 @@ def _gradients(
     return Gradients(**grads)
 
 
-@contextlib.contextmanager
-def _launching(x: Tensor) -> Iterator[None]:
+class _Launching:
     """Launch on x's device, which need not be the current one; leave no tickets of a failure."""
-    try:
-        with torch.cuda.device_of(x):
-            yield
-    except BaseException:
-        workspace.forget()
-        raise
+
+    def __init__(self, x: Tensor) -> None:
+        index = x.get_device()
+        elsewhere = index >= 0 and x.is_cuda and index != torch.cuda.current_device()
+        self._device = torch.cuda.device(index) if elsewhere else None
+
+    def __enter__(self) -> None:
+        if self._device is not None:
+            self._device.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
+        if kind is not None:
+            workspace.forget()
+        if self._device is not None:
+            self._device.__exit__(kind, *exc)
 
 
 def _with_dense_vectors(f: Factors) -> Factors:
     """The kernels read vectors of N or R elements one after the other."""
+    if f.bias is None and f.b is None and f.d is None and f.g is None:
+        return f
     bias, b, d, g = (None if v is None else v.contiguous() for v in (f.bias, f.b, f.d, f.g))
     return replace(f, bias=bias, b=b, d=d, g=g)
 
@@ -248,7 +257,7 @@ def _gemm_operand(
     """The weight in the dtype of x [M, …]; as it is packed where the GEMM of M rows decodes it,
     which is for configs.py to say unless the caller does."""
     if not isinstance(weight, NF4Weight):
-        return dense(weight, x.dtype)
+        return weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if workspace is None:
         arch = configs.current_arch()
         reason = configs.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch)
@@ -271,7 +280,9 @@ def _shape_only(weight: Tensor | NF4Weight, like: Tensor) -> Tensor:
 
 
 def _dropout(f: Factors) -> dropout_kernels.Dropout:
-    return dropout_kernels.Dropout(f.dropout_p if f.has_adapter else 0.0, f.dropout_seed)
+    if f.dropout_p == 0.0 or f.A is None:
+        return dropout_kernels.NO_DROPOUT
+    return dropout_kernels.Dropout(f.dropout_p, f.dropout_seed)
 
 
 def _check_dtype(x: Tensor) -> None:

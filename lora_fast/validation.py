@@ -17,7 +17,9 @@ def check_adapted_linear(
     x: Any, weight: Any, vectors: dict[str, Any], A: Any, B: Any, scaling: Any
 ) -> None:
     """Raise TypeError or ValueError unless the operands of the equation fit together."""
-    _check_floating("x", x)
+    # Before every call: what is one comparison is made here, helpers only word the errors.
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
+        raise _not_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension [..., K], got a scalar")
     if not isinstance(weight, NF4Weight):
@@ -26,27 +28,32 @@ def check_adapted_linear(
                 "weight must be a dense tensor or an NF4Weight, got a bitsandbytes Params4bit; "
                 "wrap it with NF4Weight.from_params4bit(weight)"
             )
-        _check_floating("weight", weight)
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
-    N, K = weight.shape
+        if not isinstance(weight, Tensor) or weight.dtype not in _FLOATING:
+            raise _not_floating("weight", weight)
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"weight must have shape [N, K], got {tuple(shape)}")
+    N, K = shape
     if N == 0 or K == 0:
-        raise ValueError(f"weight must have N ≥ 1 and K ≥ 1, got {tuple(weight.shape)}")
+        raise ValueError(f"weight must have N ≥ 1 and K ≥ 1, got {tuple(shape)}")
     if x.shape[-1] != K:
         raise ValueError(
-            f"x must have K = {K} features like weight [N, K] = {tuple(weight.shape)}, "
+            f"x must have K = {K} features like weight [N, K] = {tuple(shape)}, "
             f"got {tuple(x.shape)}"
         )
-    _check_same_device("weight", weight, x)
+    if weight.device != x.device:
+        raise _elsewhere("weight", weight, x)
     R = _check_low_rank(A, B, N, K, x)
-    for name, size in (("bias", N), ("b", R and N), ("d", R), ("g", N)):
-        _check_vector(name, vectors[name], size, x)
+    for name, vector in vectors.items():
+        if vector is not None:
+            _check_vector(name, vector, R if name == "d" else N, x, needs_adapter=R is None)
     check_scaling(scaling)
 
 
 def check_dropout(p: Any, seed: Any) -> None:
     """Raise unless `p` is a probability and `seed` None or a non-negative integer below 2⁶³."""
-    check_probability("dropout_p", p)
+    if type(p) is not float or not 0.0 <= p <= 1.0:
+        check_probability("dropout_p", p)
     if seed is None:
         return
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -72,7 +79,8 @@ def check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
             f"rank_spans must have a number of samples that divides the {rows} rows of x, "
             f"got {spans.shape[0]}"
         )
-    _check_same_device("rank_spans", spans, x)
+    if spans.device != x.device:
+        raise _elsewhere("rank_spans", spans, x)
 
 
 def check_scaling(scaling: Any) -> None:
@@ -102,38 +110,40 @@ def _check_low_rank(A: Any, B: Any, N: int, K: int, x: Tensor) -> int | None:
     if A is None:
         return None
     for name, factor in (("A", A), ("B", B)):
-        _check_floating(name, factor)
+        if not isinstance(factor, Tensor) or factor.dtype not in _FLOATING:
+            raise _not_floating(name, factor)
         if factor.dim() != 2:
             raise ValueError(f"{name} must have two dimensions, got shape {tuple(factor.shape)}")
-        _check_same_device(name, factor, x)
+        if factor.device != x.device:
+            raise _elsewhere(name, factor, x)
     R = int(A.shape[0])
     if R < 1:
         raise ValueError(f"A must have rank R ≥ 1, got shape {tuple(A.shape)}")
     if A.shape[1] != K:
         raise ValueError(f"A must have shape [R, K] with K = {K}, got {tuple(A.shape)}")
-    if tuple(B.shape) != (N, R):
+    if B.shape != (N, R):
         raise ValueError(f"B must have shape [N, R] = ({N}, {R}), got {tuple(B.shape)}")
     return R
 
 
-def _check_vector(name: str, vector: Any, size: int | None, x: Tensor) -> None:
-    if vector is None:
-        return
-    _check_floating(name, vector)
-    if size is None:
+def _check_vector(
+    name: str, vector: Any, size: int | None, x: Tensor, *, needs_adapter: bool
+) -> None:
+    if not isinstance(vector, Tensor) or vector.dtype not in _FLOATING:
+        raise _not_floating(name, vector)
+    if needs_adapter and name in ("b", "d"):
         raise ValueError(f"{name} must be None when there is no adapter (A and B are None)")
-    if tuple(vector.shape) != (size,):
+    if vector.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}")
-    _check_same_device(name, vector, x)
+    if vector.device != x.device:
+        raise _elsewhere(name, vector, x)
 
 
-def _check_floating(name: str, value: Any) -> None:
+def _not_floating(name: str, value: Any) -> TypeError:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+        return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
 
 
-def _check_same_device(name: str, value: Tensor | NF4Weight, x: Tensor) -> None:
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+def _elsewhere(name: str, value: Tensor | NF4Weight, x: Tensor) -> ValueError:
+    return ValueError(f"{name} must be on x's device {x.device}, got {value.device}")

@@ -181,7 +181,7 @@ def test_cross_attention_is_given_up_and_stays_right(grouped: list[int]) -> None
 def test_no_grad_and_grad_do_not_mix() -> None:
     stock = stock_model()
     fused = accelerated_copy(stock)
-    x = torch.randn(4, K)
+    x = torch.randn(65, K)
     layers = lora_layers(fused)
     with torch.no_grad():
         layers[0](x)
@@ -291,7 +291,7 @@ def print_nothing(model: Any) -> None:
 def test_nothing_is_kept_alive(grouped: list[int]) -> None:
     fused = accelerated_copy(stock_model())
     layers = lora_layers(fused)
-    x = torch.randn(4, K)
+    x = torch.randn(65, K)
     group, _ = vars(layers[0])[GROUP]
     for layer, left in zip(layers, (2, 1, 0), strict=True):
         layer(x)
@@ -302,6 +302,18 @@ def test_nothing_is_kept_alive(grouped: list[int]) -> None:
     del x
     gc.collect()
     assert not group._kept, "what was kept goes with x"
+
+
+def test_few_rows_without_gradients_are_computed_alone(grouped: list[int]) -> None:
+    """A group would save them no launch, and no read of W."""
+    stock = stock_model()
+    fused = accelerated_copy(stock)
+    for rows, calls in ((64, []), (65, [3])):
+        x = torch.randn(rows, K)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), stock(x))
+        assert grouped == calls
+    assert counted(fused) == (6, {})
 
 
 def test_a_tiny_llama_trains_as_without_groups(grouped: list[int]) -> None:

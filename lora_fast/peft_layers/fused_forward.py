@@ -21,7 +21,9 @@ class FusedForward:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls = self._lora_fast_calls
         state: Any = None
-        found = environment_obstacle() or self.arguments_obstacle(args, kwargs)
+        found = environment_obstacle()
+        if found is None and (args or kwargs):
+            found = self.arguments_obstacle(args, kwargs)
         if found is None:
             state, found = self.active(**kwargs)
         if found is None:
@@ -47,7 +49,7 @@ class FusedForward:
 
     def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the further arguments of a call cannot be honoured; PEFT hands them to the base."""
-        return "extra arguments" if args or kwargs else None
+        return "extra arguments"
 
     def _get_name(self) -> str:
         return type(self).__bases__[-1].__name__

@@ -50,11 +50,8 @@ class Adapter(NamedTuple):
     bias: Tensor | None
     scaling: float | Tensor
     dropout: nn.Module
+    dropout_p: float
     magnitude: Tensor | None = None
-
-    @property
-    def dropout_p(self) -> float:
-        return rate_of(self.dropout)
 
 
 class State(NamedTuple):
@@ -71,7 +68,9 @@ class FusedLoRALayer(FusedForward):
         names = kwargs.get("adapter_names")
         if names is None:
             adapters, found = _read(self, self.active_adapters)  # type: ignore[attr-defined]
-            return State(adapters), found or _together_obstacle(adapters, mixed=False)
+            if found is None and len(adapters) > 1:
+                found = _together_obstacle(adapters, mixed=False)
+            return State(adapters), found
         adapters, found = _read(self, dict.fromkeys(names))
         return State(adapters, list(names)), found or _together_obstacle(adapters, mixed=True)
 
@@ -126,6 +125,9 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     lora.Linear: FusedLinear,
     Linear4bit: FusedLinear4bit,
 }
+_ALONE: tuple[Any, int] = (None, 0)
+# As many rows go through one tile of the kernels, which share no shrink then.
+_FEW_ROWS = 64
 # Attribute of a layer: {adapter: RowNorms}.
 _NORMS = "_lora_fast_norms"
 
@@ -136,28 +138,43 @@ def _read(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
     found = switched_off(layer)
     if found is not None:
         return adapters, found
-    lora_A, lora_B, lora_dropout = layer.lora_A, layer.lora_B, layer.lora_dropout
+    # Past the modules' own lookups, which are Python and add up.
+    modules = layer._modules
+    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
     for name in names:
         if name not in lora_A:
             continue
-        A, B, dropout = lora_A[name], lora_B[name], lora_dropout[name]
-        magnitude, found = _magnitude(layer, name, B)
-        found = found or _children_obstacle(A, B, dropout)
+        A, B, dropout, magnitude = lora_A[name], lora_B[name], dropouts[name], None
+        if name in variants:
+            magnitude, found = _magnitude(layer, name, B)
+        found = (
+            found
+            or module_obstacle(A, "lora_A", nn.Linear)
+            or module_obstacle(B, "lora_B", nn.Linear)
+            or module_obstacle(dropout, "lora_dropout", nn.Dropout, nn.Identity)
+        )
         if found is not None:
             return adapters, found
-        adapters.append(
-            Adapter(name, A.weight, B.weight, B.bias, layer.scaling[name], dropout, magnitude)
-        )
+        weight_A, weight_B, bias = A.weight, B.weight, B.bias
+        found = tensor_obstacle(weight_A, "lora_A") or tensor_obstacle(weight_B, "lora_B")
+        if bias is not None:
+            found = found or tensor_obstacle(bias, "lora_B")
+        if found is None and A.bias is not None:
+            found = "lora_A has a bias"
+        if found is not None:
+            return adapters, found
+        p = rate_of(dropout)
+        scaling = layer.scaling[name]
+        adapters.append(Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude))
     if not adapters:
         return adapters, "no active adapter"
-    return adapters, base_obstacle(layer.base_layer)
+    return adapters, base_obstacle(modules["base_layer"])
 
 
 def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None]:
-    """DoRA's m, None for vanilla LoRA; and why a variant cannot be computed here."""
-    variant = layer.lora_variant.get(name)
-    if variant is None:
-        return None, None
+    """DoRA's m, and why a variant of LoRA cannot be computed here."""
+    variant = layer.lora_variant[name]
     if type(variant) is not DoraLinearVariant:
         return None, f"variant {type(variant).__name__}"
     if B.bias is not None or getattr(layer, "fan_in_fan_out", False):
@@ -178,24 +195,15 @@ def _together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
     return "dropout with several adapters" if len(p) > 1 or (any(p) and not mixed) else None
 
 
-def _children_obstacle(A: Any, B: Any, dropout: nn.Module) -> str | None:
-    return (
-        module_obstacle(A, "lora_A", nn.Linear)
-        or module_obstacle(B, "lora_B", nn.Linear)
-        or module_obstacle(dropout, "lora_dropout", nn.Dropout, nn.Identity)
-        or tensor_obstacle(A.weight, "lora_A")
-        or tensor_obstacle(B.weight, "lora_B")
-        or tensor_obstacle(B.bias, "lora_B")
-        or ("lora_A has a bias" if A.bias is not None else None)
-    )
-
-
 def _input_obstacle(layer: Any, state: State, x: Any) -> str | None:
-    factors = [t for a in state.adapters for t in (a.A, a.B, a.bias, a.magnitude)]
-    found = call_obstacle(layer.base_layer, x, *factors)
+    base = layer.base_layer
+    factors: list[Tensor | None] = []
+    for adapter in state.adapters:
+        factors += (adapter.A, adapter.B, adapter.bias, adapter.magnitude)
+    found = call_obstacle(base, x, *factors)
     if found is not None:
         return found
-    N, K = weight_shape(layer.base_layer)
+    N, K = weight_shape(base)
     for adapter in state.adapters:
         if adapter.A.shape[1] != K or adapter.B.shape != (N, adapter.A.shape[0]):
             return "shapes of lora_A and lora_B"
@@ -218,21 +226,21 @@ def _cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None
         dtype = adapter.A.dtype
         if adapter.B.dtype != dtype or (adapter.bias is not None and adapter.bias.dtype != dtype):
             return "lora_A and lora_B differ in dtype"
-        if not casts_input(layer) and x.dtype != dtype:
+        if x.dtype != dtype and not casts_input(layer):
             return "x and lora_A differ in dtype"
     return None
 
 
 def _lora(layer: Any, state: State, x: Tensor) -> Tensor:
-    adapters = state.adapters
+    base, adapters = layer.base_layer, state.adapters
     A, B, scaling = _stacked(adapters)
-    bias, spans = layer.base_layer.bias, None
+    bias, spans = base.bias, None
     if state.sample_adapters is None:
         bias = _total_bias(bias, adapters)
     else:
         spans = _rank_spans(adapters, state.sample_adapters, x.device)
     return adapted(
-        layer.base_layer,
+        base,
         x,
         bias=bias,
         A=A,
@@ -245,10 +253,13 @@ def _lora(layer: Any, state: State, x: Tensor) -> Tensor:
 
 def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     """The output from the group of layers that read the same x; None if the layer is on its own."""
-    if torch.compiler.is_compiling():
+    group, index = layer.__dict__.get(GROUP, _ALONE)
+    if group is None or torch.compiler.is_dynamo_compiling():
         return None
-    group, index = layer.__dict__.get(GROUP, (None, 0))
-    if group is None or group.given_up or layer._forward_pre_hooks or not group.join(index, layer):
+    # Each of few rows takes a launch in any case; without gradients nothing else would be shared.
+    if not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * x.shape[-1]:
+        return None
+    if group.given_up or layer._forward_pre_hooks or not group.join(index, layer):
         return None
     member = _member(layer, state)
     if member is None:
@@ -368,6 +379,6 @@ def _total_bias(base_bias: Tensor | None, adapters: list[Adapter]) -> Tensor | N
 
 def _result_dtype(layer: Any, y: Tensor) -> torch.dtype:
     """lora.Linear returns the base layer's dtype; lora.Linear4bit promotes under CUDA autocast."""
-    if isinstance(layer, Linear4bit) and torch.is_autocast_enabled():
+    if torch.is_autocast_enabled() and isinstance(layer, Linear4bit):
         return torch.promote_types(y.dtype, torch.get_autocast_dtype("cuda"))
     return y.dtype

@@ -57,7 +57,7 @@ class Tuner:
         found = self._chosen.get(asked)
         if found is None:
             # Backward passes run in threads of their own; candidates are timed one at a time.
-            with self._lock:
+            with self._lock, torch.cuda.device(device if device.type == "cuda" else -1):
                 found = self._chosen.get(asked) or self._decide(*asked, device, run)
                 self._chosen[asked] = found
         return found
