@@ -37,17 +37,19 @@ def forward(
     rows = x.to(work)
     weight = _dense(f.weight, dtype).to(work)
     bias = None if f.bias is None else f.bias.to(work)
-    V = torch.nn.functional.linear(rows, weight, bias if f.g is None else None)
+    y = torch.nn.functional.linear(rows, weight, bias)
     S = dropout = None
     if f.A is not None and f.B is not None:
         dropout = _dropout(f, x, mask)
         S = _shrink(rows, f, dtype, dropout)
-        V.addmm_(S.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
-    y, saved_V = V, None
+        y.addmm_(S.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
+    saved_V = None
     if f.g is not None:
-        saved_V = V.to(dtype) if needs.saves_V else None
         gain = f.g.to(work)
-        y = V * gain if bias is None else torch.addcmul(bias, V, gain)
+        V = y if bias is None else y - bias
+        saved_V = V.to(dtype) if needs.saves_V else None
+        # By g − 1, so that a gain of 1 leaves the bits of the layer without it.
+        y = V * gain if bias is None else torch.addcmul(y, V, gain - 1.0)
     mask = dropout.mask if dropout is not None and needs.saves_mask else None
     return y.to(dtype), Saved(S if needs.saves_S else None, saved_V, mask)
 
