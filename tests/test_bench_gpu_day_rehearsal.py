@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from lora_fast.kernels import nf4_decode
+from triton.runtime.driver import driver as triton_driver
 
 import lora_fast
 from bench import decoder_layer
 from bench.gpu_day import (
+    accuracy,
     commands,
     decoder_layers,
     linears,
@@ -26,7 +28,7 @@ from bench.gpu_day.day import Day, day
 from bench.gpu_day.journal import Journal
 from bench.gpu_day.run_units import FILE, run
 from bench.gpu_day.runner import NEW_PROCESS
-from bench.gpu_day.steps import STEPS, Step
+from bench.gpu_day.steps import STEPS, STUB_ARCH, Step
 
 CPU = torch.device("cpu")
 ABOUT = {"name": "no GPU", "capability": [9, 0], "rehearsal": True}
@@ -162,3 +164,17 @@ def test_kernels_run_in_a_rehearsal() -> None:
     assert list(backward["contestants"]) == ["fused in-gemm", "fused workspace", "composed"]
     assert backward["picked"] in backward["contestants"]
     assert launched  # by the route with a workspace, which fused layers of so few rows do not take
+
+
+@pytest.mark.offline
+def test_kernels_are_compiled_in_a_rehearsal_for_an_architecture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(STUB_ARCH, "89")
+    with day(rehearse=True) as today:
+        assert (today.arch, today.fused, today.computes) == (89, "triton", False)
+        rows = [unit.run() for unit in (*accuracy.units(today)[:2], *linears.crossover(today)[:1])]
+        log = triton_driver.active.log
+    assert all(row["ok"] for row in rows)
+    assert {"ticketed_gemm", "strips", "nf4_decode"} <= set(log.names)
+    assert log.target.arch == 89

@@ -5,6 +5,7 @@
     python -m bench.gpu_day --only layers         one step (repeatable)
     python -m bench.gpu_day --list                the steps
     python -m bench.gpu_day --rehearse --out DIR  every step without a GPU, tiny; times nothing
+    python -m bench.gpu_day --rehearse --arch 90  kernels compiled for sm_90 instead of interpreted
 
 Results go to bench/results/<device>: journal.jsonl, which says what happened and from which a later
 call goes on, results.json, report.md, pictures and log.txt. Exit status 0: nothing that ran failed;
@@ -27,7 +28,7 @@ from typing import Any
 from .journal import Journal
 from .run_units import FILE
 from .runner import Runner, summary
-from .steps import STEPS, Step
+from .steps import STEPS, STUB_ARCH, Step
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = "rehearsal, not a measurement"
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _missing(f"the packages {', '.join(missing)} (pip install '.[dev]' has all)")
-    env = _environment(options.rehearse)
+    env = _environment(options.rehearse, options.arch)
     about = _about(options.rehearse, env)
     if "missing" in about:
         return _missing(f"{about['missing']}; --rehearse walks through every step without one")
@@ -84,20 +85,27 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="run what has a result again")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--rehearse", action="store_true", help="walk through without a GPU")
+    parser.add_argument(
+        "--arch", type=int, help="with --rehearse: compile the kernels for it, and run none"
+    )
     parser.add_argument("--list", action="store_true", help="print the steps and end")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.arch and not options.rehearse:
+        parser.error("--arch must come with --rehearse: a GPU has its own")
+    return options
 
 
-def _environment(rehearse: bool) -> dict[str, str]:
+def _environment(rehearse: bool, arch: int | None) -> dict[str, str]:
     """What every step runs in. Triton decides at import whether it interprets."""
     env = {
         k: v
         for k, v in os.environ.items()
-        if k not in ("TRITON_INTERPRET", "LORA_FAST_BACKEND", "LORA_FAST_AUTOTUNE")
+        if k not in ("TRITON_INTERPRET", "LORA_FAST_BACKEND", "LORA_FAST_AUTOTUNE", STUB_ARCH)
     }
     env["PYTHONUNBUFFERED"] = "1"
     if rehearse:
-        env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        env.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        env.update({STUB_ARCH: str(arch)} if arch else {"TRITON_INTERPRET": "1"})
     return env
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,13 +11,16 @@ import torch
 
 from lora_fast.backend import Backend
 
+from .steps import STUB_ARCH
+
 
 @dataclass(frozen=True)
 class Day:
     """``seconds``: time that one comparison may take; ``rounds``: its least and most rounds.
 
     ``arch``: the compute capability as one number, 90 for 9.0; ``fused``: the backend whose only
-    route is the fused kernels, where ``auto`` may prefer cuBLAS.
+    route is the fused kernels, where ``auto`` may prefer cuBLAS; ``computes``: kernels are run, and
+    not only compiled.
     """
 
     device: torch.device
@@ -26,6 +30,7 @@ class Day:
     seconds: float = 3.0
     rounds: tuple[int, int] = (11, 101)
     warm_up_calls: int = 3
+    computes: bool = True
 
 
 @contextlib.contextmanager
@@ -33,7 +38,8 @@ def day(*, rehearse: bool) -> Iterator[Day]:
     """The GPU, or in a rehearsal the CPU with stand-ins for torch.cuda.
 
     A rehearsal runs the kernels where Triton interprets (TRITON_INTERPRET=1), as the command makes
-    it do; elsewhere the torch backend stands in for them.
+    it do, or compiles them for the architecture in the variable STUB_ARCH and runs none; elsewhere
+    the torch backend stands in for them.
     """
     if not rehearse:
         major, minor = torch.cuda.get_device_capability(0)
@@ -42,16 +48,22 @@ def day(*, rehearse: bool) -> Iterator[Day]:
     import triton
 
     import lora_fast
+    from bench import stub_driver
 
     from . import stand_in
 
-    interprets = triton.knobs.runtime.interpret
-    with stand_in.cuda(), lora_fast.set_backend("triton" if interprets else "torch"):
-        if interprets:
+    interprets, stub_arch = triton.knobs.runtime.interpret, os.environ.get(STUB_ARCH)
+    fused: Backend = "triton" if interprets or stub_arch else "torch"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stand_in.cuda())
+        stack.enter_context(lora_fast.set_backend(fused))
+        if stub_arch:
+            stack.enter_context(stub_driver.recording(int(stub_arch)))
+        elif interprets:
             from tests import triton_interpreter
 
             triton_interpreter.install()
         yield Day(
-            torch.device("cpu"), 90, rehearsal=True, fused="triton" if interprets else "torch",
-            seconds=0.0, rounds=(2, 2), warm_up_calls=0,
+            torch.device("cpu"), int(stub_arch or 90), rehearsal=True, fused=fused,
+            seconds=0.0, rounds=(2, 2), warm_up_calls=0, computes=not stub_arch,
         )  # fmt: skip

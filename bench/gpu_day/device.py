@@ -6,6 +6,7 @@ python -m bench.gpu_day.device [--rehearse]   name and versions as one line of J
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .steps import STUB_ARCH
 
 if TYPE_CHECKING:
     from .day import Day
@@ -28,8 +31,9 @@ _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
 def about(*, rehearse: bool) -> dict[str, Any]:
     """What results belong to; {"missing": …} without a GPU."""
     if rehearse:
-        name = "no GPU"
-        found: dict[str, Any] = {"name": name, "capability": [9, 0]}
+        arch = os.environ.get(STUB_ARCH)
+        name = f"no GPU, compiled for sm_{arch}" if arch else "no GPU"
+        found: dict[str, Any] = {"name": name, "capability": [*divmod(int(arch or 90), 10)]}
     elif not torch.cuda.is_available():
         return {"missing": f"a CUDA device: torch {torch.__version__} sees none"}
     else:
