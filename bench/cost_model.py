@@ -125,6 +125,8 @@ _GEMM_ARGUMENTS = _names(
     "num_chunks rows_per_sample stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y DROPOUT "
     "EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M PRECISION SHUFFLES MMA_SYNC "
     "PAIRS "
+    # the same X and W once more, where they have descriptors
+    "x_desc_0 w_desc_0 x_desc_1 w_desc_1 x_desc_2 w_desc_2 "
     # of each member
     "x_ptr w_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr partials_ptr in_ptr out_ptr "
     "scaling K R R_made first_r stride_xm stride_xk stride_wk stride_wn stride_in_l stride_in_r "

@@ -18,7 +18,8 @@ class GemmConfig:
     """Tile sizes of ticketed_gemm.
 
     A producer tile is BLOCK_S rows, which divide BLOCK_M, by at most MAX_R columns of the rank. A
-    step of S · outᵀ takes at most MAX_E of them.
+    step of S · outᵀ takes at most MAX_E of them. With `descriptors` the K-loop over dense weights
+    reads through tensor descriptors (TMA) wherever the operands have such (descriptors.py).
     """
 
     BLOCK_M: int
@@ -30,6 +31,7 @@ class GemmConfig:
     num_stages: int
     MAX_R: int = MAX_BLOCK_R
     MAX_E: int = MAX_BLOCK_R
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class UpdateConfig:
 # 64 columns of K make full 128-byte lines of 16-bit operands. Three stages of (128 + 128) × 64 × 2
 # bytes are 96 KiB: two CTAs on an H100 or A100, and the epilogue's S and factor tiles still fit.
 _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
+# Hopper: blocks that one thread fetches leave the others 87 instructions for a step of K instead of
+# 121 (forward, by count), and W scaled by g the registers for two CTAs.
+_GEMM_16BIT_SM90 = replace(_GEMM_16BIT, descriptors=True)
 # A100: 8 warps would take 176 registers each and so the whole multiprocessor; of 4 warps, with 64 ×
 # 64 products each, two CTAs fit and one multiplies while the other waits, adds S or stores. Nearly
 # all registers are taken: 16 columns of S at a time.
@@ -74,11 +79,13 @@ _GEMM_16BIT_SMALL_SHARED = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stag
 # of S and of a float32 A at a time.
 _GEMM_16BIT_NARROW = replace(_GEMM_16BIT, MAX_E=16)
 _GEMM_16BIT_SMALL_SHARED_NARROW = replace(_GEMM_16BIT_SMALL_SHARED, MAX_E=16)
-# tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes.
-_GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3)
+# tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes. By
+# pointers these would take 207 instructions to fetch what the tensor cores multiply in 256 cycles;
+# by descriptors it is 95.
+_GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3, descriptors=True)
 # Two accumulators of 128 columns do not fit the registers of 4 warps, nor one and a W that is
 # scaled, nor one and two results.
-_GEMM_16BIT_SM100_NARROW = GemmConfig(128, 64, 64, 64, 8, num_warps=4, num_stages=3)
+_GEMM_16BIT_SM100_NARROW = replace(_GEMM_16BIT_SM100, BLOCK_N=64)
 # Few rows read W at the speed of memory if enough of it is on its way: about 2 MB on an H100 (2.8
 # TB/s × 0.7 µs). Narrow tiles make 128 CTAs of 4096 columns, long stages give each of them 24 KB of
 # dense W, or 6 to 12 KB of packed bytes. The shrink's float32 A must fit beside: 16 columns.
@@ -86,17 +93,22 @@ _GEMM_16BIT_FEW_ROWS = GemmConfig(64, 32, 128, 64, 8, num_warps=4, num_stages=4,
 _GEMM_16BIT_16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16, MAX_E=32)
 # What a tuner may try for many rows, by generation. 256 columns take three quarters of the
 # shared-memory traffic for each product, and a CTA then has a multiprocessor to itself. 64 rows are
-# for shapes whose tiles would fill the device once and a bit.
+# for shapes whose tiles would fill the device once and a bit. The tile that is picked also without
+# descriptors: instructions are counted here, not timed.
 _OTHERS = {
     8: (
         GemmConfig(128, 256, 32, 64, 8, num_warps=8, num_stages=3),
         GemmConfig(64, 128, 64, 64, 8, num_warps=4, num_stages=3),
     ),
     9: (
-        GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3),
-        GemmConfig(64, 128, 64, 64, 8, num_warps=4, num_stages=3),
+        _GEMM_16BIT,
+        GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3, descriptors=True),
+        GemmConfig(64, 128, 64, 64, 8, num_warps=4, num_stages=3, descriptors=True),
     ),
-    10: (GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3),),
+    10: (
+        replace(_GEMM_16BIT_SM100, descriptors=False),
+        GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3, descriptors=True),
+    ),
 }
 _OTHERS_SMALL_SHARED = (GemmConfig(64, 128, 32, 64, 8, num_warps=4, num_stages=3),)
 # IEEE float32 products run on the FMA pipes: small tiles, registers are the limit. Fewer than 64
@@ -141,9 +153,11 @@ def pick_gemm(
         return _GEMM_16BIT_SMALL_SHARED_NARROW if narrow else _GEMM_16BIT_SMALL_SHARED
     if _has_tensor_memory(arch):
         return _GEMM_16BIT_SM100_NARROW if narrow else _GEMM_16BIT_SM100
-    # Rows of S off 16 bytes load element by element, each by an address of its own.
+    if arch == 90:
+        return _GEMM_16BIT_SM90
     if arch == 80 and narrow:
         return _GEMM_16BIT_NARROW
+    # Rows of S off 16 bytes load element by element, each by an address of its own.
     return _GEMM_16BIT_SM80 if arch == 80 and R % 16 == 0 else _GEMM_16BIT
 
 
@@ -164,7 +178,9 @@ def other_gemms(
         return ()
     if arch in SMALL_SHARED:
         return _OTHERS_SMALL_SHARED
-    return _OTHERS.get((arch or 90) // 10, ())
+    # The interpreter has Hopper's candidates, of which it picks one.
+    others, picked = _OTHERS.get((arch or 90) // 10, ()), pick_gemm(M, dtype, arch)
+    return tuple(config for config in others if config != picked)
 
 
 def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:

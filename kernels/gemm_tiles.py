@@ -16,14 +16,18 @@ from .tiles import load_factor, load_tile, tile_pointers
 
 @triton.jit
 def _add_product(
-    acc, member, block_m, block_n, g_ptr, M, N,
+    acc, member, x_desc, w_desc, block_m, block_n, g_ptr, M, N,
     IN_IS_B: tl.constexpr, HAS_g: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
 ):  # fmt: skip
-    """acc + X W' of one member: the K-loop over its weight, dense or packed."""
+    """acc + X W' of one member: the K-loop over its weight, dense or packed.
+
+    Descriptors fill what lies outside of their matrices with zeros, so they need no masks.
+    """
     K = member.K
     IS_NF4: tl.constexpr = member.IS_NF4
+    DESCRIBED: tl.constexpr = x_desc is not None
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -42,7 +46,9 @@ def _add_product(
             w_ptrs = packed_pointers(member.w_ptr, block_n, 0, member.stride_wn, BLOCK_N, BLOCK_K)
             w_step = BLOCK_K // 2
     for k in range(0, tl.cdiv(K, BLOCK_K)):
-        if EVEN_K:
+        if DESCRIBED:
+            x = x_desc.load([block_m * BLOCK_M, k * BLOCK_K])
+        elif EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m, other=0.0)
         else:
             x = tl.load(x_ptrs, mask=mask_m & (offs_k < K - k * BLOCK_K)[None, :], other=0.0)
@@ -58,6 +64,11 @@ def _add_product(
                 EVEN_K and IN_IS_B, EVEN_K and not IN_IS_B, member.x_ptr.dtype.element_ty,
             )  # fmt: skip
             w = w if IN_IS_B else tl.trans(w)
+        elif DESCRIBED:
+            if IN_IS_B:
+                w = w_desc.load([k * BLOCK_K, block_n * BLOCK_N])
+            else:
+                w = tl.trans(w_desc.load([block_n * BLOCK_N, k * BLOCK_K]))
         elif EVEN_K:
             w = tl.load(w_ptrs, mask=mask_n, other=0.0)
         else:
@@ -105,9 +116,9 @@ def _add_low_rank(
 
 @triton.jit
 def consume(
-    block_m, block_n, members, num_chunks, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr,
-    spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
-    stride_sm, stride_ym,
+    block_m, block_n, members, x_descs, w_descs, num_chunks, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
+    y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N,
+    rows_per_sample, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
@@ -122,9 +133,10 @@ def consume(
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.static_range(len(members)):
+    for i in tl.static_range(len(members)):  # more of them than descriptors have none
         acc = _add_product(
-            acc, members[i], block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
+            acc, members[i], x_descs[i % len(x_descs)], w_descs[i % len(w_descs)],
+            block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
     if HAS_ADAPTER:

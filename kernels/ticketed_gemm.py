@@ -35,6 +35,7 @@ from .configs import (
     rank_block,
     uses_mma_sync,
 )
+from .descriptors import descriptors_of
 from .dropout import drops_pairs
 from .fitting import drops_to_smaller
 from .gemm_tiles import consume
@@ -121,7 +122,7 @@ def _place_of(
 def ticketed_gemm(
     members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
     keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
-    stride_sm, stride_ym,
+    stride_sm, stride_ym, x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2, w_desc_2,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr,
@@ -134,8 +135,10 @@ def ticketed_gemm(
 
     IN_IS_B tells the two uses apart: False is the forward pass (in = A, out = B with its gains, g
     on the output), True the input gradient (in = B with its gains, out = A, g on X). Gains, V and
-    spans are those of a launch with one member.
+    spans are those of a launch with one member. x_desc_i and w_desc_i are tensor descriptors of
+    member i's X and W, those of all members or none.
     """
+    x_descs, w_descs = (x_desc_0, x_desc_1, x_desc_2), (w_desc_0, w_desc_1, w_desc_2)
     ticket = tl.program_id(0)
     if MAKES_S:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
@@ -149,10 +152,10 @@ def ticketed_gemm(
         )  # fmt: skip
     else:
         consume(
-            across, down, members, num_chunks, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr,
-            spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
-            stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S,
-            HAS_SPANS, SAVES_V, DROPOUT, EVEN_K,
+            across, down, members, x_descs, w_descs, num_chunks, s_ptr, b_ptr, d_ptr, g_ptr,
+            bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold,
+            M, N, rows_per_sample, stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS,
+            HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V, DROPOUT, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, PRECISION, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
     if MAKES_S:
@@ -251,16 +254,19 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
         return
     words = FLAGS + triton.cdiv(M, config.BLOCK_M)
     seed_low, seed_high, threshold = dropout.words()
+    descriptors = descriptors_of([(x, w) for x, w, *_ in layers], config, arch, is_grad)
+    is_described = descriptors[0] is not None
     ticketed_gemm[(tickets,)](
         tuple(members), tuple(0 if p is None else p.shape[0] for _, _, p, *_ in layers),
         S, b, d, g, bias, y, V, spans, sync_words(x.device, words) if makes_S else None,
         dropout.keep_scale, seed_low, seed_high, threshold,
         M, N, chunks, M if spans is None else M // spans.shape[0],
-        0 if S is None else S.stride(0), N,
+        0 if S is None else S.stride(0), N, *descriptors,
         IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, MAKES_S=makes_S,
         HAS_SPANS=spans is not None, WRITES_Y=y is not None, SAVES_V=V is not None,
-        DROPOUT=dropout.p > 0.0, EVEN_K=all(m.K % config.BLOCK_K == 0 for m in members),
+        DROPOUT=dropout.p > 0.0,
+        EVEN_K=is_described or all(m.K % config.BLOCK_K == 0 for m in members),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R,
         BLOCK_E=min(config.MAX_E, *(expand_block(m.R, x.dtype) for m in members)),
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),

@@ -25,7 +25,9 @@ ARCHS = [None, 80, 86, 87, 89, 90, 100, 103, 120]
 def _ragged(config: GemmConfig | StripConfig, dtype: torch.dtype) -> Case:
     """One block and a little more of everything that the configuration cuts into blocks."""
     if isinstance(config, GemmConfig):
-        M, L = config.BLOCK_M + 5, max(config.BLOCK_N, config.BLOCK_K) + 6
+        # Only rows that start at multiples of 16 bytes have descriptors.
+        more = 8 if config.descriptors else 6
+        M, L = config.BLOCK_M + 5, max(config.BLOCK_N, config.BLOCK_K) + more
     else:
         M, L = config.BLOCK_M + 5, config.BLOCK_L + 6
     adapter = FP32 if dtype == BF16 else None
@@ -94,9 +96,10 @@ def _compiled() -> Iterator[object]:
         arch = int(name.removeprefix("sm_")) if name.startswith("sm_") else 90
         for config in configs.other_gemms(8192, BF16, arch):
             for even in (False, True):
-                usual = (arch, config.BLOCK_N, even) == (90, 128, True)
+                usual = (arch, config.BLOCK_M, even) == (90, 64, True)
                 slow = [] if usual else [pytest.mark.exhaustive]
-                label = f"{name}-{config.BLOCK_M}x{config.BLOCK_N}-{'even' if even else 'ragged'}"
+                tile = f"{config.BLOCK_M}x{config.BLOCK_N}" + "-tma" * config.descriptors
+                label = f"{name}-{tile}-{'even' if even else 'ragged'}"
                 yield pytest.param(make, config, even, marks=[*marks, *slow], id=label)
 
 
@@ -113,7 +116,7 @@ def _tuned() -> Iterator[object]:
     for arch in (80, 89, 90, 100, 120):
         for config in configs.other_gemms(8192, BF16, arch):
             slow = [] if (arch, config.BLOCK_N) == (90, 256) else [pytest.mark.exhaustive]
-            label = f"sm_{arch}-{config.BLOCK_M}x{config.BLOCK_N}"
+            label = f"sm_{arch}-{config.BLOCK_M}x{config.BLOCK_N}" + "-tma" * config.descriptors
             yield pytest.param(arch, config, marks=slow, id=label)
 
 

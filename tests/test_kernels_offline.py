@@ -186,7 +186,7 @@ def test_row_norms_fit_the_device(arch: int, dtype: torch.dtype) -> None:
 
 # Instructions of the K-loops of the forward pass, GEMM and shrink: measured, plus a tenth. What the
 # compiler fails to hoist, a conversion or an address, shows here without a device.
-K_LOOP_BUDGET = {80: 174, 89: 108, 90: 133, 100: 235, 120: 99}
+K_LOOP_BUDGET = {80: 174, 89: 108, 90: 107, 100: 148, 120: 99}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

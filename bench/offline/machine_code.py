@@ -125,8 +125,8 @@ def loop_of(launch: stub_driver.Launch, part: str) -> sass.Loop | None:
 
     Of ticketed_gemm's loops the one that adds S · outᵀ is not pipelined, the K-loops are; that over
     W has more products than the shrink's or, where the opcode does not tell (tensor memory), loads
-    more. Each member of a launch has its own; the longest stands for all. None: the pass has no
-    product.
+    by descriptors, or loads more. Each member of a launch has its own; the longest stands for all.
+    None: the pass has no product.
     """
     loops = _pipelined_loops(launch)
     if launch.name != "ticketed_gemm":
@@ -146,9 +146,10 @@ def _pipelined_loops(launch: stub_driver.Launch) -> list[sass.Loop]:
     if id(kernel) in _loops:
         return _loops[id(kernel)][1]
 
-    def weight(loop: sass.Loop) -> tuple[int, int, int]:
+    def weight(loop: sass.Loop) -> tuple[int, int, bool, int]:
         flops = flops_of_instructions(loop, kernel.num_warps) or 0
-        return flops, loop.mma.total(), loop.by_class["global"]
+        described = "UTMALDG" in loop.by_opcode
+        return flops, loop.mma.total(), described, loop.by_class["global"]
 
     loops = sorted(kernel.resources.hot_loops, key=weight, reverse=True)
     if launch.name == "ticketed_gemm":

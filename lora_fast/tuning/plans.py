@@ -47,6 +47,8 @@ class Plan(NamedTuple):
             c = self.gemm
             tile = (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K)
             words.append(f"{'x'.join(map(str, tile))}/{c.num_warps}/{c.num_stages}")
+            if c.descriptors:
+                words.append("descriptors")
         if self.workspace is not None:
             words.append("workspace" if self.workspace else "in-gemm")
         return " ".join(words)

@@ -1,0 +1,49 @@
+"""Tensor descriptors: operands of ticketed_gemm that it reads through TMA instead of by pointers.
+
+One instruction of one thread then fetches a block, and what lies outside of the matrix arrives as
+zeros. Descriptors made by the host are parameters of the launch: no memory has to be allocated for
+them, and a CUDA graph keeps them. Triton takes them as arguments of their own only, not within a
+tuple, so there are as many as ticketed_gemm has parameters for.
+"""
+
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Layers of one launch that may be described: q, k and v.
+MOST_LAYERS = 3
+_NONE = (None,) * (2 * MOST_LAYERS)
+
+
+def can_describe(matrix) -> bool:
+    """Whether TMA can read a matrix: 16-bit numbers in rows that start at multiples of 16 bytes."""
+    rows, columns = matrix.shape
+    row_stride, column_stride = matrix.stride()
+    return (
+        matrix.dtype.itemsize == 2
+        and column_stride == 1
+        and row_stride >= columns
+        and row_stride * matrix.dtype.itemsize % 16 == 0
+        and row_stride * matrix.dtype.itemsize < 2**40
+        and matrix.data_ptr() % 16 == 0
+        and 0 < rows < 2**31
+        and 0 < columns < 2**31
+    )
+
+
+def descriptors_of(operands, config, arch, is_grad):
+    """(X, W, X, W, …) for operands (X, W [N, K]) of each layer; Nones unless all can be described.
+
+    Blocks of W are as they lie in memory, which the forward pass transposes. Before Hopper Triton
+    would turn descriptors into pointers again, and not pipeline those.
+    """
+    if not config.descriptors or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
+        return _NONE
+    # An Nf4Operand is no tensor, and has nothing that TMA could read.
+    if not all(hasattr(w, "stride") and can_describe(x) and can_describe(w) for x, w in operands):
+        return _NONE
+    x_block = [config.BLOCK_M, config.BLOCK_K]
+    w_block = [config.BLOCK_K, config.BLOCK_N] if is_grad else [config.BLOCK_N, config.BLOCK_K]
+    found = []
+    for x, w in operands:
+        found.append(TensorDescriptor(x, x.shape, x.stride(), x_block))
+        found.append(TensorDescriptor(w, w.shape, w.stride(), w_block))
+    return (*found, *_NONE[len(found) :])
