@@ -6,11 +6,11 @@ Candidates of one operation, forward or backward:
                 an NF4 weight is decoded by a launch of its own (workspace) or inside the GEMM
     composed    products by cuBLAS, S · outᵀ added in place: no slower than a user without us
 
-There is no "augmented K", [x | S] [W | Q]ᵀ as one cuBLAS product. It copies x [M, K] beside S, where
-composed writes and reads the M · N of y once more: that pays for N > K only. But [W | Q] has to be
-one matrix: every frozen W would be stored in rows of K + R, R of them rewritten each step, and no
-checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above A, and dY
-beside dS.
+There is no "augmented K", [x | S] [W | Q]ᵀ as one cuBLAS product. It copies x [M, K] beside S,
+where composed reads and writes the M · N of y once more: that pays for N > K only. But [W | Q] has
+to be one matrix: every frozen W would be stored in rows of K + R, R of them rewritten each step,
+and no checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above A,
+and dY beside dS.
 """
 
 from __future__ import annotations
