@@ -23,6 +23,7 @@ from bench.gpu_day import (
     plans,
     report,
     stand_in,
+    tables,
 )
 from bench.gpu_day.day import Day, day
 from bench.gpu_day.journal import Journal
@@ -176,5 +177,6 @@ def test_kernels_are_compiled_in_a_rehearsal_for_an_architecture(
         rows = [unit.run() for unit in (*accuracy.units(today)[:2], *linears.crossover(today)[:1])]
         log = triton_driver.active.log
     assert all(row["ok"] for row in rows)
+    assert "compiled" not in tables.accuracy({"case": rows[0]})  # no error was found out
     assert {"ticketed_gemm", "strips", "nf4_decode"} <= set(log.names)
     assert log.target.arch == 89

@@ -36,7 +36,7 @@ def units(day: Day) -> list[Unit]:
 def _checked(day: Day, case: Case) -> dict[str, Any]:
     found = accuracy_table.run_case(case, day.device)
     if not day.computes:
-        return {"ok": True, "summary": "compiled, not run"}
+        return {"ok": True, "results": [], "summary": "compiled, not run"}
     broken = [f"{row['result']}: {row['broken']}" for row in found if row["broken"]]
     worst = max(row["lora_fast"] / max(row["eager"], 1e-30) for row in found)
     return {
