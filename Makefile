@@ -9,13 +9,16 @@ ARGS ?=
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 
-.PHONY: train test peft-suite lint format bench gpu clean
+.PHONY: train test test-matrix peft-suite lint format bench gpu clean
 
 train: $(installed)
 	$(bin)/lora-fast train $(ARGS)
 
 test: $(installed)
 	$(bin)/python tests/run.py --jobs $(JOBS) $(ARGS)
+
+test-matrix: $(installed)
+	$(bin)/python tests/matrix.py --jobs $(JOBS) $(ARGS)
 
 peft-suite: $(installed)
 	$(bin)/python tests/peft_suite/run.py --jobs $(JOBS) $(ARGS)
@@ -39,7 +42,7 @@ gpu: $(installed)
 	$(bin)/python -m bench.gpu_day $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(bin)/python:

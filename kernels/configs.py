@@ -10,6 +10,8 @@ import torch
 import triton
 from triton.runtime import driver
 
+from . import triton_version  # noqa: F401
+
 MAX_BLOCK_R = 64
 
 

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import triton_version  # noqa: F401
+
 _ROUNDS = tl.constexpr(7)
 # Two elements of 16 bits in $1, a word in $2, the threshold in both halves of $3. A half becomes
 # its 15 bits + 2¹⁵ − threshold: it borrows nothing from its neighbour, and its sign tells; prmt

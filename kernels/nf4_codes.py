@@ -14,6 +14,8 @@ alone, so a nibble needs a shift and no mask. Elsewhere tl.gather reads the same
 import triton
 import triton.language as tl
 
+from . import triton_version  # noqa: F401
+
 # Four bytes in $8, the code of the lane in $9: the codes of their high, then of their low nibbles.
 _SHUFFLE_FOUR_BYTES = tl.constexpr(
     "{\n.reg .b32 n;\n"

@@ -52,21 +52,21 @@ class Executor:
     @contextlib.contextmanager
     def counting_launches(self) -> Iterator[list[str]]:
         """The names of the kernels that are launched inside the block, in order."""
-        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.interpreter import GridExecutor
         from triton.runtime.jit import JITFunction
 
         names: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            for kind in (InterpretedFunction, JITFunction):
-                patch.setattr(kind, "run", _recording(kind.run, names))
+            patch.setattr(GridExecutor, "__call__", _recording(GridExecutor.__call__, names))
+            patch.setattr(JITFunction, "run", _recording(JITFunction.run, names))
             yield names
 
 
 def _recording(run: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    def recorded(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        if not warmup:
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("warmup"):
             names.append(self.fn.__name__)
-        return run(self, *args, warmup=warmup, **kwargs)
+        return run(self, *args, **kwargs)
 
     return recorded
 

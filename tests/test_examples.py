@@ -21,7 +21,6 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return module.main()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
 def test_sft_with_trl_has_the_losses_of_stock(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,7 +252,7 @@ def test_inputs_stay_and_a_second_backward_gives_the_same_bits(interpreted):
 @pytest.mark.interpreter
 def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
     """Triton launches on the current device, which may be another."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
 
     inside, launched = [], []
 
@@ -271,7 +271,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
 
     operands = make(replace(RAGGED, M=400, nf4=True))
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(InterpretedFunction, "run", recording(InterpretedFunction.run))
+    monkeypatch.setattr(GridExecutor, "__call__", recording(GridExecutor.__call__))
     fused(operands)
     check_group(BF16, FP32, True)
     W, A, B = torch.randn(20, 24), torch.randn(3, 24), torch.randn(20, 3)

@@ -1,6 +1,6 @@
 """bfloat16 for Triton's interpreter (TRITON_INTERPRET=1), which upstream does not support.
 
-Triton 3.7's interpreter keeps bfloat16 as ``numpy.uint16`` bit patterns and hands these patterns
+Triton's interpreter keeps bfloat16 as ``numpy.uint16`` bit patterns and hands these patterns
 to numpy as they are, so that ``tl.dot``, ``+``, ``*``, comparisons, reductions and casts from and
 to integers compute on the patterns; float32 → bfloat16 cuts the mantissa off instead of rounding to
 nearest even. ``install()`` replaces those operations by: decode to float32, compute, round once.
@@ -13,8 +13,10 @@ Three more differences to compiled code are removed, because they hide mistakes:
   float; a bool argument is an int1 scalar, where upstream raises;
 - ``atomic_add`` on bfloat16 raises instead of adding bit patterns.
 
-The replaced methods are internals of one Triton series. Elsewhere ``install()`` raises, for someone
-to read the new interpreter and to extend ``SUPPORTED`` or to delete what has become superfluous.
+And what Triton before 3.7 gets wrong with NumPy 2.4: a tensor of one element as a bound of a range.
+
+The replaced methods are internals of a few Triton series. For others ``install()`` raises, for
+someone to read the new interpreter and to extend ``SUPPORTED`` or to delete what is superfluous.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-SUPPORTED = ((3, 7), (3, 8))
+SUPPORTED = ((3, 5), (3, 10))
 """First series that the patch was written for, and the first that it was not."""
 
 Handle = interpreter.TensorHandle
@@ -64,6 +66,7 @@ def install() -> None:
     _patch_memory(builder, upstream)
     _patch_reductions()
     _patch_arguments()
+    _patch_indices()
     builder._computes_bf16 = True
 
 
@@ -252,3 +255,13 @@ def _patch_arguments() -> None:
         return convert_upstream(arg)
 
     interpreter._implicit_cvt = _implicit_cvt
+
+
+def _patch_indices() -> None:
+    patch_upstream = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch_upstream(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor

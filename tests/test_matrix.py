@@ -1,0 +1,76 @@
+"""The matrix of versions covers what pyproject.toml claims, and a row that fails is seen."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import matrix
+
+
+def test_every_lower_bound_is_the_pin_of_a_row() -> None:
+    bounds = matrix.lower_bounds()
+    assert {"torch", "triton", "bitsandbytes", "numpy", "peft", "transformers", "trl"} <= set(
+        bounds
+    )
+    rows = {row.name: row for row in matrix.rows()}
+    assert bounds.items() <= (rows["torch-oldest"].pins | rows["peft-oldest"].pins).items()
+    assert rows[f"triton-{bounds['triton']}"].pins == {"triton": bounds["triton"]}
+
+
+def test_pins_take_the_place_of_those_of_the_suite() -> None:
+    row = matrix.Row("row", {"triton": "3.6.0"}, ("default",))
+    ours = (matrix.ROOT / "constraints.txt").read_text().splitlines()
+    theirs = matrix.constraints(row).splitlines()
+    assert [line for line in theirs if line.startswith("triton=")] == ["triton==3.6.0"]
+    assert {line for line in ours if not line.startswith("triton==")} == set(theirs) - {
+        "triton==3.6.0"
+    }
+
+
+def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[Any] = []
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    row = matrix.Row("row", {"triton": "3.6.0"}, ("default",))
+    matrix.install(row)
+    made = len(commands)
+    matrix.install(row)
+    assert len(commands) == made > 0
+    matrix.install(matrix.Row("row", {"triton": "3.5.1"}, ("default",)))
+    assert len(commands) == 2 * made
+
+
+def test_rows_are_independent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("broken", "red", "good")
+    rows = [matrix.Row(name, {"triton": "3.6.0"}, ("default", "interpreter")) for name in names]
+
+    def install(row: matrix.Row) -> Path:
+        if row.name == "broken":
+            raise subprocess.CalledProcessError(1, "pip")
+        (tmp_path / row.name).mkdir()
+        return Path(row.name)
+
+    def run(command: list[Any], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        failed = int(command[0] == Path("red"))
+        counts = {"passed": 7, "failed": failed, "skipped": 0, "seconds": 1.0}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps([counts]))
+        return subprocess.CompletedProcess(command, failed)
+
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    monkeypatch.setattr(matrix, "rows", lambda: rows)
+    monkeypatch.setattr(matrix, "install", install)
+    monkeypatch.setattr(subprocess, "run", run)
+    for chosen, status in ((names, 1), (("good",), 0), (("broken",), 1), (("red",), 1)):
+        monkeypatch.setattr(sys, "argv", ["matrix.py", "--rows", *chosen, "--discard"])
+        assert matrix.main() == status
+    every = capsys.readouterr().out.split("\n\n")
+    assert any("broken" in part and "NOT INSTALLED" in part and "ok" in part for part in every)
+    assert "7 passed, 1 failed, 0 skipped in 1 s" in "".join(every)
