@@ -232,6 +232,20 @@ def test_two_merges_into_one_folder_keep_apart(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_text() == "first"
 
 
+def test_the_old_model_comes_back_when_its_replacement_was_killed(tmp_path: Path) -> None:
+    """Between the two renames there is neither the old nor the new one."""
+    old, out = tmp_path / ".out.replaced", tmp_path / "out"
+    old.mkdir()
+    (old / "file").write_text("old")
+    with pytest.raises(FileExistsError), WholeFolder(out):
+        raise AssertionError("what came back must not be overwritten")
+    assert listing(out) == {"file": b"old"}
+    with WholeFolder(out, overwrite=True) as folder:
+        (folder.path / "file").write_text("new")
+    assert listing(out) == {"file": b"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_what_is_there_is_replaced_only_when_asked(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

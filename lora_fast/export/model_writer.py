@@ -40,22 +40,35 @@ class WholeFolder:
         self._refuse_to_replace()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
-        for left in self.path.iterdir():
-            _remove(left)
-        if self._old.exists() and not self.out.exists():
-            os.replace(self._old, self.out)  # killed between the two renames of _publish
-            self._refuse_to_replace()
+        try:
+            for left in self.path.iterdir():
+                _remove(left)
+            if self._old.exists() and not self.out.exists():
+                os.replace(self._old, self.out)  # killed between the two renames of _publish
+                self._refuse_to_replace()
+        except BaseException:
+            self._give_up()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._give_up()
+            return
         try:
-            if kind is None:
-                self._publish()
-            else:
-                _remove(self.path)
+            self._publish()
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
+            self._unlock()
+
+    def _give_up(self) -> None:
+        try:
+            _remove(self.path)
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _refuse_to_replace(self) -> None:
         if not self.overwrite and self.out.exists() and any(self.out.iterdir()):
