@@ -151,7 +151,8 @@ def base_obstacle(base: Any) -> str | None:
     """Why the base layer's weight and bias cannot enter the equation directly."""
     found = module_obstacle(base, "base layer", nn.Linear, *_FOUR_BIT)
     if found is None:
-        found = _nf4_obstacle(base) if is_four_bit(base) else tensor_obstacle(base.weight, "weight")
+        packed = isinstance(base, Linear4bit)
+        found = _nf4_obstacle(base) if packed else tensor_obstacle(base.weight, "weight")
     bias = None if found is not None else base.bias
     return found if bias is None else tensor_obstacle(bias, "bias")
 
@@ -188,7 +189,8 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     for t in factors:
         if t is not None and t.device != device:
             return "tensors on different devices"
-    return _dtype_obstacle(x, None if is_four_bit(base) else weight, bias, factors)
+    dense = None if isinstance(base, Linear4bit) else weight
+    return _dtype_obstacle(x, dense, bias, factors)
 
 
 def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Tensor:
@@ -198,7 +200,7 @@ def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Ten
     that `base` alone would give: the compute dtype for a dense layer, x's for a 4-bit one. Call it
     only when :func:`base_obstacle` and :func:`call_obstacle` find nothing.
     """
-    if not is_four_bit(base):
+    if not isinstance(base, Linear4bit):
         return adapted_linear(x, base.weight, bias, **factors)
     dtype = _four_bit_dtype(base, x)
     autocast = torch.is_autocast_enabled(x.device.type)

@@ -7,7 +7,6 @@ What it saves is what the Triton backend saves, so either can take the backward 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,12 +57,12 @@ def backward_group(
 
 def _decoded(f: Factors, like: Tensor) -> Factors:
     """With W dense, in the dtype of x, decoded in one launch; the same bits as in the kernels."""
-    return replace(f, weight=triton_ops.dense(f.weight, like.dtype))
+    return f._replace(weight=triton_ops.dense(f.weight, like.dtype))
 
 
 def _drawn(f: Factors) -> Factors:
     """With the p that the kernels' mask has, by which what it keeps is scaled."""
-    return replace(f, dropout_p=Dropout(f.dropout_p).drawn)
+    return f._replace(dropout_p=Dropout(f.dropout_p).drawn)
 
 
 def _mask(f: Factors, rows: Tensor) -> Tensor | None:

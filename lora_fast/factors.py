@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,8 +22,7 @@ class Constants(NamedTuple):
     rank_spans: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
+class Factors(NamedTuple):
     """Everything of y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias except x.
 
     weight [N, K], bias [N], A [R, K], B [N, R], b [N], d [R], g [N]; None where a factor is absent.

@@ -7,7 +7,6 @@ NF4 weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -228,7 +227,7 @@ def _with_dense_vectors(f: Factors) -> Factors:
     if f.bias is None and f.b is None and f.d is None and f.g is None:
         return f
     bias, b, d, g = (None if v is None else v.contiguous() for v in (f.bias, f.b, f.d, f.g))
-    return replace(f, bias=bias, b=b, d=d, g=g)
+    return f._replace(bias=bias, b=b, d=d, g=g)
 
 
 def _projection_pays(dY: Tensor, f: Factors) -> bool:

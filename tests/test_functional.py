@@ -306,7 +306,7 @@ def test_the_rule_notices_one_percent(monkeypatch, name):
 def test_the_rule_notices_a_dropped_bias_and_swapped_nibbles(monkeypatch):
     original = torch_ops.forward
     monkeypatch.setattr(
-        torch_ops, "forward", lambda x, f, needs: original(x, replace(f, bias=None), needs)
+        torch_ops, "forward", lambda x, f, needs: original(x, f._replace(bias=None), needs)
     )
     with pytest.raises(AssertionError, match=r"\.y "):
         check(BASE)

@@ -55,8 +55,10 @@ class Adapter(NamedTuple):
 
 
 class State(NamedTuple):
-    """The adapters that take part in a call, and for a mixed batch the adapter of each sample."""
+    """The base layer, the adapters that take part in a call, and for a mixed batch the adapter of
+    each sample."""
 
+    base: Any
     adapters: list[Adapter]
     sample_adapters: list[str] | None = None
 
@@ -65,14 +67,15 @@ class FusedLoRALayer(FusedForward):
     """The fused forward of ``lora.Linear`` and ``lora.bnb.Linear4bit``."""
 
     def active(self, **kwargs: Any) -> tuple[State, str | None]:
-        names = kwargs.get("adapter_names")
+        layer: Any = self
+        base, names = layer.base_layer, kwargs.get("adapter_names")
         if names is None:
-            adapters, found = _read(self, self.active_adapters)  # type: ignore[attr-defined]
+            adapters, found = _read(layer, base, layer.active_adapters)
             if found is None and len(adapters) > 1:
                 found = _together_obstacle(adapters, mixed=False)
-            return State(adapters), found
-        adapters, found = _read(self, dict.fromkeys(names))
-        return State(adapters, list(names)), found or _together_obstacle(adapters, mixed=True)
+            return State(base, adapters), found
+        adapters, found = _read(layer, base, dict.fromkeys(names))
+        return State(base, adapters, list(names)), found or _together_obstacle(adapters, mixed=True)
 
     def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if args or not _VARIANT_ARGUMENTS.issuperset(kwargs.keys() - {"adapter_names"}):
@@ -80,7 +83,28 @@ class FusedLoRALayer(FusedForward):
         return None
 
     def input_obstacle(self, state: State, x: Any) -> str | None:
-        return _input_obstacle(self, state, x)
+        base = state.base
+        factors: list[Tensor | None] = []
+        for adapter in state.adapters:
+            factors += (adapter.A, adapter.B, adapter.bias, adapter.magnitude)
+        found = call_obstacle(base, x, *factors)
+        if found is not None:
+            return found
+        N, K = weight_shape(base)
+        for adapter in state.adapters:
+            if adapter.A.shape[1] != K or adapter.B.shape != (N, adapter.A.shape[0]):
+                return "shapes of lora_A and lora_B"
+            if adapter.magnitude is not None and adapter.magnitude.shape != (N,):
+                return "shape of lora_magnitude_vector"
+        if state.sample_adapters is not None and (
+            x.dim() < 2 or len(state.sample_adapters) != x.shape[0]
+        ):
+            return "length of adapter_names"
+        if torch.is_autocast_enabled() and x.device.type != "cuda" and isinstance(self, Linear4bit):
+            return "CUDA autocast off CUDA"
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        return _cast_obstacle(self, state.adapters, x)
 
     def fused(self, state: State, x: Tensor) -> Tensor:
         first = state.adapters[0]
@@ -88,7 +112,7 @@ class FusedLoRALayer(FusedForward):
             y = _dora(self, first, x)
         else:
             shared = _with_siblings(self, state, x)
-            y = _lora(self, state, x) if shared is None else shared
+            y = _lora(state, x) if shared is None else shared
         return y.to(_result_dtype(self, y))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -132,14 +156,14 @@ _FEW_ROWS = 64
 _NORMS = "_lora_fast_norms"
 
 
-def _read(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
+def _read(layer: Any, base: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
     """The adapters `names`, all of them unless the state of the layer holds an obstacle."""
     adapters: list[Adapter] = []
+    # Past the modules' own lookups, which are Python and add up.
+    modules = layer._modules
     found = switched_off(layer)
     if found is not None:
         return adapters, found
-    # Past the modules' own lookups, which are Python and add up.
-    modules = layer._modules
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
     for name in names:
@@ -169,7 +193,7 @@ def _read(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
         adapters.append(Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude))
     if not adapters:
         return adapters, "no active adapter"
-    return adapters, base_obstacle(modules["base_layer"])
+    return adapters, base_obstacle(base)
 
 
 def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None]:
@@ -195,31 +219,6 @@ def _together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
     return "dropout with several adapters" if len(p) > 1 or (any(p) and not mixed) else None
 
 
-def _input_obstacle(layer: Any, state: State, x: Any) -> str | None:
-    base = layer.base_layer
-    factors: list[Tensor | None] = []
-    for adapter in state.adapters:
-        factors += (adapter.A, adapter.B, adapter.bias, adapter.magnitude)
-    found = call_obstacle(base, x, *factors)
-    if found is not None:
-        return found
-    N, K = weight_shape(base)
-    for adapter in state.adapters:
-        if adapter.A.shape[1] != K or adapter.B.shape != (N, adapter.A.shape[0]):
-            return "shapes of lora_A and lora_B"
-        if adapter.magnitude is not None and adapter.magnitude.shape != (N,):
-            return "shape of lora_magnitude_vector"
-    if state.sample_adapters is not None and (
-        x.dim() < 2 or len(state.sample_adapters) != x.shape[0]
-    ):
-        return "length of adapter_names"
-    if torch.is_autocast_enabled() and x.device.type != "cuda" and isinstance(layer, Linear4bit):
-        return "CUDA autocast off CUDA"
-    if torch.is_autocast_enabled(x.device.type):
-        return None
-    return _cast_obstacle(layer, state.adapters, x)
-
-
 def _cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None:
     """Without autocast, PEFT casts x to lora_A's dtype, and nothing else to anything."""
     for adapter in adapters:
@@ -231,16 +230,16 @@ def _cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None
     return None
 
 
-def _lora(layer: Any, state: State, x: Tensor) -> Tensor:
-    base, adapters = layer.base_layer, state.adapters
+def _lora(state: State, x: Tensor) -> Tensor:
+    adapters = state.adapters
     A, B, scaling = _stacked(adapters)
-    bias, spans = base.bias, None
+    bias, spans = state.base.bias, None
     if state.sample_adapters is None:
         bias = _total_bias(bias, adapters)
     else:
         spans = _rank_spans(adapters, state.sample_adapters, x.device)
     return adapted(
-        base,
+        state.base,
         x,
         bias=bias,
         A=A,
@@ -261,7 +260,7 @@ def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
         return None
     if group.given_up or layer._forward_pre_hooks or not group.join(index, layer):
         return None
-    member = _member(layer, state)
+    member = _member(state)
     if member is None:
         return None
     y = group.fetch(index, x, _signature(layer))
@@ -295,12 +294,12 @@ def _sibling(layer: Any, x: Tensor, dropout_p: float) -> Member | None:
     state, found = layer.active()
     if found is not None or layer.input_obstacle(state, x) is not None:
         return None
-    return _member(layer, state) if state.adapters[0].dropout_p == dropout_p else None
+    return _member(state) if state.adapters[0].dropout_p == dropout_p else None
 
 
-def _member(layer: Any, state: State) -> Member | None:
+def _member(state: State) -> Member | None:
     """What a group computes of a layer: plain LoRA, one adapter or several, on a frozen weight."""
-    base, adapters = layer.base_layer, state.adapters
+    base, adapters = state.base, state.adapters
     if state.sample_adapters is not None or base.weight.requires_grad:
         return None
     if any(adapter.magnitude is not None for adapter in adapters):
