@@ -79,7 +79,7 @@ class AdapterModule(nn.Module):
     def obstacle(self) -> str | None:
         """Why the next call would run plain PyTorch, None if it would run fused."""
         found = environment_obstacle() or ("merged" if self.merged else None)
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, parameter in self._parameters.items():
             found = found or tensor_obstacle(parameter, name)
         return found or base_obstacle(self.base_layer)
 
