@@ -13,9 +13,14 @@ from typer.main import get_command
 from tests.test_readme import tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*.md")),
+    *(ROOT / folder / "README.md" for folder in ("bench", "examples", "tests")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]+))?\)")
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if name.startswith("docs/")])
@@ -34,10 +39,24 @@ def test_documentation_has_code() -> None:
 
 @pytest.mark.parametrize("page", NAMES)
 def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if "://" not in target:
-            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+    for target, anchor in LINK.findall((ROOT / page).read_text()):
+        if "://" in target:
+            continue
+        found = (ROOT / page).parent / target if target else ROOT / page
+        assert found.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page} links to {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def test_the_readme_leads_to_every_page_of_docs() -> None:
+    linked = {target for target, _ in LINK.findall((ROOT / "README.md").read_text())}
+    assert {name for name in NAMES if name.startswith("docs/")} <= linked
 
 
 @pytest.mark.parametrize("page", NAMES)
