@@ -243,7 +243,7 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
 
 _DECODE_ARGUMENTS = _names(
     "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr w_ptr num_bytes num_elements "
-    "num_blocks BLOCKSIZE BLOCKSIZE2 IS_NESTED ROWS"
+    "num_blocks BLOCKSIZE BLOCKSIZE2 IS_NESTED ROWS SHUFFLES"
 )
 
 

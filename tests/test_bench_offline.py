@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
+
 from bench.offline import __main__ as command
 from bench.offline import (
     contestants,
@@ -174,6 +175,7 @@ KEPT: dict[str, Any] = {
             **{"who": "lora_fast", "arch": 90, "layer": "L", "launches_backward": 3, "bytes": 100},
         }
     ],
+    "launches": [{"arch": 90, "M": 16, "weight": "nf4", "forward": 1, "backward": 3}],
     "kernels": [
         {
             "kernel": "sm_90 forward r16",
@@ -195,12 +197,12 @@ KEPT: dict[str, Any] = {
         ("counts", "saved_bytes", 2, "2 bytes saved for backward, 1 before"),
         ("counts", "bytes", 101, "101 bytes moved, 100 before"),
         ("counts", "M", 2, "not in the kept results"),
+        ("launches", "forward", 2, "sm_90 M=16 nf4: 2 launches forward, 1 before"),
         ("kernels", "spilled_bytes", 8, "spills 8 bytes, 0 before"),
         ("kernels", "mma", [], r"multiplies by \[\], by \['HGMMA'\] before"),
         ("kernels", "ctas_per_sm", 1, "1 CTAs on a multiprocessor, 2 before"),
         ("kernels", "instructions", 1051, "1051 instructions, 1000 before"),
         ("kernels", "loops", [{"integer": 106}], "106 instructions in the main loop, 100 before"),
-        ("kernels", "kernel", "sm_90 other", "sm_90 other: not in the kept results"),
     ],
 )
 def test_what_became_worse_is_one_line(part: str, name: str, value: Any, line: str) -> None:
@@ -229,6 +231,15 @@ def test_what_became_better_is_no_regression_but_a_difference(
     assert regression.differences(new, KEPT) == 1
 
 
+def test_of_a_kernel_that_is_not_kept_yet_a_spill_is_a_regression() -> None:
+    new = copy.deepcopy(KEPT)
+    new["kernels"][0] |= {"kernel": "sm_90 other", "instructions": 2000}
+    assert regression.regressions(new, KEPT) == []
+    assert regression.not_kept(new, KEPT) == ["sm_90 other"]
+    new["kernels"][0]["spilled_bytes"] = 8
+    assert regression.regressions(new, KEPT) == ["sm_90 other: spills 8 bytes, 0 before"]
+
+
 def test_results_survive_the_file(tmp_path: Path) -> None:
     path = tmp_path / command.FILE
     command._write(path, KEPT)
@@ -247,10 +258,63 @@ def test_fast_results_never_replace_the_full_ones(capsys: pytest.CaptureFixture[
     assert "--fast must come with" in capsys.readouterr().err
 
 
+def _kernel(name: str, **values: Any) -> dict[str, Any]:
+    row = {
+        **KEPT["kernels"][0],
+        "kernel": name,
+        "config": "M128 N128 K64 R16 w8 s3",
+        "main_loop_mma": ["HGMMA"],
+    }
+    return {**row, **values}
+
+
+MET: list[dict[str, Any]] = [
+    _kernel("sm_120 nf4_decode", instructions_per_weight=7.5),
+    _kernel("sm_90 forward NF4 r16", loops=[{"integer": 250}]),
+    _kernel("sm_90 forward r16"),
+    _kernel("sm_90 forward r16 up to 16 rows", config="M16 N32 K256", main_loop_mma=["HMMA"]),
+    _kernel("sm_100 forward r16", main_loop_mma=["UTCHMMA"]),
+]
+LAUNCHES = [
+    {
+        "arch": 90,
+        "M": M,
+        "weight": weight,
+        "forward": 1 + (M > 64) * (weight == "nf4"),
+        "backward": 3,
+    }
+    for M in (16, 8192)
+    for weight in ("dense", "nf4")
+]
+
+
+def _missed(launches: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> list[str]:
+    lines = tables.targets([], launches, kernels).splitlines()
+    return [line for line in lines if line.endswith("| NO  |")]
+
+
+def test_a_target_that_is_missed_says_so() -> None:
+    assert _missed(LAUNCHES, MET) == []
+    for index, values, words in (
+        (0, {"instructions_per_weight": 7.75}, "instructions per weight"),
+        (1, {"loops": [{"integer": 251}]}, "instructions in the K-loop"),
+        (1, {"ctas_per_sm": 1}, "fewer than 2 CTAs"),
+        (2, {"main_loop_mma": ["HMMA"]}, "do not multiply by HGMMA"),
+        (4, {"main_loop_mma": []}, "do not multiply by UTCHMMA"),
+        (4, {"spilled_bytes": 8}, "kernels that spill"),
+    ):
+        kernels = [{**row, **values} if i == index else row for i, row in enumerate(MET)]
+        (line,) = _missed(LAUNCHES, kernels)
+        assert words in line
+    decoded = [{**row, "forward": 2} if row["weight"] == "nf4" else row for row in LAUNCHES]
+    (line,) = _missed(decoded, MET)
+    assert "launches that NF4 adds forward" in line
+
+
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     kept = command._load(command.RESULTS / command.FILE)
     text = (command.RESULTS / "tables.md").read_text()
-    assert tables._targets(kept["counts"], kept["kernels"]) in text
+    assert tables.targets(kept["counts"], kept.get("launches", []), kept["kernels"]) in text
     assert tables.summary(kept["counts"]) in text
     assert tables.summary(kept["counts"]) in (Path(__file__).parents[1] / "README.md").read_text()
     for name in {row["layer"] for row in kept["counts"]}:

@@ -1,4 +1,5 @@
-"""The fast part of ``python -m bench.offline --check``: our launches and machine code on sm_90."""
+"""The fast part of ``python -m bench.offline --check``: our launches and machine code on sm_90;
+and that its whole lists every shipped configuration."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ from typing import Any
 
 import conftest
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
+from lora_fast.kernels import configs
+from triton.runtime.jit import JITFunction
+
 from bench.offline import __main__ as command
-from bench.offline import contestants, counting, layers, machine_code, regression
+from bench.offline import contestants, counting, layers, machine_code, regression, variants
 from bench.offline.contestants import Case
 
 pytestmark = pytest.mark.offline
@@ -32,12 +37,10 @@ def kept() -> dict[str, Any]:
 
 
 def test_nothing_became_worse(kept: dict[str, Any]) -> None:
-    new = {
-        "counts": counting.lora_fast(counting.FAST, 90),
-        "kernels": counting.code(ONE_LINEAR, 90),
-    }
+    new = {"counts": counting.lora_fast(counting.FAST, 90), **counting.code(ONE_LINEAR, 90)}
     assert len(new["counts"]) == 8
-    assert len(new["kernels"]) >= 7
+    assert len(new["kernels"]) >= 12
+    assert {row["M"] for row in new["launches"]} == {variants.IN_GEMM_ROWS, 8192}
     assert regression.regressions(new, kept) == []
 
 
@@ -51,7 +54,7 @@ def test_an_extra_launch_and_a_copy_of_x_are_found(
         lora_layers, "adapted", lambda base, x, **factors: adapted(base, x * 1, **factors)
     )
     one = dataclasses.replace(ONE_LINEAR, weights=("dense",), dropouts=(0.0,))
-    new = {"counts": counting.lora_fast(one, 90), "kernels": []}
+    new = {"counts": counting.lora_fast(one, 90), "launches": [], "kernels": []}
     found = regression.regressions(new, kept)
     assert any("launches forward" in line for line in found)
     assert any("bytes moved" in line for line in found)
@@ -82,3 +85,39 @@ def test_the_breakdown_adds_up_to_the_counted_bytes(kept: dict[str, Any]) -> Non
     )
     assert total == row["bytes"]
     assert row["compulsory_bytes"] < row["bytes"] < row["issued_bytes"]
+
+
+def test_the_variants_launch_every_shipped_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = set()
+
+    def launch(kernel: Any, *args: Any, **options: Any) -> None:
+        launched.add((kernel.fn.__name__, *_tile(options)))
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    shipped: set[tuple[Any, ...]] = set()
+    for arch in counting.EVERYTHING.code_archs:
+        for _ in variants.record(tuple(variants.KINDS), arch, (16, 64), (0.0, 0.1)):
+            pass
+        shipped |= {("ticketed_gemm", *_tile(vars(c))) for c in _gemm_configs(arch)}
+    strip_configs = [c for c in vars(configs).values() if isinstance(c, configs.StripConfig)]
+    shipped |= {("strips", *_tile(vars(c))) for c in strip_configs}
+    assert len(shipped) > 15
+    assert shipped - launched == set()
+    assert {"nf4_decode", "row_norms", "weight_update"} <= {name for name, *_ in launched}
+
+
+def _gemm_configs(arch: int) -> list[configs.GemmConfig]:
+    """What configs.py may pick for a device, and what the tuner may try."""
+    picked = [
+        configs.pick_gemm(M, dtype, arch, narrow=narrow, R=R)
+        for M in (16, 64, 8192)
+        for dtype in (torch.bfloat16, torch.float32)
+        for narrow in (False, True)
+        for R in (16, 100)
+    ]
+    return [*picked, *configs.other_gemms(8192, torch.bfloat16, arch)]
+
+
+def _tile(values: Any) -> tuple[int, ...]:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_L", "BLOCK_K", "num_warps", "num_stages")
+    return tuple(values[name] for name in names if name in values)

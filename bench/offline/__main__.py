@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     changed = regression.differences(new, kept)
     if changed and not worse:
         print(f"note: {changed} rows differ and none is worse; run without --check to keep them")
+    fresh = regression.not_kept(new, kept)
+    if fresh:
+        print(f"note: {len(fresh)} kernels are not kept yet: {', '.join(fresh)}")
     print(f"{len(new['counts'])} counts, {len(new['kernels'])} kernels: {len(worse)} regressions")
     return 1 if worse else 0
 
@@ -72,7 +75,7 @@ def _about() -> dict[str, str]:
 def _keep(new: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / FILE, new)
-    text = tables.everything(new["counts"], new["kernels"], counting.breakdown(MAIN, 90))
+    text = tables.everything(*(new[part] for part in tasks.PARTS), counting.breakdown(MAIN, 90))
     (folder / "tables.md").write_text(text)
     print(text)
     try:
@@ -90,6 +93,7 @@ def _write(path: Path, results: dict[str, Any]) -> None:
         "about": json.dumps(results["about"]),
         "columns": json.dumps(counting.COLUMNS),
         "counts": _lines(counts),
+        "launches": _lines(results["launches"]),
         "kernels": _lines(results["kernels"]),
     }
     body = ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items())

@@ -69,11 +69,11 @@ def modelled(case: Case, graph: str) -> Step | None:
 class LoraFast:
     """Our layers of one shape on one device, ready to be recorded with any number of rows."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, *, adapter_dtype: torch.dtype = layers.DTYPE) -> None:
         import lora_fast
 
         base = layers.Linears(case.shape, case.weight, "cpu")
-        model = layers.with_lora(base, case.R, case.dropout_p, "cpu", adapter_dtype=layers.DTYPE)
+        model = layers.with_lora(base, case.R, case.dropout_p, "cpu", adapter_dtype=adapter_dtype)
         self.model = lora_fast.accelerate(model)
 
     def step(self, case: Case, arch: int) -> tuple[LoraFastStep, stub_driver.Log]:

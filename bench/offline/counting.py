@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import cost_model
 
-from . import contestants, layers, machine_code
+from . import contestants, layers, machine_code, variants
 from .contestants import Case
 from .operations import Step
 from .rooflines import BY_ARCH, ROOFLINES
@@ -25,7 +25,8 @@ MODELLED = ("unsloth", "lorafusion")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cells of the tables to fill; ``archs`` of lora_fast's launches and machine code."""
+    """Which cells of the tables to fill; ``archs`` of lora_fast's launches, ``code_archs`` and
+    ``kinds`` (of variants.py) of its machine code."""
 
     shapes: tuple[layers.Shape, ...] = layers.SHAPES
     rows: tuple[int, ...] = (512, 2048, 8192)
@@ -34,13 +35,21 @@ class Selection:
     dropouts: tuple[float, ...] = (0.0, 0.1)
     archs: tuple[int, ...] = tuple(roofline.arch for roofline in ROOFLINES)
     code_archs: tuple[int, ...] = (80, 89, 90, 100, 120)
+    kinds: tuple[str, ...] = tuple(variants.KINDS)
 
     def models(self) -> Iterator[tuple[layers.Shape, int, str, float]]:
         return itertools.product(self.shapes, self.ranks, self.weights, self.dropouts)
 
 
 EVERYTHING = Selection()
-FAST = Selection(shapes=layers.SHAPES[:2], rows=(8192,), ranks=(16,), archs=(90,), code_archs=(90,))
+FAST = Selection(
+    shapes=layers.SHAPES[:2],
+    rows=(8192,),
+    ranks=(16,),
+    archs=(90,),
+    code_archs=(90,),
+    kinds=("many rows", "in-GEMM"),
+)
 MAIN = Case(layers.SHAPES[0], 8192, 16, "dense", 0.0)
 
 
@@ -63,10 +72,12 @@ def others(selection: Selection) -> list[dict[str, Any]]:
 
 def device(selection: Selection, arch: int) -> dict[str, list[dict[str, Any]]]:
     """Our rows and the machine code of one device, which share what is compiled for it."""
-    return {
-        "counts": lora_fast(selection, arch) if arch in selection.archs else [],
-        "kernels": code(selection, arch) if arch in selection.code_archs else [],
-    }
+    found: dict[str, list[dict[str, Any]]] = {"counts": [], "kernels": [], "launches": []}
+    if arch in selection.archs:
+        found["counts"] = lora_fast(selection, arch)
+    if arch in selection.code_archs:
+        found |= code(selection, arch)
+    return found
 
 
 def lora_fast(selection: Selection, arch: int) -> list[dict[str, Any]]:
@@ -87,13 +98,21 @@ def lora_fast(selection: Selection, arch: int) -> list[dict[str, Any]]:
     return found
 
 
-def code(selection: Selection, arch: int) -> list[dict[str, Any]]:
-    """Machine code of every kernel of a 4096 × 4096 linear, at each rank, with and without p."""
-    logs = []
-    for R, p in itertools.product(selection.ranks, selection.dropouts):
-        case = Case(layers.SHAPES[0], 8192, R, "nf4", p)
-        logs.append((R, p, contestants.LoraFast(case).step(case, arch)[1]))
-    return machine_code.rows(logs, arch)
+def code(selection: Selection, arch: int) -> dict[str, list[dict[str, Any]]]:
+    """Every kernel of the variants of one device, and the launches of a single linear in them."""
+    found = list(variants.record(selection.kinds, arch, selection.ranks, selection.dropouts))
+    launches = {
+        (v.case.M, v.case.weight): {
+            "arch": arch,
+            "M": v.case.M,
+            "weight": v.case.weight,
+            "forward": v.step.forward_launches,
+            "backward": v.step.launches - v.step.forward_launches,
+        }
+        for v in found
+        if v.case is not None and v.step is not None and v.case.shape is layers.SHAPES[0]
+    }
+    return {"kernels": machine_code.rows(found, arch), "launches": [*launches.values()]}
 
 
 def breakdown(case: Case, arch: int) -> list[dict[str, Any]]:

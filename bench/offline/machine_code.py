@@ -10,12 +10,16 @@ memory all the time: of them counts what bandwidth the issue cycles allow at the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import sass, stub_driver
 
 from .rooflines import SPEEDS
+
+if TYPE_CHECKING:
+    from .variants import Variant
 
 SCHEDULERS = 4
 _SHAPE = re.compile(r"HMMA\.(16)(8)(16)\.|HGMMA\.(\d+)x(\d+)x(\d+)\.")
@@ -23,13 +27,17 @@ _SHAPE = re.compile(r"HMMA\.(16)(8)(16)\.|HGMMA\.(\d+)x(\d+)x(\d+)\.")
 _WARPS_OF_MMA = {"HMMA": 1, "HGMMA": 4}
 
 
-def rows(logs: Iterable[tuple[int, float, stub_driver.Log]], arch: int) -> list[dict[str, Any]]:
-    """One row for each distinct kernel of logs (rank, dropout probability, launches)."""
-    found: dict[str, dict[str, Any]] = {}
-    for R, p, log in logs:
-        for launch in log.launches:
-            row = _row(launch, arch, R, p)
-            found.setdefault(row["kernel"], row)
+def rows(variants: Iterable[Variant], arch: int) -> list[dict[str, Any]]:
+    """One row for each kernel that the variants launch. RuntimeError: two have the same name."""
+    found: dict[int, dict[str, Any]] = {}
+    for variant in variants:
+        for launch in variant.log.launches:
+            if id(launch.kernel) not in found:
+                found[id(launch.kernel)] = _row(launch, variant, arch)
+    names = Counter(row["kernel"] for row in found.values())
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        raise RuntimeError(f"kernels must have names of their own, got {repeated} more than once")
     return list(found.values())
 
 
@@ -43,13 +51,31 @@ def role(launch: stub_driver.Launch) -> str:
     return launch.name
 
 
-def _row(launch: stub_driver.Launch, arch: int, R: int, p: float) -> dict[str, Any]:
+def _name(launch: stub_driver.Launch, variant: Variant, arch: int) -> str:
+    """What tells a kernel from the others of a device."""
+    c, words = launch.constexprs, [f"sm_{arch}", role(launch)]
+    if launch.name == "ticketed_gemm":
+        members = launch.arguments["members"]
+        if len(members) > 1:
+            words.append(f"of {len(members)} layers")
+        if members[0].absmax_ptr is not None:
+            words.append("NF4")
+    if launch.name in ("ticketed_gemm", "strips", "row_norms"):
+        words.append(f"r{variant.R}")
+    if launch.name == "ticketed_gemm" and not c["IN_IS_B"]:
+        made = members[0].R_made
+        words += ["without shrink"] * (made == 0) + [f"of {made}"] * (made > variant.R)
+    if launch.name == "strips" and launch.arguments["R"] > variant.R:
+        words.append(f"of {launch.arguments['R']}")
+    if c.get("DROPOUT"):
+        words.append(f"p{variant.dropout_p}")
+    return " ".join([*words, *([variant.note] if variant.note else [])])
+
+
+def _row(launch: stub_driver.Launch, variant: Variant, arch: int) -> dict[str, Any]:
     kernel, found = launch.kernel, launch.kernel.resources
-    dropout = p if launch.constexprs.get("DROPOUT") else 0.0
-    rank = f" r{R}" if found.mma else ""
-    name = f"sm_{arch} {role(launch)}{rank}" + (f" p{dropout}" if dropout else "")
     row = {
-        "kernel": name,
+        "kernel": _name(launch, variant, arch),
         "config": _config(launch),
         "registers": found.registers,
         "spilled_bytes": found.local_bytes,
@@ -60,15 +86,21 @@ def _row(launch: stub_driver.Launch, arch: int, R: int, p: float) -> dict[str, A
         "main_loop": None,
         "loops": [dict(sorted(loop.by_class.items())) for loop in found.hot_loops],
     }
-    if found.hot_loops:
-        main = loop_of(launch, "gemm" if launch.name == "ticketed_gemm" else "walk")
-        assert main is not None
+    if launch.name == "nf4_decode":
+        executed = found.instructions.total() * found.threads * launch.num_programs
+        row["instructions_per_weight"] = round(executed / launch.arguments["num_elements"], 3)
+    if not found.hot_loops:
+        return row
+    main = loop_of(launch, "gemm" if launch.name == "ticketed_gemm" else "walk")
+    if main is not None:
         row["main_loop"] = found.hot_loops.index(main)
+        row["main_loop_mma"] = sorted(main.mma)
         row["issue_cycles"] = issue_cycles(main, kernel.num_warps)
+    if main is not None and launch.name in ("ticketed_gemm", "strips"):
         row["tensor_cycles"] = loop_flops(launch) // SPEEDS[arch].tensor_per_cycle
-    memory_bound = "shrink" if launch.name == "ticketed_gemm" else "walk"
-    loop = loop_of(launch, memory_bound) if found.hot_loops else None
-    if loop is not None:
+    memory_bound = {"ticketed_gemm": "shrink", "strips": "walk"}.get(launch.name)
+    loop = loop_of(launch, memory_bound) if memory_bound else None
+    if memory_bound and loop is not None:
         bytes_a_cycle = _tile_bytes(launch, memory_bound) / issue_cycles(loop, kernel.num_warps)
         row["issue_terabytes"] = round(bytes_a_cycle * _cycles_per_second(arch) / 1e12, 2)
     return row

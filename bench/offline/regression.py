@@ -15,6 +15,8 @@ _RISES = (
     ("saved_bytes", "bytes saved for backward"),
     ("bytes", "bytes moved"),
 )
+_DIRECTIONS = (("forward", "launches forward"), ("backward", "launches backward"))
+_PARTS = ("counts", "launches", "kernels")
 
 
 def regressions(
@@ -22,8 +24,9 @@ def regressions(
 ) -> list[str]:
     """What is worse in ``new`` than in ``kept``; rows that ``new`` does not have are not compared.
 
-    Both are {"counts": rows, "kernels": rows}. A row that is not kept yet is a regression, too:
-    what nobody has looked at cannot be compared next time.
+    Both are {"counts": rows, "launches": rows, "kernels": rows}. A count that is not kept yet is a
+    regression, too: what nobody has looked at cannot be compared next time. Of a kernel that is not
+    kept yet only a spill is one (`not_kept` lists them).
     """
     found = []
     known = {_key(row): row for row in kept["counts"]}
@@ -33,20 +36,33 @@ def regressions(
         if _key(row) not in known:
             found.append(f"{_describe(row)}: not in the kept results")
             continue
-        found += [f"{_describe(row)}: {line}" for line in _worse_counts(row, known[_key(row)])]
+        found += [f"{_describe(row)}: {line}" for line in _risen(row, known[_key(row)], _RISES)]
+    launches = {_key_of_launches(row): row for row in kept.get("launches", ())}
+    for row in new["launches"]:
+        before = launches.get(_key_of_launches(row), row)
+        found += [
+            f"sm_{row['arch']} M={row['M']} {row['weight']}: {line}"
+            for line in _risen(row, before, _DIRECTIONS)
+        ]
     kernels = {row["kernel"]: row for row in kept["kernels"]}
     for row in new["kernels"]:
-        if row["kernel"] not in kernels:
-            found.append(f"{row['kernel']}: not in the kept results")
-            continue
-        found += [f"{row['kernel']}: {line}" for line in _worse_code(row, kernels[row["kernel"]])]
+        before = kernels.get(row["kernel"], {**row, "spilled_bytes": 0})
+        found += [f"{row['kernel']}: {line}" for line in _worse_code(row, before)]
     return found
+
+
+def not_kept(
+    new: dict[str, list[dict[str, Any]]], kept: dict[str, list[dict[str, Any]]]
+) -> list[str]:
+    """The kernels of ``new`` that there is nothing to compare with."""
+    known = {row["kernel"] for row in kept["kernels"]}
+    return [row["kernel"] for row in new["kernels"] if row["kernel"] not in known]
 
 
 def differences(new: dict[str, list[dict[str, Any]]], kept: dict[str, list[dict[str, Any]]]) -> int:
     """How many of the new rows are not as they are kept, for better or worse."""
-    known = [*kept["counts"], *kept["kernels"]]
-    return sum(row not in known for row in [*new["counts"], *new["kernels"]])
+    known = [row for part in _PARTS for row in kept.get(part, ())]
+    return sum(row not in known for part in _PARTS for row in new[part])
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -57,11 +73,15 @@ def _describe(row: dict[str, Any]) -> str:
     return f"sm_{row['arch']} {row['layer']} M={row['M']} r={row['R']} {row['weight']} p={row['p']}"
 
 
-def _worse_counts(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+def _key_of_launches(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["arch"], row["M"], row["weight"]
+
+
+def _risen(
+    new: dict[str, Any], old: dict[str, Any], names: tuple[tuple[str, str], ...]
+) -> list[str]:
     return [
-        f"{new[name]} {words}, {old[name]} before"
-        for name, words in _RISES
-        if new[name] > old[name]
+        f"{new[name]} {words}, {old[name]} before" for name, words in names if new[name] > old[name]
     ]
 
 

@@ -14,14 +14,15 @@ from . import counting
 from .counting import Selection
 
 Rows = dict[str, list[dict[str, Any]]]
+PARTS = ("counts", "launches", "kernels")
 
 
 def count(selection: Selection, jobs: int) -> Rows:
-    """The rows of ``selection`` as {"counts": rows, "kernels": rows}, by ``jobs`` processes."""
+    """The rows of ``selection`` by part (PARTS), by ``jobs`` processes."""
     archs = sorted({*selection.code_archs, *selection.archs})
     with _pool(jobs) as pool:
         parts = list(pool.map(run, [Task(selection, arch) for arch in (*archs, None)]))
-    return {name: [row for part in parts for row in part[name]] for name in ("counts", "kernels")}
+    return {name: [row for part in parts for row in part.get(name, ())] for name in PARTS}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def run(task: Task) -> Rows:
     what = "the others" if task.arch is None else f"lora_fast on sm_{task.arch}"
     print(f"counting {what}", file=sys.stderr, flush=True)
     if task.arch is None:
-        return {"counts": counting.others(task.selection), "kernels": []}
+        return {"counts": counting.others(task.selection)}
     return counting.device(task.selection, task.arch)
 
 
