@@ -67,6 +67,8 @@ def quantised(
 ) -> nn.Module:
     """`model` with every linear layer in NF4, marked as PEFT expects it."""
     for name, linear in list(model.named_children()):
+        if not isinstance(linear, nn.Linear):
+            continue
         setattr(model, name, nf4_linear(linear, compute_dtype, **options))
     model.is_loaded_in_4bit = True
     return model

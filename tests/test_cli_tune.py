@@ -6,12 +6,27 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from lora_models import quantised
+from peft import LoraConfig, get_peft_model
 from test_tuning_replica import LLAMA
 from tiny_runs import library_logging, run_cli
+from transformers import LlamaForCausalLM
 
 pytest.importorskip("triton")
+import lora_fast
+from lora_fast import routes, torch_ops
 from lora_fast.cli import tune
 from lora_fast.tuning import tuner
+from lora_fast.tuning.plans import (
+    BACKWARD,
+    BACKWARD_GROUP,
+    COMPOSED,
+    FORWARD,
+    FORWARD_GROUP,
+    query,
+)
+
+OPERATIONS = (FORWARD, BACKWARD, FORWARD_GROUP, BACKWARD_GROUP)
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +71,55 @@ def test_on_a_gpu_every_kind_of_layer_is_run(capsys, llama, monkeypatch):
     assert "4/4 model/layers/0/mlp.down_proj, 8 rows" in shown
 
 
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The keys that operations ask the tuner for; the operations themselves are PyTorch's."""
+    keys: list[str] = []
+
+    def plan(op, rows, fs, needs, run):
+        keys.append(query(op, rows, fs, needs, cublas=True).key)
+        return COMPOSED
+
+    monkeypatch.setattr(routes, "_plan", plan)
+    monkeypatch.setattr(routes, "composed_ops", torch_ops)
+    return keys
+
+
+def training_step(quantize: str, p: float) -> None:
+    """Forward and backward on 16 tokens, as lora-fast train would build the model."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LLAMA).to(torch.bfloat16)
+    if quantize == "nf4":
+        for block in base.model.layers:
+            quantised(block.self_attn, torch.bfloat16)
+            quantised(block.mlp, torch.bfloat16)
+        base.is_loaded_in_4bit = True
+    config = LoraConfig(r=4, lora_dropout=p, target_modules="all-linear", init_lora_weights=False)
+    model = lora_fast.accelerate(get_peft_model(base, config)).train()
+    ids = torch.randint(96, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_training_step_asks_for_what_was_timed(llama, monkeypatch, asked, quantize, p):
+    monkeypatch.setattr(tune, "gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tuner, "tuner", tuner.Tuner(times=False))
+    options = ["--tokens", "16", "--r", "4", "--quantize", quantize, "--dropout", str(p)]
+    with lora_fast.set_backend("triton"):
+        assert run_cli("tune", llama, *options) == 0
+        timed = set(asked)
+        asked.clear()
+        training_step(quantize, p)
+    assert {key.split()[0] for key in asked} == set(OPERATIONS)
+    assert all(("dropout" in key) == (p > 0) for key in asked)
+    assert set(asked) <= timed
+    # Beside them: evaluation, which drops nothing, and layers whose input needs no gradient.
+    for key in timed - set(asked):
+        evaluates = key.startswith("forward") and "dropout" not in key
+        assert evaluates or "needs:x" not in key
+
+
 @pytest.mark.parametrize("tokens", ["", "0", "a", "1,,2", "-3", "1.5"])
 def test_tokens_are_checked(capsys, llama, tokens):
     assert run_cli("tune", llama, "--tokens", tokens) == 1
@@ -65,5 +129,8 @@ def test_tokens_are_checked(capsys, llama, tokens):
 def test_other_mistakes_are_one_line(capsys, llama, tmp_path):
     assert run_cli("tune", llama, "--method", "bitfit") == 1
     assert "method must be one with fused layers" in capsys.readouterr().err
+    for option, message in (("1.5", "dropout must"), ("nan", "dropout must")):
+        assert run_cli("tune", llama, "--dropout", option) == 1
+        assert message in capsys.readouterr().err
     assert run_cli("tune", str(tmp_path / "nowhere")) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -25,6 +25,7 @@ DEFAULTS = {
     "method": "lora",
     "quantize": "none",
     "r": None,
+    "dropout": None,
     "target_modules": None,
     "dtype": "bfloat16",
 }

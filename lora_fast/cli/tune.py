@@ -33,6 +33,7 @@ def tune(
     method: PlanMethod = "lora",
     quantize: PlanQuantize = "none",
     r: PlanRank = None,
+    dropout: opt.Dropout = None,
     target_modules: opt.TargetModules = None,
     dtype: PlanDtype = "bfloat16",
     tokens: Tokens = "2048",
@@ -48,6 +49,7 @@ def tune(
         "method": method,
         "quantize": quantize,
         "r": r,
+        "dropout": dropout,
         "target_modules": target_modules,
         "dtype": dtype,
     }

@@ -191,8 +191,11 @@ def _count_model(model: Any, settings: Settings) -> _Counted:
     )
 
 
-def adapted(name: str, base: Any, settings: Settings) -> Any:
+def adapted(name: str, base: Any, settings: Settings, dropout: float | None = None) -> Any:
     """The model that trains, from a skeleton of the base model.
+
+    `dropout`, on the input of its adapters, is no part of the settings: it changes no byte of what
+    the kernels keep.
 
     Raises ValueError if the method does not fit it.
     """
@@ -208,7 +211,9 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
             key: getattr(settings, key)
             for key in ("method", "task", "r", "target_modules", "frequencies", "virtual_tokens")
         }
-        run = TrainConfig(model=name, data="-", quantize="none", steps=100, **options)
+        run = TrainConfig(
+            model=name, data="-", quantize="none", steps=100, dropout=dropout, **options
+        )
         run = run.with_defaults(sum(p.numel() for p in base.parameters()))
         held = Base(name, base, _NoTokenizer(), dtype, torch.device("meta"))
         return METHODS[settings.method].build(held, run, 100)

@@ -58,12 +58,19 @@ class Replica(nn.Module):
 
 
 def replica(
-    model: str, *, method: str, quantize: str, r: int | None, target_modules: str | None, dtype: str
+    model: str,
+    *,
+    method: str,
+    quantize: str,
+    r: int | None,
+    dropout: float | None,
+    target_modules: str | None,
+    dtype: str,
 ) -> Replica:
     """The layers that `method` adapts in the model of a folder, a config.json or a hub id.
 
-    The options are those of ``lora-fast plan``. Raises ValueError for a method without fused
-    layers, for DoRA on NF4, and what planning raises.
+    The options are those of ``lora-fast plan``, and the dropout of the adapters. Raises ValueError
+    for a method without fused layers, for DoRA on NF4, and what planning raises.
     """
     fused = [name for name, row in METHODS.items() if row.fused]
     if method not in fused:
@@ -80,7 +87,7 @@ def replica(
     base = skeleton(config, dtype=getattr(torch, dtype))
     if quantize == "nf4":
         _in_four_bits(base, getattr(torch, dtype))
-    return Replica(adapted(model, base, settings))
+    return Replica(adapted(model, base, settings, dropout))
 
 
 def _by_parent(model: nn.Module) -> dict[str, dict[str, Any]]:
