@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_all_accurate, assert_same_bits
+from equation import lay_out
 from machines import interpreter, started
 
 from lora_fast import NF4Weight, dispatch, reference
@@ -14,8 +15,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = ((72, 5), (40, 16), (136, 8))
 
 
-def make(dtype, adapter, nf4, M=37, K=64, device="cpu", trains=("x", "A", "B")):
+def make(
+    dtype, adapter, nf4, M=37, K=64, device="cpu", trains=("x", "A", "B"), dY_layout="contiguous"
+):
+    """x, members and their dY; adapter and nf4 are those of all members, or one for each."""
     torch.manual_seed(0)
+    adapters, packed = _each(adapter), _each(nf4)
 
     def randn(*shape, of=dtype):
         return torch.randn(shape).to(of).to(device)
@@ -25,12 +30,16 @@ def make(dtype, adapter, nf4, M=37, K=64, device="cpu", trains=("x", "A", "B")):
     for i, (N, R) in enumerate(SIZES):
         weight = randn(N, K)
         bias = randn(N).requires_grad_("bias" in trains) if i != 1 else None
-        A, B = randn(R, K, of=adapter), randn(N, R, of=adapter)
+        A, B = randn(R, K, of=adapters[i]), randn(N, R, of=adapters[i])
         for name, factor in (("A", A), ("B", B)):
             factor.requires_grad_(name in trains)
-        weight = NF4Weight.from_dense(weight) if nf4 else weight
+        weight = NF4Weight.from_dense(weight) if packed[i] else weight
         members.append(Member(weight, bias, A, B, 0.5 + i))
-    return x, members, [randn(M, N) for N, _ in SIZES]
+    return x, members, [lay_out(randn(M, N), dY_layout) for N, _ in SIZES]
+
+
+def _each(value):
+    return value if isinstance(value, tuple) else (value,) * len(SIZES)
 
 
 def _with_dropout(x, members):
@@ -38,6 +47,7 @@ def _with_dropout(x, members):
 
 
 def _results(call, x, members, dYs, convert):
+    """Outputs and gradients; a dY that is None belongs to an output that leads to no loss."""
     x = convert(x).detach().requires_grad_(x.requires_grad)
     leaves = [
         tuple(
@@ -49,7 +59,8 @@ def _results(call, x, members, dYs, convert):
     ys = call(
         x, [m._replace(bias=b, A=A, B=B) for m, (b, A, B) in zip(members, leaves, strict=True)]
     )
-    torch.autograd.backward(ys, [convert(dY).to(y.dtype) for dY, y in zip(dYs, ys, strict=True)])
+    led = [(y, convert(dY).to(y.dtype)) for dY, y in zip(dYs, ys, strict=True) if dY is not None]
+    torch.autograd.backward(*zip(*led, strict=True))
     found = {"dx": x.grad}
     for i, (y, (bias, A, B)) in enumerate(zip(ys, leaves, strict=True)):
         found |= {f"y{i}": y.detach(), f"dA{i}": A.grad, f"dB{i}": B.grad}
@@ -89,14 +100,20 @@ def _eager(dtype, mixed, mask):
     return call
 
 
-def check(dtype, adapter, nf4, device="cpu", drops=False, **options):
+def check(dtype, adapter, nf4, device="cpu", drops=False, idle=(), **options):
+    """The rule for every result; the outputs `idle` lead to no loss."""
     x, members, dYs = make(dtype, adapter, nf4, device=device, **options)
+    dYs = [None if i in idle else dY for i, dY in enumerate(dYs)]
     mask = dispatch.dropout_mask(11, *x.shape, 0.3, x.device).cpu() if drops else None
     call = _with_dropout if drops else adapted_linears
     results = _results(call, x, members, dYs, lambda t: t)
     exact = _results(_exact(mask), x, members, dYs, lambda t: t.detach().cpu().double())
     eager = _results(
-        _eager(dtype, adapter != dtype, mask), x, members, dYs, lambda t: t.detach().cpu()
+        _eager(dtype, {*_each(adapter)} != {dtype}, mask),
+        x,
+        members,
+        dYs,
+        lambda t: t.detach().cpu(),
     )
     # NF4 weights are exact in float32 and rounded to the compute dtype: that is the weight here.
     assert_all_accurate(results, exact, eager, compute_dtype=dtype)
@@ -114,6 +131,31 @@ ALL = ("x", "bias", "A", "B")
 def test_torch_backend(dtype, adapter, nf4, trains):
     check(dtype, adapter, nf4, trains=trains)
     check(dtype, adapter, nf4, trains=trains, drops=True)
+
+
+# What members need not have in common, and what autograd may hand in for their gradients.
+UNLIKE = {
+    "dense and nf4": {"nf4": (False, True, False)},
+    "adapters in two dtypes": {"adapter": (FP32, BF16, FP32)},
+    "both": {"nf4": (True, False, True), "adapter": (BF16, FP32, BF16)},
+    "expanded dY": {"dY_layout": "zero-stride"},
+    "no dY for the first": {"idle": (0,)},
+    "no dY for the second": {"idle": (1,), "nf4": (False, True, True)},
+    "one dY alone": {"idle": (0, 2), "drops": True},
+}
+
+
+@pytest.mark.parametrize("options", UNLIKE.values(), ids=list(UNLIKE))
+@pytest.mark.parametrize("trains", [ALL, ("x",), ("A", "B")], ids=str)
+def test_unlike_members(options, trains):
+    check(**{"dtype": BF16, "adapter": FP32, "nf4": False, "trains": trains, **options})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", UNLIKE.values(), ids=list(UNLIKE))
+def test_unlike_members_in_the_kernels(options):
+    with started(interpreter()):
+        check(**{"dtype": BF16, "adapter": FP32, "nf4": False, "trains": ALL, **options})
 
 
 @pytest.mark.parametrize(
