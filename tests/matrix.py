@@ -91,7 +91,7 @@ def install(row: Row) -> Path:
         (folder / "constraints.txt").write_text(constraints(row))
         print(f"\n== {row.name}: installing {describe(row)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-        pip = (python, "-m", "pip", "install", "--quiet", "--editable", ".[test]")
+        pip = (python, "-m", "pip", "install", "--quiet", "--no-compile", "--editable", ".[test]")
         subprocess.run([*pip, "--constraint", folder / "constraints.txt"], cwd=ROOT, check=True)
         stamp.write_text(wanted)
     return python
