@@ -1,0 +1,83 @@
+"""Tiny models of the families that users train: as stock PEFT, with the groups that each has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from lora_models import accelerated_copy, compare, counted, lora_layers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from lora_fast import autograd
+
+HIDDEN, LAYERS, TOKENS = 32, 2, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Options of its configuration beside those of all, linear layers and groups of a block."""
+
+    options: dict[str, Any]
+    linears: int
+    groups: tuple[int, ...]
+
+
+LLAMA_LIKE = {"num_key_value_heads": 2, "head_dim": 8}
+# q, k, v and gate, up. Phi has no gate; Phi-3 and GPT-NeoX have one layer for q, k and v (Phi-3
+# another for gate and up), and so nothing to share.
+FAMILIES = {
+    "llama": Family(LLAMA_LIKE, 7, (3, 2)),
+    "mistral": Family(LLAMA_LIKE, 7, (3, 2)),
+    "qwen2": Family({"num_key_value_heads": 2}, 7, (3, 2)),
+    "qwen3": Family(LLAMA_LIKE, 7, (3, 2)),
+    "gemma": Family(LLAMA_LIKE, 7, (3, 2)),
+    "gemma2": Family(LLAMA_LIKE, 7, (3, 2)),
+    "phi": Family({}, 6, (3,)),
+    "phi3": Family({"num_key_value_heads": 2, "pad_token_id": 0}, 4, ()),
+    "gpt_neox": Family({}, 4, ()),
+    "bert": Family({"add_pooling_layer": False}, 6, (3,)),
+}
+
+
+class OfEmbeddings(nn.Module):
+    """The last hidden state [B, T, hidden], from x [B, T, hidden] in place of tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(inputs_embeds=x).last_hidden_state
+
+
+def stock_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    options = dict(FAMILIES[name].options)
+    build = {key: options.pop(key) for key in ("add_pooling_layer",) if key in options}
+    config = AutoConfig.for_model(
+        name, vocab_size=16, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=4, max_position_embeddings=16, **options,
+    )  # fmt: skip
+    base = AutoModel.from_config(config, attn_implementation="eager", **build)
+    # Small updates: the rule is one of operations, and a model of several amplifies a difference.
+    lora = LoraConfig(r=4, lora_alpha=0.4, target_modules="all-linear", init_lora_weights=False)
+    return OfEmbeddings(get_peft_model(base, lora).eval())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_values_gradients_and_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, stock = FAMILIES[name], stock_model(name)
+    assert len(lora_layers(stock)) == LAYERS * family.linears
+    fused = accelerated_copy(stock)
+    grouped: list[int] = []
+    forward = autograd.dispatch.forward_group
+    monkeypatch.setattr(
+        autograd.dispatch, "forward_group", lambda x, fs: grouped.append(len(fs)) or forward(x, fs)
+    )
+    compare(fused, stock, torch.randn(2, TOKENS, HIDDEN), compute_dtype=torch.float32)
+    assert grouped == list(family.groups) * LAYERS
+    assert counted(fused) == (LAYERS * family.linears, {})
