@@ -10,7 +10,8 @@ There is no "augmented K", [x | S] [W | Q]ᵀ as one cuBLAS product. It copies x
 where composed reads and writes the M · N of y once more: that pays for N > K only. But [W | Q] has
 to be one matrix: every frozen W would be stored in rows of K + R, R of them rewritten each step,
 and no checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above A,
-and dY beside dS.
+and dY beside dS. There are no candidates for strips, the launches of dB and dA: one read of dY or x
+waits for memory whatever its tiles, and their sums have the same order everywhere (configs.py).
 """
 
 from __future__ import annotations
