@@ -123,8 +123,8 @@ def _cdiv(a: int, b: int) -> int:
 _GEMM_ARGUMENTS = _names(
     "members num_partials s_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold M N "
     "num_chunks rows_per_sample stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y DROPOUT "
-    "EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M PRECISION SHUFFLES MMA_SYNC "
-    "PAIRS "
+    "EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION SHUFFLES "
+    "MMA_SYNC PAIRS "
     # the same X and W once more, where they have descriptors
     "x_desc_0 w_desc_0 x_desc_1 w_desc_1 x_desc_2 w_desc_2 "
     # of each member
@@ -165,7 +165,8 @@ def _product(gemm: Pass, v: _Values, member: _Values) -> None:
     if v["HAS_ADAPTER"]:
         s, out = v.itemsize("s_ptr"), member.itemsize("out_ptr")
         gemm.flops += 2 * M * N * R
-        gemm.reads("s_ptr", M * R * s, across * M * R * s)
+        masks = v["DROPOUT"] and v["IN_IS_B"]
+        gemm.reads("s_ptr", M * R * s, across * (v["MASK_PARTS"] if masks else 1) * M * R * s)
         gemm.reads("out_ptr", N * R * out, down * N * R * out)
 
 

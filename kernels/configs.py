@@ -22,6 +22,7 @@ class GemmConfig:
     A producer tile is BLOCK_S rows, which divide BLOCK_M, by at most MAX_R columns of the rank. A
     step of S · outᵀ takes at most MAX_E of them. With `descriptors` the K-loop over dense weights
     reads through tensor descriptors (TMA) wherever the operands have such (descriptors.py).
+    Where dropout masks the low-rank part of dX, MASK_PARTS of its columns are made one by one.
     """
 
     BLOCK_M: int
@@ -34,6 +35,7 @@ class GemmConfig:
     MAX_R: int = MAX_BLOCK_R
     MAX_E: int = MAX_BLOCK_R
     descriptors: bool = False
+    MASK_PARTS: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class UpdateConfig:
 # bytes are 96 KiB: two CTAs on an H100 or A100, and the epilogue's S and factor tiles still fit.
 _GEMM_16BIT = GemmConfig(128, 128, 64, 64, 8, num_warps=8, num_stages=3)
 # Hopper: blocks that one thread fetches leave the others 87 instructions for a step of K instead of
-# 121 (forward, by count), and W scaled by g the registers for two CTAs.
-_GEMM_16BIT_SM90 = replace(_GEMM_16BIT, descriptors=True)
+# 121 (forward, by count), and W scaled by g the registers for two CTAs. So do 32 columns of S at a
+# time; and of a low-rank part that dropout masks, 32 columns and 16 of S.
+_GEMM_16BIT_SM90 = replace(_GEMM_16BIT, descriptors=True, MAX_E=32)
+_GEMM_16BIT_SM90_MASKED = replace(_GEMM_16BIT_SM90, MAX_E=16, MASK_PARTS=4)
 # A100: 8 warps would take 176 registers each and so the whole multiprocessor; of 4 warps, with 64 ×
 # 64 products each, two CTAs fit and one multiplies while the other waits, adds S or stores. Nearly
 # all registers are taken: 16 columns of S at a time.
@@ -86,7 +90,8 @@ _GEMM_16BIT_SMALL_SHARED_NARROW = replace(_GEMM_16BIT_SMALL_SHARED, MAX_E=16)
 # by descriptors it is 95.
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3, descriptors=True)
 # Two accumulators of 128 columns do not fit the registers of 4 warps, nor one and a W that is
-# scaled, nor one and two results.
+# scaled, nor one and two results. MASK_PARTS would, but Triton 3.7.1 gets them wrong in tensor
+# memory, as executing the compiled kernel showed.
 _GEMM_16BIT_SM100_NARROW = replace(_GEMM_16BIT_SM100, BLOCK_N=64)
 # Few rows read W at the speed of memory if enough of it is on its way: about 2 MB on an H100 (2.8
 # TB/s × 0.7 µs). Narrow tiles make 128 CTAs of 4096 columns, long stages give each of them 24 KB of
@@ -143,21 +148,30 @@ def current_arch() -> int | None:
 
 
 def pick_gemm(
-    M: int, dtype: torch.dtype, arch: int | None, *, narrow: bool = False, R: int = 0
+    M: int,
+    dtype: torch.dtype,
+    arch: int | None,
+    *,
+    narrow: bool = False,
+    masks: bool = False,
+    R: int = 0,
 ) -> GemmConfig:
-    """The configuration of ticketed_gemm for M rows and rank R; `narrow` where a tile needs more
-    registers."""
+    """The configuration of ticketed_gemm for M rows and rank R.
+
+    A tile needs more registers with a gain g (`narrow`) and where dropout masks the low-rank part
+    of dX (`masks`).
+    """
     if dtype == torch.float32:
         return _GEMM_FLOAT32
     if M <= 64:
         return _GEMM_16BIT_16_ROWS if M <= 16 else _GEMM_16BIT_FEW_ROWS
     if arch in SMALL_SHARED:
-        return _GEMM_16BIT_SMALL_SHARED_NARROW if narrow else _GEMM_16BIT_SMALL_SHARED
+        return _GEMM_16BIT_SMALL_SHARED_NARROW if narrow or masks else _GEMM_16BIT_SMALL_SHARED
     if _has_tensor_memory(arch):
-        return _GEMM_16BIT_SM100_NARROW if narrow else _GEMM_16BIT_SM100
+        return _GEMM_16BIT_SM100_NARROW if narrow or masks else _GEMM_16BIT_SM100
     if arch == 90:
-        return _GEMM_16BIT_SM90
-    if arch == 80 and narrow:
+        return _GEMM_16BIT_SM90_MASKED if masks else _GEMM_16BIT_SM90
+    if arch == 80 and (narrow or masks):
         return _GEMM_16BIT_NARROW
     # Rows of S off 16 bytes load element by element, each by an address of its own.
     return _GEMM_16BIT_SM80 if arch == 80 and R % 16 == 0 else _GEMM_16BIT
@@ -207,6 +221,8 @@ def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None
     elif config.BLOCK_K > 32:
         halves = {"BLOCK_K": config.BLOCK_K // 2}
     else:
+        # What dropout masks of half the columns needs no parts.
+        config = replace(config, MASK_PARTS=1)
         halves = {"BLOCK_N": config.BLOCK_N // 2}
     return replace(config, **halves) if min(halves.values()) >= 16 else None
 

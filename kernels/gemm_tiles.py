@@ -115,6 +115,59 @@ def _add_low_rank(
 
 
 @triton.jit
+def _column_parts(acc, PARTS: tl.constexpr):
+    """The columns of acc in PARTS (1 or 4) tiles; every thread keeps what it has."""
+    ROWS: tl.constexpr = acc.shape[0]
+    HALF: tl.constexpr = acc.shape[1] // 2
+    if PARTS == 1:
+        return (acc,)
+    else:
+        tl.static_assert(PARTS == 4)
+        left, right = tl.split(acc.reshape(ROWS, 2, HALF).permute(0, 2, 1))
+        first, second = tl.split(left.reshape(ROWS, 2, HALF // 2).permute(0, 2, 1))
+        third, fourth = tl.split(right.reshape(ROWS, 2, HALF // 2).permute(0, 2, 1))
+        return first, second, third, fourth
+
+
+@triton.jit
+def _store_masked(
+    acc, members, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr, sync_ptr,
+    keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, MAKES_S: tl.constexpr,
+    HAS_SPANS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+    MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr, SHUFFLES: tl.constexpr,
+):  # fmt: skip
+    """acc + drop'(Σ over members of S · outᵀ), stored.
+
+    What the mask drops needs an accumulator of its own: MASK_PARTS of the columns one after the
+    other take the registers of one part.
+    """
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1] // MASK_PARTS
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    parts = _column_parts(acc, MASK_PARTS)
+    for i in tl.static_range(MASK_PARTS):
+        first_n = (block_n * MASK_PARTS + i) * BLOCK_N
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        # The first part has waited for S.
+        low_rank = _add_low_rank(
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_chunks, block_m, offs_n,
+            s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N, rows_per_sample, stride_sm,
+            IN_IS_B, HAS_b, HAS_d, MAKES_S and i == 0, HAS_SPANS, BLOCK_M, BLOCK_E, BLOCK_S,
+            PRECISION,
+        )  # fmt: skip
+        rows = offs_m
+        if MASK_PARTS > 1 and SHUFFLES:
+            # Or the compiler keeps what the parts have in common of their random words.
+            rows = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [rows], tl.int32, False, 1)
+        keep = keep_mask(seed_low, seed_high, threshold, rows, first_n, BLOCK_N)
+        y = parts[i] + tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
+        y_ptrs = tile_pointers(y_ptr, offs_m, offs_n, stride_ym, 1)
+        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def consume(
     block_m, block_n, members, x_descs, w_descs, num_chunks, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
     y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N,
@@ -123,10 +176,11 @@ def consume(
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
+    BLOCK_S: tl.constexpr, MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M × BLOCK_N tile of y."""
-    # Dropout masks the low-rank part of dX alone, which then needs an accumulator of its own.
+    # Dropout masks the low-rank part of dX alone.
     MASKS: tl.constexpr = DROPOUT and IN_IS_B and HAS_ADAPTER
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -139,18 +193,20 @@ def consume(
             block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
+    if MASKS:
+        _store_masked(
+            acc, members, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr,
+            sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
+            stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
+            BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION, SHUFFLES,
+        )  # fmt: skip
+        return
     if HAS_ADAPTER:
-        low_rank = _add_low_rank(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if MASKS else acc, members, num_chunks,
-            block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N, rows_per_sample,
-            stride_sm, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
+        acc = _add_low_rank(
+            acc, members, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr,
+            M, N, rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
             BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
         )  # fmt: skip
-        if MASKS:
-            keep = keep_mask(seed_low, seed_high, threshold, offs_m, block_n * BLOCK_N, BLOCK_N)
-            acc += tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
-        else:
-            acc = low_rank
     if SAVES_V:
         v_ptrs = tile_pointers(v_ptr, offs_m, offs_n, N, 1)
         tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mask)

@@ -128,8 +128,8 @@ def ticketed_gemm(
     HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
-    SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, MASK_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
@@ -156,7 +156,8 @@ def ticketed_gemm(
             bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold,
             M, N, rows_per_sample, stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS,
             HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V, DROPOUT, EVEN_K,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, PRECISION, SHUFFLES, MMA_SYNC,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION,
+            SHUFFLES, MMA_SYNC,
         )  # fmt: skip
     if MAKES_S:
         finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
@@ -205,9 +206,9 @@ def grad_input(
     """
     R = 0 if A is None else A.shape[0]
     dX, dS = _results(wants_dX, dY, weight, R)
-    # A second accumulator; or with g, W scaled on its way.
-    narrow = dropout.p > 0.0 or g is not None
-    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), narrow=narrow, R=R)
+    # With g, W is scaled on its way.
+    picks = {"narrow": g is not None, "masks": dropout.p > 0.0, "R": R}
+    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), **picks)
     layer = (dY, weight, partials, B, None if A is None else A.T, scaling)
     _launch(config, [layer], dX, None, dS, b, d, g, None, dropout, rank_spans, is_grad=True)
     return dX, dS
@@ -224,7 +225,7 @@ def grad_input_group(layers, dropout, *, wants_dX, config=None):
     dX, dS = _results(wants_dX, dY, weight, sum(ranks))
     # One rank that is no multiple of 16 is enough.
     R = math.gcd(*ranks)
-    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), narrow=dropout.p > 0.0, R=R)
+    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), masks=dropout.p > 0.0, R=R)
     layers = [(dY, w, partials, B, A.T, s) for dY, w, partials, A, B, s in layers]
     _launch(config, layers, dX, None, dS, None, None, None, None, dropout, None, is_grad=True)
     return dX, dS
@@ -269,7 +270,8 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
         EVEN_K=is_described or all(m.K % config.BLOCK_K == 0 for m in members),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R,
         BLOCK_E=min(config.MAX_E, *(expand_block(m.R, x.dtype) for m in members)),
-        BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, PRECISION=precision_of(x.dtype),
+        BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, MASK_PARTS=config.MASK_PARTS,
+        PRECISION=precision_of(x.dtype),
         SHUFFLES=arch is not None, MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
         PAIRS=drops_pairs(x.dtype, arch),
         num_warps=config.num_warps, num_stages=config.num_stages,

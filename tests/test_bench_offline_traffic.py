@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from lora_fast.kernels import configs, ticketed_gemm
 from triton.runtime import interpreter
 
 import lora_fast
@@ -162,6 +163,12 @@ def test_the_model_counts_the_bytes_that_the_kernels_move(case: tuple[Any, ...])
     assert [name for name in names if name != "nf4_decode"] == gemms
     assert names.count("nf4_decode") == (2 if case[-1] and case[0] == 400 else 0)
     _compare(launches)
+
+
+def test_parts_of_what_dropout_masks_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(configs.pick_gemm(200, torch.bfloat16, None), MASK_PARTS=4)
+    monkeypatch.setattr(ticketed_gemm, "pick_gemm", lambda *args, **kwargs: config)
+    _compare(_step(*CASES["ragged"]))
 
 
 def test_groups_of_layers_with_one_input_are_counted_too() -> None:

@@ -24,14 +24,16 @@ ARCHS = [None, 80, 86, 87, 89, 90, 100, 103, 120]
 
 def _ragged(config: GemmConfig | StripConfig, dtype: torch.dtype) -> Case:
     """One block and a little more of everything that the configuration cuts into blocks."""
+    p = 0.0
     if isinstance(config, GemmConfig):
         # Only rows that start at multiples of 16 bytes have descriptors.
         more = 8 if config.descriptors else 6
         M, L = config.BLOCK_M + 5, max(config.BLOCK_N, config.BLOCK_K) + more
+        p = 0.3 * (config.MASK_PARTS > 1)
     else:
         M, L = config.BLOCK_M + 5, config.BLOCK_L + 6
     adapter = FP32 if dtype == BF16 else None
-    return Case(M=M, K=L, N=L + 8, R=21, dtype=dtype, adapter_dtype=adapter)
+    return Case(M=M, K=L, N=L + 8, R=21, p=p, dtype=dtype, adapter_dtype=adapter)
 
 
 def _picked() -> Iterator[tuple[GemmConfig | StripConfig, torch.dtype]]:
@@ -40,7 +42,8 @@ def _picked() -> Iterator[tuple[GemmConfig | StripConfig, torch.dtype]]:
         for arch in ARCHS:
             for M in (16, 64, 8192):
                 for narrow in (False, True):
-                    yield configs.pick_gemm(M, dtype, arch, narrow=narrow), dtype
+                    for masks in (False, True):
+                        yield configs.pick_gemm(M, dtype, arch, narrow=narrow, masks=masks), dtype
                     for other in configs.other_gemms(M, dtype, arch, narrow=narrow):
                         yield other, dtype
             for R in (16, 64):
