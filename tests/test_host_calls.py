@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lora_models import K, accelerated_copy, lora_layers, peft_model
+from test_peft_layers_shared_input import stock_model
 
 import lora_fast
 
@@ -35,6 +36,7 @@ TRITON = {
     ("dense", True): (72, 38),
     ("nf4", False): (78, 46),
 }
+OF_A_GROUP = 240
 # All calls of a layer to those of stock PEFT's, which run some operations more.
 MOST_OF_PEFT = 2.75
 
@@ -99,6 +101,16 @@ def test_torch_backend(kind: str, gradients: bool) -> None:
     with lora_fast.set_backend("torch"):
         ours, theirs = check(kind, gradients, TORCH[kind, gradients])
     assert ours <= MOST_OF_PEFT * theirs
+
+
+def test_group() -> None:
+    """q, k and v, which take 157 alone and 310 if each were read again for every check."""
+    layers = lora_layers(accelerated_copy(stock_model()))
+    x = torch.zeros(65, K)
+    with lora_fast.set_backend("torch"), counting() as found:
+        for layer in layers:
+            layer(x)
+    assert found["lora_fast"] <= OF_A_GROUP
 
 
 @pytest.mark.offline

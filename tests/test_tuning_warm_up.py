@@ -107,10 +107,14 @@ def test_siblings_run_as_a_group(monkeypatch):
             return original(*args)
 
         monkeypatch.setattr(dispatch, name, counted)
-    warm_up(_model(), 5)
+    warm_up(_model(), 65)
     # With a gradient of x and without one, then without any.
     grouped, alone = (["forward" + kind, "backward" + kind] for kind in ("_group", ""))
     assert calls == [*grouped, *grouped, "forward_group", *alone, *alone, "forward"]
+    calls.clear()
+    warm_up(_model(), 64)
+    few = ["forward"] * 3
+    assert calls == [*grouped, *grouped, *few, *alone, *alone, "forward"], "as they are evaluated"
 
 
 def test_modules_of_lora_fast_are_warmed_up_too_without_peft(monkeypatch):

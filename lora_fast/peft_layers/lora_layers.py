@@ -260,31 +260,30 @@ def _with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
         return None
     if group.given_up or layer._forward_pre_hooks or not group.join(index, layer):
         return None
-    member = _member(state)
-    if member is None:
+    if not _is_plain(state):
         return None
-    y = group.fetch(index, x, _signature(layer))
+    y = group.fetch(index, x, _signature(state))
     others = None if y is not None else group.others(index)
     if others is None:
         return y
-    members, p = {index: (layer, member)}, state.adapters[0].dropout_p
+    states, p = {index: state}, state.adapters[0].dropout_p
     for i, other in others:
         sibling = _sibling(other, x, p)
         if sibling is None:
             return None
-        members[i] = (other, sibling)
-    order = sorted(members)
-    bases = [members[i][0].base_layer for i in order]
-    ys = adapted_together(bases, x, [members[i][1] for i in order], p)
+        states[i] = sibling
+    order = sorted(states)
+    members = [_member(states[i]) for i in order]
+    ys = adapted_together([states[i].base for i in order], x, members, p)
     if ys is None:
         return None
     outputs = dict(zip(order, ys, strict=True))
     y = outputs.pop(index)
-    group.keep(x, {i: Kept(out, _signature(members[i][0])) for i, out in outputs.items()})
+    group.keep(x, {i: Kept(out, _signature(states[i])) for i, out in outputs.items()})
     return y
 
 
-def _sibling(layer: Any, x: Tensor, dropout_p: float) -> Member | None:
+def _sibling(layer: Any, x: Tensor, dropout_p: float) -> State | None:
     """A sibling as its own call with x would find it; None if that may come to anything else."""
     # What runs after a forward runs in the sibling's own call, too.
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -294,33 +293,36 @@ def _sibling(layer: Any, x: Tensor, dropout_p: float) -> Member | None:
     state, found = layer.active()
     if found is not None or layer.input_obstacle(state, x) is not None:
         return None
-    return _member(state) if state.adapters[0].dropout_p == dropout_p else None
+    return state if _is_plain(state) and state.adapters[0].dropout_p == dropout_p else None
 
 
-def _member(state: State) -> Member | None:
-    """What a group computes of a layer: plain LoRA, one adapter or several, on a frozen weight."""
-    base, adapters = state.base, state.adapters
-    if state.sample_adapters is not None or base.weight.requires_grad:
-        return None
-    if any(adapter.magnitude is not None for adapter in adapters):
-        return None
-    A, B, scaling = _stacked(adapters)
-    if isinstance(scaling, Tensor):
-        return None
-    return Member(weight_of(base), _total_bias(base.bias, adapters), A, B, scaling)
+def _is_plain(state: State) -> bool:
+    """Whether it is what a group computes: LoRA, one adapter or several, on a frozen weight, with
+    scalings that are numbers."""
+    if state.sample_adapters is not None or state.base.weight.requires_grad:
+        return False
+    for adapter in state.adapters:
+        if adapter.magnitude is not None or isinstance(adapter.scaling, Tensor):
+            return False
+    return True
 
 
-def _signature(layer: Any) -> Any:
+def _member(state: State) -> Member:
+    A, B, scaling = _stacked(state.adapters)
+    bias = _total_bias(state.base.bias, state.adapters)
+    return Member(weight_of(state.base), bias, A, B, scaling)  # type: ignore[arg-type]
+
+
+def _signature(state: State) -> Any:
     """Changes with everything that the output of a plain LoRA layer depends on, beside x."""
-    base, tensors = layer.base_layer, []
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    for name in names:
-        B = layer.lora_B[name]
-        tensors += [layer.lora_A[name].weight, B.weight, B.bias]
-    scalings = tuple(layer.scaling[name] for name in names)
-    dropouts = [layer.lora_dropout[name] for name in names]
-    modes = [(d.training, getattr(d, "p", 0.0)) for d in dropouts]
-    return (*names, *scalings, *modes, *signature_of(base.weight, base.bias, *tensors))
+    base = state.base
+    tensors: list[Tensor | None] = []
+    facts: list[Any] = []
+    for adapter in state.adapters:
+        dropout = adapter.dropout
+        facts += (adapter.name, adapter.scaling, dropout.training, getattr(dropout, "p", 0.0))
+        tensors += (adapter.A, adapter.B, adapter.bias)
+    return (*facts, *signature_of(base.weight, base.bias, *tensors))
 
 
 def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:

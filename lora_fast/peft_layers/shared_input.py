@@ -104,11 +104,15 @@ class Group:
 
 
 def signature_of(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Which tensors these are, and how often they were written to."""
-    return tuple(
-        None if t is None else (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
-        for t in tensors
-    )
+    """Which tensors these are, whether they train, and how often they were written to."""
+    found: list[Any] = []
+    for t in tensors:
+        if t is None:
+            found.append(None)
+        else:
+            version = 0 if t.is_inference() else t._version
+            found += (id(t), t.data_ptr(), t.requires_grad, version)
+    return tuple(found)
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
@@ -116,7 +120,6 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
     autocast = torch.is_autocast_enabled(kind)
     return (
         *signature_of(x),
-        x.requires_grad,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_autocast_dtype(kind) if autocast else None,
