@@ -154,6 +154,17 @@ def test_what_changes_between_the_calls_is_seen(change: Callable[[Any], None]) -
     torch.testing.assert_close(fused(x), stock(x))
 
 
+def test_what_begins_to_train_between_the_calls_gets_a_gradient() -> None:
+    stock = stock_model()
+    grads = []
+    for model in (accelerated_copy(stock), stock):
+        A = _layer(model, "k_proj").lora_A["default"].weight.requires_grad_(False)
+        model.get_base_model().between = lambda attention, A=A: A.requires_grad_()
+        model(torch.ones(9, K)).sum().backward()
+        grads.append(A.grad)
+    torch.testing.assert_close(*grads)
+
+
 def test_an_x_that_is_written_to_is_another_x() -> None:
     stock = stock_model()
     fused = accelerated_copy(stock)
