@@ -7,7 +7,7 @@ where a plan of the tuner's or a factor that PEFT has no layer for is wanted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ Make = Callable[[int, tuple[int, ...], tuple[float, ...]], Iterator[Variant]]
 
 
 def record(
-    names: tuple[str, ...], arch: int, ranks: tuple[int, ...], dropouts: tuple[float, ...]
+    names: Sequence[str], arch: int, ranks: tuple[int, ...], dropouts: tuple[float, ...]
 ) -> Iterator[Variant]:
     """The variants of the kinds ``names`` (keys of KINDS) on a device."""
     for name in names:
@@ -70,9 +70,9 @@ def _few_rows(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iterat
 
 def _groups(arch: int, ranks: tuple[int, ...], dropouts: tuple[float, ...]) -> Iterator[Variant]:
     """The layers of a decoder layer: q, k, v and gate, up read the same x."""
-    for weight, M in (("dense", 8192), ("nf4", IN_GEMM_ROWS)):
-        for p in dropouts if weight == "dense" else dropouts[:1]:
-            yield _counted(Case(LAYER, M, ranks[0], weight, p), arch)
+    for p in dropouts:
+        yield _counted(Case(LAYER, 8192, ranks[0], "dense", p), arch)
+    yield _counted(Case(LAYER, IN_GEMM_ROWS, ranks[0], "nf4", 0.0), arch)
 
 
 def _float32_adapters(
