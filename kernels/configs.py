@@ -4,7 +4,9 @@
 where there is none (the interpreter, other vendors).
 """
 
+import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -143,7 +145,14 @@ def current_arch() -> int | None:
     """Compute capability of Triton's device; None in the interpreter and on other vendors."""
     if triton.knobs.runtime.interpret:
         return None
-    target = driver.active.get_current_target()
+    active = driver.active
+    return _arch_of(active, active.get_current_device())
+
+
+@functools.lru_cache(maxsize=8)
+def _arch_of(active: Any, device: int) -> int | None:
+    """Asked before every launch, and a driver takes its time to answer."""
+    target = active.get_current_target()
     return int(target.arch) if target.backend == "cuda" else None
 
 
@@ -251,7 +260,7 @@ def why_nf4_workspace(M: int, K: int, dtype: torch.dtype, arch: int | None) -> s
     """
     if K % 2:
         return "rows of odd length start within a byte"
-    blocks = triton.cdiv(M, pick_gemm(M, dtype, arch).BLOCK_M)
+    blocks = -(-M // pick_gemm(M, dtype, arch).BLOCK_M)
     workspace = (0.5 + dtype.itemsize) * _INSTRUCTIONS_PER_BYTE.get(arch or 90, 10.0)
     if blocks * _NF4_SLOTS_PER_WEIGHT > workspace:
         return f"decoding W for each of {blocks} blocks of rows costs more than storing it once"
@@ -282,7 +291,7 @@ def pick_row_norms(R: int, dtype: torch.dtype) -> UpdateConfig:
 
 def rank_block(R: int) -> int:
     """Columns of the rank in one tile: R padded to 16, in chunks of at most 64."""
-    return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(R)))
+    return min(MAX_BLOCK_R, max(16, 1 << (R - 1).bit_length()))
 
 
 def expand_block(R: int, dtype: torch.dtype) -> int:
@@ -299,10 +308,10 @@ def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
 
     `programs` is the number of CTAs for one range.
     """
-    blocks = triton.cdiv(M, block_m)
-    wanted = min(triton.cdiv(_STRIP_CTAS, max(1, programs)), blocks)
-    rows = triton.cdiv(blocks, wanted) * block_m
-    return triton.cdiv(M, rows), rows
+    blocks = -(-M // block_m)
+    wanted = min(-(-_STRIP_CTAS // max(1, programs)), blocks)
+    rows = -(-blocks // wanted) * block_m
+    return -(-M // rows), rows
 
 
 def precision_of(dtype: torch.dtype) -> str:

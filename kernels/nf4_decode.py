@@ -55,7 +55,7 @@ def decode(packed, quant_state, dtype):
     blocksize, num_blocks = int(quant_state.blocksize), quant_state.absmax.numel()
     shuffles = current_arch() is not None
     rows = max(1, 2 * config.BLOCK // blocksize)
-    nf4_decode[(triton.cdiv(num_blocks, rows),)](
+    nf4_decode[(-(-num_blocks // rows),)](
         packed, quant_state.absmax, *nesting, quant_state.code, w,
         packed.numel(), w.numel(), num_blocks,
         BLOCKSIZE=blocksize, BLOCKSIZE2=int(state2.blocksize) if nested else 1,

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from .nf4_codes import load_absmax, lookup_codes
 
+# What `switches` says of a dense weight.
+_DENSE = {"IS_NF4": False, "IS_NESTED": False, "BLOCKSIZE": 1, "BLOCKSIZE2": 1, "SHARING": 1}
+
 
 @dataclass(frozen=True)
 class Nf4Operand:
@@ -57,10 +60,8 @@ def weight_arguments(w, config, is_grad):
         columns = config.BLOCK_N if is_grad else config.BLOCK_K
         pointers, switches = w.pointers(), {"IS_NF4": True, **w.switches(columns)}
     else:
-        strides = w.stride()
+        strides, switches = w.stride(), _DENSE
         pointers = (w, None, None, None, None, None)
-        switches = dict.fromkeys(("IS_NF4", "IS_NESTED"), False)
-        switches |= dict.fromkeys(("BLOCKSIZE", "BLOCKSIZE2", "SHARING"), 1)
     return pointers, strides if is_grad else strides[::-1], switches
 
 

@@ -267,7 +267,7 @@ def grad_expand(dY, S, V, bias, B, b, d, g, scaling, wanted, *, projects, config
 def projection_pays(N, R, dtype, config=None):
     """Whether writing and reading partials of dS costs less than a second read of dY [M, N]."""
     config = config or pick_strips(dtype, R, current_arch())
-    blocks = triton.cdiv(N, config.BLOCK_L)
+    blocks = -(-N // config.BLOCK_L)
     return 2 * 4 * blocks * R <= N * dtype.itemsize
 
 
@@ -289,8 +289,8 @@ def _launch(
 ):  # fmt: skip
     M, L = x.shape
     BLOCK_R = rank_block(R)
-    blocks = triton.cdiv(L, config.BLOCK_L)
-    chunks = triton.cdiv(R, BLOCK_R) if wanted.outer or projects else 1
+    blocks = -(-L // config.BLOCK_L)
+    chunks = -(-R // BLOCK_R) if wanted.outer or projects else 1
     ranges, rows_per_range = row_ranges(M, blocks * chunks, config.BLOCK_M)
     float32 = {"dtype": torch.float32}
     partials = x.new_empty((blocks, M, R), **float32) if projects else None

@@ -20,6 +20,7 @@ sync holds int32 zeros [ticket, finished, flag of row block 0, 1, …]; the CTA 
 leaves zeros behind.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -239,26 +240,33 @@ def _results(wants_dX, dY, weight, R):
 @drops_to_smaller
 def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
     """layers: (X, weight, partials, in_factor [K', R_made], out_factor [N', R], scaling)."""
-    members, first_r = [], 0
-    for layer in layers:
-        members.append(_member(*layer, first_r, config, is_grad))
-        first_r += members[-1].R_made
+    members, parts, first_r, BLOCK_R, BLOCK_E = [], [], 0, 0, config.MAX_E
+    even_K, packed = True, False
     x = layers[0][0]
+    for layer in layers:
+        member, partials = _member(*layer, first_r, config, is_grad), layer[2]
+        members.append(member)
+        parts.append(0 if partials is None else partials.shape[0])
+        first_r += member.R_made
+        BLOCK_R = max(BLOCK_R, rank_block(member.R_made))
+        BLOCK_E = min(BLOCK_E, expand_block(member.R, x.dtype))
+        even_K = even_K and member.K % config.BLOCK_K == 0
+        packed = packed or member.IS_NF4.value
+    BLOCK_R = min(BLOCK_R, config.MAX_R)
     M, N = x.shape[0], 0 if y is None else y.shape[1]
     makes_S = members[0].in_ptr is not None
     arch = current_arch()
-    BLOCK_R = min(max(rank_block(m.R_made) for m in members), config.MAX_R)
-    chunks = sum(triton.cdiv(m.R_made, BLOCK_R) for m in members)
-    producers = triton.cdiv(M, config.BLOCK_S) * chunks
-    tickets = producers + triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    chunks = sum([-(-m.R_made // BLOCK_R) for m in members])
+    blocks = -(-M // config.BLOCK_M)
+    tickets = -(-M // config.BLOCK_S) * chunks + blocks * -(-N // config.BLOCK_N)
     if tickets == 0:
         return
-    words = FLAGS + triton.cdiv(M, config.BLOCK_M)
+    words = FLAGS + blocks
     seed_low, seed_high, threshold = dropout.words()
     descriptors = descriptors_of([(x, w) for x, w, *_ in layers], config, arch, is_grad)
     is_described = descriptors[0] is not None
     ticketed_gemm[(tickets,)](
-        tuple(members), tuple(0 if p is None else p.shape[0] for _, _, p, *_ in layers),
+        tuple(members), tuple(parts),
         S, b, d, g, bias, y, V, spans, sync_words(x.device, words) if makes_S else None,
         dropout.keep_scale, seed_low, seed_high, threshold,
         M, N, chunks, M if spans is None else M // spans.shape[0],
@@ -267,28 +275,33 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
         HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, MAKES_S=makes_S,
         HAS_SPANS=spans is not None, WRITES_Y=y is not None, SAVES_V=V is not None,
         DROPOUT=dropout.p > 0.0,
-        EVEN_K=is_described or all(m.K % config.BLOCK_K == 0 for m in members),
+        EVEN_K=is_described or even_K,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R,
-        BLOCK_E=min(config.MAX_E, *(expand_block(m.R, x.dtype) for m in members)),
+        BLOCK_E=BLOCK_E,
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, MASK_PARTS=config.MASK_PARTS,
         PRECISION=precision_of(x.dtype),
         SHUFFLES=arch is not None, MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
         PAIRS=drops_pairs(x.dtype, arch),
         num_warps=config.num_warps, num_stages=config.num_stages,
         # absmax = code2 · absmax2 + offset has to be rounded twice, as bitsandbytes does.
-        enable_fp_fusion=not any(m.IS_NF4.value for m in members),
+        enable_fp_fusion=not packed,
     )  # fmt: skip
 
 
 def _member(x, weight, partials, in_factor, out_factor, scaling, first_r, config, is_grad):
     pointers, w_strides, switches = weight_arguments(weight, config, is_grad)
-    R, R_made = (0 if f is None else f.shape[1] for f in (out_factor, in_factor))
+    R = 0 if out_factor is None else out_factor.shape[1]
+    R_made = 0 if in_factor is None else in_factor.shape[1]
     return Member(
         x, *pointers, partials, in_factor, out_factor, float(scaling),
         x.shape[1], R, R_made, first_r,
         *x.stride(), *w_strides, *_strides(in_factor), *_strides(out_factor),
-        **{name: tl.constexpr(value) for name, value in switches.items()},
+        **{name: _constant(value) for name, value in switches.items()},
     )  # fmt: skip
+
+
+# One object for each value: Triton compares the constants of a launch with those of earlier ones.
+_constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)
 
 
 def _strides(factor):

@@ -32,9 +32,9 @@ TORCH = {
     ("module", False): (42, 0),
 }
 TRITON = {
-    ("dense", False): (70, 38),
-    ("dense", True): (72, 38),
-    ("nf4", False): (78, 46),
+    ("dense", False): (70, 31),
+    ("dense", True): (72, 31),
+    ("nf4", False): (78, 38),
 }
 OF_A_GROUP = 240
 # All calls of a layer to those of stock PEFT's, which run some operations more.
