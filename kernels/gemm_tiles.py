@@ -83,8 +83,8 @@ def _add_product(
 
 @triton.jit
 def _add_low_rank(
-    acc, members, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N,
-    rows_per_sample, stride_sm,
+    acc, members, num_partials, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr,
+    sync_ptr, M, N, rows_per_sample, stride_sm,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,7 +95,7 @@ def _add_low_rank(
         expected = tl.cdiv(tl.minimum(BLOCK_M, M - block_m * BLOCK_M), BLOCK_S) * num_chunks
         while tl.atomic_add(sync_ptr + 2 + block_m, 0, sem="acquire") < expected:
             pass
-    for i in tl.static_range(len(members)):
+    for i in tl.static_range(len(num_partials)):
         R = members[i].R
         first_r, stop_r = 0, R
         if HAS_SPANS:
@@ -131,7 +131,8 @@ def _column_parts(acc, PARTS: tl.constexpr):
 
 @triton.jit
 def _store_masked(
-    acc, members, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr, sync_ptr,
+    acc, members, num_partials, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr,
+    spans_ptr, sync_ptr,
     keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -151,7 +152,8 @@ def _store_masked(
         offs_n = first_n + tl.arange(0, BLOCK_N)
         # The first part has waited for S.
         low_rank = _add_low_rank(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_chunks, block_m, offs_n,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_partials, num_chunks,
+            block_m, offs_n,
             s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N, rows_per_sample, stride_sm,
             IN_IS_B, HAS_b, HAS_d, MAKES_S and i == 0, HAS_SPANS, BLOCK_M, BLOCK_E, BLOCK_S,
             PRECISION,
@@ -169,7 +171,8 @@ def _store_masked(
 
 @triton.jit
 def consume(
-    block_m, block_n, members, x_descs, w_descs, num_chunks, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr,
+    block_m, block_n, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr, d_ptr,
+    g_ptr, bias_ptr,
     y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N,
     rows_per_sample, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
@@ -187,15 +190,16 @@ def consume(
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.static_range(len(members)):  # more of them than descriptors have none
+    for i in tl.static_range(len(num_partials)):  # more of them than descriptors have none
         acc = _add_product(
-            acc, members[i], x_descs[i % len(x_descs)], w_descs[i % len(w_descs)],
+            acc, members[i], x_descs[i % 3], w_descs[i % 3],
             block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
     if MASKS:
         _store_masked(
-            acc, members, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr,
+            acc, members, num_partials, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr,
+            spans_ptr,
             sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
             stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
             BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION, SHUFFLES,
@@ -203,7 +207,8 @@ def consume(
         return
     if HAS_ADAPTER:
         acc = _add_low_rank(
-            acc, members, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr,
+            acc, members, num_partials, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr,
+            spans_ptr, sync_ptr,
             M, N, rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
             BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
         )  # fmt: skip

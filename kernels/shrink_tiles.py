@@ -106,7 +106,8 @@ def produce(
 ):  # fmt: skip
     """Store one chunk of the members' ranks for BLOCK_S rows, then raise their row block's flag."""
     offs_m = strip * BLOCK_S + tl.arange(0, BLOCK_S)
-    for i in tl.static_range(len(members)):
+    # Not len(members): Triton 3.6 fails on the length of a tuple that holds None.
+    for i in tl.static_range(len(num_partials)):
         chunks = tl.cdiv(members[i].R_made, BLOCK_R)
         if (chunk >= 0) & (chunk < chunks):
             _store_chunk(

@@ -5,7 +5,7 @@ import re
 import triton
 
 # From the first to below the last. The suite runs with several in between: tests/matrix.py.
-SUPPORTED = ((3, 5, 1), (4, 0, 0))
+SUPPORTED = ((3, 6, 0), (4, 0, 0))
 
 
 def require_supported(version: str) -> None:

@@ -3,7 +3,7 @@
 A row is constraints.txt with some pins replaced: one for each version of Triton, one for the oldest
 torch that pyproject.toml claims, one for its other lower bounds. Each has a virtual environment of
 its own in .matrix/, kept for as long as pyproject.toml and the pins stay as they are (--discard:
-until its row has run; torch-oldest takes 9 GB where pip finds only builds with CUDA). Rows are
+until its row has run; an older torch takes 9 GB where pip finds only builds with CUDA). Rows are
 independent: one that fails, or cannot be installed, leaves the others alone.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".matrix"
-TRITONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
+TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?:\[[^]]*\])?(?:>=(?P<bound>[\d.]+))?")
 
 
@@ -67,8 +67,7 @@ def rows() -> list[Row]:
     torch = {name: oldest.pop(name) for name in ("torch", "triton")}
     return [
         *(Row(f"triton-{v}", {"triton": v}, ("interpreter", "compiled")) for v in TRITONS),
-        # TRL brings datasets, the latest of which needs another hub than transformers 4 does.
-        Row("peft-oldest", {**oldest, "datasets": "4.7.0"}, ("default",)),
+        Row("peft-oldest", oldest, ("default",)),
         Row("torch-oldest", torch, ("default", "interpreter")),
     ]
 

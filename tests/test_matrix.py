@@ -19,7 +19,7 @@ def test_every_lower_bound_is_the_pin_of_a_row() -> None:
         bounds
     )
     rows = {row.name: row for row in matrix.rows()}
-    assert bounds.items() <= (rows["torch-oldest"].pins | rows["peft-oldest"].pins).items()
+    assert rows["torch-oldest"].pins | rows["peft-oldest"].pins == bounds
     assert rows[f"triton-{bounds['triton']}"].pins == {"triton": bounds["triton"]}
 
 
@@ -42,7 +42,7 @@ def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     made = len(commands)
     matrix.install(row)
     assert len(commands) == made > 0
-    matrix.install(matrix.Row("row", {"triton": "3.5.1"}, ("default",)))
+    matrix.install(matrix.Row("row", {"triton": "3.7.1"}, ("default",)))
     assert len(commands) == 2 * made
 
 
