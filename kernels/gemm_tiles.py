@@ -7,11 +7,14 @@ waits for its row block's flag.
 import triton
 import triton.language as tl
 
+from .descriptors import MOST_LAYERS
 from .dropout import keep_mask
 from .nf4_codes import load_codes
 from .nf4_tile import load_nf4_tile, packed_pointers
 from .shrink_tiles import load_spans, times_gain
 from .tiles import load_factor, load_tile, tile_pointers
+
+DESCRIBED_LAYERS = tl.constexpr(MOST_LAYERS)
 
 
 @triton.jit
@@ -132,8 +135,8 @@ def _column_parts(acc, PARTS: tl.constexpr):
 @triton.jit
 def _store_masked(
     acc, members, num_partials, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr,
-    spans_ptr, sync_ptr,
-    keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
+    spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
+    stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
     MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr, SHUFFLES: tl.constexpr,
@@ -153,10 +156,9 @@ def _store_masked(
         # The first part has waited for S.
         low_rank = _add_low_rank(
             tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_partials, num_chunks,
-            block_m, offs_n,
-            s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N, rows_per_sample, stride_sm,
-            IN_IS_B, HAS_b, HAS_d, MAKES_S and i == 0, HAS_SPANS, BLOCK_M, BLOCK_E, BLOCK_S,
-            PRECISION,
+            block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N, rows_per_sample,
+            stride_sm, IN_IS_B, HAS_b, HAS_d, MAKES_S and i == 0, HAS_SPANS,
+            BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
         )  # fmt: skip
         rows = offs_m
         if MASK_PARTS > 1 and SHUFFLES:
@@ -172,9 +174,8 @@ def _store_masked(
 @triton.jit
 def consume(
     block_m, block_n, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr, d_ptr,
-    g_ptr, bias_ptr,
-    y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N,
-    rows_per_sample, stride_sm, stride_ym,
+    g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold,
+    M, N, rows_per_sample, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
@@ -192,25 +193,23 @@ def consume(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(len(num_partials)):  # more of them than descriptors have none
         acc = _add_product(
-            acc, members[i], x_descs[i % 3], w_descs[i % 3],
+            acc, members[i], x_descs[i % DESCRIBED_LAYERS], w_descs[i % DESCRIBED_LAYERS],
             block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
     if MASKS:
         _store_masked(
             acc, members, num_partials, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr,
-            spans_ptr,
-            sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
-            stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
+            spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N,
+            rows_per_sample, stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
             BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION, SHUFFLES,
         )  # fmt: skip
         return
     if HAS_ADAPTER:
         acc = _add_low_rank(
             acc, members, num_partials, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr,
-            spans_ptr, sync_ptr,
-            M, N, rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
-            BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
+            spans_ptr, sync_ptr, M, N, rows_per_sample, stride_sm,
+            IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS, BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
         )  # fmt: skip
     if SAVES_V:
         v_ptrs = tile_pointers(v_ptr, offs_m, offs_n, N, 1)

@@ -153,12 +153,11 @@ def ticketed_gemm(
         )  # fmt: skip
     else:
         consume(
-            across, down, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr,
-            d_ptr, g_ptr,
-            bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold,
-            M, N, rows_per_sample, stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS,
-            HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V, DROPOUT, EVEN_K,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION,
+            across, down, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr, d_ptr,
+            g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
+            threshold, M, N, rows_per_sample, stride_sm, stride_ym,
+            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V,
+            DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION,
             SHUFFLES, MMA_SYNC,
         )  # fmt: skip
     if MAKES_S:

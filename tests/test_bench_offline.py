@@ -298,7 +298,7 @@ def test_a_target_that_is_missed_says_so() -> None:
     for index, values, words in (
         (0, {"instructions_per_weight": 7.75}, "instructions per weight"),
         (1, {"loops": [{"integer": 251}]}, "instructions in the K-loop"),
-        (1, {"ctas_per_sm": 1}, "fewer than 2 CTAs"),
+        (1, {"ctas_per_sm": 1}, "without 2 CTAs"),
         (2, {"main_loop_mma": ["HMMA"]}, "do not multiply by HGMMA"),
         (4, {"main_loop_mma": []}, "do not multiply by UTCHMMA"),
         (4, {"spilled_bytes": 8}, "kernels that spill"),
