@@ -14,8 +14,6 @@ from .nf4_tile import load_nf4_tile, packed_pointers
 from .shrink_tiles import load_spans, times_gain
 from .tiles import load_factor, load_tile, tile_pointers
 
-DESCRIBED_LAYERS = tl.constexpr(MOST_LAYERS)
-
 
 @triton.jit
 def _add_product(
@@ -181,7 +179,7 @@ def consume(
     HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr, MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
+    SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, DESCRIPTORS: tl.constexpr = MOST_LAYERS,
 ):  # fmt: skip
     """One BLOCK_M × BLOCK_N tile of y."""
     # Dropout masks the low-rank part of dX alone.
@@ -193,7 +191,7 @@ def consume(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(len(num_partials)):  # more of them than descriptors have none
         acc = _add_product(
-            acc, members[i], x_descs[i % DESCRIBED_LAYERS], w_descs[i % DESCRIBED_LAYERS],
+            acc, members[i], x_descs[i % DESCRIPTORS], w_descs[i % DESCRIPTORS],
             block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
