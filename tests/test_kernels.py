@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,18 +249,33 @@ def test_inputs_stay_and_a_second_backward_gives_the_same_bits(interpreted):
         assert_same_bits(value, before[name], name=name)
 
 
+def test_launches_change_the_device_only_when_they_have_to(monkeypatch):
+    """Triton launches on the current device, which may be another."""
+    from lora_fast import triton_ops
+
+    made = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: made.append(index) or "guard")
+    for index, is_cuda, guard in ((-1, False, None), (0, True, None), (1, True, "guard")):
+        x = SimpleNamespace(get_device=lambda index=index: index, is_cuda=is_cuda)
+        assert triton_ops._Launching(x)._device == guard
+    assert made == [1]
+
+
 @pytest.mark.interpreter
 def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
-    """Triton launches on the current device, which may be another."""
     from triton.runtime.interpreter import GridExecutor
+
+    from lora_fast import triton_ops
 
     inside, launched = [], []
 
-    @contextlib.contextmanager
-    def device_of(tensor):
-        inside.append(tensor)
-        yield
-        inside.pop()
+    class Launching(triton_ops._Launching):
+        def __enter__(self):
+            inside.append(self)
+
+        def __exit__(self, *exc):
+            inside.pop()
 
     def recording(run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(self, *args, **kwargs):
@@ -270,7 +285,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
         return recorded
 
     operands = make(replace(RAGGED, M=400, nf4=True))
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(triton_ops, "_Launching", Launching)
     monkeypatch.setattr(GridExecutor, "__call__", recording(GridExecutor.__call__))
     fused(operands)
     check_group(BF16, FP32, True)
