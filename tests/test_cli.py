@@ -226,7 +226,7 @@ def test_ctrl_c_in_the_middle_then_resume(
     def interrupted(self: Terminal, number: int, *numbers: float) -> None:
         step(self, number, *numbers)
         if number == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(Terminal, "step", interrupted)
@@ -250,7 +250,7 @@ def test_ctrl_c_before_there_is_a_checkpoint(
     capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(run_module, "load_rows", interrupted)
     code, error = failure(capsys, "train", *tiny, "--out", "out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -73,7 +72,7 @@ def test_ctrl_c_says_what_is_kept(
     def interrupted(self: Terminal, number: int, *numbers: float) -> None:
         step(self, number, *numbers)
         if "2 of 2" in self._stage:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Terminal, "step", interrupted)
     assert run_cli("compare", *tiny, "--methods", "probe,layernorm", "--out", "out") == 130

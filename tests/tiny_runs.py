@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -171,7 +170,7 @@ class AtStep(Silent):
 
 def interrupt() -> None:
     """Press Ctrl-C."""
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def logits(config: TrainConfig, model: Any) -> np.ndarray:
