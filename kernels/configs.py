@@ -92,8 +92,8 @@ _GEMM_16BIT_SMALL_SHARED_NARROW = replace(_GEMM_16BIT_SMALL_SHARED, MAX_E=16)
 # by descriptors it is 95.
 _GEMM_16BIT_SM100 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3, descriptors=True)
 # Two accumulators of 128 columns do not fit the registers of 4 warps, nor one and a W that is
-# scaled, nor one and two results. MASK_PARTS would, but Triton 3.7.1 gets them wrong in tensor
-# memory, as executing the compiled kernel showed.
+# scaled, nor one and two results. MASK_PARTS would, but the kernel compiled with them
+# computes wrong numbers here, for a reason that is not known.
 _GEMM_16BIT_SM100_NARROW = replace(_GEMM_16BIT_SM100, BLOCK_N=64)
 # Few rows read W at the speed of memory if enough of it is on its way: about 2 MB on an H100 (2.8
 # TB/s × 0.7 µs). Narrow tiles make 128 CTAs of 4096 columns, long stages give each of them 24 KB of
