@@ -71,6 +71,9 @@ class NF4Weight:
             raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
         import bitsandbytes.functional as bnb
 
+        if weight.is_meta:
+            # bitsandbytes keeps its table of 8-bit values where it is first used: not on meta.
+            bnb.quantize_blockwise(torch.zeros(1, device="cpu"))
         packed, state = bnb.quantize_4bit(
             weight.detach(), blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
         )

@@ -57,6 +57,16 @@ def test_high_nibble_comes_first():
     assert torch.equal(weight.dequantize(), dense)
 
 
+def test_a_weight_without_data_leaves_later_ones_alone(monkeypatch):
+    # bitsandbytes makes its table of 8-bit values on the device of its first use, and keeps it.
+    monkeypatch.setattr(bnbf, "name2qmap", {})
+    W = torch.randn(64, 64)
+    NF4Weight.from_dense(W.to("meta"))
+    found = NF4Weight.from_dense(W)
+    monkeypatch.setattr(bnbf, "name2qmap", {})
+    assert_same_bits(found.packed, NF4Weight.from_dense(W).packed, name="packed")
+
+
 def test_what_is_not_nf4_is_refused():
     dense = torch.randn(32, 64)
     with pytest.raises(TypeError, match="weight must be a quantised bitsandbytes Params4bit"):
