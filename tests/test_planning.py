@@ -104,7 +104,7 @@ def real_model(config: Any, settings: Settings) -> Any:
         base.enable_input_require_grads()
     if settings.method == "full":
         return base.train()
-    options = {"method": settings.method, "task": settings.task, "r": settings.r}
+    options = {key: getattr(settings, key) for key in ("method", "task", "r", "dropout")}
     run = TrainConfig(model="tiny", data="-", quantize="none", steps=100, **options)
     held = Base("tiny", base, type("T", (), {})(), dtype, torch.device("cpu"))
     model = methods.METHODS[settings.method].build(held, run.with_defaults(0), 100)
@@ -171,6 +171,7 @@ CASES = [
     Settings(method="lora", dtype="float32", **SHAPE),
     Settings(method="lora", dtype="bfloat16", r=4, **SHAPE),
     Settings(method="lora", dtype="bfloat16", fused=False, **SHAPE),
+    Settings(method="lora", dtype="bfloat16", fused=False, dropout=0.1, **SHAPE),
     Settings(method="lora", dtype="float32", gradient_checkpointing=True, **SHAPE),
     Settings(method="dora", dtype="bfloat16", **SHAPE),
     Settings(method="vera", dtype="float32", **SHAPE),
@@ -184,7 +185,10 @@ CASES = [
     Settings(method="full", dtype="float32", gradient_checkpointing=True, **SHAPE),
 ]
 NAMES = [
-    "-".join([s.method, s.dtype, *["stock"] * (not s.fused), *["ckpt"] * s.gradient_checkpointing])
+    "-".join(
+        [s.method, s.dtype, *["stock"] * (not s.fused), *["ckpt"] * s.gradient_checkpointing]
+        + ["dropout"] * bool(s.dropout)
+    )
     for s in CASES
 ]
 
@@ -202,6 +206,17 @@ def test_a_step_takes_what_was_planned(settings: Settings) -> None:
     state = state_bytes(model, optimizer, settings.method)
     close(planned.parts["optimizer state"], state, "optimizer state")
     close(planned.parts["activations"], saved.peak, "activations")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_of_dropout_the_kernels_keep_nothing(method: str) -> None:
+    plans = {
+        (fused, p): plan(LLAMA, advise=False, method=method, fused=fused, dropout=p, **SHAPE)
+        for fused in (True, False)
+        for p in (0.0, 0.1)
+    }
+    assert plans[True, 0.1].parts == plans[True, 0.0].parts
+    assert plans[False, 0.1].parts["activations"] > plans[False, 0.0].parts["activations"]
 
 
 def test_a_classifier_is_planned() -> None:
@@ -321,6 +336,8 @@ def test_a_model_whose_forward_needs_values_is_planned_without_activations() -> 
         ({"method": "lorra"}, "method must be one of"),
         ({"method": "full", "quantize": "nf4"}, "quantize must be none"),
         ({"method": "ia3", "r": 4}, "r must not be given"),
+        ({"method": "delta-lora", "dropout": 0.1}, "dropout must not be given"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"optim": "adam"}, "optim must be one of"),
         ({"target_modules": "nonesuch"}, "no module 'nonesuch'"),

@@ -78,6 +78,7 @@ def count_activations(
         fake.train()
         if fused and next(adapted_layers(fake), None) is not None:
             accelerate(fake)
+            _keep_no_masks(fake)
         _use_fused_attention(fake)
         shape = (batch_size, max_length)
         batch = {"input_ids": torch.zeros(shape, dtype=torch.long)}
@@ -90,6 +91,14 @@ def count_activations(
             raise NotImplementedError(
                 f"activations must be countable without values, got {kind}: {_first(error)}"
             ) from error
+
+
+def _keep_no_masks(model: nn.Module) -> None:
+    """Of a dropout mask the kernels keep the seed; they make it again where it is needed."""
+    for _, layer in adapted_layers(model):
+        for module in layer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
 
 @dataclass

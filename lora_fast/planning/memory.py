@@ -12,7 +12,7 @@ from torch import nn
 
 from ..training.methods import METHODS
 from .activations import Activations, count_activations
-from .settings import FULL, Settings
+from .settings import FULL, SHAPING, Settings
 from .states import decode_bytes, nf4_layers, optimizer_bytes, weight_bytes
 
 GB = 1e9
@@ -88,10 +88,10 @@ def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> Memor
 
     `model_or_config`: a folder, a ``config.json``, a hub id, a transformers config; or a model,
     which is taken as it is, adapters and all. The keyword arguments are those of
-    :class:`lora_fast.planning.Settings`; ``method``, ``quantize``, ``r``, ``target_modules``,
-    ``frequencies`` and ``virtual_tokens`` say how a config becomes a model that trains, and must
-    not be given with a model. A checkpoint in 4 bits is nf4. ``advise=False`` leaves out
-    ``changes``, which take most of the time.
+    :class:`lora_fast.planning.Settings`; ``method``, ``quantize``, ``r``, ``dropout``,
+    ``target_modules``, ``frequencies`` and ``virtual_tokens`` say how a config becomes a model that
+    trains, and must not be given with a model. A checkpoint in 4 bits is nf4. ``advise=False``
+    leaves out ``changes``, which take most of the time.
 
     Nothing is allocated: parameters are counted on the meta device, activations by a forward pass
     on fake tensors.
@@ -101,8 +101,7 @@ def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> Memor
     """
     given = Settings(**settings)
     if isinstance(model_or_config, nn.Module):
-        shaping = ("method", "quantize", "r", "target_modules", "frequencies", "virtual_tokens")
-        wrong = next((name for name in shaping if name in settings), None)
+        wrong = next((name for name in SHAPING if name in settings), None)
         if wrong:
             raise ValueError(f"{wrong} must not be given with a model, which is taken as it is")
         counted = _count_model(model_or_config, given)
@@ -191,11 +190,8 @@ def _count_model(model: Any, settings: Settings) -> _Counted:
     )
 
 
-def adapted(name: str, base: Any, settings: Settings, dropout: float | None = None) -> Any:
+def adapted(name: str, base: Any, settings: Settings) -> Any:
     """The model that trains, from a skeleton of the base model.
-
-    `dropout`, on the input of its adapters, is no part of the settings: it changes no byte of what
-    the kernels keep.
 
     Raises ValueError if the method does not fit it.
     """
@@ -207,13 +203,8 @@ def adapted(name: str, base: Any, settings: Settings, dropout: float | None = No
 
     dtype = getattr(torch, settings.dtype)
     try:
-        options = {
-            key: getattr(settings, key)
-            for key in ("method", "task", "r", "target_modules", "frequencies", "virtual_tokens")
-        }
-        run = TrainConfig(
-            model=name, data="-", quantize="none", steps=100, dropout=dropout, **options
-        )
+        options = {key: getattr(settings, key) for key in (*SHAPING, "task")}
+        run = TrainConfig(model=name, data="-", steps=100, **options | {"quantize": "none"})
         run = run.with_defaults(sum(p.numel() for p in base.parameters()))
         held = Base(name, base, _NoTokenizer(), dtype, torch.device("meta"))
         return METHODS[settings.method].build(held, run, 100)

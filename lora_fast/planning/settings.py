@@ -19,12 +19,23 @@ OPTIMIZERS = (
     "paged_adamw_8bit",
     "sgd",
 )
+# What makes a config into a model that trains; all but the first two are options of the method.
+SHAPING = (
+    "method",
+    "quantize",
+    "r",
+    "dropout",
+    "target_modules",
+    "frequencies",
+    "virtual_tokens",
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. ``method`` is one of ``lora-fast train --method`` or ``full``; r, target_modules,
-    frequencies and virtual_tokens are None for the method's own defaults.
+    """One run. ``method`` is one of ``lora-fast train --method`` or ``full``; r, dropout (on the
+    input of the adapters), target_modules, frequencies and virtual_tokens are None for the method's
+    own defaults.
 
     A 16-bit ``full`` run keeps a float32 master copy of the weights beside its optimizer's float32
     moments: 16 bytes a parameter. Adapters are float32 whatever the dtype. ``fused`` is the model
@@ -36,6 +47,7 @@ class Settings:
     method: str = "lora"
     quantize: str = "none"
     r: int | None = None
+    dropout: float | None = None
     target_modules: str | None = None
     frequencies: int | None = None
     virtual_tokens: int | None = None
@@ -62,7 +74,9 @@ class Settings:
         if self.method == FULL and self.quantize != "none":
             raise ValueError("quantize must be none for method full: 4-bit weights cannot train")
         taken = METHODS[self.method].options if self.method != FULL else ()
-        for name in ("r", "target_modules", "frequencies", "virtual_tokens"):
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in SHAPING[2:]:
             if getattr(self, name) is not None and name not in taken:
                 raise ValueError(f"{name} must not be given for method {self.method}")
         if self.gradient_checkpointing and self.method == "prefix":

@@ -69,8 +69,8 @@ def replica(
 ) -> Replica:
     """The layers that `method` adapts in the model of a folder, a config.json or a hub id.
 
-    The options are those of ``lora-fast plan``, and the dropout of the adapters. Raises ValueError
-    for a method without fused layers, for DoRA on NF4, and what planning raises.
+    The options are those of ``lora-fast plan``. Raises ValueError for a method without fused
+    layers, for DoRA on NF4, and what planning raises.
     """
     fused = [name for name, row in METHODS.items() if row.fused]
     if method not in fused:
@@ -82,12 +82,17 @@ def replica(
         )
     config = load_config(model)
     settings = Settings(
-        method=method, quantize=quantize, r=r, target_modules=target_modules, dtype=dtype
+        method=method,
+        quantize=quantize,
+        r=r,
+        dropout=dropout,
+        target_modules=target_modules,
+        dtype=dtype,
     )
     base = skeleton(config, dtype=getattr(torch, dtype))
     if quantize == "nf4":
         _in_four_bits(base, getattr(torch, dtype))
-    return Replica(adapted(model, base, settings, dropout))
+    return Replica(adapted(model, base, settings))
 
 
 def _by_parent(model: nn.Module) -> dict[str, dict[str, Any]]:
