@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 _INSTRUCTION = re.compile(
     r"/\*(?P<address>[0-9a-f]{4,})\*/\s+"
-    r"(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)\s*;"
+    r"(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;&?]*?)\s*"
+    r"(?:[&?][^;]*)?;"  # of sm_120 CUDA 12.8 prints how an instruction is scheduled, too
 )
 _FUNCTION = re.compile(r"Function : (\S+)")
 _TARGET = re.compile(r"0x[0-9a-f]+$")

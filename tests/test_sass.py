@@ -26,6 +26,14 @@ def test_instructions_keep_opcode_guard_and_target() -> None:
     assert (third.guarded, third.target) == (True, 0)
 
 
+def test_how_an_instruction_is_scheduled_belongs_to_no_operand() -> None:
+    branch, load = sass.parse(
+        _listing("@P0 BRA 0x10   &req={1,0}   ?trans5", "LDS R0, [R2]  &rd=0x2  &wr=0x1 ?trans1")
+    )
+    assert (branch.operands, branch.target) == ("0x10", 0x10)
+    assert load.operands == "R0, [R2]"
+
+
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
