@@ -97,6 +97,7 @@ def norms_of(weight, A, B, scaling, state):
     mark_changes[(sum(blocks),)](
         _bits(A), _bits(state.A), _bits(B), _bits(state.B), state.changed, state.calls,
         A.numel(), B.numel(), blocks[0], COMPARED=_COMPARED,
+        enable_fp_fusion=True,
     )  # fmt: skip
     W = weight()
     (N, K), R = W.shape, A.shape[0]
@@ -108,6 +109,7 @@ def norms_of(weight, A, B, scaling, state):
         W, A, B, state.norms, state.changed, state.calls, scaling, N, K, R, *W.stride(),
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
         PRECISION=precision_of(W.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return state.norms.clone(), state
 

@@ -312,7 +312,7 @@ def _launch(
         GRAD_b=wanted.b, GRAD_d=wanted.d, GRAD_g=wanted.g, GRAD_BIAS=wanted.bias,
         DROPOUT=dropout.p > 0.0, PAIRS=drops_pairs(x.dtype, current_arch()),
         BLOCK_M=config.BLOCK_M, BLOCK_L=config.BLOCK_L, BLOCK_R=BLOCK_R,
-        PRECISION=precision_of(x.dtype), num_warps=config.num_warps,
+        PRECISION=precision_of(x.dtype), num_warps=config.num_warps, enable_fp_fusion=True,
         # A pipelined tile that is summed and multiplied loses its wait: Triton 3.7.1 lets cp.async
         # overwrite on sm_90 what the previous iteration's wgmma still reads.
         num_stages=1 if wanted.sums else config.num_stages,

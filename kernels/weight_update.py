@@ -57,5 +57,5 @@ def update(W, out, A, B, b, d, g, scaling):
         *W.stride(), *out.stride(), *strides_A, *strides_B,
         HAS_ADAPTER=A is not None, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

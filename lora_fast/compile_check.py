@@ -158,6 +158,9 @@ class AbsentDevice:
         """(module, function, registers, spills, most threads): the binary stands for all of it."""
         return binary, binary, 0, 0, 1024
 
+    def unload_module(self, module: Any) -> None:
+        """Nothing was loaded."""
+
     def get_current_target(self) -> Any:
         return self.target
 
