@@ -8,6 +8,8 @@ tuple, so there are as many as ticketed_gemm has parameters for.
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .triton_version import VERSION
+
 # Layers of one launch that may be described: q, k and v.
 MOST_LAYERS = 3
 _NONE = (None,) * (2 * MOST_LAYERS)
@@ -33,9 +35,12 @@ def descriptors_of(operands, config, arch, is_grad):
     """(X, W, X, W, …) for operands (X, W [N, K]) of each layer; Nones unless all can be described.
 
     Blocks of W are as they lie in memory, which the forward pass transposes. Before Hopper Triton
-    would turn descriptors into pointers again, and not pipeline those.
+    would turn descriptors into pointers again, and not pipeline those. What Triton 3.5 launches
+    with them, no test can execute.
     """
     if not config.descriptors or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
+        return _NONE
+    if VERSION < (3, 6):
         return _NONE
     # An Nf4Operand is no tensor, and has nothing that TMA could read.
     if not all(hasattr(w, "stride") and can_describe(x) and can_describe(w) for x, w in operands):

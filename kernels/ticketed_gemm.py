@@ -119,6 +119,38 @@ def _place_of(
     return produces, across, down
 
 
+@triton.jit
+def _take(
+    produces, across, down, members, x_descs, w_descs, num_partials, s_ptr, b_ptr, d_ptr, g_ptr,
+    bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold,
+    M, N, num_chunks, rows_per_sample, stride_sm, stride_ym,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
+    HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, MASK_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Produce S, or a tile of the output, at the place of the ticket."""
+    if not WRITES_Y or (MAKES_S and produces):
+        produce(
+            across, down, members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
+            keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
+            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS,
+            BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+        )  # fmt: skip
+    else:
+        consume(
+            across, down, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr, d_ptr,
+            g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
+            threshold, M, N, rows_per_sample, stride_sm, stride_ym,
+            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V,
+            DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION,
+            SHUFFLES, MMA_SYNC,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
     members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
@@ -144,22 +176,15 @@ def ticketed_gemm(
     if MAKES_S:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
     produces, across, down = _place_of(ticket, M, N, num_chunks, BLOCK_M, BLOCK_N, BLOCK_S, GROUP_M)
-    if not WRITES_Y or (MAKES_S and produces):
-        produce(
-            across, down, members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
-            keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
-            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS,
-            BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
-        )  # fmt: skip
-    else:
-        consume(
-            across, down, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr, d_ptr,
-            g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
-            threshold, M, N, rows_per_sample, stride_sm, stride_ym,
-            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V,
-            DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION,
-            SHUFFLES, MMA_SYNC,
-        )  # fmt: skip
+    _take(
+        # In Triton 3.5 an argument's inner tuples forget their constants at an `if`; sums do not.
+        produces, across, down, members + (), x_descs, w_descs, num_partials,  # noqa: RUF005
+        s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
+        threshold, M, N, num_chunks, rows_per_sample, stride_sm, stride_ym,
+        IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, WRITES_Y, SAVES_V,
+        DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, MASK_PARTS,
+        PRECISION, SHUFFLES, MMA_SYNC, PAIRS,
+    )  # fmt: skip
     if MAKES_S:
         finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
         if finished == tl.num_programs(0) - 1:

@@ -5,14 +5,15 @@ import re
 import triton
 
 # From the first to below the last. The suite runs with several in between: tests/matrix.py.
-SUPPORTED = ((3, 6, 0), (4, 0, 0))
+SUPPORTED = ((3, 5, 1), (4, 0, 0))
 
 
-def require_supported(version: str) -> None:
-    """Raise an ImportError that says what to install unless `version` is in the range."""
+def supported(version: str) -> tuple[int, ...]:
+    """`version` as numbers. ImportError: it is not in the range; this is what to install."""
     first, end = SUPPORTED
-    if first <= tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < end:
-        return
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if first <= numbers < end:
+        return numbers
     wanted = ">={}.{}.{},<{}".format(*first, end[0])
     raise ImportError(
         f"lora_fast's kernels need triton{wanted}, got {version}: pip install 'triton{wanted}' and "
@@ -20,4 +21,4 @@ def require_supported(version: str) -> None:
     )
 
 
-require_supported(triton.__version__)
+VERSION = supported(triton.__version__)

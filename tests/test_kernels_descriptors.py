@@ -11,10 +11,11 @@ from accuracy import assert_same_bits
 from machines import MACHINES, Executor, started
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs, ticketed_gemm
+from lora_fast.kernels import configs, descriptors, ticketed_gemm
 from lora_fast.kernels.configs import GemmConfig
 from lora_fast.kernels.descriptors import MOST_LAYERS, can_describe, descriptors_of
 from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.triton_version import VERSION
 
 from bench import stub_driver
 
@@ -23,6 +24,7 @@ TMA = configs.pick_gemm(8192, BF16, 90)
 BY_POINTERS = replace(TMA, descriptors=False)
 # Two blocks of 64 of each; all of them end within the second.
 RAGGED = 69, 72, 72
+with_this_triton = pytest.mark.skipif(VERSION < (3, 6), reason="Triton 3.5 gets no descriptors")
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -66,6 +68,7 @@ def test_rows_that_start_at_16_bytes_can_be_described(name):
     assert can_describe({**DESCRIBED, **NOT_DESCRIBED}[name]) is (name in DESCRIBED)
 
 
+@with_this_triton
 def test_all_operands_are_described_or_none():
     x, W, off = _matrix(130, 64), _matrix(96, 64), _matrix(96, 67)[:, :64]
     blocks = [d.block_shape for d in descriptors_of([(x, W)], TMA, 90, False) if d is not None]
@@ -83,6 +86,12 @@ def test_all_operands_are_described_or_none():
     ):
         assert set(descriptors_of(operands, config, arch, False)) == {None}
     assert None not in descriptors_of([(x, W)] * MOST_LAYERS, TMA, 90, True)
+
+
+def test_triton_3_5_gets_none(monkeypatch):
+    monkeypatch.setattr(descriptors, "VERSION", (3, 5, 1))
+    x, W = _matrix(130, 64), _matrix(96, 64)
+    assert set(descriptors_of([(x, W)], TMA, 90, False)) == {None}
 
 
 def _results(config, device, case) -> list[torch.Tensor]:
@@ -129,6 +138,7 @@ WITH_TMA = [
 SMALL = GemmConfig(64, 64, 64, 64, 8, num_warps=4, num_stages=3, descriptors=True)
 
 
+@with_this_triton
 @pytest.mark.parametrize("make", WITH_TMA)
 def test_no_bit_depends_on_them(make: Callable[[], Executor], described):
     with started(make()) as executor:
@@ -140,6 +150,7 @@ def test_no_bit_depends_on_them(make: Callable[[], Executor], described):
         assert_same_bits(one, other, name=f"result {i}")
 
 
+@with_this_triton
 @pytest.mark.offline
 @pytest.mark.parametrize("arch", [90, 100])
 def test_they_take_fewer_instructions_and_no_other_resources(arch):

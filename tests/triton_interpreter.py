@@ -30,7 +30,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-SUPPORTED = ((3, 6), (3, 10))
+SUPPORTED = ((3, 5), (3, 10))
 """First series that the patch was written for, and the first that it was not."""
 
 Handle = interpreter.TensorHandle
