@@ -179,8 +179,9 @@ def ticketed_gemm(
     _take(
         # In Triton 3.5 an argument's inner tuples forget their constants at an `if`; sums do not.
         produces, across, down, members + (), x_descs, w_descs, num_partials,  # noqa: RUF005
-        s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
-        threshold, M, N, num_chunks, rows_per_sample, stride_sm, stride_ym,
+        s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
+        keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
+        stride_sm, stride_ym,
         IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, WRITES_Y, SAVES_V,
         DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, MASK_PARTS,
         PRECISION, SHUFFLES, MMA_SYNC, PAIRS,

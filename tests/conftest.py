@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+PINS = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text()
+PINNED_TRITON = re.findall(r"^triton==(\S+)", PINS, re.MULTILINE)[0]
 HAS_EXECUTOR = importlib.util.find_spec("ptxrun") is not None
 
 if INTERPRETED:
@@ -38,6 +42,11 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 
+def is_pinned_triton() -> bool:
+    """Whether kernels are compiled by the version of constraints.txt."""
+    return importlib.metadata.version("triton") == PINNED_TRITON
+
+
 def _reason_to_skip(item: pytest.Item) -> str | None:
     marks = {mark.name for mark in item.iter_markers()}
     needs_triton = marks & {"interpreter", "compiled", "offline"}
@@ -49,6 +58,8 @@ def _reason_to_skip(item: pytest.Item) -> str | None:
         return "TRITON_INTERPRET=1: this process interprets kernels instead of compiling them"
     if "gpu" in marks:
         return None if torch.cuda.is_available() else "needs a CUDA device"
+    if "pinned" in marks and not is_pinned_triton():
+        return f"its limits hold for triton {PINNED_TRITON}"
     if "compiled" in marks and not HAS_EXECUTOR:
         return "needs the PTX executor on PYTHONPATH"
     return None

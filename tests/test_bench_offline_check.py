@@ -36,6 +36,7 @@ def kept() -> dict[str, Any]:
     return command._load(command.RESULTS / command.FILE)
 
 
+@pytest.mark.pinned
 def test_nothing_became_worse(kept: dict[str, Any]) -> None:
     new = {"counts": counting.lora_fast(counting.FAST, 90), **counting.code(ONE_LINEAR, 90)}
     assert len(new["counts"]) == 8

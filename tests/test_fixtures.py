@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from accuracy import assert_same_bits
+from conftest import PINNED_TRITON
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -51,6 +53,15 @@ def test_allocations_obey_a_device_context() -> None:
 def test_the_seed_is_fixed_per_test(order: str) -> None:
     fresh = torch.Generator().manual_seed(0)
     assert torch.equal(torch.randn(4), torch.randn(4, generator=fresh)), order
+
+
+@pytest.mark.parametrize("version", [PINNED_TRITON, "3.5.1"])
+def test_limits_of_machine_code_are_those_of_one_compiler(version, monkeypatch, request) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr(conftest, "INTERPRETED", False)
+    request.node.add_marker(pytest.mark.pinned)
+    expected = None if version == PINNED_TRITON else "its limits hold for triton " + PINNED_TRITON
+    assert conftest._reason_to_skip(request.node) == expected
 
 
 @triton.jit

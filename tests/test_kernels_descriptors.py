@@ -152,6 +152,7 @@ def test_no_bit_depends_on_them(make: Callable[[], Executor], described):
 
 @with_this_triton
 @pytest.mark.offline
+@pytest.mark.pinned
 @pytest.mark.parametrize("arch", [90, 100])
 def test_they_take_fewer_instructions_and_no_other_resources(arch):
     def meta(*shape, dtype=BF16):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ from lora_fast.kernels.dropout import Dropout
 from triton.runtime.jit import JITFunction
 
 import lora_fast
-from bench import resources, stub_driver
+from bench import resources, sass, stub_driver
 from lora_fast.functional import Member, adapted_linear, adapted_linears
 
 pytestmark = pytest.mark.offline
@@ -123,7 +124,8 @@ def _group_step(arch: int, dropout_p: float, R: int = 16, nf4: bool = False) -> 
 def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     found, limits = launch.kernel.resources, resources.limits_of(arch)
     # Below the limit ptxas trades a few registers for another CTA; at the limit it had no choice.
-    allowed = 0 if found.mma or found.registers > 250 else 32
+    trades = not found.mma and found.registers <= 250
+    allowed = 32 if trades or not conftest.is_pinned_triton() else 0
     assert found.local_bytes <= allowed, f"{launch.name} spills: {found}"
     assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
     assert found.ctas_per_sm >= 1, f"{launch.name} does not fit: {found}"
@@ -189,6 +191,7 @@ def test_row_norms_fit_the_device(arch: int, dtype: torch.dtype) -> None:
 K_LOOP_BUDGET = {80: 174, 89: 108, 90: 107, 100: 148, 120: 99}
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_k_loops_stay_within_their_budget(arch: int) -> None:
     launch = _training_step(arch, PLAIN).launches[0]
@@ -260,11 +263,20 @@ def test_nf4_in_the_gemm_fits_the_device(arch: int) -> None:
             _assert_fits(launch, arch)
             found = launch.kernel.resources
             assert set(found.mma) == _expected_mma(launch, arch)
-            (decoding,) = (loop for loop in found.hot_loops if loop.by_class["shuffle"])
-            assert decoding.by_class["local"] == 0
-            if M > 64:
-                assert len(decoding.instructions) <= NF4_K_LOOP_BUDGET[arch]
-                assert found.ctas_per_sm >= (2 if arch in (80, 90, 100) else 1)
+            assert _decoding(launch).by_class["local"] == 0
+
+
+@pytest.mark.pinned
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_k_loops_that_decode_stay_within_their_budget(arch: int) -> None:
+    for launch in _in_gemm(arch, 384, 16, torch.bfloat16).launches:
+        assert len(_decoding(launch).instructions) <= NF4_K_LOOP_BUDGET[arch]
+        assert launch.kernel.resources.ctas_per_sm >= (2 if arch in (80, 90, 100) else 1)
+
+
+def _decoding(launch: stub_driver.Launch) -> sass.Loop:
+    (loop,) = (loop for loop in launch.kernel.resources.hot_loops if loop.by_class["shuffle"])
+    return loop
 
 
 def test_nf4_in_a_float32_gemm_fits_the_device() -> None:

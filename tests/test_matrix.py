@@ -33,6 +33,13 @@ def test_pins_take_the_place_of_those_of_the_suite() -> None:
     }
 
 
+def test_what_a_row_leaves_out_reaches_pytest() -> None:
+    rows = {row.name: row.selection for row in matrix.rows()}
+    assert matrix.LEFT_OUT.keys() <= rows.keys()
+    assert rows["triton-3.5.1"] == ("-k", "not (sm_100)")
+    assert rows["triton-3.9.0"] == ()
+
+
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[Any] = []
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)
