@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
-import time
 import weakref
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from killing import kill, moments
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_runs import run_cli, save_llama
 from transformers import AutoModelForCausalLM
 
 from lora_fast.export import merge_checkpoint
-from lora_fast.export.model_writer import WholeFolder
 
 WEIGHTS = "adapter_model.safetensors"
 A_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -180,81 +180,119 @@ def test_one_shard_is_in_memory_at_a_time(
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def merge_in_shards(made: Path, out: Path, slowly: float = 0.0) -> None:
-    torch.set_num_threads(1)  # the threads of the parent are not there after a fork
+KILLS, SEED = 3, 20
+
+
+def merge_in_shards(made: Path, out: Path, tick: Callable[[], None] = lambda: None) -> None:
     merge_checkpoint(
         str(made / "sharded"), made / "adapter", out, max_shard_size=20_000, overwrite=True,
-        progress=lambda done, total: time.sleep(slowly),
+        progress=lambda done, total: tick(),
     )  # fmt: skip
-
-
-def kill_after(seconds: float, made: Path, out: Path, slowly: float) -> None:
-    """Merge in another process and kill it, seconds after it began to write."""
-    process = get_context("fork").Process(target=merge_in_shards, args=(made, out, slowly))
-    process.start()
-    while process.is_alive() and not out.with_name(f".{out.name}.merging").exists():
-        time.sleep(0.001)
-    process.join(seconds)
-    process.kill()  # nothing, when it came to its end
-    process.join()
 
 
 def listing(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_killed_merge_leaves_no_half_model(made: Path, tmp_path: Path) -> None:
-    merge_in_shards(made, tmp_path / "expected")
-    expected = listing(tmp_path / "expected")
-    out = tmp_path / "out"
-    kill_after(0.0, made, out, slowly=0.2)
-    assert (tmp_path / ".out.merging").exists()
-    for seconds in (0.05, 0.17, 0.29, 0.41, 0.53):  # too slow for any to come to its end
-        kill_after(seconds, made, out, slowly=0.2)
-        assert not out.exists()
-    merge_in_shards(made, out)
-    assert listing(out) == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
-    # Over a model that is there: the old one or the new one, whole.
-    (out / "config.json").write_text("{}")
-    old = listing(out)
-    for seconds in (0.2, 0.4):
-        kill_after(seconds, made, out, slowly=0.01)  # this one may
-        assert listing(out) in (old, expected)
+@pytest.mark.parametrize("before", ["nothing", "a model"])
+def test_a_merge_killed_at_random_points_leaves_no_half_model(
+    before: str, made: Path, tmp_path: Path
+) -> None:
+    """As many while tensors are written as while what was written takes its place."""
+
+    def begin(name: str) -> Path:
+        out = tmp_path / name / "out"
+        if before == "a model":
+            shutil.copytree(made / "base", out)
+        return out
+
+    rehearsal = begin("rehearsal")
+    passed = moments(lambda tick: merge_in_shards(made, rehearsal, tick), tmp_path)
+    expected = listing(rehearsal)
+    old = listing(made / "base") if before == "a model" else None
+    written = len(passed) - passed[::-1].index("tick")
+    draw = random.Random(SEED)
+    points = draw.sample(range(written), KILLS) + draw.sample(range(written, len(passed)), KILLS)
+    for point in points:
+        drawn = f"killed at moment {point} of {len(passed)}, drawn with seed {SEED}"
+        out = begin(str(point))
+        kill(lambda tick, out=out: merge_in_shards(made, out, tick), tmp_path, point)
+        left = listing(out) if out.exists() else None
+        assert left in (old, expected), drawn
+        assert point >= written or left == old, drawn
+        merge_in_shards(made, out)
+        assert listing(out) == expected, drawn
+        assert [path.name for path in out.parent.iterdir()] == ["out"], drawn
 
 
-def test_two_merges_into_one_folder_keep_apart(tmp_path: Path) -> None:
-    with WholeFolder(tmp_path / "out") as first:
-        (first.path / "file").write_text("first")
-        with pytest.raises(BlockingIOError, match="another merge"), WholeFolder(tmp_path / "out"):
-            pass
-        assert (first.path / "file").exists()
-    assert (tmp_path / "out" / "file").read_text() == "first"
-
-
-def test_the_old_model_comes_back_when_its_replacement_was_killed(tmp_path: Path) -> None:
-    """Between the two renames there is neither the old nor the new one."""
-    old, out = tmp_path / ".out.replaced", tmp_path / "out"
-    old.mkdir()
-    (old / "file").write_text("old")
-    with pytest.raises(FileExistsError), WholeFolder(out):
-        raise AssertionError("what came back must not be overwritten")
-    assert listing(out) == {"file": b"old"}
-    with WholeFolder(out, overwrite=True) as folder:
-        (folder.path / "file").write_text("new")
-    assert listing(out) == {"file": b"new"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-def test_what_is_there_is_replaced_only_when_asked(made: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_replaced_only_when_asked_and_only_a_model(
+    made: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="out must be"):
         merge_checkpoint(str(made / "base"), made / "adapter", out)
+    with pytest.raises(ValueError, match=r"nothing but a model, got .*out with mine\.txt"):
+        merge_checkpoint(str(made / "base"), made / "adapter", out, overwrite=True)
     assert listing(out) == {"mine.txt": b"keep"}
-    merge_checkpoint(str(made / "base"), made / "adapter", out, overwrite=True)
-    assert not (out / "mine.txt").exists() and (out / "model.safetensors").exists()
+    model = Path(shutil.copytree(made / "sharded", tmp_path / "model"))
+    merge_checkpoint(str(made / "base"), made / "adapter", model, overwrite=True)
+    assert (model / "model.safetensors").exists()
+    assert not (model / "model.safetensors.index.json").exists()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_merge_never_touches_what_it_reads(
+    overwrite: bool, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "base", tmp_path / "proj" / "base")
+    shutil.copytree(made / "adapter", tmp_path / "proj" / "ad")
+    (tmp_path / "link").symlink_to(tmp_path / "proj" / "base")
+    before = tree(tmp_path)
+    base, adapter = tmp_path / "proj" / "base", tmp_path / "proj" / "ad"
+    for out, how in {
+        "proj": "base, got .*, which contains",
+        "proj/base": "base, got .*, which is",
+        "proj/base/": "base, got .*, which is",
+        "proj/ad": "adapter, got .*, which is",
+        "link": "base, got .*, which is",
+        "proj/base/merged": "base, got .*, which lies in",
+        "proj/ad/a/b": "adapter, got .*, which lies in",
+        "link/merged": "base, got .*, which lies in",
+        "proj/ad/../base": "base, got .*, which is",
+        ".": "base, got .*, which contains",
+    }.items():
+        with pytest.raises(ValueError, match=f"out must be apart from {how} .*: choose another"):
+            merge_checkpoint(str(base), adapter, tmp_path / out, overwrite=overwrite)
+        assert tree(tmp_path) == before, out
+    with pytest.raises(ValueError, match="out must be apart from base"):
+        merge_checkpoint(str(tmp_path / "link"), adapter, base, overwrite=overwrite)
+    arguments = ["merge", base, adapter, tmp_path / "proj", *["--overwrite"][:overwrite]]
+    assert run_cli(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out must be apart from base") and error.count("\n") == 1
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", ["big", "0", "-5GB", "5XB", "", "0.0000000001GB", 0, -1])
+def test_sizes_of_shards_are_sizes(size: str | int, made: Path, tmp_path: Path) -> None:
+    message = f"max_shard_size must be a size such as 5GB, got {re.escape(repr(size))}$"
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoint(str(made / "base"), "absent", tmp_path / "out", max_shard_size=size)
+
+
+def test_shards_may_be_given_in_any_unit(made: Path, tmp_path: Path) -> None:
+    for size in ("30KB", "30kib", 30_000):
+        out = tmp_path / str(size)
+        merge_checkpoint(str(made / "base"), made / "adapter", out, max_shard_size=size)
+        sizes = [len(file) for name, file in listing(out).items() if name.startswith("model-")]
+        assert len(sizes) > 5
 
 
 def test_the_command_merges_and_says_what_is_wrong_in_one_line(
@@ -262,10 +300,20 @@ def test_the_command_merges_and_says_what_is_wrong_in_one_line(
 ) -> None:
     arguments = ("merge", made / "base", made / "adapter", tmp_path / "out", "--dtype", "bfloat16")
     assert run_cli(*arguments) == 0
-    assert str(tmp_path / "out") in capsys.readouterr().out.replace("\n", "")
+    size = round((tmp_path / "out" / "model.safetensors").stat().st_size / 1e3)
+    said = capsys.readouterr().out
+    assert re.fullmatch(rf"✓ {tmp_path}/out {size} kB in 1 shard, .+ s\n", said), said
     assert run_cli(*arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out must be") and "--overwrite" in error
     assert error.count("\n") == 1
     assert run_cli("merge", made / "adapter", made / "adapter", tmp_path / "o") == 1
     assert capsys.readouterr().err.count("\n") == 1
+    small = ("merge", made / "base", made / "adapter", tmp_path / "small", "--max-shard-size")
+    assert run_cli(*small, "5GiBs") == 1
+    assert capsys.readouterr().err == (
+        "error: max_shard_size must be a size such as 5GB, got '5GiBs'\n"
+    )
+    assert run_cli(*small, "100KB") == 0
+    shards = len(list((tmp_path / "small").glob("model-*.safetensors")))
+    assert shards > 1 and f" in {shards} shards, " in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,9 @@ Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Folder or hub id, 16-bit, float32 or 4-bit.")
 ]
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of lora-fast or PEFT.")]
-MergedOut = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")]
+MergedOut = Annotated[
+    Path, typer.Argument(metavar="OUT", help="A new folder, apart from BASE and ADAPTER.")
+]
 MergedDtype = Annotated[
     str | None,
     typer.Option(
@@ -24,9 +27,15 @@ MergedDtype = Annotated[
     ),
 ]
 ShardSize = Annotated[
-    str, typer.Option(metavar="SIZE", help="Of a file, and so of the memory that is needed.")
+    str,
+    typer.Option(
+        metavar="SIZE", help="Of a file, and so of the memory that is needed: 5GB, 500MiB."
+    ),
 ]
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT.")]
+Replace = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the model in OUT, if OUT holds nothing else."),
+]
 
 
 def merge(
@@ -40,15 +49,17 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and write the result, shard by shard.
 
-    OUT appears when it is complete: a merge that is stopped leaves nothing there.
+    OUT appears when it is complete: a merge that is stopped leaves what was there. If it was
+    killed, the next merge into OUT deletes the .OUT.merging that it left beside it.
     """
     with one_line_errors(
-        out, debug=debug, interruption=lambda *_: f"interrupted; {out} is as it was"
+        out, debug=debug, interruption=lambda *_: f"interrupted; {out} holds no half model"
     ):
         try:
             _merge(base, adapter, out, dtype, max_shard_size, overwrite=overwrite, debug=debug)
         except FileExistsError as error:
-            raise TrainingError(f"{first_line(error)}: replace it with --overwrite") from error
+            choice = "choose another, or replace a model with --overwrite"
+            raise TrainingError(f"{first_line(error)}: {choice}") from error
         except (ValueError, NotImplementedError, BlockingIOError) as error:
             raise TrainingError(first_line(error)) from error
 
@@ -67,12 +78,14 @@ def _merge(
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .console import quiet_libraries
+    from .console import duration, quiet_libraries
+    from .plan import human
 
     if not debug:
         quiet_libraries()
     from lora_fast.export import merge_checkpoint
 
+    began = time.monotonic()
     console = Console(highlight=False)
     columns = (
         TextColumn("Merging"),
@@ -80,7 +93,8 @@ def _merge(
         DownloadColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    quiet = not console.is_terminal  # a bar would leave an empty line in a log
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=None)
         merge_checkpoint(
             base,
@@ -91,4 +105,10 @@ def _merge(
             overwrite=overwrite,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console.print(f"[green]✓[/] {escape(str(out))}")
+    shards = [path.stat().st_size for path in out.glob("model*.safetensors")]
+    files = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+    took = duration(time.monotonic() - began)
+    console.print(
+        f"[green]✓[/] {escape(str(out))} [dim]{human(sum(shards))} in {files}, {took}[/]",
+        soft_wrap=True,
+    )

@@ -15,8 +15,9 @@ from ..skeleton import load_config, skeleton
 from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header
 from .base_checkpoint import COMPANIONS, Weights, base_folder
 from .changes import Changes, changes_of
-from .model_writer import WholeFolder, copy_files, write_shards
+from .model_writer import copy_files, write_shards
 from .safe_files import Entry, TensorFiles, checkpoint_files
+from .whole_folder import WholeFolder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOKENIZER = (
@@ -54,27 +55,30 @@ def merge_checkpoint(
     or LayerNorm tuning, or what ``lora-fast train`` left of a method that trains weights of the
     base (Delta-LoRA, BitFit, linear probing). `dtype`: bfloat16, float16 or float32, by default
     that of each tensor of the base. Tensors are read, merged and written shard by shard, at most
-    `max_shard_size` at a time.
+    `max_shard_size` at a time: bytes, or a size such as ``5GB`` or ``500MiB``.
 
     `out` appears when it is complete; whatever stops the merge before leaves nothing there, and
-    merging again cleans up. ``progress(done, total)`` is told bytes.
+    merging again cleans up. With `overwrite`, `out` may hold a model, which is there until the new
+    one takes its place; nothing else is ever deleted. ``progress(done, total)`` is told bytes.
 
-    Raises ValueError for files that do not fit together or are no safetensors, before anything is
-    written; NotImplementedError for adapters that have no such formula; FileExistsError for an
-    `out` with something in it, unless `overwrite`.
+    Raises ValueError for files that do not fit together or are no safetensors, and for an `out`
+    that is, contains or lies in `base` or `adapter`, or that is to be replaced and holds anything
+    but a model, before anything is written; NotImplementedError for adapters that have no such
+    formula; FileExistsError for an `out` with something in it, unless `overwrite`.
     """
-    wanted = _dtype(dtype)
+    wanted, shard_bytes = _dtype(dtype), _shard_bytes(max_shard_size)
     adapter_path, base_path = Path(adapter), base_folder(base)
     if not adapter_path.is_dir():
         raise ValueError(f"adapter must be a folder, got {adapter}")
+    whole = WholeFolder(Path(out), overwrite=overwrite, base=base_path, adapter=adapter_path)
     with ExitStack() as stack:
         files = stack.enter_context(TensorFiles(base_path, checkpoint_files(base_path)))
         merging = _Merging(base_path, adapter_path, files, wanted, stack)
-        with WholeFolder(Path(out), overwrite=overwrite) as folder:
+        with whole as folder:
             merging.config.save_pretrained(folder.path)
             copy_files(adapter_path, TOKENIZER, folder.path)
             copy_files(base_path, COMPANIONS, folder.path)
-            write_shards(folder.path, merging.entries, _told(merging, progress), max_shard_size)
+            write_shards(folder.path, merging.entries, _told(merging, progress), shard_bytes)
     return Path(out)
 
 
@@ -219,6 +223,16 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return None if name is None else DTYPES[name]
+
+
+def _shard_bytes(size: str | int) -> int:
+    if isinstance(size, str):
+        from ..planning.cards import parse_memory
+
+        return parse_memory(size, "max_shard_size", such_as="5GB")
+    if size <= 0:
+        raise ValueError(f"max_shard_size must be a size such as 5GB, got {size!r}")
+    return size
 
 
 def _unquantised(config: Any, base: Path) -> None:

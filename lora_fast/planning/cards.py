@@ -26,7 +26,8 @@ CARDS: dict[str, int] = {
 # The CUDA context with its libraries, and what the allocator cannot hand out again.
 RESERVE = 1_000_000_000
 
-_UNITS = {"mb": 10**6, "gb": 10**9, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 def card_bytes(name: str) -> int:
@@ -38,13 +39,17 @@ def card_bytes(name: str) -> int:
     return CARDS[name.lower()] * MIB
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``24GB``, ``24GiB`` or ``24`` (GB). ValueError: it is no size."""
+def parse_memory(text: str, name: str = "memory", such_as: str = "24GB or 80GiB") -> int:
+    """Bytes of a size such as ``24GB``, ``24GiB`` or ``24`` (GB).
+
+    ValueError: it is no size; says so of the argument `name`, with `such_as` for an example.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].lower() if match else ""
-    if match is None or (unit and unit not in _UNITS) or float(match[1]) <= 0:
-        raise ValueError(f"memory must be a size such as 24GB or 80GiB, got {text!r}")
-    return int(float(match[1]) * _UNITS[unit or "gb"])
+    size = int(float(match[1]) * _UNITS.get(unit or "gb", 0)) if match else 0
+    if size <= 0:
+        raise ValueError(f"{name} must be a size such as {such_as}, got {text!r}")
+    return size
 
 
 def fits(total: int, memory: int) -> bool:
