@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .dora import DoRALinear
     from .modules import LoRALinear
     from .nf4 import NF4Weight
+    from .peft_files import load_adapter, save_adapter
     from .planning import MemoryPlan, plan
     from .reporting import Report, report
     from .tuning.warm_up import warm_up
@@ -44,8 +45,10 @@ _LAZY = {
     "accelerate": "acceleration",
     "convert": "conversion",
     "decelerate": "acceleration",
+    "load_adapter": "peft_files",
     "plan": "planning",
     "report": "reporting",
+    "save_adapter": "peft_files",
     "set_backend": "backend",
     "warm_up": "tuning.warm_up",
 }
@@ -63,10 +66,12 @@ __all__ = [
     "convert",
     "decelerate",
     "functional",
+    "load_adapter",
     "optim",
     "plan",
     "reference",
     "report",
+    "save_adapter",
     "set_backend",
     "trainable",
     "warm_up",
