@@ -58,6 +58,10 @@ class CallCounts:
         else:
             self.fallbacks[reason] += 1
 
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Go on from `counts`, which ``vars`` gave of others."""
+        vars(self).update(counts, fallbacks=Counter(counts["fallbacks"]))
+
     def by_reason(self) -> dict[str, int]:
         """Fallbacks by reason; all inside torch.compile, which are not counted, appear as one."""
         if self.compiled_fallback is None:

@@ -32,7 +32,6 @@ import lora_fast
 from lora_fast.cli import console as terminal_module
 from lora_fast.cli.console import Terminal, duration
 from lora_fast.cli.errors import explain
-from lora_fast.cli.train import default_folder
 from lora_fast.training import run as run_module
 from lora_fast.training import trainer as trainer_module
 from lora_fast.training.config import TrainConfig
@@ -281,21 +280,6 @@ def test_a_run_shows_its_scores_and_where_it_is(
     ):  # fmt: skip
         assert text in shown.out, text
     assert "\x1b" not in shown.out, "no escape sequences outside a terminal"
-
-
-def test_folders_are_numbered_and_never_reused(
-    capsys: pytest.CaptureFixture[str], tiny: list[str]
-) -> None:
-    assert default_folder(resume=False) == Path("runs/1")
-    for number in (9, 10):
-        Path(f"runs/{number}").mkdir(parents=True)
-    Path("runs/notes").mkdir()
-    assert default_folder(resume=False) == Path("runs/11")
-    assert default_folder(resume=True) == Path("runs/10")
-    TrainConfig().save(Path("runs/10"))
-    code, error = failure(capsys, "train", *tiny, "--out", "runs/10")
-    assert code == 1
-    assert "runs/10 already holds a run: continue it with --resume" in error
 
 
 class TestTerminal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -10,8 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from lora_fast.training.callbacks import Progress, StepClock, StopRequest, stop_on_signals
+import lora_fast
+from lora_fast.training.callbacks import (
+    CallCounter,
+    Progress,
+    StepClock,
+    StopRequest,
+    stop_on_signals,
+)
 from lora_fast.training.errors import TrainingError
 from lora_fast.training.events import Silent
 
@@ -62,6 +71,42 @@ def test_a_clock_that_saw_nothing_or_little() -> None:
     assert clock.tokens_per_second() == 0.0
     clock.seconds, clock.tokens = [2.0], [6]
     assert clock.tokens_per_second() == 3.0
+
+
+def test_the_clock_of_a_resumed_run_goes_on_and_every_process_warms_up() -> None:
+    first = StepClock()
+    first.on_train_begin(ARGS, state(), control())
+    first.seconds, first.tokens = [9.0, 9.0, 1.0], [10, 10, 10]
+    stored = json.loads(json.dumps(first.state()["attributes"]))
+    second = StepClock(stored)
+    second.on_train_begin(ARGS, state(3, tokens=30), control())
+    second.seconds += [9.0, 9.0, 3.0]
+    second.tokens += [10, 10, 30]
+    assert second.tokens_per_second() == 40 / 4
+    assert second.state()["attributes"]["began"] == [0, 3]
+
+
+def test_the_counts_of_calls_of_a_resumed_run_go_on() -> None:
+    def model() -> Any:
+        base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        config = LoraConfig(r=2, target_modules=["0", "1"])
+        return lora_fast.accelerate(get_peft_model(base, config))
+
+    first = model()
+    first(torch.zeros(1, 4))
+    with first.disable_adapter():
+        first(torch.zeros(1, 4))
+    stored = json.loads(json.dumps(CallCounter(first, {}).state()["attributes"]))
+    second = model()
+    CallCounter(second, stored)
+    assert lora_fast.report(second) == lora_fast.report(first)
+    second(torch.zeros(1, 4))
+    found = lora_fast.report(second)
+    assert found.fused_calls == 4
+    assert sum(found.fallback_calls.values()) == 2
+    assert CallCounter(model(), {}).state()["attributes"]["calls"].keys() == {
+        layer.name for layer in found.layers
+    }
 
 
 def test_progress_tells_every_step() -> None:

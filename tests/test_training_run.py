@@ -31,7 +31,7 @@ from lora_fast.training.checkpoints import WEIGHTS, latest_checkpoint, stored_st
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.errors import Interrupted, TrainingError
 from lora_fast.training.events import Silent
-from lora_fast.training.run import Outcome, prepare_out
+from lora_fast.training.run import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,30 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
 
+TIMES = {"step_seconds", "tokens_per_second", "step_time_ratio", "forward_backward_seconds"}
+
+
 def assert_same_run(first: Path, second: Path) -> None:
+    """The same adapter, curves, scores and counts; times differ, but of no step is it unknown."""
     ours, theirs = adapter(first), adapter(second)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-    results = [metrics_of(out)["results"] for out in (first, second)]
-    for arm in results[0]:
-        assert results[0][arm]["losses"] == results[1][arm]["losses"]
-        assert results[0][arm]["held_out"] == results[1][arm]["held_out"]
+    assert without_times(metrics_of(first)) == without_times(metrics_of(second))
+    assert (first / "layers.txt").read_text() == (second / "layers.txt").read_text()
+    for out in (first, second):
+        for arm, found in metrics_of(out)["results"].items():
+            assert found["step_seconds"] > 0 and found["tokens_per_second"] > 0
+            state = stored_state(latest_checkpoint(out / "checkpoints" / arm))
+            clock = state["stateful_callbacks"]["StepClock"]["attributes"]
+            assert len(clock["seconds"]) == len(clock["tokens"]) == len(found["losses"])
+            assert min(clock["seconds"]) > 0
+
+
+def without_times(found: Any) -> Any:
+    if not isinstance(found, dict):
+        return found
+    return {key: without_times(value) for key, value in found.items() if key not in TIMES}
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +238,18 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint(
     assert_same_run(out, tmp_path / "whole")
 
 
-def test_resuming_a_finished_run_trains_no_further(compared: Outcome, tmp_path: Path) -> None:
+def test_a_run_stopped_behind_its_last_step_trains_no_further(
+    compared: Outcome, tmp_path: Path
+) -> None:
     out = tmp_path / "again"
     shutil.copytree(compared.out, out)
+    (out / "metrics.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "lora_fast" / "checkpoint-6")
     run(TrainConfig(), out, resume=True)
     assert_same_run(out, compared.out)
+    times = [metrics_of(folder)["results"]["lora_fast"] for folder in (out, compared.out)]
+    for name in ("step_seconds", "tokens_per_second"):
+        assert times[0][name] == times[1][name], "nothing was timed anew"
 
 
 def test_gradient_accumulation_is_one_larger_batch(
@@ -292,23 +314,6 @@ def test_a_language_model_learns_texts_and_conversations(
     assert found["labels"] == []
 
 
-def test_a_run_is_not_replaced_by_accident(compared: Outcome, bert_config: TrainConfig) -> None:
-    with pytest.raises(TrainingError, match="already holds a run: continue it with --resume"):
-        prepare_out(compared.out, bert_config, resume=False, overwrite=False)
-    assert (compared.out / "metrics.json").exists()
-
-
-def test_a_run_is_replaced_on_request(
-    compared: Outcome, bert_config: TrainConfig, tmp_path: Path
-) -> None:
-    out = tmp_path / "again"
-    shutil.copytree(compared.out, out)
-    config = prepare_out(out, replace(bert_config, steps=2), resume=False, overwrite=True)
-    assert config.steps == 2
-    assert not (out / "metrics.json").exists()
-    assert not (out / "checkpoints").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -367,6 +372,7 @@ def test_early_stopping_resumes_and_does_not_train_on(
     run(TrainConfig(), cut, resume=True)
     assert_same_run(cut, whole)
     shutil.copytree(whole, again)
+    (again / "metrics.json").unlink()
     run(TrainConfig(), again, resume=True)
     assert_same_run(again, whole)
 

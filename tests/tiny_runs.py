@@ -32,7 +32,8 @@ from lora_fast.training import metrics, models
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.data import Collator, encode, load_rows
 from lora_fast.training.events import Silent
-from lora_fast.training.run import Outcome, prepare_out, run_training
+from lora_fast.training.folder import open_run
+from lora_fast.training.run import Outcome, run_training
 
 WORDS = ["the", "a", "sky", "sea", "is", "was", "blue", "good", "bad", "very", "user", "assistant"]
 WORDS += [":", "!", "?"]
@@ -149,8 +150,8 @@ def metrics_of(out: Path) -> dict[str, Any]:
 
 def run(config: TrainConfig, out: Path, observer: Any = None, *, resume: bool = False) -> Outcome:
     """Run a training in this process, as ``lora-fast train`` does."""
-    config = prepare_out(out, config, resume=resume, overwrite=False)
-    return run_training(config, out, observer or Silent())
+    with open_run(out, config, resume=resume, overwrite=False) as folder:
+        return run_training(folder, observer or Silent())
 
 
 class AtStep(Silent):

@@ -9,10 +9,11 @@ import typer
 
 from lora_fast.training.config import BUILTIN, TrainConfig
 from lora_fast.training.errors import TrainingError
+from lora_fast.training.folder import RUNS, held
 
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
-from .train import DEFAULT, default_folder
+from .train import DEFAULT
 
 BUILTIN_STEPS = 60
 COMPARISON_FILE = "compare.json"
@@ -46,15 +47,14 @@ def compare(
 
     Every method runs with its own defaults; what does not work has the reason in its row.
     """
-    folder = out or default_folder(resume=False)
-    with one_line_errors(folder, debug=debug, interruption=_interruption):
+    with one_line_errors(out or RUNS, debug=debug, interruption=_interruption):
         given = {f.name: context.params[f.name] for f in fields(TrainConfig) if f.name in _SHARED}
         if data == BUILTIN and steps is None and epochs is None:
             given["steps"] = BUILTIN_STEPS
         if seeds < 1:
             raise TrainingError(f"--seeds must be at least 1, got {seeds}")
         failed = _compare(
-            TrainConfig(**given), methods, seeds, folder, overwrite=overwrite, debug=debug
+            TrainConfig(**given), methods, seeds, out, overwrite=overwrite, debug=debug
         )
     if failed:
         raise typer.Exit(EXIT_ERROR)
@@ -86,7 +86,7 @@ def _compare(
     config: TrainConfig,
     methods: str | None,
     seeds: int,
-    out: Path,
+    out: Path | None,
     *,
     overwrite: bool,
     debug: bool,
@@ -102,16 +102,15 @@ def _compare(
 
     from .results import show_comparison
 
-    with terminal:
+    with terminal, held(out) as folder:
         wanted = chosen_methods(methods)
-        if (out / COMPARISON_FILE).exists() and not overwrite:
+        if (folder / COMPARISON_FILE).exists() and not overwrite:
             raise TrainingError(
-                f"{out} already holds a comparison: replace it with --overwrite, "
+                f"{folder} already holds a comparison: replace it with --overwrite, "
                 "or choose another --out"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        found = compare_methods(config, wanted, seeds, out, terminal)
-    show_comparison(terminal.console, found, out)
+        found = compare_methods(config, wanted, seeds, folder, terminal)
+    show_comparison(terminal.console, found, folder)
     return any("error" in row for row in found["methods"].values())
 
 

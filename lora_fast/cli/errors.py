@@ -39,7 +39,8 @@ def one_line_errors(
     except typer.Exit:
         raise
     except (Interrupted, KeyboardInterrupt) as stop:
-        _end((interruption or _resumable)(stop, out), EXIT_INTERRUPTED, debug)
+        where = stop.out if isinstance(stop, Interrupted) else out
+        _end((interruption or _resumable)(stop, where), EXIT_INTERRUPTED, debug)
     except Exception as error:
         _end(f"error: {explain(error, out)}", EXIT_ERROR, debug)
 

@@ -32,11 +32,9 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     for reason, count in found["fused"]["fallback_calls"].items():
         console.print(f"  [yellow]plain PEFT path, {count:,} calls: {escape(reason)}[/]")
     if "comparison" in found:
-        difference = found["comparison"]["max_relative_loss_difference"]
+        difference = _number(found["comparison"]["max_relative_loss_difference"], "{:.1e}")
         masks = " (each draws its own dropout masks)" if found["config"]["dropout"] else ""
-        console.print(
-            f"Largest difference of the two loss curves: {difference:.1e}, relative{masks}"
-        )
+        console.print(f"Largest difference of the two loss curves: {difference}, relative{masks}")
     console.print(f"\nAdapter, metrics.json, pictures: [bold]{escape(str(outcome.out))}[/]")
     console.print("[dim]README.md there has the code that loads what was trained.[/]")
 
@@ -73,7 +71,7 @@ def score_table(found: dict[str, Any]) -> Table:
         table.add_column(SCORE_TITLES[name], justify="right")
     for title, scores in rows.items():
         style = "bold" if title == ARM_TITLES["lora_fast"] else None
-        cells = (f"{scores[name]:.3f}" if name in scores else "" for name in shown)
+        cells = (_number(scores[name], "{:.3f}") if name in scores else "" for name in shown)
         table.add_row(title, *cells, style=style)
     return table
 

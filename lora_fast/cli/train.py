@@ -9,11 +9,11 @@ import typer
 
 from lora_fast.training.config import TrainConfig, option_name
 from lora_fast.training.errors import TrainingError
+from lora_fast.training.folder import RUNS, last_run, open_run
 
 from . import options as opt
 from .errors import one_line_errors
 
-RUNS = Path("runs")
 DEFAULT = TrainConfig()
 
 
@@ -58,18 +58,13 @@ def train(
 
     Without options: QLoRA of a small pretrained model on built-in text, offline, in minutes.
     """
-    folder = out or default_folder(resume=resume)
-    with one_line_errors(folder, debug=debug):
+    if resume:
+        out = out or last_run()
+    with one_line_errors(out or RUNS, debug=debug):
         config = TrainConfig(**{f.name: context.params[f.name] for f in fields(TrainConfig)})
-        if resume:
-            refuse_other_options(context, config, TrainConfig.load(folder))
-        _train(config, folder, resume=resume, overwrite=overwrite, debug=debug)
-
-
-def default_folder(*, resume: bool) -> Path:
-    """Return ``runs/N``: the next free number, or the last one there is when resuming."""
-    last = max((int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()), default=0)
-    return RUNS / str(max(last, 1) if resume else last + 1)
+        if out and resume:
+            refuse_other_options(context, config, TrainConfig.load(out))
+        _train(config, out, resume=resume, overwrite=overwrite, debug=debug)
 
 
 def refuse_other_options(context: typer.Context, given: TrainConfig, stored: TrainConfig) -> None:
@@ -87,7 +82,7 @@ def refuse_other_options(context: typer.Context, given: TrainConfig, stored: Tra
 
 
 def _train(
-    config: TrainConfig, folder: Path, *, resume: bool, overwrite: bool, debug: bool
+    config: TrainConfig, out: Path | None, *, resume: bool, overwrite: bool, debug: bool
 ) -> None:
     from .console import Terminal, quiet_libraries
 
@@ -95,11 +90,10 @@ def _train(
     terminal.stage("Starting")
     if not debug:
         quiet_libraries()
-    from lora_fast.training.run import prepare_out, run_training
+    from lora_fast.training.run import run_training
 
     from .results import show_outcome
 
-    with terminal:
-        config = prepare_out(folder, config, resume=resume, overwrite=overwrite)
-        outcome = run_training(config, folder, terminal)
+    with terminal, open_run(out, config, resume=resume, overwrite=overwrite) as folder:
+        outcome = run_training(folder, terminal)
     show_outcome(terminal.console, outcome)

@@ -8,6 +8,7 @@ from typing import Any
 from lora_fast import Report
 
 from .experiment import Experiment
+from .folder import METRICS_FILE
 from .json_files import write_json
 from .methods import method_of
 from .plots import plot_losses, plot_ranks
@@ -15,7 +16,6 @@ from .summary import method_options
 from .trainer import Arm
 from .weights import base_weights, save_weights, trained, unwrapped
 
-METRICS_FILE = "metrics.json"
 REPORT_FILE = "layers.txt"
 PLOT_FILE = "loss.png"
 RANK_FILE = "effective_rank.png"

@@ -12,6 +12,9 @@ from types import FrameType
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from lora_fast.reporting import adapted_layers
 
 from .errors import TrainingError
 from .events import Observer
@@ -20,16 +23,23 @@ from .measurement import synchronize
 WARMUP_STEPS = 2
 
 
-class StepClock(TrainerCallback):
-    """Measures every optimizer step, without checkpoints and logging, and counts its tokens."""
+class StepClock(TrainerCallback, ExportableState):
+    """Measures every optimizer step, without checkpoints and logging, and counts its tokens.
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.tokens: list[int] = []
+    ``stored`` is what a checkpoint holds of the steps before, by all processes that made them;
+    ``began`` are the numbers of the steps behind which one of them began.
+    """
+
+    def __init__(self, stored: dict[str, Any] | None = None) -> None:
+        stored = stored or {}
+        self.seconds: list[float] = stored.get("seconds", [])
+        self.tokens: list[int] = stored.get("tokens", [])
+        self.began: list[int] = stored.get("began", [])
         self._start = 0.0
         self._tokens_before = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began.append(len(self.seconds))
         self._tokens_before = int(state.num_input_tokens_seen)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -43,10 +53,36 @@ class StepClock(TrainerCallback):
         self._tokens_before = int(state.num_input_tokens_seen)
 
     def tokens_per_second(self) -> float:
-        """Tokens that are not padding, over all measured steps but the first two."""
-        skip = WARMUP_STEPS if len(self.seconds) > WARMUP_STEPS else 0
-        seconds = sum(self.seconds[skip:])
-        return sum(self.tokens[skip:]) / seconds if seconds else 0.0
+        """Tokens that are not padding, over all steps but the first two of every process."""
+        cold = {step + i for step in self.began for i in range(WARMUP_STEPS)}
+        steps = range(len(self.seconds))
+        warm = [step for step in steps if step not in cold] or steps
+        seconds = sum(self.seconds[step] for step in warm)
+        return sum(self.tokens[step] for step in warm) / seconds if seconds else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        kept = {"seconds": self.seconds, "tokens": self.tokens, "began": self.began}
+        return {"args": {}, "attributes": kept}
+
+
+class CallCounter(TrainerCallback, ExportableState):
+    """Lets the counts of the layers' fused and plain calls go on where a checkpoint left them."""
+
+    def __init__(self, model: Any, stored: dict[str, Any]) -> None:
+        self._calls: dict[str, Any] = {
+            name: layer._lora_fast_calls
+            for name, layer in adapted_layers(model)
+            if hasattr(layer, "_lora_fast_calls")
+        }
+        for name, counts in stored.get("calls", {}).items():
+            if name in self._calls:
+                self._calls[name].restore(counts)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        kept = {name: vars(calls) for name, calls in self._calls.items()}
+        return {"args": {}, "attributes": {"calls": kept}}
 
 
 class Progress(TrainerCallback):

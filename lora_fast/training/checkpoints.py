@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINTS = "checkpoints"
+ARMS = ("stock", "lora_fast")
 STATE = "trainer_state.json"
 WEIGHTS = "trained.safetensors"
 NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +13,15 @@ from lora_fast import Report, accelerate, report
 from lora_fast.reporting import adapted_layers
 
 from . import metrics, models
-from .artefacts import METRICS_FILE, save_artefacts
-from .checkpoints import CHECKPOINTS
-from .config import CONFIG_FILE, TrainConfig
+from .artefacts import save_artefacts
+from .checkpoints import ARMS
+from .config import TrainConfig
 from .data import Collator, Example, Rows, encode, load_rows, split_rows
 from .errors import TrainingError
 from .events import Observer
 from .experiment import Experiment
+from .folder import RunFolder
+from .json_files import finite
 from .methods import method_of
 from .summary import arm_summary, comparison_summary, facts, run_summary
 from .trainer import Arm, check_optimizer, total_steps, train_arm
@@ -40,50 +41,39 @@ class Material:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: what ``metrics.json`` holds, and the report on the adapted layers."""
+    """A finished run: what ``metrics.json`` holds, and the report on the adapted layers.
+
+    ``report`` is None of a run that had been finished before.
+    """
 
     out: Path
     metrics: dict[str, Any]
-    report: Report
+    report: Report | None
 
 
-def prepare_out(out: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig:
-    """Make ``out`` ready and return the options of the run: the stored ones when resuming.
+def run_training(folder: RunFolder, observer: Observer) -> Outcome:
+    """Train, evaluate and save. An arm with checkpoints in the folder goes on from its last one.
 
-    Raises:
-        TrainingError: ``out`` holds another run, or none to resume.
-        OSError: ``out`` cannot be written.
-    """
-    if resume:
-        return TrainConfig.load(out)
-    if (out / CONFIG_FILE).exists() and not overwrite:
-        raise TrainingError(
-            f"{out} already holds a run: continue it with --resume, replace it with --overwrite, "
-            "or choose another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / CHECKPOINTS).exists():
-        shutil.rmtree(out / CHECKPOINTS)
-    (out / METRICS_FILE).unlink(missing_ok=True)
-    config.save(out)
-    return config
-
-
-def run_training(config: TrainConfig, out: Path, observer: Observer) -> Outcome:
-    """Train, evaluate and save. An arm with checkpoints in ``out`` goes on from its last one.
+    A run that is finished stays as it is.
 
     Raises:
         TrainingError: the data, the model or an option does not allow it.
         Interrupted: the user stopped it.
     """
+    config, out = folder.config, folder.path
+    finished = folder.results()
+    if finished is not None:
+        observer.note(f"The run in {out} is finished: nothing is left to train.")
+        return Outcome(out, finished, None)
     check_optimizer(config.optim, models.choose_device_and_dtype(config.dtype)[0])
     setting = _set_up(config, observer)
     for name, text in facts(setting):
         observer.fact(name, text)
+    folder.begin()
     initial = capture(setting.model, frozen=method_of(config).changes_weights)
     arms: dict[str, Arm] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name in ["stock", "lora_fast"] if config.compare else ["lora_fast"]:
+    for name in ARMS if config.compare else ARMS[1:]:
         restore(setting.model, initial)
         if name == "lora_fast":
             run_fused(setting.model)
@@ -97,7 +87,7 @@ def run_training(config: TrainConfig, out: Path, observer: Observer) -> Outcome:
         found["comparison"] = comparison_summary(arms["stock"], arms["lora_fast"], setting, results)
     observer.stage("Saving")
     save_artefacts(out, setting, found, arms, layers)
-    return Outcome(out, found, layers)
+    return Outcome(out, finite(found), layers)
 
 
 def read_material(config: TrainConfig, rows: Rows, base: models.Base) -> Material:

@@ -57,9 +57,9 @@ def method_options(config: TrainConfig) -> dict[str, str]:
 def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Summary:
     """Return one arm's results. Call it while the model still runs as in that arm.
 
-    ``step_seconds`` is the median optimizer step of this session, ``tokens_per_second`` counts
-    tokens that are not padding; both are None where no step was run. ``saved_activation_bytes``
-    is None with gradient checkpointing, which hides its tensors from the count.
+    ``step_seconds`` is the median optimizer step, ``tokens_per_second`` counts tokens that are not
+    padding; both are of all steps, whichever process made them. ``saved_activation_bytes`` is None
+    with gradient checkpointing, which hides its tensors from the count.
     """
     saved = None
     if not setting.config.gradient_checkpointing:

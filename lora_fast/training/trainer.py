@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from .callbacks import (
+    CallCounter,
     Progress,
     RankAllocation,
     StepClock,
@@ -113,10 +114,11 @@ def train_arm(
     checkpoint = latest_checkpoint(folder)
     if checkpoint is not None and _has_ended(checkpoint, setting):
         return _finished_arm(name, setting.model, checkpoint)
-    clock, request, ranks = StepClock(), StopRequest(), EffectiveRanks()
+    request, ranks = StopRequest(), EffectiveRanks()
+    clock, calls = _resumed_counts(setting.model, checkpoint)
     stored = stored_attributes(checkpoint, EffectiveRanks.__name__)
     ranks.history = [(step, found) for step, found in stored.get("history", [])]
-    callbacks = [clock, Progress(name, observer, clock), request, ranks]
+    callbacks = [clock, calls, Progress(name, observer, clock), request, ranks]
     trainer = _build_trainer(setting, folder, callbacks, checkpoint)
     with stop_on_signals(request, observer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -254,18 +256,29 @@ def _has_ended(checkpoint: Path, setting: Experiment) -> bool:
 
 
 def _finished_arm(name: str, model: Any, checkpoint: Path) -> Arm:
-    """Take over the weights and the curve of a training that had ended before."""
+    """Take over the weights, the curve and the counts of a training that had ended before."""
     state = stored_state(checkpoint)
     best = state.get("best_model_checkpoint")
     # By name: the folder of the run may have moved since.
     source = checkpoint.with_name(Path(best).name) if best else checkpoint
     restore(model, source / WEIGHTS)
     history = stored_attributes(checkpoint, EffectiveRanks.__name__).get("history", [])
+    clock, _ = _resumed_counts(model, checkpoint)
     return Arm(
         name,
         _losses(state["log_history"]),
+        clock.seconds,
+        clock.tokens_per_second(),
         ranks=[(step, found) for step, found in history],
         best_step=step_of(source) if best else None,
+    )
+
+
+def _resumed_counts(model: Any, checkpoint: Path | None) -> tuple[StepClock, CallCounter]:
+    """The clock, and the counts of the model's layers, as ``checkpoint`` has them."""
+    return (
+        StepClock(stored_attributes(checkpoint, StepClock.__name__)),
+        CallCounter(model, stored_attributes(checkpoint, CallCounter.__name__)),
     )
 
 
