@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import run_cli
 from typer.main import get_command
 
 from tests.test_readme import tiny_llama
@@ -24,7 +27,10 @@ LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]+))?\)")
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if name.startswith("docs/")])
-def test_code_runs_from_top_to_bottom(page: str) -> None:
+def test_code_runs_from_top_to_bottom(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / page).read_text()
     names: dict[str, Any] = {}
     for block in CODE.finditer(text):
@@ -66,6 +72,66 @@ def test_commands_exist(page: str) -> None:
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
     named = set(re.findall(r"lora-fast ([a-z]+)\b", (ROOT / page).read_text()))
     assert named <= commands
+
+
+def test_options_exist() -> None:
+    """Every option of a documented command line is one of that command."""
+    from lora_fast.cli.app import app
+
+    commands: Any = get_command(app).commands  # type: ignore[attr-defined]
+    seen = 0
+    for page in PAGES:
+        for name, rest in re.findall(r"lora-fast ([a-z]+)((?: [^`#\n]*)?)", page.read_text()):
+            given = re.findall(r"(?<!\S)--[a-z-]+", rest)
+            known = {option for param in commands[name].params for option in param.opts}
+            assert set(given) <= known, f"{page}: lora-fast {name}{rest}"
+            seen += len(given)
+    assert seen >= 10
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor", "tune"])
+def test_commands_of_the_guide_run(command: str, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)  # type: ignore[operator]
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    (line,) = re.findall(rf"^    lora-fast {command}\b(.*)$", guide, re.MULTILINE)
+    given = shlex.split(line, comments=True)
+    cheaper = {"plan": [], "doctor": ["--no-kernels"], "tune": ["--dry-run"]}[command]
+    assert run_cli(command, *[str(tmp_path) if a == "MODEL" else a for a in given], *cheaper) == 0
+
+
+def test_every_reason_for_a_fallback_is_in_the_guide() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    table = guide[guide.index("## When a layer is not fused") :]
+    reasons = fallback_reasons()
+    assert len(reasons) > 35
+    assert [reason for reason in reasons if reason not in table] == []
+
+
+def fallback_reasons() -> set[str]:
+    """The fixed parts of what functions return that say why a layer cannot be fused."""
+    package = ROOT / "lora_fast"
+    sources = [*(package / "peft_layers").glob("*.py"), package / "base_linear.py"]
+    functions = [
+        node
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.returns is not None
+    ]
+    saying_why = [f for f in functions if "str | None" in ast.unparse(f.returns)]  # type: ignore[arg-type]
+    return {text for function in saying_why for text in _texts(function)}
+
+
+def _texts(function: ast.FunctionDef) -> Iterator[str]:
+    """String constants of its values; a call's arguments and what is compared are other things."""
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Return | ast.Assign) or node.value is None:
+            continue
+        parts = list(ast.walk(node.value))
+        others = [part for part in parts if isinstance(part, ast.Call | ast.Compare)]
+        inner = {part for other in others for part in ast.walk(other)}
+        for part in parts:
+            if isinstance(part, ast.Constant) and isinstance(part.value, str) and part not in inner:
+                yield part.value.strip()
 
 
 def test_tests_of_the_checklist_exist() -> None:

@@ -44,6 +44,7 @@ FILES = [
     "bdlora",
     "helpers",
     "velora",
+    "riemannian_lora",
 ]
 # What PEFT's tests import beside our dependencies.
 EXTRAS = ("attrs==25.4.0", "parameterized==0.9.0")
@@ -73,6 +74,7 @@ testing_utils.hub_online_once = nullcontext
 # Where the README and accelerate themselves say that PEFT's own forward runs.
 EXCUSED = (
     "DoRA with several adapters",
+    "dropout with several adapters",
     "several VeRA adapters",
     "torch.compile",
     "torch.jit tracing",
