@@ -72,7 +72,8 @@ def lower_bounds() -> dict[str, str]:
 def rows() -> list[Row]:
     """Every row, the cheapest to install first."""
     oldest = lower_bounds()
-    torch = {name: oldest.pop(name) for name in ("torch", "triton")}
+    del oldest["triton"]  # its bound is the first of TRITONS
+    torch = {"torch": oldest.pop("torch")}
     return [
         *(Row(f"triton-{v}", {"triton": v}, ("interpreter", "compiled")) for v in TRITONS),
         Row("peft-oldest", oldest, ("default",)),
