@@ -96,6 +96,8 @@ def main() -> int:
     options = parser.parse_args()
     if (options.model is None) != (options.text is None):
         parser.error("--model and --text must be given together")
+    if "RANK" not in os.environ:
+        sys.exit(f"start it with torchrun: torchrun --nproc_per_node 2 {' '.join(sys.argv)}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:

@@ -119,6 +119,8 @@ def main() -> int:
     options = parser.parse_args()
     if (options.model is None) != (options.text is None):
         parser.error("--model and --text must be given together")
+    if "RANK" not in os.environ:
+        sys.exit(f"start it with torchrun: torchrun --nproc_per_node 2 {' '.join(sys.argv)}")
     if options.model is not None:
         return run(options, options.model)
     with tempfile.TemporaryDirectory() as folder:
