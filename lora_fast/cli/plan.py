@@ -26,7 +26,11 @@ ModelArgument = Annotated[
 ]
 PlanMethod = Annotated[
     str,
-    typer.Option(metavar="NAME", help="As in lora-fast train, or full.", rich_help_panel=PLANNED),
+    typer.Option(
+        metavar="NAME",
+        help="As in lora-fast train, or full (16-bit: with a float32 master copy).",
+        rich_help_panel=PLANNED,
+    ),
 ]
 PlanQuantize = Annotated[
     str,

@@ -31,7 +31,8 @@ class MemoryPlan:
     """Bytes of a training step by part. Prints as a table; ``to_dict()`` is for machines.
 
     ``parts`` adds up to ``total``. weights: by storage, frozen and, for ``full``, trained ones.
-    adapters: what the method adds. gradients and optimizer: of all that trains. activations: kept
+    adapters: what the method adds. gradients and optimizer: of all that trains. master weights: the
+    float32 copy of a 16-bit ``full`` run. activations: kept
     for backward, with or without checkpointing as asked; logits: they, their log-softmax and its
     gradient.
     workspace: the buffer in which NF4 weights are decoded and two more of the largest activation,
@@ -257,7 +258,9 @@ def _planned(
     parts = {f"weights, {kind}": size for kind, size in counted.weights.items()}
     parts["adapters"] = counted.adapters
     parts["gradients"] = sum(p.numel() * p.itemsize for p in counted.trained)
-    parts["optimizer state"] = state + counted.extra_state + counted.master
+    if counted.master:
+        parts["master weights, float32"] = counted.master
+    parts["optimizer state"] = state + counted.extra_state
     kept = None
     if traced is not None:
         kept = {
