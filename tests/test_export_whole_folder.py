@@ -178,6 +178,13 @@ def test_what_comes_while_the_new_model_is_written_stays(tmp_path: Path) -> None
     assert content(out) == {**OLD, "thesis.txt": "mine"} and names(tmp_path) == ["out"]
 
 
+def test_nothing_of_what_a_killed_writer_left_gets_into_the_new_model(tmp_path: Path) -> None:
+    write(tmp_path / ".out.merging", {"model-00002-of-00009.safetensors": "", ".tmpAbC123": ""})
+    write(tmp_path / ".out.replaced", OLD)
+    replace(write(tmp_path / "out", OLD))
+    assert content(tmp_path / "out") == NEW and names(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("left", [".out.merging", ".out.replaced"])
 def test_a_folder_of_that_name_with_other_things_in_it_stays(left: str, tmp_path: Path) -> None:
     write(tmp_path / left, {"thesis.txt": "mine"})

@@ -49,8 +49,9 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and write the result, shard by shard.
 
-    OUT appears when it is complete: a merge that is stopped leaves what was there. If it was
-    killed, the next merge into OUT deletes the .OUT.merging that it left beside it.
+    OUT appears when it is complete: a merge that is stopped leaves what was there.
+
+    One that is killed leaves .OUT.merging beside it, which the next merge into OUT deletes.
     """
     with one_line_errors(
         out, debug=debug, interruption=lambda *_: f"interrupted; {out} holds no half model"
