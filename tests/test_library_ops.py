@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_same_bits
 from equation import FACTORS, Case, Operands, fused, make
+from machines import interpreter, started
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
 
 from lora_fast import functional, library_ops, set_backend
 
@@ -28,7 +33,7 @@ def _torch_backend():
         yield
 
 
-def arguments(o: Operands) -> list[Any]:
+def arguments(o: Operands, backend: str = "torch") -> list[Any]:
     """Those of lora_fast::adapted_linear."""
     flat = library_ops.FlatWeight.of(o.weight)
     vectors = [o.tensors.get(name) for name in ("bias", "A", "B", "b", "d", "g")]
@@ -36,25 +41,82 @@ def arguments(o: Operands) -> list[Any]:
     needs = [t is not None and t.requires_grad for t in operands]
     seed = torch.tensor(o.case.seed) if o.case.p else None
     return [
-        operands[0], *flat, *vectors, seed, o.spans, o.case.scaling, o.case.p, needs, "torch",
+        operands[0], *flat, *vectors, seed, o.spans, o.case.scaling, o.case.p, needs, backend,
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case) -> None:
-    forward = arguments(make(case))
-    opcheck(library_ops.adapted_linear, forward)
-    x, *rest = (t.detach() if isinstance(t, torch.Tensor) else t for t in forward)
+def backward_arguments(o: Operands, backend: str = "torch") -> list[Any]:
+    """Those of lora_fast::adapted_linear_backward, after a forward pass."""
+    x, *rest = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(o, backend))
     y, *saved = library_ops.adapted_linear(x, *rest)
-    opcheck(library_ops.adapted_linear_backward, [torch.randn_like(y), x, *saved, *rest])
+    return [torch.randn_like(y), x, *saved, *rest]
 
 
-@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
-def test_opcheck_of_row_norms(nf4: bool) -> None:
-    o = make(replace(CASE, nf4=nf4, trains=()))
-    flat = library_ops.FlatWeight.of(o.weight)
-    A, B = o.tensors["A"], o.tensors["B"]
-    opcheck(torch.ops.lora_fast.row_norms.default, [*flat, A, B, 0.7, "torch"])
+def row_norms_arguments(o: Operands, backend: str = "torch") -> list[Any]:
+    """Those of lora_fast::row_norms."""
+    factors = (o.tensors[name].detach() for name in "AB")
+    return [*library_ops.FlatWeight.of(o.weight), *factors, 0.7, backend]
+
+
+# {operator: what makes its arguments, and for which cases}
+OPERATORS: dict[str, tuple[Callable[..., list[Any]], list[Case]]] = {
+    "adapted_linear": (arguments, CASES),
+    "adapted_linear_backward": (backward_arguments, CASES),
+    "row_norms": (row_norms_arguments, [replace(CASE, nf4=nf4) for nf4 in (False, True)]),
+}
+CALLS = [
+    pytest.param(name, make_arguments, case, id=f"{name}-{case}")
+    for name, (make_arguments, cases) in OPERATORS.items()
+    for case in cases
+]
+calls = pytest.mark.parametrize(("name", "make_arguments", "case"), CALLS)
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.lora_fast, name).default
+
+
+def test_every_registered_operator_is_checked() -> None:
+    registered = {
+        name.partition("::")[2].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("lora_fast::")
+    }
+    assert registered == OPERATORS.keys()
+    root = Path(library_ops.__file__).resolve().parents[1]
+    sources = [path for f in ("lora_fast", "kernels") for path in (root / f).rglob("*.py")]
+    users = [path.name for path in sources if "torch.library" in path.read_text()]
+    assert users == ["library_ops.py"], "what other files register is not seen here"
+
+
+@calls
+def test_opcheck(name: str, make_arguments: Any, case: Case) -> None:
+    opcheck(operator(name), make_arguments(make(case)))
+
+
+@pytest.mark.interpreter
+@calls
+def test_opcheck_of_the_kernels(name: str, make_arguments: Any, case: Case) -> None:
+    with started(interpreter()):
+        made = make_arguments(make(case), "triton")
+        opcheck(operator(name), made, test_utils=("test_schema", "test_faketensor"))
+
+
+@calls
+def test_fakes_say_what_the_kernels_make(name: str, make_arguments: Any, case: Case) -> None:
+    """What the torch backend makes, but for the mask, which the kernels draw again."""
+    *operands, _ = make_arguments(make(case))
+    expected = operator(name)(*operands, "torch")
+    with FakeTensorMode() as mode:
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, operands)
+        found = operator(name)(*fakes, "triton")
+    expected, found = (
+        [made] if isinstance(made, torch.Tensor) else list(made) for made in (expected, found)
+    )
+    if name == "adapted_linear" and case.p:
+        assert expected[3].shape == (case.M, case.K)
+        expected[3] = expected[1].new_empty(0)
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
