@@ -1,10 +1,10 @@
 """Run legs of the suite with other versions of what the package depends on, row by row.
 
 A row is constraints.txt with some pins replaced: one for each version of Triton, one for the oldest
-torch that pyproject.toml claims, one for its other lower bounds. Each has a virtual environment of
-its own in .matrix/, kept for as long as pyproject.toml and the pins stay as they are (--discard:
-until its row has run; an older torch takes 9 GB where pip finds only builds with CUDA). Rows are
-independent: one that fails, or cannot be installed, leaves the others alone.
+torch that pyproject.toml claims, one for its other lower bounds, one with DeepSpeed. Each has a
+virtual environment of its own in .matrix/, kept for as long as pyproject.toml and the pins stay as
+they are (--discard: until its row has run; an older torch takes 9 GB where pip finds only builds
+with CUDA). Rows are independent: one that fails, or cannot be installed, leaves the others alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".matrix"
 TRITONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
-# What a row leaves out, as pytest's -k names it: the PTX executor does not know the matrix
-# descriptors that Triton 3.5 makes for sm_100.
-LEFT_OUT = {"triton-3.5.1": "sm_100"}
+# The PTX executor does not know the matrix descriptors that Triton 3.5 makes for sm_100.
+LEFT_OUT = {"3.5.1": "not sm_100"}
+# Which none of the suite's dependencies brings along.
+DEEPSPEED = {"deepspeed": "0.19.8"}
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?:\[[^]]*\])?(?:>=(?P<bound>[\d.]+))?")
 
 
@@ -36,11 +37,8 @@ class Row:
     name: str
     pins: dict[str, str]
     legs: tuple[str, ...]
-
-    @property
-    def selection(self) -> tuple[str, ...]:
-        """Arguments for pytest."""
-        return ("-k", f"not ({LEFT_OUT[self.name]})") if self.name in LEFT_OUT else ()
+    select: str = ""  # pytest's -k
+    packages: tuple[str, ...] = ()  # beside the package and its tests
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,11 @@ def rows() -> list[Row]:
     del oldest["triton"]  # its bound is the first of TRITONS
     torch = {"torch": oldest.pop("torch")}
     return [
-        *(Row(f"triton-{v}", {"triton": v}, ("interpreter", "compiled")) for v in TRITONS),
+        *(
+            Row(f"triton-{v}", {"triton": v}, ("interpreter", "compiled"), LEFT_OUT.get(v, ""))
+            for v in TRITONS
+        ),
+        Row("deepspeed", DEEPSPEED, ("default",), "deepspeed", tuple(DEEPSPEED)),
         Row("peft-oldest", oldest, ("default",)),
         Row("torch-oldest", torch, ("default", "interpreter")),
     ]
@@ -99,7 +101,17 @@ def install(row: Row) -> Path:
         (folder / "constraints.txt").write_text(constraints(row))
         print(f"\n== {row.name}: installing {describe(row)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-        pip = (python, "-m", "pip", "install", "--quiet", "--no-compile", "--editable", ".[test]")
+        pip = (
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--editable",
+            ".[test]",
+            *row.packages,
+        )
         subprocess.run([*pip, "--constraint", folder / "constraints.txt"], cwd=ROOT, check=True)
         stamp.write_text(wanted)
     return python
@@ -117,7 +129,7 @@ def run(row: Row, legs: tuple[str, ...], jobs: int, extra: list[str]) -> Iterato
         report.unlink(missing_ok=True)
         print(f"\n== {row.name}: {describe(row)}", flush=True)
         options = ("--leg", leg, "--jobs", str(jobs), "--json", str(report))
-        options += (*row.selection, *extra)
+        options += (*(("-k", row.select) if row.select else ()), *extra)
         code = subprocess.run([python, "tests/run.py", *options], cwd=ROOT, check=False).returncode
         counts = ""
         if report.is_file():

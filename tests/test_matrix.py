@@ -33,11 +33,28 @@ def test_pins_take_the_place_of_those_of_the_suite() -> None:
     }
 
 
-def test_what_a_row_leaves_out_reaches_pytest() -> None:
-    rows = {row.name: row.selection for row in matrix.rows()}
-    assert matrix.LEFT_OUT.keys() <= rows.keys()
-    assert rows["triton-3.5.1"] == ("-k", "not (sm_100)")
-    assert rows["triton-3.9.0"] == ()
+def test_what_a_row_selects_and_adds_reaches_pytest_and_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[Any] = []
+
+    def run(command: Any, **_: Any) -> subprocess.CompletedProcess[bytes]:
+        commands.append([str(word) for word in command])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    rows = {row.name: row for row in matrix.rows()}
+    for name, added, selected in (
+        ("triton-3.5.1", ".[test]", ["-k", "not sm_100"]),
+        ("triton-3.9.0", ".[test]", []),
+        ("deepspeed", "deepspeed", ["-k", "deepspeed"]),
+    ):
+        list(matrix.run(rows[name], rows[name].legs, 1, []))
+        pip, pytest_run = commands[1], commands[-1]
+        assert pip[pip.index("--constraint") - 1] == added
+        assert pytest_run[pytest_run.index("--json") + 2 :] == selected
+        commands.clear()
 
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
