@@ -1,7 +1,8 @@
 """Which backend computes: ``auto``, ``triton`` or ``torch``.
 
 ``auto`` takes Triton for tensors on an NVIDIA GPU of compute capability 8.0 or more, else torch.
-``triton`` launches on whatever device the tensors are on and asks no question about CUDA. ``torch``
+``triton`` launches on whatever device the tensors are on and asks no question about CUDA; where
+Triton has no driver, the first operation raises ValueError. ``torch``
 is the same autograd.Function on aten and bitsandbytes calls. The environment variable
 ``LORA_FAST_BACKEND`` sets the choice at start-up, :func:`set_backend` later.
 """
@@ -56,6 +57,26 @@ def uses_triton(device: torch.device) -> bool:
     if _choice == "auto":
         return device.type == "cuda" and _kernels_run_on(device.index)
     return _choice == "triton"
+
+
+def check_driver() -> None:
+    """Check that Triton can launch kernels on this machine, or interprets them.
+
+    Raises ValueError, which says what to choose instead, if it cannot.
+    """
+    try:
+        from triton import knobs
+        from triton.runtime import driver
+
+        if not knobs.runtime.interpret:
+            _ = driver.active
+    except Exception as error:  # a driver is built when it is first asked for, by a C compiler
+        reason = str(error).strip().partition("\n")[0]
+        allowed = "torch" if _choice == "auto" else "auto or torch"
+        raise ValueError(
+            f"LORA_FAST_BACKEND or set_backend must choose {allowed} on this machine, got "
+            f"{_choice}: Triton has no driver for it ({reason})"
+        ) from error
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
-from .backend import uses_triton
+from .backend import check_driver, uses_triton
 from .factors import Factors, Gradients, Needs, Saved
 from .nf4 import NF4Weight
 
@@ -92,5 +92,6 @@ def _select(device: torch.device) -> ModuleType:
 
 @functools.cache
 def _routes() -> ModuleType:
-    """Imported when it is wanted: Triton's own import takes its time."""
+    """Imported when it is wanted, since Triton's own import takes its time; checked once."""
+    check_driver()
     return importlib.import_module("lora_fast.routes")

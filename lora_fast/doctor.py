@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import __version__
-from .backend import get_backend, uses_triton
+from .backend import check_driver, get_backend, uses_triton
 from .compile_check import KernelCheck, compile_kernels, parse_arch
 
 REQUIRED = ("torch", "triton", "bitsandbytes", "numpy")
@@ -96,6 +96,11 @@ def diagnose(
     if device is not None and not any(map(shutil.which, COMPILERS)):
         problems.append("no C compiler is on the PATH: Triton needs one to launch kernels")
     backend, reason = _backend(capability)
+    if backend == "triton":
+        try:
+            check_driver()
+        except ValueError as error:
+            problems.append(str(error))
     target = parse_arch(arch) if arch else _arch_of(capability)
     checks: tuple[KernelCheck, ...] = ()
     if kernels and _is_there("triton"):

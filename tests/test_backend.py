@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import library_logging, run_cli
 
 from lora_fast import backend, dispatch, set_backend, torch_ops
 from lora_fast.backend import get_backend, uses_triton
+from lora_fast.doctor import diagnose
+from lora_fast.functional import adapted_linear
 
 
 def test_a_block_restores_the_choice():
@@ -78,6 +82,80 @@ def test_the_environment_is_read_and_checked():
 
 
 def test_triton_refuses_float64():
+    triton_ops = pytest.importorskip("lora_fast.triton_ops")
     x = torch.randn(2, 4, dtype=torch.float64)
-    with set_backend("triton"), pytest.raises(NotImplementedError, match="x must be float32"):
-        dispatch.forward(x, dispatch.Factors(x), dispatch.Needs())
+    with pytest.raises(NotImplementedError, match="x must be float32"):
+        triton_ops.forward(x, dispatch.Factors(x), dispatch.Needs())
+
+
+@pytest.fixture
+def no_driver(monkeypatch):
+    """A machine without a GPU, which nothing has launched on."""
+    pytest.importorskip("triton")
+    module = sys.modules["triton.runtime.driver"]
+
+    def absent():
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr(module, "_create_driver", absent)
+    for name in ("_default", "_active"):
+        monkeypatch.setattr(module.driver, name, None)
+    dispatch._routes.cache_clear()
+    yield
+    dispatch._routes.cache_clear()
+
+
+NO_DRIVER = (
+    r"LORA_FAST_BACKEND or set_backend must choose auto or torch on this machine, got triton: "
+    r"Triton has no driver for it \(0 active drivers"
+)
+
+
+def test_triton_without_a_driver_says_what_to_choose(no_driver):
+    x, W, A, B = (torch.zeros(4, 4) for _ in range(4))
+    with set_backend("triton"):
+        for call in (lambda: adapted_linear(x, W, A=A, B=B), lambda: adapted_linear(x, W)):
+            with pytest.raises(ValueError, match=NO_DRIVER):
+                call()
+    with set_backend("auto"):
+        assert torch.equal(adapted_linear(x, W), x)
+
+
+def test_a_driver_that_comes_later_is_found(no_driver, monkeypatch):
+    with set_backend("triton"), pytest.raises(ValueError, match=NO_DRIVER):
+        dispatch._routes()
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"].driver, "_active", object())
+    assert dispatch._routes().__name__ == "lora_fast.routes"
+
+
+def test_the_interpreter_needs_no_driver(no_driver, monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    backend.check_driver()
+
+
+def test_a_driver_that_does_not_start_says_why(no_driver, monkeypatch):
+    """As on a machine with a GPU and without a compiler, where auto has chosen Triton."""
+
+    def broken():
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "_create_driver", broken)
+    with set_backend("auto"), pytest.raises(ValueError) as caught:
+        backend.check_driver()
+    assert str(caught.value) == (
+        "LORA_FAST_BACKEND or set_backend must choose torch on this machine, got auto: "
+        "Triton has no driver for it (Failed to find C compiler.)"
+    )
+
+
+def test_doctor_and_train_say_so_before_anything_is_read(no_driver, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with library_logging(), set_backend("triton"):
+        problems = diagnose(kernels=False).problems
+        assert [bool(re.match(NO_DRIVER, problem)) for problem in problems] == [True]
+        for command in ("train", "compare"):
+            assert run_cli(command, "--data", "absent.jsonl") == 1
+            assert re.fullmatch(f"error: {NO_DRIVER}.*\n", capsys.readouterr().err)
+    assert diagnose(kernels=False).problems == ()

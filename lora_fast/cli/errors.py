@@ -53,8 +53,6 @@ def explain(error: Exception, out: Path) -> str:
         return f"{error.name} is not installed: pip install 'lora_fast[train]'"
     if isinstance(error, ValueError) and str(error).startswith("LORA_FAST_BACKEND"):
         return first_line(error)
-    if "active drivers" in str(error):
-        return "Triton has no driver for this machine: use LORA_FAST_BACKEND=auto"
     written = explain_write_failure(error, out)
     if written is not None:
         return written

@@ -40,9 +40,9 @@ from .methods import METHOD_OPTIONS, METHODS, method_of
 from .metrics import compute_context
 from .models import parameter_counts
 from .plots import plot_comparison
-from .run import Material, assemble, complete, evaluate, read_material, run_fused
+from .run import Material, assemble, check_machine, complete, evaluate, read_material, run_fused
 from .summary import method_options, training_batches
-from .trainer import check_optimizer, train_arm, training_arguments
+from .trainer import train_arm, training_arguments
 
 COMPARISON_FILE = "compare.json"
 TABLE_FILE = "compare.md"
@@ -115,7 +115,7 @@ def compare_methods(
         TrainingError: the data or the base model cannot be used at all.
         Interrupted: the user stopped; the file has the methods that were finished.
     """
-    check_optimizer(config.optim, models.choose_device_and_dtype(config.dtype)[0])
+    check_machine(config)
     observer.stage("Reading the data")
     rows = load_rows(config)
     observer.stage("Loading the model")

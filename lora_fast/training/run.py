@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lora_fast import Report, accelerate, report
+from lora_fast.backend import check_driver, uses_triton
 from lora_fast.reporting import adapted_layers
 
 from . import metrics, models
@@ -65,7 +66,7 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
     if finished is not None:
         observer.note(f"The run in {out} is finished: nothing is left to train.")
         return Outcome(out, finished, None)
-    check_optimizer(config.optim, models.choose_device_and_dtype(config.dtype)[0])
+    check_machine(config)
     setting = _set_up(config, observer)
     for name, text in facts(setting):
         observer.fact(name, text)
@@ -88,6 +89,21 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
     observer.stage("Saving")
     save_artefacts(out, setting, found, arms, layers)
     return Outcome(out, finite(found), layers)
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Check, before anything is read, that the optimizer and the backend run on this machine.
+
+    Raises:
+        TrainingError: one of them does not.
+    """
+    device, _ = models.choose_device_and_dtype(config.dtype)
+    check_optimizer(config.optim, device)
+    if uses_triton(device):
+        try:
+            check_driver()
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
 
 
 def read_material(config: TrainConfig, rows: Rows, base: models.Base) -> Material:
