@@ -1,45 +1,27 @@
 """Adapters of models without PEFT, in PEFT's files: PEFT loads what is saved here, and back.
 
-adapter_config.json           written by PEFT's LoraConfig or VeraConfig
-adapter_model.safetensors     base_model.model.<path>.lora_A.weight [R, K], .lora_B.weight [N, R]
-                              DoRA: .lora_magnitude_vector [N]
-                              VeRA: .vera_lambda_b [N], .vera_lambda_d [R], and once for all
-                              layers base_model.vera_A [R, K], base_model.vera_B [N, R]
-                              base_model.model.<path>.<name> of modules that train as a whole
+``adapter_config.json`` is written and read by PEFT's own LoraConfig and VeraConfig,
+``adapter_model.safetensors`` has the keys of :mod:`lora_fast.peft_format`.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .adapter_module import AdapterModule
 from .base_linear import tensor_obstacle
-from .dora import DoRALinear
-from .export.adapter_files import PREFIX, WEIGHTS, Header, adapter_config
+from .export.adapter_files import WEIGHTS, Header, adapter_config
 from .export.safe_files import TensorFiles
 from .export.whole_folder import WholeFolder
-from .modules import LoRALinear
+from .peft_format import PeftAdapter, scaling
 from .vera import VeRALinear, VeRAProjections
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_PARAMETERS: dict[type, dict[str, str]] = {
-    LoRALinear: {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
-    DoRALinear: {
-        "lora_A": "lora_A.weight",
-        "lora_B": "lora_B.weight",
-        "lora_magnitude_vector": "lora_magnitude_vector",
-    },
-    VeRALinear: {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"},
-}
 _PROJECTIONS = ("vera_A", "vera_B")
 # Options of PEFT that are read here, or that say nothing of what a trained adapter computes. Any
 # other one must have its default: PEFT has layers that compute something else of the same tensors.
@@ -64,28 +46,32 @@ def save_adapter(
     ``adapter_model.safetensors``, which ``PeftModel.from_pretrained(base, folder)`` loads. Modules
     outside the adapters that train (``modules_to_save``) are saved as a whole.
     `base_model_name_or_path` is what the config says that the adapter is for, by default the
-    ``name_or_path`` of the model. Of several processes one must call.
+    ``name_or_path`` of the model. Of several processes one must call; with sharded parameters
+    (FSDP2) all must, and the first one writes.
 
     Raises ImportError without PEFT; ValueError for a model without adapted layers (a PEFT model has
     ``save_pretrained``); NotImplementedError for what PEFT's format cannot say: several methods,
     dropouts or projections in one model, a layer or a trained weight with several names, a scaling
-    that is neither α/R nor α/√R everywhere, parts of modules that train, sharded parameters;
-    FileExistsError for a `folder` with something in it.
+    that is neither α/R nor α/√R everywhere, parts of modules that train; and for parameters that
+    are not in memory; FileExistsError for a `folder` with something in it.
     """
     _require_peft()
     from safetensors.torch import save_file
 
-    model = _unwrapped(model)
-    layers = _layers(model)
-    kept = _modules_to_save(model, layers)
-    config = _config(model, layers, kept)
-    name = base_model_name_or_path or model.__dict__.get("name_or_path")
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"folder must be new or empty, got {path}")
+    adapter = PeftAdapter(model)
+    config = adapter.config()
+    name = base_model_name_or_path or adapter.model.__dict__.get("name_or_path")
     config.base_model_name_or_path, config.inference_mode = name or None, True
-    tensors = {k: t.detach().contiguous() for k, t in _tensors(model, layers, kept).items()}
-    with WholeFolder(Path(folder)) as whole:
-        config.save_pretrained(str(whole.path))
-        save_file(tensors, whole.path / WEIGHTS, metadata={"format": "pt"})
-    return Path(folder)
+    tensors, sharded = _gathered(adapter)
+    _check_whole(tensors)
+    if not sharded or torch.distributed.get_rank() == 0:
+        with WholeFolder(path) as whole:
+            config.save_pretrained(str(whole.path))
+            save_file(tensors, whole.path / WEIGHTS, metadata={"format": "pt"})
+    return path
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
@@ -98,25 +84,25 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
 
     Raises ImportError without PEFT; ValueError that names them for keys that are missing,
     unexpected or of another shape, for another scaling, and for files that are no safetensors;
-    NotImplementedError for options of PEFT that these layers do not have. The model is then
-    unchanged.
+    NotImplementedError for options of PEFT that these layers do not have, and for sharded
+    parameters: load before sharding. The model is then unchanged.
     """
     _require_peft()
-    plain, path = _unwrapped(model), Path(folder)
-    layers = _layers(plain)
-    merged = next((name for name, layer in layers.items() if layer.merged), None)
+    adapter, path = PeftAdapter(model), Path(folder)
+    merged = next((name for name, layer in adapter.layers.items() if layer.merged), None)
     if merged is not None:
         raise ValueError(f"model must be unmerged, got a merged layer at {merged!r}")
-    targets = _tensors(plain, layers, _modules_to_save(plain, layers))
+    targets = adapter.tensors()
+    _check_whole(targets)
     config = adapter_config(path)
-    vera = _method(layers) is VeRALinear
+    vera = adapter.method is VeRALinear
     _check_options(config, "VERA" if vera else "LORA", path)
     drawn = _drawn(targets, config, path) if vera and not config.save_projection else {}
     with TensorFiles(path, [WEIGHTS]) as files:
         expected = {key: target for key, target in targets.items() if key not in drawn}
         _check_header(files.header, expected, path / WEIGHTS)
         if not vera:
-            _check_scalings(layers, config, path)
+            _check_scalings(adapter.layers, config, path)
         values = drawn | {key: files.tensor(key) for key in expected}
     with torch.no_grad():
         for key, target in targets.items():
@@ -133,189 +119,25 @@ def _require_peft() -> None:
         ) from error
 
 
-def _unwrapped(model: Any) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+def _gathered(adapter: PeftAdapter) -> tuple[dict[str, Tensor], bool]:
+    """The tensors to write, whole in each process, and whether they were sharded."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in adapter.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or some are whole since the last call, and no DTensor
+    found = {key: t.detach() for key, t in adapter.tensors().items()}
+    sharded = any(hasattr(t, "full_tensor") for t in found.values())
+    whole = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in found.items()}
+    return {key: t.contiguous() for key, t in whole.items()}, sharded
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
-    """{dotted name: adapted layer}, all of one method of ours."""
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, AdapterModule)
-    }
-    if not layers or "" in layers:
-        raise ValueError(
-            "model must contain layers that lora_fast.convert adapted, got "
-            f"{'one layer' if layers else 'none'}; a PEFT model has save_pretrained"
-        )
-    _refuse_several_names(layers, "an adapted layer")
-    _method(layers)
-    return layers
-
-
-def _method(layers: dict[str, Any]) -> type:
-    found = {type(layer) for layer in layers.values()}
-    if len(found) > 1 or not found <= _PARAMETERS.keys():
-        names = ", ".join(sorted(kind.__name__ for kind in found))
-        raise NotImplementedError(f"PEFT's format has one method for all layers, got {names}")
-    return found.pop()
-
-
-def _refuse_several_names(named: dict[str, Any], what: str) -> None:
-    names: dict[int, str] = {}
-    for name, shared in named.items():
-        if names.setdefault(id(shared), name) != name:
-            raise NotImplementedError(
-                f"PEFT's format has one name for {what}, got {names[id(shared)]!r} and {name!r}"
-            )
-
-
-def _modules_to_save(model: nn.Module, layers: dict[str, Any]) -> list[str]:
-    """The modules outside the adapters that train, each as a whole."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    outside = {n: p for n, p in named.items() if p.requires_grad and not _belongs(n, layers)}
-    tied = {id(p) for p in outside.values()}
-    _refuse_several_names({n: p for n, p in named.items() if id(p) in tied}, "a trained weight")
-    found = list(dict.fromkeys(name.rpartition(".")[0] for name in outside))
-    for name, parameter in named.items():
-        owner = next((f for f in found if name.startswith(f"{f}.") or not f), None)
-        if owner is not None and (not owner or not parameter.requires_grad):
-            raise NotImplementedError(
-                f"PEFT's format has modules that train as a whole, got {owner or 'the model'!r} "
-                "of which a part trains"
-            )
-    names = _outer_names(model, layers)
-    also = [n for n in names if n not in found and any(n.endswith(f) for f in found)]
-    if also:
-        raise NotImplementedError(
-            f"PEFT takes modules_to_save for ends of names, got {found}, which are those of "
-            f"{also}, too"
-        )
-    return found
-
-
-def _belongs(parameter: str, layers: dict[str, Any]) -> bool:
-    """Whether it is a parameter of an adapter; those of its base layer must not train."""
-    owner = parameter.rpartition(".")[0]
-    if owner in layers:
-        return True
-    for name in layers:
-        if parameter.startswith(f"{name}."):
-            raise NotImplementedError(
-                f"PEFT's format has no trained weight below an adapter, got {parameter!r}"
-            )
-    return False
-
-
-def _outer_names(model: nn.Module, layers: dict[str, Any]) -> list[str]:
-    """Dotted names of the modules as they were before the layers were adapted."""
-    inner = tuple(f"{name}." for name in layers)
-    names = (name for name, _ in model.named_modules(remove_duplicate=False))
-    return [name for name in names if name and not name.startswith(inner)]
-
-
-def _tensors(model: nn.Module, layers: dict[str, Any], kept: list[str]) -> dict[str, Tensor]:
-    """{key in PEFT's file: the tensor in the model}."""
-    keys = _PARAMETERS[_method(layers)]
-    found: dict[str, Tensor] = {
-        f"{PREFIX}{name}.{key}": getattr(layer, parameter)
-        for name, layer in layers.items()
-        for parameter, key in keys.items()
-    }
-    if _method(layers) is VeRALinear:
-        shared = {id(layer.projections): layer.projections for layer in layers.values()}
-        if len(shared) > 1:
-            raise NotImplementedError(
-                f"PEFT's VeRA has projections that all layers share, got {len(shared)} of them"
-            )
-        (projections,) = shared.values()
-        K, N = (max(getattr(x, f"{n}_features") for x in layers.values()) for n in ("in", "out"))
-        found["base_model.vera_A"] = projections.vera_A[:, :K]
-        found["base_model.vera_B"] = projections.vera_B[:N]
-    for name in kept:
-        state = model.get_submodule(name).state_dict()
-        found |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
-    for key, tensor in found.items():
+def _check_whole(tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
         obstacle = tensor_obstacle(tensor, key)
         if obstacle is not None:
             raise NotImplementedError(f"tensors must be whole and in memory, got: {obstacle}")
-    return found
-
-
-def _config(model: nn.Module, layers: dict[str, Any], kept: list[str]) -> Any:
-    from peft import LoraConfig, VeraConfig
-
-    method, first = _method(layers), next(iter(layers.values()))
-    common = {"target_modules": _target_modules(model, layers), "modules_to_save": kept or None}
-    if method is VeRALinear:
-        dropout = _one("vera_dropout", (layer.vera_dropout for layer in layers.values()))
-        return VeraConfig(r=first.r, vera_dropout=dropout, d_initial=first.d_initial, **common)
-    ranks = {name: layer.lora_A.shape[0] for name, layer in layers.items()}
-    alphas = {name: _integer(layer.lora_alpha) for name, layer in layers.items()}
-    return LoraConfig(
-        r=_usual(ranks.values()),
-        lora_alpha=_usual(alphas.values()),
-        rank_pattern=_pattern(ranks),
-        alpha_pattern=_pattern(alphas),
-        lora_dropout=_one("lora_dropout", (layer.lora_dropout for layer in layers.values())),
-        use_rslora=_use_rslora(layers),
-        use_dora=method is DoRALinear,
-        **common,
-    )
-
-
-def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
-    """The last parts of the names where they mean these layers, else all names in one pattern."""
-    ends = sorted({name.rpartition(".")[2] for name in layers})
-    meant = {n for n in _outer_names(model, layers) if n.rpartition(".")[2] in ends}
-    return ends if meant == layers.keys() else "|".join(re.escape(name) for name in layers)
-
-
-def _use_rslora(layers: dict[str, Any]) -> bool:
-    found = [(x.scaling, x.lora_alpha, x.lora_A.shape[0]) for x in layers.values()]
-    for root in (False, True):
-        if all(scaling == _scaling(alpha, r, root) for scaling, alpha, r in found):
-            return root
-    raise NotImplementedError(
-        "PEFT's format has the scaling α/R, or α/√R, for all layers, got "
-        + ", ".join(sorted({f"{scaling:g}" for scaling, *_ in found}))
-    )
-
-
-def _scaling(alpha: float, r: int, use_rslora: bool) -> float:
-    return alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def _usual(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _pattern(values: dict[str, Any]) -> dict[str, Any]:
-    """{PEFT's pattern for one name: its value} where it is not the usual one."""
-    usual = _usual(values.values())
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
-
-
-def _one(option: str, values: Iterable[float]) -> float:
-    found = sorted(set(values))
-    if len(found) > 1:
-        raise NotImplementedError(f"PEFT's format has one {option} for all layers, got {found}")
-    return found[0]
-
-
-def _integer(alpha: float) -> float:
-    """As an int where it is one, which is what other readers of the config expect."""
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _check_options(config: Any, kind: str, path: Path) -> None:
@@ -353,7 +175,7 @@ def _check_scalings(layers: dict[str, Any], config: Any, path: Path) -> None:
             ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
             r = ranks.get(get_pattern_key(list(ranks), name), config.r)
             alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-            found = _scaling(alpha, r, config.use_rslora)
+            found = scaling(alpha, r, config.use_rslora)
         except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
             raise ValueError(f"{path} must have ranks and alphas of PEFT, got: {error}") from error
         if found != layer.scaling:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accuracy import assert_accurate, assert_same_bits
 from lora_models import K, Mlp, float64_copy, method_model, quantised
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lora_fast
 from lora_fast import DoRALinear, LoRALinear, VeRALinear, load_adapter, save_adapter
@@ -178,6 +182,45 @@ def test_values_take_the_dtype_of_the_model(tmp_path: Path) -> None:
     assert torch.equal(wide.fc1.lora_B, model.fc1.lora_B.float())
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of one: parameters are sharded, each shard being whole."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_gathered(
+    one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = moved(converted("dora"))
+    save_adapter(model, tmp_path / "dense")
+    sharded = fully_shard(copy.deepcopy(model), mesh=init_device_mesh("cpu", (1,)))
+    sharded(torch.randn(2, K))
+    assert type(sharded.fc1.lora_A) is nn.Parameter, "the outermost group stays whole"
+    save_adapter(sharded, tmp_path / "gathered")
+    written, expected = (load_file(tmp_path / n / WEIGHTS) for n in ("gathered", "dense"))
+    assert written.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_same_bits(written[key], value, name=key)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    save_adapter(sharded, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+    with pytest.raises(NotImplementedError, match=r"lora_A\.weight is DTensor"):
+        load_adapter(sharded, tmp_path / "dense")
+
+
+def test_a_model_under_ddp(one_process: None, tmp_path: Path) -> None:
+    model = moved(converted("lora"))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    save_adapter(wrapped, tmp_path / "adapter")
+    assert "base_model.model.fc1.lora_A.weight" in load_file(tmp_path / "adapter" / WEIGHTS)
+    before = model.fc2.lora_B.detach().clone()
+    nn.init.zeros_(model.fc2.lora_B)
+    assert load_adapter(wrapped, tmp_path / "adapter") is wrapped
+    assert torch.equal(model.fc2.lora_B, before)
+
+
 def change(folder: Path, **options: Any) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **options}))
@@ -293,12 +336,6 @@ def ends_alike() -> Any:
     return lora_fast.convert(model, ["fc1"], modules_to_save=["head"])
 
 
-def on_meta() -> Any:
-    model = converted("lora")
-    model.fc1.lora_A = nn.Parameter(model.fc1.lora_A.to("meta"))
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -311,7 +348,7 @@ def on_meta() -> Any:
         (lambda: training("fc1.base_layer.bias"), "below an adapter, got 'fc1.base_layer.bias'"),
         (tied, "one name for a trained weight, got 'head.weight' and 'tied.weight'"),
         (ends_alike, r"those of \['ahead'\], too"),
-        (on_meta, "fc1.lora_A.weight is on the meta device"),
+        (lambda: converted("lora").to("meta"), "fc1.lora_A.weight is on the meta device"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(make: Any, message: str, tmp_path: Path) -> None:
@@ -336,7 +373,7 @@ def test_a_folder_is_written_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monk
     model = converted("lora")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="must be a new or empty folder"):
+    with pytest.raises(FileExistsError, match="folder must be new or empty"):
         save_adapter(model, tmp_path / "used")
     assert [path.name for path in tmp_path.rglob("*.*")] == ["notes.txt"]
 
