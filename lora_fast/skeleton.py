@@ -39,6 +39,7 @@ def load_config(name: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
+    from .hub import check_hub
     from .training.models import resolve_model
 
     name = resolve_model(str(name))
@@ -52,6 +53,8 @@ def load_config(name: str | Path) -> Any:
     problem: Exception | None = None
     for local in (True, False):
         try:
+            if not local:
+                check_hub(name)
             return AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         except Exception as error:  # unreadable files surface as many kinds of error
             problem = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from tiny_runs import (
     library_logging,
@@ -338,4 +340,16 @@ def test_durations() -> None:
 
 def test_quiet_libraries_are_quiet() -> None:
     terminal_module.quiet_libraries()
-    assert not logging.getLogger("transformers").isEnabledFor(logging.WARNING)
+    names = ("transformers", "huggingface_hub.utils._http")
+    assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names)
+
+
+def test_the_hub_s_client_is_quiet_when_it_is_imported_later() -> None:
+    """Its import sets the level anew; what it says is every try of every request."""
+    terminal_module.quiet_libraries()
+    logger = logging.getLogger("huggingface_hub")
+    handlers = list(logger.handlers)
+    importlib.reload(hub_logging)
+    logger.handlers[:] = handlers
+    assert os.environ["HF_HUB_VERBOSITY"] == "error"
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)

@@ -122,6 +122,7 @@ def duration(seconds: float) -> str:
 def quiet_libraries() -> None:
     """Silence the progress bars, advice and warnings of the libraries below. Call before a run."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.hub import check_hub
+
 from .adapters import CLASSIFICATION_HEADS
 from .config import BUILTIN, TrainConfig
 from .errors import TrainingError, first_line
@@ -179,6 +181,7 @@ def _check_readable(name: str) -> None:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise TrainingError(f"cannot load the model {name}: no such folder")
     try:
+        check_hub(name)
         AutoConfig.from_pretrained(name)
     except Exception as error:  # unreadable files surface as many kinds of error
         raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error

@@ -1,0 +1,30 @@
+"""Is there a network? Asked once, where Hugging Face's client would try for half a minute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def check_hub(name: str) -> None:
+    """Check that the model `name` is a folder or a file, cached, or that the hub answers for it.
+
+    What the hub answers is left to who loads the model.
+
+    Raises ConnectionError if it does not answer.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    if Path(name).exists():
+        return
+    try:
+        if not isinstance(hub.try_to_load_from_cache(name, "config.json"), str):
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"))
+    except (errors.HfHubHTTPError, errors.FileMetadataError):
+        return
+    except (errors.OfflineModeIsEnabled, errors.HFValidationError):
+        return  # it was not asked: by the user's wish, or since `name` is none of its names
+    except Exception as error:  # of the HTTP client, which differs between versions
+        raise ConnectionError(
+            f"it is not in the cache, and the hub does not answer ({error})"
+        ) from error
