@@ -113,7 +113,7 @@ def test_a_failure_leaves_the_old_model_and_nothing_beside_it(
 def test_two_writers_of_one_folder_keep_apart(tmp_path: Path) -> None:
     with WholeFolder(tmp_path / "out") as first:
         write(first.path, NEW)
-        with pytest.raises(BlockingIOError, match="another merge"), WholeFolder(tmp_path / "out"):
+        with pytest.raises(BlockingIOError, match="another process"), WholeFolder(tmp_path / "out"):
             pass
         assert content(first.path) == NEW
     assert content(tmp_path / "out") == NEW
@@ -128,7 +128,7 @@ def test_nobody_takes_over_a_model_that_its_replacer_is_deleting(
 
     def meanwhile(folder: Path) -> None:
         met.append(folder)
-        with pytest.raises(BlockingIOError, match="another merge"), WholeFolder(out):
+        with pytest.raises(BlockingIOError, match="another process"), WholeFolder(out):
             pass
         assert content(folder) == OLD
         delete(folder)

@@ -207,7 +207,7 @@ def _locked(folder: Path) -> Iterator[None]:
             if os.stat(folder).st_ino != os.fstat(handle).st_ino:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
-            busy = f"another merge is writing {folder.name} at this moment"
+            busy = f"another process is writing {folder.name} at this moment"
             raise BlockingIOError(busy) from None
         yield
 
