@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tiny_runs import run_cli, save_llama
 from transformers import AutoModelForCausalLM
 
 from lora_fast import compile_check, doctor
-from lora_fast.compile_check import compile_kernels, parse_arch
+from lora_fast.compile_check import KernelCheck, compile_kernels, parse_arch
 from lora_fast.doctor import diagnose
 
 
@@ -90,12 +91,41 @@ def test_a_kernel_that_does_not_compile_is_broken(
     assert found["kernels"][0]["error"] == "RuntimeError: ptxas died"
 
 
-def test_the_command_shows_one_screen(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("doctor", "--no-kernels", "--model", llama) == 0
-    shown = capsys.readouterr().out
-    assert "14 × lora.Linear on bfloat16: fused" in shown
-    assert "nothing is broken" in shown
-    assert shown.count("\n") <= 24
+GEMMS = ("ticketed_gemm", "strips")
+LAUNCHED = {
+    "QLoRA, many rows": ("nf4_decode", *GEMMS),
+    "DoRA's norms": ("mark_changes", "row_norms"),
+    "merging": ("weight_update",),
+}
+
+
+def compiled(arch: int, told: Callable[[str], None]) -> Iterator[KernelCheck]:
+    """What compiling every layer gives, without compiling."""
+    for layer in compile_check._layers():
+        told(layer)
+        for kernel in LAUNCHED.get(layer, GEMMS):
+            shared = 0 if kernel in ("nf4_decode", "mark_changes") else 227 * 1024
+            yield KernelCheck(layer, kernel, None, 9.94, shared, 8)
+
+
+def test_the_command_shows_one_screen(
+    llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 lines of 80 columns, one for each kind of layer that is compiled."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(doctor, "compile_kernels", compiled)
+    monkeypatch.chdir(llama.parent)
+    assert run_cli("doctor", "--model", f"./{llama.name}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    heads = ["lora_fast ", "GPU ", "backend ", "kernels ", "layers ", "✓ nothing is broken"]
+    found = [next(i for i, line in enumerate(lines) if line.startswith(head)) for head in heads]
+    assert found == sorted(found) and found[-1] == len(lines) - 1
+    rows = [line.split("  ", 2) for line in lines[found[3] + 1 : found[4]]]
+    assert [row[1] for row in rows] == list(compile_check._layers())
+    assert rows[3][2].strip() == "nf4_decode 0 K, ticketed_gemm 227 K, strips 227 K  9.9 s"
+    (layers,) = lines[found[4] + 1 : found[5]]
+    assert layers == "  14 × lora.Linear on bfloat16: fused (model.layers.0.self_attn.q_proj)"
 
 
 @pytest.mark.parametrize(
