@@ -8,6 +8,7 @@ import importlib.util
 import os
 import random
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 PINS = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text()
 PINNED_TRITON = re.findall(r"^triton==(\S+)", PINS, re.MULTILINE)[0]
 HAS_EXECUTOR = importlib.util.find_spec("ptxrun") is not None
+
+# A shell has what it starts in the background ignore Ctrl-C, and tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if INTERPRETED:
     import triton_interpreter
