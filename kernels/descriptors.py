@@ -12,6 +12,8 @@ from .triton_version import VERSION
 
 # Layers of one launch that may be described: q, k and v.
 MOST_LAYERS = 3
+# What other versions of Triton launch with descriptors, no test can execute.
+EXECUTED = (3, 7) <= VERSION < (3, 9)
 _NONE = (None,) * (2 * MOST_LAYERS)
 
 
@@ -35,12 +37,12 @@ def descriptors_of(operands, config, arch, is_grad):
     """(X, W, X, W, …) for operands (X, W [N, K]) of each layer; Nones unless all can be described.
 
     Blocks of W are as they lie in memory, which the forward pass transposes. Before Hopper Triton
-    would turn descriptors into pointers again, and not pipeline those. What Triton 3.5 launches
-    with them, no test can execute.
+    would turn descriptors into pointers again, and not pipeline those. Which Triton may
+    launch with them, EXECUTED says.
     """
     if not config.descriptors or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
         return _NONE
-    if VERSION < (3, 6):
+    if not EXECUTED:
         return _NONE
     # An Nf4Operand is no tensor, and has nothing that TMA could read.
     if not all(hasattr(w, "stride") and can_describe(x) and can_describe(w) for x, w in operands):

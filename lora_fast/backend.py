@@ -2,7 +2,7 @@
 
 ``auto`` takes Triton for tensors on an NVIDIA GPU of compute capability 8.0 or more, else torch.
 ``triton`` launches on whatever device the tensors are on and asks no question about CUDA; where
-Triton has no driver, the first operation raises ValueError. ``torch``
+Triton has no driver or miscompiles the kernels, the first operation raises ValueError. ``torch``
 is the same autograd.Function on aten and bitsandbytes calls. The environment variable
 ``LORA_FAST_BACKEND`` sets the choice at start-up, :func:`set_backend` later.
 """
@@ -10,8 +10,10 @@ is the same autograd.Function on aten and bitsandbytes calls. The environment va
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 from typing import Literal, cast, get_args
 
 import torch
@@ -60,7 +62,7 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def check_driver() -> None:
-    """Check that Triton can launch kernels on this machine, or interprets them.
+    """Check that Triton can launch kernels on this machine, and rightly, or interprets them.
 
     Raises ValueError, which says what to choose instead, if it cannot.
     """
@@ -68,8 +70,9 @@ def check_driver() -> None:
         from triton import knobs
         from triton.runtime import driver
 
-        if not knobs.runtime.interpret:
-            _ = driver.active
+        if knobs.runtime.interpret:
+            return
+        arch = driver.active.get_current_target().arch
     except Exception as error:  # a driver is built when it is first asked for, by a C compiler
         reason = str(error).strip().partition("\n")[0]
         allowed = "torch" if _choice == "auto" else "auto or torch"
@@ -77,6 +80,22 @@ def check_driver() -> None:
             f"LORA_FAST_BACKEND or set_backend must choose {allowed} on this machine, got "
             f"{_choice}: Triton has no driver for it ({reason})"
         ) from error
+    if isinstance(arch, int) and is_miscompiled(arch // 10):
+        raise ValueError(
+            f"LORA_FAST_BACKEND or set_backend must choose torch on this machine, got {_choice}: "
+            f"{MISCOMPILED}; pip install 'triton<3.9' where torch allows it"
+        )
+
+
+# Between a load from tensor memory (tcgen05.ld) and tcgen05.wait::ld its registers are undefined.
+# Triton 3.9.0 converts and stores the low-rank product in between: seen in its PTX for sm_100.
+MISCOMPILED = "Triton 3.9 miscompiles the kernels for compute capability 10"
+
+
+def is_miscompiled(major: int) -> bool:
+    """Whether the installed Triton gets the kernels wrong for a major compute capability."""
+    numbers = re.findall(r"\d+", importlib.metadata.version("triton"))
+    return major == 10 and [int(number) for number in numbers[:2]] >= [3, 9]
 
 
 @functools.cache
@@ -84,4 +103,5 @@ def _kernels_run_on(index: int | None) -> bool:
     """Whether the kernels were compiled and proven for the GPU `index` (None: the current one)."""
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+    capability = torch.cuda.get_device_capability(index)
+    return capability >= (8, 0) and not is_miscompiled(capability[0])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import __version__
-from .backend import check_driver, get_backend, uses_triton
+from .backend import MISCOMPILED, check_driver, get_backend, is_miscompiled, uses_triton
 from .compile_check import KernelCheck, compile_kernels, parse_arch
 
 REQUIRED = ("torch", "triton", "bitsandbytes", "numpy")
@@ -244,4 +244,6 @@ def _backend(capability: tuple[int, int] | None) -> tuple[str, str]:
         return "torch", "Triton is not installed"
     if capability < MIN_CAPABILITY:
         return "torch", "the device is older than compute capability 8.0"
+    if is_miscompiled(capability[0]):
+        return "torch", MISCOMPILED
     return "torch", "not an NVIDIA device"

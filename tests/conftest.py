@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.utils._device
 from hypothesis import HealthCheck, settings
-from machines import MACHINES, Executor, started
+from machines import MACHINES, Executor, started, teach_executor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,6 +35,8 @@ if INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.install()
+elif HAS_EXECUTOR and HAS_TRITON:
+    teach_executor()
 
 # The same examples every time; `executor` keeps no state between examples.
 settings.register_profile(

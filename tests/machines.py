@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,18 @@ def ptx(arch: int) -> Executor:
 def gpu() -> Executor:
     major, minor = torch.cuda.get_device_capability()
     return Executor("gpu", torch.device("cuda"), 10 * major + minor)
+
+
+def teach_executor() -> None:
+    """Let the PTX executor launch tensor descriptors of a Triton newer than itself.
+
+    Triton 3.8 gave its function that encodes a descriptor a third argument, which it ignores.
+    """
+    from triton.backends.nvidia import driver
+
+    encode = getattr(driver, "make_tensordesc_arg", None)
+    if encode is not None and len(inspect.signature(encode).parameters) == 3:
+        driver.make_tensordesc_arg = lambda arg, meta, _=None: encode(arg, meta, _)
 
 
 # name, how to make it, the marks of tests that run on it

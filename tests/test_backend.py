@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,34 @@ def test_auto_takes_triton_where_it_is_proven(monkeypatch, capability, hip, expe
         assert uses_triton(torch.device("cuda", 0)) is expected
         assert not uses_triton(torch.device("cpu"))
     backend._kernels_run_on.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "expected"),
+    [("3.9.0", (10, 0), False), ("3.10.1", (10, 3), False), ("3.9.0", (12, 0), True),
+     ("3.9.0", (9, 0), True), ("3.8.0", (10, 0), True)],
+)  # fmt: skip
+def test_what_triton_miscompiles_is_not_run(monkeypatch, version, capability, expected):
+    backend._kernels_run_on.cache_clear()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    with set_backend("auto"):
+        assert uses_triton(torch.device("cuda", 0)) is expected
+    backend._kernels_run_on.cache_clear()
+
+
+def test_what_triton_miscompiles_is_refused_where_it_was_chosen(monkeypatch):
+    stub_driver = pytest.importorskip("bench.stub_driver")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.9.0")
+    with set_backend("triton"):
+        for arch in (90, 120):
+            with stub_driver.recording(arch):
+                backend.check_driver()
+        with (
+            stub_driver.recording(100),
+            pytest.raises(ValueError, match=r"must choose torch.* 3\.9"),
+        ):
+            backend.check_driver()
 
 
 def test_the_choice_decides():
@@ -124,7 +153,9 @@ def test_triton_without_a_driver_says_what_to_choose(no_driver):
 def test_a_driver_that_comes_later_is_found(no_driver, monkeypatch):
     with set_backend("triton"), pytest.raises(ValueError, match=NO_DRIVER):
         dispatch._routes()
-    monkeypatch.setattr(sys.modules["triton.runtime.driver"].driver, "_active", object())
+    target = SimpleNamespace(arch=90)
+    active = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"].driver, "_active", active)
     assert dispatch._routes().__name__ == "lora_fast.routes"
 
 
