@@ -37,12 +37,9 @@ def descriptors_of(operands, config, arch, is_grad):
     """(X, W, X, W, …) for operands (X, W [N, K]) of each layer; Nones unless all can be described.
 
     Blocks of W are as they lie in memory, which the forward pass transposes. Before Hopper Triton
-    would turn descriptors into pointers again, and not pipeline those. Which Triton may
-    launch with them, EXECUTED says.
+    would turn descriptors into pointers again, and not pipeline those.
     """
-    if not config.descriptors or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
-        return _NONE
-    if not EXECUTED:
+    if not (EXECUTED and config.descriptors) or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
         return _NONE
     # An Nf4Operand is no tensor, and has nothing that TMA could read.
     if not all(hasattr(w, "stride") and can_describe(x) and can_describe(w) for x, w in operands):

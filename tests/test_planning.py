@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import run_cli, save_llama
+from tiny_runs import save_llama
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +20,7 @@ from transformers import (
 
 import lora_fast
 from lora_fast.optim import DeltaLoRA
-from lora_fast.planning import MemoryPlan, Settings, cards, plan
+from lora_fast.planning import MemoryPlan, Settings, plan
 from lora_fast.planning.states import optimizer_bytes
 from lora_fast.training import methods
 from lora_fast.training.config import TrainConfig
@@ -376,19 +375,6 @@ def test_configs_that_cannot_be_found_are_refused(
         plan(tmp_path)
 
 
-def test_memory_is_read_as_it_is_written() -> None:
-    assert cards.parse_memory("24GB") == cards.parse_memory("24") == 24 * 10**9
-    assert cards.parse_memory("80 GiB") == 80 << 30
-    for text in ("", "-1GB", "24XB", "many", "0"):
-        with pytest.raises(ValueError, match="memory must be a size"):
-            cards.parse_memory(text)
-    with pytest.raises(ValueError, match="card must be one of"):
-        cards.card_bytes("voodoo2")
-    assert cards.card_bytes("H100") == 81559 << 20
-    assert cards.fits(20 * 10**9, cards.card_bytes("rtx4090"))
-    assert not cards.fits(25 * 10**9, cards.card_bytes("rtx4090"))
-
-
 def test_a_quantised_checkpoint_is_planned_as_such() -> None:
     stored = LlamaConfig(**LLAMA.to_diff_dict())
     stored.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -398,36 +384,3 @@ def test_a_quantised_checkpoint_is_planned_as_such() -> None:
     stored.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(ValueError, match="must be dense or in bitsandbytes' 4 bits, got gptq"):
         plan(stored)
-
-
-def test_the_command_says_what_fits_and_what_helps(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_llama(tmp_path)
-    shape = ("--batch-size", BATCH, "--max-length", LENGTH)
-    assert run_cli("plan", tmp_path, *shape, "--card", "rtx4090") == 0
-    shown = capsys.readouterr().out
-    assert "fits on rtx4090" in shown and "helps most:" in shown and "activations" in shown
-    assert run_cli("plan", tmp_path / "config.json", *shape, "--memory", "1GB", "--json") == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] is False and found["memory"] == 10**9
-    assert found["total"] == sum(found["parts"].values())
-    assert run_cli("plan", tmp_path, *shape) == 0
-    assert "fits on: t4, " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("absent/no", "--method", "full", "--quantize", "nf4"),
-        ("./absent",),
-        ("x", "--card", "voodoo2"),
-        ("x", "--card", "h100", "--memory", "1GB"),
-    ],
-)
-def test_the_command_tells_what_is_wrong_in_one_line(
-    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli("plan", *options) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1

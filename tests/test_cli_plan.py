@@ -1,0 +1,42 @@
+"""``lora-fast plan``: what is printed, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import run_cli, save_llama
+
+
+def test_the_command_says_what_fits_and_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path)
+    shape = ("--batch-size", 2, "--max-length", 24)
+    assert run_cli("plan", tmp_path, *shape, "--card", "rtx4090") == 0
+    shown = capsys.readouterr().out
+    assert "fits on rtx4090" in shown and "helps most:" in shown and "activations" in shown
+    assert run_cli("plan", tmp_path / "config.json", *shape, "--memory", "1GB", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False and found["memory"] == 10**9
+    assert found["total"] == sum(found["parts"].values())
+    assert run_cli("plan", tmp_path, *shape) == 0
+    assert "fits on: t4, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("absent/no", "--method", "full", "--quantize", "nf4"),
+        ("./absent",),
+        ("x", "--card", "voodoo2"),
+        ("x", "--card", "h100", "--memory", "1GB"),
+    ],
+)
+def test_the_command_tells_what_is_wrong_in_one_line(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("plan", *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
