@@ -42,12 +42,12 @@ def adapted_linear(
     x [..., K] · weight [N, K], dense or :class:`NF4Weight` · bias, b, g [N] · A [R, K] · B [N, R] ·
     d [R] → y [..., N]. Absent factors cost nothing. The compute dtype, and y's, is autocast's where
     autocast is on, else x's; products accumulate in float32; gradients arrive in the dtype of their
-    factor. ``scaling`` may be a tensor of one element (it is read on its device and gets no
-    gradient). ``dropout_p`` drops elements of x on their way into A, with a mask that is a pure
-    function of ``dropout_seed``, row and column; without a seed one is drawn from torch's generator
-    of x's device. ``rank_spans`` [samples, 2] (int32) gives samples of one batch different
-    adapters, stacked along R: sample i, the i-th of equal parts of the rows of x, takes part in
-    columns start ≤ r < stop of S alone.
+    factor. ``scaling`` may be a tensor of one element, which is read on its device and must not
+    require a gradient: d and b are the factors that have one. ``dropout_p`` drops elements of x on
+    their way into A, with a mask that is a pure function of ``dropout_seed``, row and column;
+    without a seed one is drawn from torch's generator of x's device. ``rank_spans`` [samples, 2]
+    (int32) gives samples of one batch different adapters, stacked along R: sample i, the i-th of
+    equal parts of the rows of x, takes part in columns start ≤ r < stop of S alone.
 
     Raises TypeError or ValueError that names the argument for operands that do not fit together.
     Differentiating twice raises RuntimeError.

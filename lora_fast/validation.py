@@ -84,10 +84,15 @@ def check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
 
 
 def check_scaling(scaling: Any) -> None:
-    """Raise unless `scaling` is a finite number, or a tensor of one element."""
+    """Raise unless `scaling` is a finite number, or a tensor of one element without gradient."""
     if isinstance(scaling, Tensor):
         if scaling.numel() != 1:
             raise ValueError(f"scaling must be one number, got shape {tuple(scaling.shape)}")
+        if scaling.requires_grad:
+            raise ValueError(
+                "scaling must not require a gradient, got a tensor that does; a scaling that "
+                "trains is d = scaling.expand(R), or b = scaling.expand(N)"
+            )
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
     # Not math.isfinite, which takes no number of torch.compile's.

@@ -190,6 +190,8 @@ def _read(layer: Any, base: Any, names: Iterable[str]) -> tuple[list[Adapter], s
             return adapters, found
         p = rate_of(dropout)
         scaling = layer.scaling[name]
+        if isinstance(scaling, Tensor) and scaling.requires_grad:
+            return adapters, "scaling requires a gradient"
         adapters.append(Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude))
     if not adapters:
         return adapters, "no active adapter"
@@ -214,6 +216,9 @@ def _together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
         return None
     if any(adapter.magnitude is not None for adapter in adapters):
         return "DoRA with several adapters"
+    if mixed and any(adapter.bias is not None for adapter in adapters):
+        # Each sample has the bias of its own adapter, which is no term of the equation.
+        return "bias of lora_B in a mixed batch"
     # A sample has one adapter in a mixed batch: one mask serves all adapters of the same p.
     p = {adapter.dropout_p for adapter in adapters}
     return "dropout with several adapters" if len(p) > 1 or (any(p) and not mixed) else None
