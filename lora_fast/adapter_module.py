@@ -15,9 +15,9 @@ from .base_linear import (
     base_obstacle,
     call_obstacle,
     environment_obstacle,
-    is_four_bit,
     tensor_obstacle,
 )
+from .four_bit import is_four_bit
 from .merging import KeptWeight, LowRank, Subtraction, merge, merged_linear
 
 

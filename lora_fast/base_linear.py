@@ -19,17 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, LinearNF4, Params4bit
-from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from . import four_bit
+from .four_bit import is_four_bit, restore_quant_state
 from .functional import Member, adapted_linear, adapted_linears
 from .nf4 import NF4Weight
 
 _PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
-_FOUR_BIT = (Linear4bit, LinearNF4)
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -153,10 +152,11 @@ def _partition_obstacle(tensor: Tensor | None, role: str) -> str | None:
 
 def base_obstacle(base: Any) -> str | None:
     """Why the base layer's weight and bias cannot enter the equation directly."""
-    found = module_obstacle(base, "base layer", nn.Linear, *_FOUR_BIT)
-    if found is None:
-        packed = isinstance(base, Linear4bit)
-        found = _nf4_obstacle(base) if packed else tensor_obstacle(base.weight, "weight")
+    if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
+        found = module_obstacle(base, "base layer", nn.Linear)
+        found = found or tensor_obstacle(base.weight, "weight")
+    else:
+        found = module_obstacle(base, "base layer", *four_bit.classes) or _nf4_obstacle(base)
     bias = None if found is not None else base.bias
     return found if bias is None else tensor_obstacle(bias, "bias")
 
@@ -193,8 +193,8 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     for t in factors:
         if t is not None and t.device != device:
             return "tensors on different devices"
-    dense = None if isinstance(base, Linear4bit) else weight
-    return _dtype_obstacle(x, dense, bias, factors)
+    # Of what base_obstacle lets pass, all that is not dense is packed.
+    return _dtype_obstacle(x, weight if type(base) is nn.Linear else None, bias, factors)
 
 
 def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Tensor:
@@ -204,7 +204,7 @@ def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Ten
     that `base` alone would give: the compute dtype for a dense layer, x's for a 4-bit one. Call it
     only when :func:`base_obstacle` and :func:`call_obstacle` find nothing.
     """
-    if not isinstance(base, Linear4bit):
+    if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
         return adapted_linear(x, base.weight, bias, **factors)
     dtype = _four_bit_dtype(base, x)
     autocast = torch.is_autocast_enabled(x.device.type)
@@ -234,13 +234,9 @@ def weight_of(base: Any) -> Tensor | NF4Weight:
     return NF4Weight.from_params4bit(base.weight) if is_four_bit(base) else base.weight
 
 
-def is_four_bit(base: nn.Module) -> bool:
-    return isinstance(base, Linear4bit)
-
-
 def describe(base: nn.Module) -> str:
     """The weight's storage in one word, for the report: bfloat16, nf4, …"""
-    if isinstance(base, Linear4bit):
+    if is_four_bit(base):
         return str(getattr(base.weight, "quant_type", "4bit"))
     weight = getattr(base, "weight", None)
     return str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else "unknown"
@@ -255,17 +251,17 @@ def _nf4_obstacle(base: Any) -> str | None:
         return f"base layer is {state.quant_type}"
     if getattr(state, "packing_format_for_cpu", False):
         return "weight is in bitsandbytes' CPU inference packing"
-    if type(base.weight) not in (Params4bit, *_PLAIN_TENSORS):
+    if type(base.weight) not in (four_bit.weight_class, *_PLAIN_TENSORS):
         return f"weight is {type(base.weight).__name__}"
     return None
 
 
 def weight_shape(base: Any) -> tuple[int, ...]:
     """(N, K) of the base's weight, packed or not."""
-    if not isinstance(base, Linear4bit):
+    if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
         return tuple(base.weight.shape)
-    # The same repair that Linear4bit.forward makes when FSDP has replaced the parameter.
-    fix_4bit_weight_quant_state_from_module(base)
+    if getattr(base.weight, "quant_state", None) is None:
+        restore_quant_state(base)
     return tuple(base.weight.quant_state.shape)
 
 

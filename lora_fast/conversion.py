@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from .adapter_module import AdapterModule, check_base
 from .dora import DoRALinear
+from .four_bit import is_four_bit
 from .modules import LoRALinear, check_lora_arguments
+from .optional_packages import needed
 from .vera import VeRALinear, VeRAProjections
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,7 +57,8 @@ def convert(
     `modules_to_save` (names or ends of names, such as that of a new head), which are never adapted.
     A layer that is reachable by several names keeps being one layer.
 
-    Raises TypeError or ValueError that names the argument, before anything is changed.
+    Raises TypeError or ValueError that names the argument, ImportError for ``quantize="nf4"``
+    without bitsandbytes, before anything is changed.
     Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024), VeRA
     (Kopiczko et al. 2023), QLoRA (Dettmers et al. 2023).
     """
@@ -116,10 +118,10 @@ def _projections(
 
 def _base(linear: nn.Module, quantize: str | None) -> nn.Module:
     """`linear` itself, or its NF4 copy if it is dense and to be quantised."""
-    if quantize is None or isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
+    if quantize is None or is_four_bit(linear) or not isinstance(linear, nn.Linear):
         return linear
     weight, bias = linear.weight, linear.bias
-    quantised = Linear4bit(
+    quantised = needed("bitsandbytes.nn", 'quantize="nf4"').Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=bias is not None,

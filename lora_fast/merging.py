@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
 from . import dispatch
-from .base_linear import is_four_bit, weight_shape
+from .base_linear import weight_shape
+from .four_bit import is_four_bit
 from .nf4 import NF4Weight
 
 # Elements of a weight that are tried out at a time before it is overwritten.
@@ -166,12 +165,8 @@ def add_low_rank(
 def overwrite_nf4(weight: Any, dense: Tensor) -> None:
     """Quantise `dense` [N, K] into the very storage of the NF4 `weight` (a Params4bit)."""
     now = NF4Weight.from_params4bit(weight)
-    packed, state = bnb.quantize_4bit(
-        dense, blocksize=now.blocksize, compress_statistics=now.nested, quant_type="nf4"
-    )
-    for old, new in zip(
-        nf4_tensors(now), nf4_tensors(NF4Weight(packed.view(-1), state)), strict=True
-    ):
+    then = NF4Weight.from_dense(dense, blocksize=now.blocksize, double_quant=now.nested)
+    for old, new in zip(nf4_tensors(now), nf4_tensors(then), strict=True):
         old.copy_(new)
 
 
@@ -244,7 +239,9 @@ def _check_factor(
         raise ValueError(f"{name} must be on the weight's device {device}, got {factor.device}")
 
 
-def _quantised_like(weight: Any, dense: Tensor) -> Params4bit:
+def _quantised_like(weight: Any, dense: Tensor) -> Any:
+    from bitsandbytes.nn import Params4bit
+
     state = weight.quant_state
     packed = Params4bit(
         dense,

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .optional_packages import needed
+
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -64,13 +66,15 @@ class NF4Weight:
     def from_dense(
         cls, weight: Tensor, *, blocksize: int = 64, double_quant: bool = True
     ) -> NF4Weight:
-        """Quantise a dense [N, K] weight (bfloat16, float16 or float32) with bitsandbytes."""
+        """Quantise a dense [N, K] weight (bfloat16, float16 or float32) with bitsandbytes.
+
+        Raises ValueError that names the argument, ImportError without bitsandbytes.
+        """
         if weight.dim() != 2:
             raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
         if blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
-        import bitsandbytes.functional as bnb
-
+        bnb = needed("bitsandbytes.functional", "an NF4 weight")
         if weight.is_meta:
             # bitsandbytes keeps its table of 8-bit values where it is first used: not on meta.
             bnb.quantize_blockwise(torch.zeros(1, device="cpu"))

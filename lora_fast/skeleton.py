@@ -113,11 +113,12 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
 
     from .backend import set_backend
     from .base_linear import accepting
+    from .four_bit import is_four_bit
 
     with FakeTensorMode(), accepting(FakeTensor), set_backend("torch"):
         memo: dict[int, Any] = {}
         for module in model.modules():
-            if type(module).__name__ == "Linear4bit":
+            if is_four_bit(module):
                 memo[id(module)] = _dense_stand_in(module)
         for tensor in _tensors_of(model):
             fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")

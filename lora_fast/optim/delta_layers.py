@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base_linear import is_four_bit, tensor_obstacle
+from ..base_linear import tensor_obstacle
+from ..four_bit import is_four_bit
 from ..merging import LowRank, add_low_rank, nf4_tensors, overwrite_nf4
 from ..modules import LoRALinear
 from ..nf4 import NF4Weight

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import adalora
-from peft.tuners.adalora import SVDLinear4bit
 from torch import Tensor, nn
 
 from ..base_linear import (
@@ -22,6 +21,7 @@ from ..base_linear import (
     tensor_obstacle,
     weight_shape,
 )
+from .four_bit_classes import SVDLinear4bit
 from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 
 

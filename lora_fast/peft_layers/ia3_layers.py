@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from peft.tuners import ia3
-from peft.tuners.ia3 import Linear4bit
 from torch import Tensor, nn
 
 from ..base_linear import adapted, base_obstacle, call_obstacle, tensor_obstacle, weight_shape
+from .four_bit_classes import IA3Linear4bit
 from .fused_forward import FusedForward, switched_off
 
 
@@ -49,7 +49,7 @@ class FusedIA3Layer(FusedForward):
         base, gain = layer.base_layer, state[0]
         for other in state[1:]:
             gain = gain * other
-        if isinstance(layer, Linear4bit) and not torch.is_autocast_enabled():
+        if isinstance(layer, IA3Linear4bit) and not torch.is_autocast_enabled():
             x = x.float()
         if layer.is_feedforward:
             return adapted(base, (x.to(gain.dtype) * gain).to(x.dtype), bias=base.bias)
@@ -61,11 +61,11 @@ class FusedIA3Linear(FusedIA3Layer, ia3.Linear):
     """``peft.tuners.ia3.Linear`` on the fused path."""
 
 
-class FusedIA3Linear4bit(FusedIA3Layer, Linear4bit):
+class FusedIA3Linear4bit(FusedIA3Layer, IA3Linear4bit):
     """``peft.tuners.ia3.Linear4bit`` on the fused path."""
 
 
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     ia3.Linear: FusedIA3Linear,
-    Linear4bit: FusedIA3Linear4bit,
+    IA3Linear4bit: FusedIA3Linear4bit,
 }

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import layer as peft_layer
-from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -33,6 +32,7 @@ from ..base_linear import (
 )
 from ..functional import Member
 from ..row_norms import RowNorms, row_norms_in_graph
+from .four_bit_classes import LoRALinear4bit
 from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 from .lora_merging import merge_terms, plain_terms, unmerge_terms
 from .shared_input import GROUP, Kept, signature_of
@@ -100,7 +100,8 @@ class FusedLoRALayer(FusedForward):
             x.dim() < 2 or len(state.sample_adapters) != x.shape[0]
         ):
             return "length of adapter_names"
-        if torch.is_autocast_enabled() and x.device.type != "cuda" and isinstance(self, Linear4bit):
+        four_bit = isinstance(self, LoRALinear4bit)
+        if four_bit and torch.is_autocast_enabled() and x.device.type != "cuda":
             return "CUDA autocast off CUDA"
         if torch.is_autocast_enabled(x.device.type):
             return None
@@ -141,13 +142,13 @@ class FusedLinear(FusedLoRALayer, lora.Linear):
     """``peft.tuners.lora.Linear`` on the fused path."""
 
 
-class FusedLinear4bit(FusedLoRALayer, Linear4bit):
+class FusedLinear4bit(FusedLoRALayer, LoRALinear4bit):
     """``peft.tuners.lora.bnb.Linear4bit`` on the fused path."""
 
 
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     lora.Linear: FusedLinear,
-    Linear4bit: FusedLinear4bit,
+    LoRALinear4bit: FusedLinear4bit,
 }
 _ALONE: tuple[Any, int] = (None, 0)
 # As many rows go through one tile of the kernels, which share no shrink then.
@@ -385,6 +386,6 @@ def _total_bias(base_bias: Tensor | None, adapters: list[Adapter]) -> Tensor | N
 
 def _result_dtype(layer: Any, y: Tensor) -> torch.dtype:
     """lora.Linear returns the base layer's dtype; lora.Linear4bit promotes under CUDA autocast."""
-    if torch.is_autocast_enabled() and isinstance(layer, Linear4bit):
+    if torch.is_autocast_enabled() and isinstance(layer, LoRALinear4bit):
         return torch.promote_types(y.dtype, torch.get_autocast_dtype("cuda"))
     return y.dtype

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base_linear import base_obstacle, is_four_bit, module_obstacle, tensor_obstacle
+from ..base_linear import base_obstacle, module_obstacle, tensor_obstacle
+from ..four_bit import is_four_bit
 from ..merging import KeptWeight, LowRank, add_low_rank, merge
 
 _KEPT = "_lora_fast_kept_weight"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base_linear import is_four_bit
+from ..four_bit import is_four_bit
 from ..training.adapters import CLASSIFICATION_HEADS
 
 # bitsandbytes: optimizers keep smaller tensors in 32 bits, blocks share an absmax, and only larger

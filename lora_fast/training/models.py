@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from lora_fast.four_bit import is_four_bit
 from lora_fast.hub import check_hub
 
 from .adapters import CLASSIFICATION_HEADS
@@ -114,11 +114,11 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
         skipped = list(CLASSIFICATION_HEADS)
     quantize = config.quantize == "nf4"
     model, new_modules = _load(name, config, options, skipped if quantize else None)
-    if quantize and any(_is_4bit(model.get_submodule(module)) for module in new_modules):
+    if quantize and any(is_four_bit(model.get_submodule(module)) for module in new_modules):
         # Random weights must not be frozen in 4 bits: nobody could load them again.
         skipped = [*(skipped or _output_layer(model)), *new_modules]
         model, new_modules = _load(name, config, options, skipped)
-    if quantize and not any(map(_is_4bit, model.modules())):
+    if quantize and not any(map(is_four_bit, model.modules())):
         raise TrainingError(f"--quantize nf4: {name} has no linear layers to quantise")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
@@ -209,7 +209,3 @@ def _load(
 def _output_layer(model: Any) -> list[str]:
     output = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if output is module]
-
-
-def _is_4bit(module: nn.Module) -> bool:
-    return type(module).__name__ == "Linear4bit"

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import four_bit
 from ..acceleration import accelerate
+from ..optional_packages import needed
 from ..planning.memory import adapted
 from ..planning.settings import Settings
 from ..planning.states import nf4_layers
@@ -107,8 +109,7 @@ def _by_parent(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _in_four_bits(base: Any, dtype: torch.dtype) -> None:
     """Put Linear4bit layers, still without weights, where loading in NF4 does."""
-    from bitsandbytes.nn import Linear4bit
-
+    Linear4bit = needed("bitsandbytes.nn", 'quantize="nf4"').Linear4bit
     quantised = nf4_layers(base)
     for parent in list(base.modules()):
         for name, layer in list(parent.named_children()):
@@ -124,9 +125,8 @@ def _in_four_bits(base: Any, dtype: torch.dtype) -> None:
 
 def _random(tensor: Tensor, device: torch.device) -> Tensor:
     values = torch.randn(tensor.shape, device=device).mul_(_SPREAD).to(tensor.dtype)
-    if type(tensor).__name__ == "Params4bit":
-        from bitsandbytes.nn import Params4bit
-
+    if type(tensor) is four_bit.weight_class:
+        Params4bit: Any = type(tensor)
         return Params4bit(values, requires_grad=False, quant_type="nf4").to(device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values, requires_grad=tensor.requires_grad)

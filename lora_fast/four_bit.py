@@ -1,0 +1,41 @@
+"""bitsandbytes' 4-bit layers, told from others without importing bitsandbytes.
+
+It takes longer to import than PyTorch, and not everybody has it. Who hands in one of its layers has
+imported it; so it is looked for where it then is, among the modules of this process. Code that runs
+before every call asks ``isinstance(layer, four_bit.classes or four_bit.find())`` itself, which is
+:func:`is_four_bit` without a call.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+# Linear4bit and LinearNF4, whose forward is known here; empty until they have been found.
+classes: tuple[type[Any], ...] = ()
+# Params4bit.
+weight_class: type | None = None
+
+
+def is_four_bit(layer: Any) -> bool:
+    """Whether `layer` is a ``bitsandbytes.nn.Linear4bit``, of its class or one derived from it."""
+    return isinstance(layer, classes or find())
+
+
+def find() -> tuple[type[Any], ...]:
+    """:data:`classes`, if bitsandbytes is loaded by now."""
+    global classes, weight_class
+    # None stands for a package that somebody ruled out.
+    if sys.modules.get("bitsandbytes") is not None:
+        from bitsandbytes.nn import Linear4bit, LinearNF4, Params4bit
+
+        weight_class = Params4bit
+        classes = (Linear4bit, LinearNF4)
+    return classes
+
+
+def restore_quant_state(layer: Any) -> None:
+    """Give the weight its ``quant_state`` back, as Linear4bit.forward does, if FSDP replaced it."""
+    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+    fix_4bit_weight_quant_state_from_module(layer)
