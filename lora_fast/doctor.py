@@ -20,8 +20,8 @@ from . import __version__
 from .backend import MISCOMPILED, check_driver, get_backend, is_miscompiled, uses_triton
 from .compile_check import KernelCheck, compile_kernels, parse_arch
 
-REQUIRED = ("torch", "triton", "bitsandbytes", "numpy")
-OPTIONAL = ("peft", "transformers", "accelerate", "safetensors", "typer", "rich")
+REQUIRED = ("torch", "triton", "numpy")
+OPTIONAL = ("bitsandbytes", "peft", "transformers", "accelerate", "safetensors", "typer", "rich")
 DEFAULT_ARCH = 90
 MIN_CAPABILITY = (8, 0)
 COMPILERS = (os.environ.get("CC", "cc"), "gcc", "clang")

@@ -62,7 +62,7 @@ def lower_bounds() -> dict[str, str]:
     extras = project["optional-dependencies"]
     stated = [
         *project["dependencies"],
-        *(line for name in ("train", "trl", "peft") for line in extras[name]),
+        *(line for name in ("train", "trl", "peft", "qlora") for line in extras[name]),
     ]
     found = (REQUIREMENT.match(line) for line in stated)
     return {match["name"]: match["bound"] for match in found if match and match["bound"]}

@@ -55,7 +55,7 @@ def test_layers_of_an_adapter_say_why_they_are_not_fused(llama: Path, tmp_path: 
 
 
 def test_packages_out_of_range_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = ["torch>=99", "peft>=0.1; extra == 'peft'", "bitsandbytes>=0.1"]
+    wanted = ["torch>=99", "peft>=0.1; extra == 'peft'", "bitsandbytes>=0.1; extra == 'qlora'"]
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
     found = diagnose(kernels=False)
     assert [problem.split()[0] for problem in found.problems] == ["torch"]
@@ -66,13 +66,13 @@ def test_a_required_package_that_is_absent_is_broken(monkeypatch: pytest.MonkeyP
     version = metadata.version
 
     def without(name: str) -> str:
-        if name in ("bitsandbytes", "peft"):
+        if name in ("numpy", "bitsandbytes", "peft"):
             raise metadata.PackageNotFoundError(name)
         return version(name)
 
     monkeypatch.setattr(metadata, "version", without)
     found = diagnose(kernels=False)
-    assert len(found.problems) == 1 and found.problems[0].startswith("bitsandbytes is absent")
+    assert len(found.problems) == 1 and found.problems[0].startswith("numpy is absent")
 
 
 def test_a_kernel_that_does_not_compile_is_broken(
