@@ -4,7 +4,7 @@
     absmax[j] = code2[absmax_u8[j]] · absmax2[j // blocksize2] + offset     (double quantisation)
 
 The sum with the offset must not be contracted into a fused multiply-add: kernels that use this are
-launched with enable_fp_fusion=False, and every bit then equals bitsandbytes' own decoding.
+launched with enable_fp_fusion=False, and every bit is then that of the formula.
 
 On NVIDIA GPUs the 16 codes lie across the lanes of a warp, one in a register of each, and shfl.sync
 reads them. With segments of 16 lanes (0x101f) the hardware takes the lowest four bits of the index

@@ -3,7 +3,7 @@
     W[i] = round(code[nibble_i] · absmax[i // blocksize])                     to the wanted dtype
 
 Byte i of the packed weight holds element 2i in its high nibble and 2i + 1 in its low one. The
-products are float32 and rounded once: every bit equals bitsandbytes' own decoding.
+products are float32 and rounded once: every bit is that of the formula.
 """
 
 import torch

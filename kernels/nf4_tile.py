@@ -3,7 +3,7 @@
     W[n, k] = round(code[nibble of element nK + k] · absmax[(nK + k) // blocksize])
 
 A byte holds two neighbours of one row, so rows must start on whole bytes: K is even. The products
-are float32 and rounded once: every bit equals bitsandbytes' own decoding.
+are float32 and rounded once: every bit is that of the formula.
 """
 
 import math

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .four_bit_decoding import absmax_of, decode
 from .optional_packages import needed
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -107,21 +108,18 @@ class NF4Weight:
 
     def absmax(self) -> Tensor:
         """float32 absmax of every block, double quantisation undone."""
-        state = self.quant_state
-        if not self.nested:
-            return state.absmax.float()
-        import bitsandbytes.functional as bnb
-
-        return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return absmax_of(self.quant_state)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense [N, K] in `dtype` (default: the dtype before quantisation).
 
         float64 is the exact float64 image of the float32 product code · absmax.
         """
+        wanted = dtype or self.dtype
+        if self.packed.device.type == "cpu":
+            return decode(self.packed, self.quant_state, wanted)
         import bitsandbytes  # noqa: F401 - registers the operator
 
-        wanted = dtype or self.dtype
         direct = (
             wanted if wanted in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
         )

@@ -1,4 +1,4 @@
-"""NF4 weights against bitsandbytes, bit for bit, and what is refused."""
+"""NF4 weights against their formula, bit for bit, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import bitsandbytes.functional as bnbf
 import pytest
 import torch
 from accuracy import assert_same_bits
+from four_bit_formula import formula
 
 from lora_fast import NF4Weight
 from lora_fast.nf4 import BLOCKSIZES
@@ -24,13 +25,13 @@ def params4bit(weight, **kwargs):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decodes_as_bitsandbytes_does(dtype, nested):
+def test_decodes_by_the_formula(dtype, nested):
     for blocksize in BLOCKSIZES:
         for shape in ((64, 64), (33, 18), (5, 7), (65, 130)):
             weight = NF4Weight.from_dense(
                 torch.randn(shape).to(dtype), blocksize=blocksize, double_quant=nested
             )
-            expected = bnbf.dequantize_4bit(weight.packed.view(-1, 1), weight.quant_state)
+            expected = formula(weight.packed, weight.quant_state, dtype)
             assert_same_bits(weight.dequantize(), expected, name=f"{blocksize} {shape}")
 
 
@@ -42,7 +43,8 @@ def test_wraps_params4bit_without_a_copy(storage):
     assert weight.packed.data_ptr() == p.data_ptr()
     assert weight.packed.dtype == torch.uint8
     assert (weight.shape, weight.nested, weight.blocksize) == ((32, 64), True, 64)
-    assert_same_bits(weight.dequantize(), bnbf.dequantize_4bit(p.data, p.quant_state), name="W")
+    expected = formula(weight.packed, p.quant_state, torch.float32)
+    assert_same_bits(weight.dequantize(), expected, name="W")
 
 
 def test_float64_is_the_exact_image_of_float32():

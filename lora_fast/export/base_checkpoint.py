@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nf4 import NF4Weight
+from ..four_bit_decoding import decode
 from .safe_files import Entry, TensorFiles, checkpoint_files
 
 CONFIG = "config.json"
@@ -72,11 +72,11 @@ class Weights:
 
     def __init__(self, files: TensorFiles, model: nn.Module) -> None:
         self._files = files
-        self._states = {}
+        self._states: set[str] = set()
         for key in files.header:
             found = _STATE.match(key)
             if found:
-                self._states[found[1]] = found[2]
+                self._states.add(found[1])
         parts = {f"{weight}.{part}" for weight in self._states for part in _CONSTANTS} | {
             key for key in files.header if _STATE.match(key)
         }
@@ -85,16 +85,12 @@ class Weights:
         self.header = {name: self._entry(key) for name, key in self.stored.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """The values of a tensor; of a 4-bit weight, what bitsandbytes decodes it to."""
+        """The values of a tensor; of a 4-bit weight, what its format says that it stands for."""
         key = self.stored[name]
         if key not in self._states:
             return self._files.tensor(key)
         packed, state = self._files.tensor(key), self._quant_state(key)
-        if self._states[key] == "nf4":
-            return NF4Weight(packed.view(-1), state).dequantize()
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(packed, state)
+        return decode(packed.view(torch.uint8).view(-1), state, state.dtype)
 
     def _entry(self, key: str) -> Entry:
         if key not in self._states:
