@@ -2,7 +2,8 @@
 
 ``fused``     functional.adapted_linear with the backend of the moment
 ``exact``     the reference in float64, autograd
-``eager``     plain PyTorch in the dtypes under test, as stock PEFT computes: the yardstick
+``eager``     plain PyTorch in the dtypes under test, as stock PEFT computes, in three orders of
+              summation: the yardstick
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accuracy import assert_all_accurate, assert_same_bits
+from accuracy import assert_all_accurate, assert_same_bits, orders
 
 from lora_fast import NF4Weight, dispatch, functional, reference
 
@@ -143,8 +144,11 @@ def exact(o: Operands) -> dict[str, torch.Tensor | None]:
     return _differentiate(o, call, lambda value: value.detach().cpu().double())
 
 
-def eager(o: Operands) -> dict[str, torch.Tensor | None]:
-    """Output and gradients by plain PyTorch; autocast where the adapter is wider than x."""
+def eager(o: Operands) -> dict[str, list[torch.Tensor] | None]:
+    """Output and gradients by plain PyTorch; autocast where the adapter is wider than x.
+
+    Of each there are three, which differ in their orders of summation.
+    """
     case = o.case
 
     def call(t: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -152,7 +156,7 @@ def eager(o: Operands) -> dict[str, torch.Tensor | None]:
         with torch.autocast("cpu", dtype=case.dtype, enabled=mixed):
             return _eager_forward(t, o)
 
-    return _differentiate(o, call, lambda value: value.detach().cpu())
+    return orders(lambda: _differentiate(o, call, lambda value: value.detach().cpu()))
 
 
 def _eager_forward(t: dict[str, torch.Tensor], o: Operands) -> torch.Tensor:

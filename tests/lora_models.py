@@ -8,7 +8,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from accuracy import assert_all_accurate, assert_same_bits
+from accuracy import assert_all_accurate, assert_same_bits, orders
 from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners import ia3
 from peft.tuners.ia3 import Linear4bit as IA3Linear4bit
@@ -219,7 +219,7 @@ def compare(
     The yardstick is the stock model, under autocast where `eager_autocast` says so.
     """
     plain = run(stock, x, autocast)
-    eager = run(stock, x, eager_autocast or autocast)
+    eager = orders(lambda: run(stock, x, eager_autocast or autocast))
     ref64 = run(float64_copy(stock), x.double())
     actual = run(fused, x, autocast)
     assert {k: None if t is None else t.dtype for k, t in actual.items()} == {

@@ -88,7 +88,7 @@ def test_leading_dimensions_in_another_order():
     gains=st.sets(st.sampled_from(["b", "d", "g", "bias"])),
 )  # fmt: skip
 def test_any_shape(M, K, N, R, dtype, nf4, x_layout, dY_layout, gains):
-    # Of results with fewer than 8 elements the maximum says little: eager's error may be 0 by luck.
+    # Of results with fewer than 8 elements the maximum says little.
     factors = tuple(name for name in FACTORS if name in {"x", "A", "B", *gains})
     check(Case(M, K, N, R, dtype, nf4=nf4, factors=factors, x_layout=x_layout, dY_layout=dY_layout))
 
@@ -314,7 +314,7 @@ def test_the_rule_notices_a_dropped_bias_and_swapped_nibbles(monkeypatch):
     operands = make(replace(BASE, nf4=True))
     swapped = (operands.weight.packed >> 4) | (operands.weight.packed << 4)
     operands.weight = NF4Weight(swapped, operands.weight.quant_state)
-    assert not torch.allclose(fused(operands)["y"], eager(operands)["y"], atol=0.1)
+    assert not torch.allclose(fused(operands)["y"], eager(operands)["y"][0], atol=0.1)
 
 
 X, W, A, B = torch.randn(3, 6), torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
