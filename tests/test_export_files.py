@@ -82,6 +82,14 @@ BAD_ADAPTERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("list", lambda a: (a / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
     ("unknown-type", lambda a: edit_config(a, peft_type="os.system"), "must name a peft_type"),
     ("pissa", lambda a: edit_config(a, init_lora_weights="pissa"), "must belong to the base"),
+    ("no-regex", lambda a: edit_config(a, target_modules="((("), "must fit the base model"),
+    ("wrong-kind", lambda a: edit_config(a, target_modules=5), "must fit the base model"),
+    ("bool-rank", lambda a: edit_config(a, r="four"), "must fit the base model"),
+    ("list-rank", lambda a: edit_config(a, lora_alpha=[1]), "must fit the base model"),
+    ("float8", lambda a: edit_tensors(a, lambda t: t.update(
+        {A_KEY: t[A_KEY].to(torch.float8_e4m3fn)})), f"{A_KEY} must be floating point of 16 bits"),
+    ("integers", lambda a: edit_tensors(a, lambda t: t.update({A_KEY: t[A_KEY].long()})),
+     f"{A_KEY} must be floating point of 16 bits or more, got int64"),
     ("other-model", lambda a: edit_config(a, target_modules=["nonesuch"]), "must fit the base"),
     ("nan", lambda a: edit_tensors(a, lambda t: t[A_KEY].fill_(float("nan"))), "must be finite"),
 ]  # fmt: skip
@@ -118,6 +126,47 @@ def test_no_config_string_reaches_an_import(
     config["architectures"] = ["planted_module.Evil"]
     (base / "config.json").write_text(json.dumps(config))
     merge_checkpoint(str(base), adapter, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("replication", [[[0, 9]], [[0, 2], [0, 2]]])
+def test_a_deeper_model_is_refused(
+    replication: list[list[int]], made: Path, adapter: Path, tmp_path: Path
+) -> None:
+    edit_config(adapter, layer_replication=replication)
+    with pytest.raises(NotImplementedError, match="layer_replication, which makes a deeper model"):
+        merge_checkpoint(str(made / "base"), adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+DTYPES = [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
+          torch.int8, torch.bool, torch.complex64]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_are_no_numbers_are_refused_and_what_is_no_weight_is_left_out(
+    dtype: torch.dtype, made: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(made / "base", tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "extra": torch.zeros(2).to(dtype)}, base / "model.safetensors")
+    notes: list[str] = []
+    out = merge_checkpoint(str(base), made / "adapter", tmp_path / "out", note=notes.append)
+    assert notes == ["left out, since the model has no such tensors: extra"]
+    assert "extra" not in load_file(out / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    save_file({**weights, name: weights[name].to(dtype)}, base / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"or 4-bit, got {name} in {str(dtype)[6:]}: merge into"):
+        merge_checkpoint(str(base), made / "adapter", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_type_that_torch_does_not_have_is_named(made: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(made / "base", tmp_path / "base"))
+    header = {"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
+    text = json.dumps(header).encode()
+    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        merge_checkpoint(str(base), made / "adapter", tmp_path / "out")
 
 
 def index_of(folder: Path) -> dict[str, Any]:

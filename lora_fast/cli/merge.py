@@ -105,6 +105,7 @@ def _merge(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            note=lambda line: console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True),
         )
     shards = [path.stat().st_size for path in out.glob("model*.safetensors")]
     files = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"

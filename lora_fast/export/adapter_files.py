@@ -42,9 +42,14 @@ def adapter_config(folder: Path) -> Any:
         raise ValueError(f"{folder / CONFIG} must name a peft_type of PEFT, got {kind!r}")
     if raw.get("megatron_config") is not None:
         raise ValueError(f"{folder / CONFIG} must not have a megatron_config")
+    if raw.get("layer_replication"):
+        raise NotImplementedError(
+            f"{folder / CONFIG} has layer_replication, which makes a deeper model of the base: "
+            "merge with PEFT's merge_and_unload"
+        )
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # PEFT takes the values as they are: anything may come of them
         raise ValueError(f"{folder / CONFIG} must be a config of PEFT, got: {error}") from error
     config.auto_mapping = None
     _settle_initialisation(config, folder)
@@ -79,7 +84,7 @@ def adapt(skeleton: nn.Module, config: Any, folder: Path) -> Any:
         )
     try:
         return get_peft_model(skeleton, config)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # target_modules that are no regular expression, for one
         raise ValueError(f"{folder / CONFIG} must fit the base model: {error}") from error
 
 
@@ -94,13 +99,18 @@ def check_header(header: Header, model: Any, config: Any, path: Path) -> None:
     unknown = sorted(header.keys() - expected.keys() - optional.keys())
     missing = sorted(expected.keys() - header.keys())
     if unknown:
-        raise ValueError(f"{path} must hold tensors of this model, got {_some(unknown)}")
+        raise ValueError(f"{path} must hold tensors of this model, got {some(unknown)}")
     if missing:
-        raise ValueError(f"{path} must hold every tensor of its config, misses {_some(missing)}")
-    for key, (shape, _) in header.items():
+        raise ValueError(f"{path} must hold every tensor of its config, misses {some(missing)}")
+    for key, (shape, dtype) in header.items():
         wanted = expected.get(key) or optional[key]
         if shape != wanted:
             raise ValueError(f"{path}: {key} must have shape {wanted}, got {shape}")
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(
+                f"{path}: {key} must be floating point of 16 bits or more, got "
+                f"{str(dtype).removeprefix('torch.')}"
+            )
 
 
 def _expected_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
@@ -139,6 +149,7 @@ def _embeddings(model: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

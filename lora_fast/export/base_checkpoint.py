@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..four_bit_decoding import decode
+from ..hub import check_hub
+from ..training.errors import first_line
 from .safe_files import Entry, TensorFiles, checkpoint_files
 
 CONFIG = "config.json"
@@ -51,14 +53,17 @@ def base_folder(name: str) -> Path:
     problem: Exception | None = None
     for local in (True, False):
         try:
+            if not local:
+                check_hub(name)
             found = snapshot_download(name, allow_patterns=patterns, local_files_only=local)
             checkpoint_files(Path(found))
             return Path(found)
         except Exception as error:  # a name that is none, no connection, half a download
             problem = error
+    assert problem is not None
     raise ValueError(
-        f"base must be a folder or a hub id that is in the local cache or can be downloaded, "
-        f"got {name!r}: {problem}"
+        "base must be a folder, or a hub id that is in the local cache or can be downloaded, got "
+        f"{name!r}: {first_line(problem)}"
     ) from problem
 
 

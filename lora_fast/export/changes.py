@@ -9,12 +9,12 @@ are those of :mod:`lora_fast.merging`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..merging import LowRank, add_low_rank
 from ..row_norms import RowNorms
@@ -28,7 +28,7 @@ NAME = "default"
 @dataclass(frozen=True, eq=False)
 class Change:
     """New values of one tensor: a weight gets ``term`` and gains, a bias ``shift`` and ``g``, and
-    ``value`` takes the place of what was there.
+    ``value`` takes the place of what was there: of all of it, or of the ``rows`` given.
 
     ``magnitude``: DoRA's m, divided by the norms of the rows. ``transposed``: the weight is stored
     as [K, N]. ``columns``: g [K] multiplies columns.
@@ -41,18 +41,24 @@ class Change:
     transposed: bool = False
     shift: Tensor | None = None
     value: Tensor | None = None
+    rows: Tensor | None = None
 
-    def apply(self, old: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The new values in `dtype`, rounded once."""
+    def apply(self, old: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+        """The new values in `dtype`, rounded once. ``old()`` is called where they depend on it."""
         if self.value is not None:
-            return self.value.to(dtype)
-        assert old is not None
-        if old.dim() == 1:
-            wide = old.float() if self.g is None else old.float() * self.g.float()
+            new = self.value.to(dtype)
+            return new if self.rows is None else old().to(dtype).index_copy(0, self.rows, new)
+        before = old()
+        if before.dim() == 1:
+            wide = before.float() if self.g is None else before.float() * self.g.float()
             return (wide if self.shift is None else wide + self.shift.float()).to(dtype)
-        weight = old.t().contiguous() if self.transposed else old
+        weight = before.t().contiguous() if self.transposed else before
         merged = self._weight(weight, dtype)
         return merged.t().contiguous() if self.transposed else merged
+
+    def equals(self, other: Change) -> bool:
+        """Whether both make the same of the same tensor."""
+        return _equal(self, other)
 
     def _weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if self.columns:
@@ -67,13 +73,28 @@ class Change:
         return out
 
 
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, Change | LowRank) and type(one) is type(other):
+        names = [field.name for field in fields(one)]
+        return all(_equal(getattr(one, name), getattr(other, name)) for name in names)
+    return type(one) is type(other) and not isinstance(one, Tensor) and one == other
+
+
 @dataclass(frozen=True)
 class Changes:
     """By the name of the tensor in the base model: what makes its change when it is wanted.
-    ``replaced`` are the names whose whole value the adapter has, with their keys in its file."""
+
+    A name stands for one place in the model, and a change for that place alone, also where the base
+    has one tensor in several. ``replaced`` are the names whose whole value the adapter has, with
+    their keys in its file. ``stored`` are tensors of the base, wherever it has them, that PEFT put
+    into the file beside the adapter, with their keys.
+    """
 
     makers: dict[str, Callable[[], Change]]
     replaced: dict[str, str]
+    stored: dict[str, str]
 
 
 def changes_of(model: Any, keys: set[str], read: Read) -> Changes:
@@ -82,28 +103,47 @@ def changes_of(model: Any, keys: set[str], read: Read) -> Changes:
 
     Raises:
         NotImplementedError: a kind of layer or variant that has no such formula.
+        ValueError: trainable tokens that the embedding does not have.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     makers: dict[str, Callable[[], Change]] = {}
     replaced: dict[str, str] = {}
     used = {key for key in keys if key.startswith(("base_model.vera_A", "base_model.vera_B"))}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+    paths: dict[int, str] = {}
+    for name, layer in _adapted(model.get_base_model()):
+        # A module in two places has its tensors in the file once, under the first of its names.
+        path = f"{PREFIX}{paths.setdefault(id(layer), name)}"
         own = {key for key in keys if key.startswith(f"{path}.")}
         used |= {key for key in own if ".base_layer." not in key}
-        if type(layer).__name__ == "LNTuningLayer":
-            replaced |= {_unwrapped(key): key for key in own}
+        if type(layer).__name__ in ("LNTuningLayer", "ModulesToSaveWrapper"):
+            replaced |= {_unwrapped(key.replace(path, f"{PREFIX}{name}", 1)): key for key in own}
         else:
-            makers |= _layer_changes(model, path.removeprefix(PREFIX), layer, read)
-    for key in sorted(keys - used):
-        if "trainable_tokens" in key:
-            raise NotImplementedError(f"{key}: merge trainable tokens with PEFT's merge_and_unload")
-        name = _unwrapped(key)
-        if name not in makers:  # below an adapter, PEFT stores an embedding as it is in the base
-            replaced[name] = key
-    return Changes(makers | {n: _replacement(read, k) for n, k in replaced.items()}, replaced)
+            tokens = _token_layer(layer)
+            if tokens is None:
+                get = functools.partial(_read_below, read, path)
+                makers |= _layer_changes(model, name, layer, get, read)
+            else:
+                makers |= _token_rows(name, tokens, _token_key(model, tokens), read)
+    stored = {_unwrapped(key): key for key in sorted(keys - used)}
+    replacements = {name: _replacement(read, key) for name, key in replaced.items()}
+    return Changes(makers | replacements, replaced, stored)
+
+
+def _adapted(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every place with a layer of an adapter, or one that is trained with it, by its name in the
+    base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield path, child
+        else:
+            yield from _adapted(child, f"{path}.")
+
+
+def _read_below(read: Read, path: str, key: str) -> Tensor:
+    return read(f"{path}.{key}")
 
 
 def _unwrapped(key: str) -> str:
@@ -113,7 +153,7 @@ def _unwrapped(key: str) -> str:
 
 
 def _layer_changes(
-    model: Any, name: str, layer: Any, read: Read
+    model: Any, name: str, layer: Any, get: Read, read: Read
 ) -> dict[str, Callable[[], Change]]:
     from peft.tuners import adalora, ia3, lora, vera
 
@@ -121,7 +161,7 @@ def _layer_changes(
         (adalora.SVDLinear, _adalora),
         (lora.Linear, _lora),
         (lora.Embedding, _lora_embedding),
-        (vera.Linear, _vera),
+        (vera.Linear, functools.partial(_vera, read)),
         (ia3.Linear, _ia3),
     ]
     make = next((make for kind, make in kinds if type(layer) is kind), None)
@@ -130,9 +170,36 @@ def _layer_changes(
             f"{name}: {type(layer).__module__}.{type(layer).__name__} must be merged with PEFT's "
             "merge_and_unload, there is no low-rank formula for it"
         )
-    if make is _vera:
-        return _vera(model, name, layer, read)
-    return make(model, name, layer, lambda key: read(f"{PREFIX}{name}.{key}"))
+    found: dict[str, Callable[[], Change]] = make(model, name, layer, get)
+    return found
+
+
+def _token_layer(layer: Any) -> Any:
+    """PEFT's layer of trainable tokens, alone or wrapped; None for any other."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    inner = getattr(layer, "token_adapter", layer)
+    return inner if isinstance(inner, TrainableTokensLayer) else None
+
+
+def _token_key(model: Any, layer: Any) -> str:
+    """The key of the rows in the adapter's file; layers that are tied have those of one."""
+    source = layer.tied_adapter or layer
+    path = next(name for name, module in model.named_modules() if module is source)
+    return f"{path}.trainable_tokens_delta"
+
+
+def _token_rows(name: str, layer: Any, key: str, read: Read) -> dict[str, Callable[[], Change]]:
+    indices = list(layer.token_indices[NAME])
+    tokens = layer.get_base_layer().weight.shape[0]
+    wrong = [i for i in indices if type(i) is not int or not 0 <= i < tokens]
+    if wrong or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"{name}: the indices of trainable tokens must be different numbers below {tokens}, "
+            f"got {wrong[0] if wrong else indices}"
+        )
+    rows = torch.tensor(indices)
+    return {f"{name}.weight": lambda: Change(value=read(key), rows=rows)}
 
 
 def _replacement(read: Read, key: str) -> Callable[[], Change]:
@@ -185,7 +252,9 @@ def _adalora(model: Any, name: str, layer: Any, get: Read) -> dict[str, Callable
     return {f"{name}.weight": weight}
 
 
-def _vera(model: Any, name: str, layer: Any, read: Read) -> dict[str, Callable[[], Change]]:
+def _vera(
+    read: Read, model: Any, name: str, layer: Any, get: Read
+) -> dict[str, Callable[[], Change]]:
     config = model.peft_config[NAME]
 
     def weight() -> Change:
@@ -196,7 +265,7 @@ def _vera(model: Any, name: str, layer: Any, read: Read) -> dict[str, Callable[[
             N = model.base_model.vera_B[NAME].shape[0]
             A, B = _drawn(K, N, R, config.projection_prng_key)
         A, B = A[:, : layer.in_features].contiguous(), B[: layer.out_features].contiguous()
-        b, d = (read(f"{PREFIX}{name}.vera_lambda_{letter}") for letter in "bd")
+        b, d = (get(f"vera_lambda_{letter}") for letter in "bd")
         return Change(LowRank(A, B, 1.0, b, d), transposed=layer.fan_in_fan_out)
 
     return {f"{name}.weight": weight}

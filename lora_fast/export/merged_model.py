@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..skeleton import load_config, skeleton
-from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header
+from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header, some
 from .base_checkpoint import COMPANIONS, Weights, base_folder
 from .changes import Changes, changes_of
 from .model_writer import copy_files, write_shards
 from .safe_files import Entry, TensorFiles, checkpoint_files
+from .ties import parted, shared_names, untied
 from .whole_folder import WholeFolder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOATING = (*DTYPES.values(), torch.float64)
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -45,6 +48,7 @@ def merge_checkpoint(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Path:
     """Write to the folder `out` the model `base` with `adapter` merged into it; returns `out`.
 
@@ -59,7 +63,11 @@ def merge_checkpoint(
 
     `out` appears when it is complete; whatever stops the merge before leaves nothing there, and
     merging again cleans up. With `overwrite`, `out` may hold a model, which is there until the new
-    one takes its place; nothing else is ever deleted. ``progress(done, total)`` is told bytes.
+    one takes its place; nothing else is ever deleted. ``progress(done, total)`` is told bytes, and
+    ``note(line)`` what the user should know.
+
+    Weights that the base ties and that the adapter gives different values are written one by one,
+    and the config says so: ``tie_word_embeddings`` is false then.
 
     Raises ValueError for files that do not fit together or are no safetensors, and for an `out`
     that is, contains or lies in `base` or `adapter`, or that is to be replaced and holds anything
@@ -74,6 +82,8 @@ def merge_checkpoint(
     with ExitStack() as stack:
         files = stack.enter_context(TensorFiles(base_path, checkpoint_files(base_path)))
         merging = _Merging(base_path, adapter_path, files, wanted, stack)
+        for line in merging.notes:
+            note(line)
         with whole as folder:
             merging.config.save_pretrained(folder.path)
             copy_files(adapter_path, TOKENIZER, folder.path)
@@ -101,44 +111,54 @@ class _Merging:
         held = _adapter_files(adapter, stack)
         peft_config = adapter_config(adapter) if WEIGHTS in held else None
         self.model = _model(config, peft_config, held, files)
+        self.config, self.notes = self.model.config, list[str]()
         self._own = _shapes(self.model)
-        self._same = _shared_names(self.model)
+        self._same = shared_names(self.model)
         self._base = Weights(files, self.model)
+        _check_floating(self._base, self.model, base)
         self._moved = Weights(held[CHANGED], self.model) if CHANGED in held else None
-        self._changes = Changes({}, {})
-        if self._moved is not None:
-            self._check_moved(adapter / CHANGED)
-        values = dict(self._moved.header) if self._moved is not None else {}
+        self._changes = Changes({}, {}, {})
+        values = self._moved_values(adapter / CHANGED)
         if peft_config is not None:
             reader = held[WEIGHTS]
             wrapped = adapt(self.model, peft_config, adapter)
             check_header(reader.header, wrapped, peft_config, adapter / WEIGHTS)
             self._changes = changes_of(wrapped, set(reader.header), reader.tensor)
             values |= {name: reader.header[key] for name, key in self._changes.replaced.items()}
+        self._read_adapter = held[WEIGHTS].tensor if WEIGHTS in held else None
         self._dtype = dtype
-        self._known = self._output_names(set(values))
+        self._known = self._output_names(set(values), self._untie())
         self._check_complete()
         self.entries = {out: self._entry(name, values) for out, name in self._known.items()}
-        self.config = self.model.config
         self.config.dtype = dtype or self._usual_dtype()
+        self._note_left_out()
 
     def make(self, name: str) -> Tensor:
         """The tensor with that name in the files to write."""
         entry, known = self.entries[name], self._known[name]
-        change = self._changes.makers.get(known)
+        maker = self._changes.makers.get(known)
         with torch.no_grad():
-            if change is None:
+            if maker is None:
                 new = self._old(known).to(entry.dtype)
             else:
-                made = change()
-                new = made.apply(None if made.value is not None else self._old(known), entry.dtype)
+                new = maker().apply(lambda: self._old(known), entry.dtype)
         if new.is_floating_point() and not torch.isfinite(new).all():
             raise ValueError(f"{name} must be finite in {entry.dtype}, got NaN or infinity")
         return new.contiguous()
 
     def _old(self, name: str) -> Tensor:
-        if self._moved is not None and name in self._moved.header:
-            return self._moved.tensor(name)
+        """What the model that was adapted has there: tied places have one tensor."""
+        group = self._same.get(name, (name,))
+        tensor = self._stored(name, group)
+        # A file must not hold one storage twice, as places that were tied would have it.
+        return tensor.clone() if len(group) > 1 else tensor
+
+    def _stored(self, name: str, group: tuple[str, ...]) -> Tensor:
+        for other in (name, *group):
+            if self._moved is not None and other in self._moved.header:
+                return self._moved.tensor(other)
+            if self._read_adapter is not None and other in self._changes.stored:
+                return self._read_adapter(self._changes.stored[other])
         return self._base.tensor(self._in_base(name))
 
     def _in_base(self, name: str) -> str:
@@ -160,7 +180,24 @@ class _Merging:
         )
         return largest.dtype
 
-    def _output_names(self, values: set[str]) -> dict[str, str]:
+    def _untie(self) -> set[str]:
+        """Let the config say which places have values of their own now; returns their names."""
+        names = parted(self._same, self._changes.makers)
+        if not names:
+            return names
+        found = untied(self.model, names, skeleton)
+        if found is None:
+            self.notes.append(
+                f"{some(sorted(names))} have values of their own now, for which the config of "
+                f"{self.config.model_type} has no option: transformers reads them as they are, "
+                "another program may take one for all"
+            )
+            return names
+        self.config, alone = found
+        self.notes.append(f"no longer tied, since their values differ now: {some(sorted(names))}")
+        return {name for name in alone if len(self._same.get(name, ())) > 1}
+
+    def _output_names(self, values: set[str], alone: set[str]) -> dict[str, str]:
         """{name in the files to write: name in the model}; names that only the base's files use
         stay as they are, but for the prefix that a model with a head has before the rest."""
         kept = [n for n in self._base.header if n in self._own or n in self._base.assembled]
@@ -170,29 +207,30 @@ class _Merging:
             stored = self._base.stored[name]
             plain = stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
             found[name if plain else stored] = name
-        for name in sorted(values - set(kept)):
-            found[name] = name
-            self._untie(name, found, values)
-        return found
+        new = {name for name in values if self._in_base(name) not in kept} | alone
+        return found | {name: name for name in sorted(new - set(kept))}
 
-    def _untie(self, name: str, found: dict[str, str], values: set[str]) -> None:
-        """A tensor that was one with another and now has values of its own."""
-        if len(self._same.get(name, ())) > 1 and not values.issuperset(self._same[name]):
-            self.model.config.tie_word_embeddings = False
+    def _note_left_out(self) -> None:
+        absent = sorted(self._base.header.keys() - set(self._known.values()))
+        if absent:
+            self.notes.append(f"left out, since the model has no such tensors: {some(absent)}")
 
-    def _check_moved(self, path: Path) -> None:
-        assert self._moved is not None
+    def _moved_values(self, path: Path) -> dict[str, Entry]:
+        """What the adapter's folder holds of the base itself, checked against the model."""
+        if self._moved is None:
+            return {}
         for name, entry in self._moved.header.items():
-            if self._own.get(name) != entry.shape:
-                wanted = self._own.get(name, "no such tensor")
+            if name not in self._own:
+                raise ValueError(f"{path} must hold tensors of this model, got {name}")
+            if self._own[name] != entry.shape:
+                wanted = self._own[name]
                 raise ValueError(f"{path}: {name} must have shape {wanted}, got {entry.shape}")
+        return dict(self._moved.header)
 
     def _check_complete(self) -> None:
         there = set(self._known.values())
-        for name, maker in self._changes.makers.items():
-            if name not in there and self._in_base(name) in there:
-                self._changes.makers[self._in_base(name)] = maker
-            elif name not in there:
+        for name in self._changes.makers:
+            if name not in there and self._in_base(name) not in there:
                 raise ValueError(
                     f"the base must hold {name}, which the adapter changes, as one tensor; got none"
                 )
@@ -250,6 +288,20 @@ def _unquantised(config: Any, base: Path) -> None:
     del config.quantization_config
 
 
+def _check_floating(weights: Weights, model: nn.Module, base: Path) -> None:
+    """Check that every parameter is stored in a type whose numbers are the weights."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        entry = weights.header.get(name)
+        if entry is None or not parameter.is_floating_point():
+            continue
+        if entry.dtype not in FLOATING:
+            dtype = str(entry.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{base} must be 16-bit, float32, float64 or 4-bit, got {name} in {dtype}: merge "
+                "into the 16-bit model that it was made from"
+            )
+
+
 def _adapter_files(adapter: Path, stack: ExitStack) -> dict[str, TensorFiles]:
     if (adapter / CONFIG).is_file() and not (adapter / WEIGHTS).is_file():
         adapter_config(adapter)  # which says what is wrong
@@ -282,11 +334,3 @@ def _model(config: Any, peft_config: Any, held: dict[str, TensorFiles], files: T
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For every parameter all the names that it has."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: tuple(group) for group in names.values() for name in group}

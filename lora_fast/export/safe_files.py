@@ -27,6 +27,13 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 
 
@@ -75,7 +82,8 @@ class TensorFiles:
 
     A context manager; the files stay open, mapped, inside the block.
 
-    Raises ValueError for a file that is cut off or no safetensors, and for a name in two files.
+    Raises ValueError for a file that is cut off or no safetensors, for a name in two files, and for
+    a type that torch does not have.
     """
 
     def __init__(self, folder: Path, names: list[str]) -> None:
@@ -85,23 +93,29 @@ class TensorFiles:
         self._stack = ExitStack()
 
     def __enter__(self) -> TensorFiles:
+        with ExitStack() as undo:
+            undo.enter_context(self._stack)
+            for path in self._paths:
+                self._open(path)
+            undo.pop_all()
+        return self
+
+    def _open(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        for path in self._paths:
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                self._stack.close()
-                raise ValueError(
-                    f"{path} must be a whole safetensors file, got: {error}"
-                ) from error
-            for key in file.keys():  # noqa: SIM118 - it is no dictionary
-                if key in self._where:
-                    raise ValueError(f"{path} must not repeat {key}, which another file holds")
-                part = file.get_slice(key)
-                self._where[key] = file
-                self.header[key] = Entry(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
-        return self
+        try:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error
+        for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            if key in self._where:
+                raise ValueError(f"{path} must not repeat {key}, which another file holds")
+            part = file.get_slice(key)
+            kind = part.get_dtype()
+            if kind not in _DTYPES:
+                raise ValueError(f"{path}: {key} must have a type that torch has, got {kind}")
+            self._where[key] = file
+            self.header[key] = Entry(tuple(part.get_shape()), _DTYPES[kind])
 
     def __exit__(
         self,
