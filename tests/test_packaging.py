@@ -1,51 +1,24 @@
 """What is installed is `lora_fast` and nothing else, and it lives beside Hugging Face's `kernels`.
 
 Our Triton sources lie in a folder called `kernels`, as does a package on PyPI that transformers
-imports. Each test runs in a process of its own, away from this checkout.
+imports. Each test runs in a process of its own, away from this checkout; those of a clone, in which
+nothing is installed, are in test_kernels_import.py.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-
-
-def run_python(code: str, cwd: Path, *path: Path) -> str:
-    """Run ``code`` in a new process in ``cwd`` with ``path`` as PYTHONPATH; return its output."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if path:
-        env["PYTHONPATH"] = os.pathsep.join(map(str, path))
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+from clones import IMPORT_KERNELS, KERNELS, ROOT, clone, other_kernels_in, run_python
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a clone holds of the package, so that builds leave this tree alone."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / name)
-    for name in ("lora_fast", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+    return clone(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture(scope="module")
@@ -69,56 +42,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An installed distribution `kernels` of a version that transformers accepts.
-
-    Whatever name transformers takes from it is a class that accepts every call.
-    """
-    from transformers.utils.import_utils import KERNELS_MIN_VERSION as version
-
-    target = tmp_path_factory.mktemp("kernels_site")
-    package = target / "kernels"
-    package.mkdir()
-    package.joinpath("__init__.py").write_text(
-        textwrap.dedent(
-            """
-            OWNER = "another project"
-
-            class _AnyClass(type):
-                def __getattr__(cls, name):
-                    if name.startswith("__"):
-                        raise AttributeError(name)
-                    return cls()
-
-            class Anything(metaclass=_AnyClass):
-                def __init__(self, *args, **kwargs):
-                    pass
-
-                def __call__(self, *args, **kwargs):
-                    return args[0] if args else self
-
-                def __or__(self, other):
-                    return self
-
-            def __getattr__(name):
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return Anything
-            """
-        )
-    )
-    info = target / f"kernels-{version}.dist-info"
-    info.mkdir()
-    metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
-    info.joinpath("METADATA").write_text(metadata)
-    return target
+    return other_kernels_in(tmp_path_factory.mktemp("kernels_site"))
 
 
-IMPORT_KERNELS = f"""
-    import importlib, pathlib
-    for name in {KERNELS}:
-        module = importlib.import_module("lora_fast.kernels." + name)
-        print(pathlib.Path(module.__file__).resolve().parent)
-"""
 IMPORT_EVERYTHING = (
     """
     import lora_fast, transformers, peft
@@ -130,7 +56,6 @@ IMPORT_EVERYTHING = (
 
 def test_there_are_kernels_to_install() -> None:
     assert KERNELS
-    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def test_the_only_top_level_name_of_the_wheel_is_lora_fast(wheel: Path) -> None:
@@ -146,9 +71,9 @@ def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
         for path in (ROOT / "lora_fast").rglob("*.py")
         if "__pycache__" not in path.parts
     }
-    assert packed == sources | {f"lora_fast/kernels/{name}.py" for name in KERNELS} | {
-        "lora_fast/py.typed"
-    }
+    assert packed == sources | {
+        f"lora_fast/kernels/{name}.py" for name in ("__init__", *KERNELS)
+    } | {"lora_fast/py.typed"}
 
 
 def test_installed_package_works_without_the_other_kernels(installed: Path, tmp_path: Path) -> None:
@@ -170,14 +95,6 @@ def test_installed_package_works_beside_the_other_kernels(
     code = IMPORT_EVERYTHING + "\n    import kernels\n    print(kernels.OWNER)"
     *places, owner = run_python(code, tmp_path, installed, other_kernels).splitlines()
     assert set(places) == {str((installed / "lora_fast" / "kernels").resolve())}
-    assert owner == "another project"
-
-
-def test_uninstalled_checkout_finds_its_kernels(checkout: Path, other_kernels: Path) -> None:
-    """Its root comes first on sys.path, and still ``kernels`` is the installed package."""
-    code = IMPORT_KERNELS + "\n    import kernels\n    print(kernels.OWNER)"
-    *places, owner = run_python(code, checkout, other_kernels).splitlines()
-    assert set(places) == {str((checkout / "kernels").resolve())}
     assert owner == "another project"
 
 
