@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from .backend import Backend
 from .factors import Constants, Factors, Gradients, Needs, Saved
 from .nf4 import NF4Weight
 
@@ -25,42 +26,44 @@ _DIFFERENTIABLE = ("x", "weight", "bias", "A", "B", "b", "d", "g")
 _UNCHANGED = nullcontext()
 
 
-def forward(x: Tensor, f: Factors, needs: Needs) -> tuple[Tensor, Saved]:
+def forward(x: Tensor, f: Factors, needs: Needs, backend: Backend) -> tuple[Tensor, Saved]:
     """y [..., N] for x [..., K], and what the backward pass needs beside x and the factors."""
     with _without_autocast(x):
-        y, saved = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs)
+        y, saved = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs, backend)
     return _shaped(y, x), saved
 
 
 def forward_group(
-    x: Tensor, fs: Sequence[Factors]
+    x: Tensor, fs: Sequence[Factors], backend: Backend
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
     """y_i [..., N_i] of layers that read the same x [..., K], the S [M, Σ R_i] of all, the mask."""
     with _without_autocast(x):
-        ys, S, mask = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs)
+        ys, S, mask = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs, backend)
     return tuple([_shaped(y, x) for y in ys]), S, mask
 
 
-def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
+def backward(
+    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, backend: Backend
+) -> Gradients:
     """The gradients that `needs` names, for dY [..., N] and what :func:`forward` saved."""
     rows = None if x is None else x.reshape(-1, x.shape[-1])
     with _without_autocast(dY):
-        grads = dispatch.backward(dY.reshape(-1, dY.shape[-1]), rows, saved, f, needs)
+        grads = dispatch.backward(dY.reshape(-1, dY.shape[-1]), rows, saved, f, needs, backend)
     if grads.x is None:
         return grads
     return grads._replace(x=grads.x.view(*dY.shape[:-1], grads.x.shape[-1]))
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """apply(x, weight, bias, A, B, b, d, g, constants) → y; x [..., K] is in the compute dtype,
-    everything else in its own; `constants` are :class:`lora_fast.factors.Constants`."""
+    """apply(x, weight, bias, A, B, b, d, g, constants, backend) → y; x [..., K] is in the compute
+    dtype, everything else in its own; `constants` are :class:`lora_fast.factors.Constants`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | NF4Weight, *rest: Any) -> Tensor:
-        bias, A, B, b, d, g, constants = rest
+        bias, A, B, b, d, g, constants, backend = rest
         f = Factors(weight, bias, A, B, b, d, g, *constants)
         needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
-        y, saved = forward(x, f, needs)
+        y, saved = forward(x, f, needs, backend)
         nf4 = isinstance(weight, NF4Weight)
         ctx.save_for_backward(
             x if needs.saves_x else None,
@@ -74,7 +77,7 @@ class AdaptedLinear(torch.autograd.Function):
             g,
         )
         ctx.nf4 = weight if nf4 else None
-        ctx.constants = constants
+        ctx.constants, ctx.backend = constants, backend
         return y
 
     @staticmethod
@@ -83,27 +86,33 @@ class AdaptedLinear(torch.autograd.Function):
         x, S, V, mask, weight, *vectors = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
         f = Factors(ctx.nf4 if weight is None else weight, *vectors, *ctx.constants)
-        return (*backward(dY, x, Saved(S, V, mask), f, needs), None)
+        grads = backward(dY, x, Saved(S, V, mask), f, needs, ctx.backend)
+        return (*grads, None, None)
 
 
 class AdaptedLinearGroup(torch.autograd.Function):
-    """apply(x, weights, constants, bias_1, A_1, B_1, bias_2, …) → y_1, y_2, …: LoRA layers that
-    read the same x [..., K], with one shrink, one dX and one product for all dA. Their weights,
-    tensors or NF4Weights in a tuple, are frozen, and their dropout is one and the same; kept are x
-    and the S of all layers."""
+    """apply(x, weights, constants, backend, bias_1, A_1, B_1, bias_2, …) → y_1, y_2, …: LoRA layers
+    that read the same x [..., K], with one shrink, one dX and one product for all dA. Their
+    weights, tensors or NF4Weights in a tuple, are frozen, and their dropout is one and the same;
+    kept are x and the S of all layers."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Sequence[Any], constants: Sequence[Constants], *vectors: Any
+        ctx: Any,
+        x: Tensor,
+        weights: Sequence[Any],
+        constants: Sequence[Constants],
+        backend: Backend,
+        *vectors: Any,
     ) -> tuple[Tensor, ...]:
-        ys, S, mask = forward_group(x, group_factors(weights, constants, vectors))
+        ys, S, mask = forward_group(x, group_factors(weights, constants, vectors), backend)
         needs = _group_needs(ctx)
         trains_A, trains_B = any(need.A for need in needs), any(need.B for need in needs)
         needs_mask = trains_A or ctx.needs_input_grad[0]
         ctx.save_for_backward(
             x if trains_A else None, S if trains_B else None, mask if needs_mask else None, *vectors
         )
-        ctx.weights, ctx.constants = weights, constants
+        ctx.weights, ctx.constants, ctx.backend = weights, constants, backend
         ctx.x_shape, ctx.S_shape = x.shape, S.shape
         ctx.set_materialize_grads(False)
         return ys
@@ -129,6 +138,7 @@ class AdaptedLinearGroup(torch.autograd.Function):
                 mask,
                 fs,
                 _group_needs(ctx),
+                ctx.backend,
             )
         dX = grads[0].x
         # A layer whose output led nowhere gets no gradients, as if it stood alone.
@@ -137,7 +147,7 @@ class AdaptedLinearGroup(torch.autograd.Function):
             for dY, grad in zip(dYs, grads, strict=True)
             for gradient in (grad.bias, grad.A, grad.B)
         ]
-        return (None if dX is None else dX.view(ctx.x_shape), None, None, *found)
+        return (None if dX is None else dX.view(ctx.x_shape), None, None, None, *found)
 
 
 def is_recording() -> bool:
@@ -163,7 +173,7 @@ def group_factors(
 
 
 def _group_needs(ctx: Any) -> list[Needs]:
-    needs_x, _, _, *rest = ctx.needs_input_grad
+    needs_x, _, _, _, *rest = ctx.needs_input_grad
     return [
         Needs(x=needs_x, bias=rest[i], A=rest[i + 1], B=rest[i + 2]) for i in range(0, len(rest), 3)
     ]

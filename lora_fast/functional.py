@@ -17,6 +17,7 @@ from .autograd import (
     group_factors,
     is_recording,
 )
+from .backend import get_backend
 from .factors import Constants, Factors, Needs
 from .nf4 import NF4Weight
 from .validation import check_adapted_linear, check_dropout, check_rank_spans
@@ -72,9 +73,10 @@ def adapted_linear(
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = _draw_seed(x.device)
     constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)
+    backend = get_backend()
     if is_recording():
-        return AdaptedLinear.apply(x, weight, bias, A, B, b, d, g, constants)
-    return forward(x, Factors(weight, bias, A, B, b, d, g, *constants), Needs())[0]
+        return AdaptedLinear.apply(x, weight, bias, A, B, b, d, g, constants, backend)
+    return forward(x, Factors(weight, bias, A, B, b, d, g, *constants), Needs(), backend)[0]
 
 
 class Member(NamedTuple):
@@ -130,9 +132,10 @@ def adapted_linears(
     constants = tuple(
         Constants(float(member.scaling), float(dropout_p), dropout_seed or 0) for member in members
     )
+    backend = get_backend()
     if is_recording():
-        return AdaptedLinearGroup.apply(x, weights, constants, *vectors_of_all)
-    return forward_group(x, group_factors(weights, constants, vectors_of_all))[0]
+        return AdaptedLinearGroup.apply(x, weights, constants, backend, *vectors_of_all)
+    return forward_group(x, group_factors(weights, constants, vectors_of_all), backend)[0]
 
 
 def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor | None:

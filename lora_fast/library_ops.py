@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, dispatch
-from .backend import Backend, get_backend, set_backend, uses_triton
+from .backend import Backend, get_backend, uses_triton
 from .factors import Constants, Factors, Needs, Saved
 from .nf4 import NF4Weight
 
@@ -131,8 +131,8 @@ def _split(arguments: tuple[Any, ...]) -> tuple[FlatWeight, Operands]:
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     flat, operands = _split(arguments)
-    with set_backend(operands.backend):
-        y, saved = autograd.forward(x, operands.factors(flat.weight()), Needs(*operands.needs))
+    f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
+    y, saved = autograd.forward(x, f, needs, operands.backend)
     return y, *(x.new_empty(0) if t is None else t for t in saved)
 
 
@@ -144,10 +144,9 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         S = x.new_empty(M, operands.A.shape[0])
     if needs.saves_V:
         V = x.new_empty(M, N)
-    if operands.dropout_p > 0.0 and needs.saves_mask:
-        with set_backend(operands.backend):
-            if not uses_triton(x.device):
-                mask = x.new_empty(M, K, dtype=torch.bool)
+    draws = operands.dropout_p > 0.0 and needs.saves_mask
+    if draws and not uses_triton(x.device, operands.backend):
+        mask = x.new_empty(M, K, dtype=torch.bool)
     return x.new_empty(*x.shape[:-1], N), S, V, mask
 
 
@@ -157,8 +156,7 @@ def _backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
     # S, V and mask have two dimensions, what was not saved has one.
     saved = Saved(*(t if t.dim() == 2 else None for t in arguments[:3]))
     f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
-    with set_backend(operands.backend):
-        grads = autograd.backward(dY, x, saved, f, needs)
+    grads = autograd.backward(dY, x, saved, f, needs, operands.backend)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -200,8 +198,8 @@ def _autograd(ctx: Any, dY: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _row_norms(*arguments: Any) -> Tensor:
     *flat, A, B, scaling, backend = arguments
-    with set_backend(backend):
-        norms, _ = dispatch.row_norms(FlatWeight(*flat).weight(), A, B, scaling, None)
+    weight = FlatWeight(*flat).weight()
+    norms, _ = dispatch.row_norms(weight, A, B, scaling, None, backend)
     return norms
 
 

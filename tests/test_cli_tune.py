@@ -76,11 +76,12 @@ def asked(monkeypatch) -> list[str]:
     """The keys that operations ask the tuner for; the operations themselves are PyTorch's."""
     keys: list[str] = []
 
-    def plan(op, rows, fs, needs, run):
+    def plan(op, rows, fs, needs, run, *, cublas):
         keys.append(query(op, rows, fs, needs, cublas=True).key)
         return COMPOSED
 
-    monkeypatch.setattr(dispatch, "_routes", lambda: routes)  # without the driver it asks for
+    ops = routes.Routes(cublas=True)
+    monkeypatch.setattr(dispatch, "_routes", lambda backend: ops)  # without the driver it asks for
     monkeypatch.setattr(routes, "_plan", plan)
     monkeypatch.setattr(routes, "composed_ops", torch_ops)
     return keys

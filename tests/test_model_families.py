@@ -76,7 +76,9 @@ def test_values_gradients_and_groups(name: str, monkeypatch: pytest.MonkeyPatch)
     grouped: list[int] = []
     forward = autograd.dispatch.forward_group
     monkeypatch.setattr(
-        autograd.dispatch, "forward_group", lambda x, fs: grouped.append(len(fs)) or forward(x, fs)
+        autograd.dispatch,
+        "forward_group",
+        lambda x, fs, *rest: grouped.append(len(fs)) or forward(x, fs, *rest),
     )
     compare(fused, stock, torch.randn(2, TOKENS, HIDDEN), compute_dtype=torch.float32)
     assert grouped == list(family.groups) * LAYERS

@@ -59,7 +59,9 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     forward = autograd.dispatch.forward_group
     monkeypatch.setattr(
-        autograd.dispatch, "forward_group", lambda x, fs: calls.append(len(fs)) or forward(x, fs)
+        autograd.dispatch,
+        "forward_group",
+        lambda x, fs, *rest: calls.append(len(fs)) or forward(x, fs, *rest),
     )
     return calls
 

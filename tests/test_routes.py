@@ -18,6 +18,7 @@ import lora_fast
 from bench import stub_driver
 from lora_fast import NF4Weight, dispatch, routes, triton_ops
 from lora_fast.factors import Factors, Needs, Saved
+from lora_fast.routes import Routes
 from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
 from lora_fast.tuning.tuner import Tuner
 
@@ -46,7 +47,7 @@ def choosing(monkeypatch):
     def choose(forward: Plan, backward: Plan) -> list[str]:
         asked: list[str] = []
 
-        def plan(op, rows, fs, needs, run):
+        def plan(op, rows, fs, needs, run, *, cublas):
             asked.append(op)
             return forward if op.startswith(FORWARD) else backward
 
@@ -112,11 +113,12 @@ def test_a_plan_reaches_every_launch(monkeypatch, choosing, plan):
     monkeypatch.setattr(triton_ops.ticketed_gemm, "forward", gemm)
     monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input", gemm)
     monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input_group", group)
+    ops = Routes(cublas=False)
     for call in (
-        lambda: routes.forward(x, f, needs),
-        lambda: routes.backward(dY, x, Saved(S), f, needs),
-        lambda: routes.forward_group(x, [f]),
-        lambda: routes.backward_group([dY], x, S, None, [f], [needs]),
+        lambda: ops.forward(x, f, needs),
+        lambda: ops.backward(dY, x, Saved(S), f, needs),
+        lambda: ops.forward_group(x, [f]),
+        lambda: ops.backward_group([dY], x, S, None, [f], [needs]),
     ):
         with pytest.raises(Seen):
             call()
@@ -145,7 +147,7 @@ def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
         return float(-len(timed))
 
     monkeypatch.setattr(routes, "tuner", Tuner(times=True, timer=timer))
-    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
+    monkeypatch.setattr(dispatch, "_routes", lambda backend: Routes(cublas=True))
     with lora_fast.set_backend("triton"):
         operands = make(replace(PLAIN, nf4=True))
         first = fused(operands)
@@ -163,7 +165,7 @@ def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
 def test_auto_leaves_ieee_products_to_cublas(monkeypatch):
     """What a GPU would do with float32 in both passes, done by torch on the CPU."""
     monkeypatch.setattr(routes, "tuner", Tuner(times=False))
-    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
+    monkeypatch.setattr(dispatch, "_routes", lambda backend: Routes(cublas=True))
     with lora_fast.set_backend("triton"), stub_driver.recording(90) as log:
         check(replace(PLAIN, M=512, K=768, N=768, dtype=FP32, adapter_dtype=None))
         assert log.names == []
@@ -179,16 +181,13 @@ def test_auto_asks_the_tuner_and_triton_does_not(monkeypatch):
     monkeypatch.setattr(routes.tuner, "plan", plan)
     monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
     x, f = torch.zeros(4, 8), dispatch.Factors(torch.zeros(8, 8))
-    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
     with pytest.raises(Asked):
-        routes.forward(x, f, dispatch.Needs())
-    monkeypatch.setattr(routes, "get_backend", lambda: "triton")
-    assert routes.forward(x, f, dispatch.Needs()) is FUSED
+        Routes(cublas=True).forward(x, f, dispatch.Needs())
+    assert Routes(cublas=False).forward(x, f, dispatch.Needs()) is FUSED
 
 
 def test_an_empty_batch_needs_no_choice(monkeypatch):
     monkeypatch.setattr(routes.tuner, "plan", lambda *args: pytest.fail("asked"))
-    monkeypatch.setattr(routes, "get_backend", lambda: "auto")
     monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
     f = dispatch.Factors(torch.zeros(8, 8))
-    assert routes.forward(torch.zeros(0, 8), f, dispatch.Needs()) is FUSED
+    assert Routes(cublas=True).forward(torch.zeros(0, 8), f, dispatch.Needs()) is FUSED
