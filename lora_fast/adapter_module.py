@@ -56,6 +56,24 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     @property
+    def weight(self) -> Any:
+        """W of ``base_layer``, for code that asks a linear layer for its dtype, device or shape.
+
+        Read-only: what trains is the adapter, and a product with this weight has no part of it.
+        """
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of ``base_layer``, frozen as W is."""
+        return self.base_layer.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(f"{name} must be set on base_layer, got it on the adapted layer")
+        super().__setattr__(name, value)
+
+    @property
     def merged(self) -> bool:
         return self._undo is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from .four_bit import is_four_bit
 from .modules import LoRALinear, check_lora_arguments
 from .optional_packages import needed
 from .vera import VeRALinear, VeRAProjections
+from .weight_reads import multiplies_by_itself
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +52,8 @@ def convert(
     `projection_prng_key`, from which the A and B that all its layers share are drawn; it has no
     alpha. `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string,
     a regular expression for the whole dotted name; or "all-linear", every linear layer but the
-    output head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit``.
+    output head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit`` that
+    the model calls; "all-linear" leaves others out, with a warning that names them.
     ``quantize="nf4"`` quantises the targets that are dense (blocks of 64, double quantisation,
     computing in the dtype of the weight); the dense weights are let go when all are quantised, so
     that a failure changes nothing. Everything is frozen but the adapters and
@@ -158,6 +161,10 @@ def _targets(
         for name, module in _matched(model, target_modules).items()
         if not any(name == k or name.startswith(f"{k}.") for k in kept)
     }
+    if _names_all(target_modules):
+        for name in [name for name in targets if _passed_by(model, name)]:
+            warnings.warn(f"{name} gets no adapter: {_passed_by(model, name)}", stacklevel=3)
+            del targets[name]
     if not targets:
         raise ValueError("target_modules must name a layer that is not in modules_to_save")
     for name, linear in targets.items():
@@ -167,13 +174,31 @@ def _targets(
             raise type(error)(
                 f"target_modules must name linear layers, got {name!r}: {error}"
             ) from None
+        passed_by = _passed_by(model, name)
+        if passed_by is not None:
+            raise ValueError(
+                f"target_modules must name layers that are called, got {name!r}: {passed_by}"
+            )
     return targets
+
+
+def _passed_by(model: nn.Module, name: str) -> str | None:
+    """Why an adapter on the layer `name` would have no effect, or a part of one."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if not multiplies_by_itself(parent, child):
+        return None
+    return f"{type(parent).__name__} multiplies with its weight instead of calling it"
+
+
+def _names_all(target_modules: Any) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR
 
 
 def _matched(model: nn.Module, target_modules: Any) -> dict[str, nn.Module]:
     """{dotted name: module} of the targets, in the order of the model."""
     if isinstance(target_modules, str):
-        if target_modules.lower() == _ALL_LINEAR:
+        if _names_all(target_modules):
             found = _all_linear(model)
         else:
             try:

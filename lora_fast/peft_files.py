@@ -18,6 +18,7 @@ from .export.adapter_files import WEIGHTS, Header, adapter_config
 from .export.safe_files import TensorFiles
 from .export.whole_folder import WholeFolder
 from .peft_format import PeftAdapter, scaling
+from .peft_read_back import config_as_peft_reads_it
 from .vera import VeRALinear, VeRAProjections
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,7 +33,8 @@ _UNDERSTOOD = frozenset(
         "layers_to_transform", "layers_pattern", "lora_alpha", "lora_dropout", "use_rslora",
         "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "loftq_config",
         "eva_config", "corda_config", "lora_ga_config", "runtime_config", "ensure_weight_tying",
-        "vera_dropout", "d_initial", "init_weights", "projection_prng_key", "save_projection",
+        "target_parameters", "vera_dropout", "d_initial", "init_weights", "projection_prng_key",
+        "save_projection",
     }
 )  # fmt: skip
 
@@ -50,10 +52,11 @@ def save_adapter(
     (FSDP2) all must, and the first one writes.
 
     Raises ImportError without PEFT; ValueError for a model without adapted layers (a PEFT model has
-    ``save_pretrained``); NotImplementedError for what PEFT's format cannot say: several methods,
+    ``save_pretrained``); FileExistsError for a `folder` with something in it; NotImplementedError
+    for parameters that are not in memory and for what PEFT's format cannot say: several methods,
     dropouts or projections in one model, a layer or a trained weight with several names, a scaling
-    that is neither α/R nor α/√R everywhere, parts of modules that train; and for parameters that
-    are not in memory; FileExistsError for a `folder` with something in it.
+    that is neither α/R nor α/√R everywhere, parts of modules that train, and, with dropout or DoRA,
+    layers whose names PEFT takes for a mixture's experts.
     """
     _require_peft()
     from safetensors.torch import save_file
@@ -62,11 +65,11 @@ def save_adapter(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"folder must be new or empty, got {path}")
     adapter = PeftAdapter(model)
-    config = adapter.config()
-    name = base_model_name_or_path or adapter.model.__dict__.get("name_or_path")
-    config.base_model_name_or_path, config.inference_mode = name or None, True
     tensors, sharded = _gathered(adapter)
     _check_whole(tensors)
+    config = config_as_peft_reads_it(adapter, tensors)
+    name = base_model_name_or_path or adapter.model.__dict__.get("name_or_path")
+    config.base_model_name_or_path, config.inference_mode = name or None, True
     if not sharded or torch.distributed.get_rank() == 0:
         with WholeFolder(path) as whole:
             config.save_pretrained(str(whole.path))

@@ -253,3 +253,28 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().cpu()
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     return tensor.detach().cpu().contiguous().view(width)
+
+
+# Of the norm of a tensor, by which two whole models in float32 may differ: layers amplify what
+# each of them rounds, and no yardstick of one operation holds.
+MODEL_DIFFERENCE = 2e-4
+
+
+def assert_models_agree(
+    actual: Mapping[str, torch.Tensor | None], stock: Mapping[str, torch.Tensor | None]
+) -> None:
+    """Assert ‖actual − stock‖ ≤ 2·10⁻⁴ ‖stock‖ for every float32 output and gradient of a model."""
+    assert actual.keys() == stock.keys(), sorted(actual.keys() ^ stock.keys())
+    failures = []
+    for key, expected in stock.items():
+        found = actual[key]
+        if expected is None or found is None:
+            if expected is not found:
+                failures.append(f"{key}: None in one of them alone")
+            continue
+        assert found.shape == expected.shape and found.dtype == expected.dtype, key
+        norm = expected.double().norm().item()
+        difference = (found.double() - expected.double()).norm().item()
+        if not difference <= MODEL_DIFFERENCE * norm:
+            failures.append(f"{key}: norm {norm:.3e}, difference {difference:.3e}")
+    assert not failures, "\n".join(failures)

@@ -94,7 +94,7 @@ def check_header(header: Header, model: Any, config: Any, path: Path) -> None:
     Raises:
         ValueError: a tensor is unknown, missing or has another shape.
     """
-    expected = _expected_shapes(model, config)
+    expected = expected_shapes(model, config)
     optional = _embeddings(model)
     unknown = sorted(header.keys() - expected.keys() - optional.keys())
     missing = sorted(expected.keys() - header.keys())
@@ -113,7 +113,8 @@ def check_header(header: Header, model: Any, config: Any, path: Path) -> None:
             )
 
 
-def _expected_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of the file that PEFT's `model` saves."""
     from peft import get_peft_model_state_dict
 
     # AdaLoRA's file holds the directions that its pattern keeps, and PEFT would cut them out of
