@@ -28,3 +28,17 @@ def check_hub(name: str) -> None:
         raise ConnectionError(
             f"it is not in the cache, and the hub does not answer ({error})"
         ) from error
+
+
+def cached_folder(name: str) -> Path | None:
+    """The folder with the files of a model: `name` itself, or its place in the hub's cache."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    import huggingface_hub as hub
+
+    try:
+        found = hub.try_to_load_from_cache(name, "config.json")
+    except hub.errors.HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None

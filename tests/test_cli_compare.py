@@ -83,12 +83,40 @@ def test_ctrl_c_says_what_is_kept(
 def test_a_comparison_is_replaced_on_request_only(
     capsys: pytest.CaptureFixture[str], tiny: list[str]
 ) -> None:
-    Path("out").mkdir()
-    Path("out/compare.json").write_text("{}")
     arguments = ["compare", *tiny, "--methods", "probe", "--out", "out"]
+    assert run_cli(*arguments) == 0
+    capsys.readouterr()
     assert run_cli(*arguments) == 1
     assert "out already holds a comparison" in capsys.readouterr().err
+    Path("out/notes.txt").write_text("mine")
     assert run_cli(*arguments, "--overwrite") == 0
+    assert Path("out/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_not_touched(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], overwrite: bool
+) -> None:
+    Path("out/.work").mkdir(parents=True)
+    for name in ("compare.md", ".work/mine", "compare.json"):
+        Path("out", name).write_text("{}")
+    arguments = ["compare", *tiny, "--methods", "probe", "--out", "out"]
+    assert run_cli(*arguments, *["--overwrite"][:overwrite]) == 1
+    assert capsys.readouterr().err == (
+        "error: out holds .work, compare.json, compare.md, and no comparison of lora-fast: choose "
+        "a new or empty folder for --out\n"
+    )
+    assert {path.name for path in Path("out").rglob("*")} == {
+        "compare.json", "compare.md", ".work", "mine",
+    }  # fmt: skip
+
+
+def test_a_comparison_killed_before_its_first_method_can_be_replaced(tiny: list[str]) -> None:
+    found = {"methods": {}, "baselines": {}, "config": {}, "seeds": [0]}
+    Path("out/.work").mkdir(parents=True)
+    Path("out/compare.json").write_text(json.dumps(found))
+    assert run_cli("compare", *tiny, "--methods", "probe", "--out", "out") == 0
+    assert not Path("out/.work").exists()
 
 
 @pytest.mark.parametrize(

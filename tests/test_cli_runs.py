@@ -63,11 +63,73 @@ def test_a_start_that_failed_leaves_nothing(tiny: list[str], options: tuple[str,
 
 
 def test_what_was_there_stays_when_a_start_fails(tiny: list[str]) -> None:
-    Path("out/checkpoints").mkdir(parents=True)
+    Path("out").mkdir()
+    TrainConfig().save(Path("out"))  # of a run that was killed before its first checkpoint
+    Path("out/checkpoints").mkdir()
     Path("out/checkpoints/mine").write_text("mine")
     for wrong in (["--data", "absent.jsonl"], ["--optim", "galore_adamw"]):
         assert run_cli("train", *tiny, "--out", "out", *wrong) == 1
-        assert contents(Path("out")).keys() == {Path("out/checkpoints/mine")}
+        assert Path("out/checkpoints/mine").read_text() == "mine"
+
+
+FOREIGN = {
+    "notes": {"README.md": "my notes", "metrics.json": '{"mine": 1}'},
+    "an adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": "trained elsewhere"},
+    "a tokenizer": {"tokenizer.json": "{}"},
+    "another run.json": {"run.json": '{"mine": 1}', "loss.png": "a picture"},
+    "no json": {"run.json": "{"},
+    "a folder": {"checkpoints/lora_fast/mine": "x"},
+    "hidden": {".git/HEAD": "ref"},
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_that_is_no_run_is_not_touched(
+    tiny: list[str], files: dict[str, str], overwrite: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path("out")
+    for name, text in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    before = contents(out)
+    assert run_cli("train", *tiny, "--out", out, *["--overwrite"][:overwrite]) == 1
+    names = ", ".join(sorted({Path(name).parts[0] for name in files}))
+    assert capsys.readouterr().err == (
+        f"error: out holds {names}, and no run of lora-fast train: choose a new or empty folder "
+        "for --out\n"
+    )
+    assert contents(out) == before
+
+
+def test_files_that_came_into_the_folder_of_a_run_are_not_overwritten(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path("out")
+    out.mkdir()
+    TrainConfig(r=4).save(out)
+    (out / "README.md").write_text("mine")
+    for options in ([*tiny], ["--resume"]):
+        assert run_cli("train", *options, "--out", out) == 1
+        assert "out holds README.md, which its run has not written and would overwrite" in (
+            capsys.readouterr().err
+        )
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_overwriting_a_run_takes_away_what_it_wrote_and_nothing_else(tiny: list[str]) -> None:
+    out = Path("out")
+    options = [*tiny, "--quantize", "none", "--out", out]
+    assert run_cli("train", *options) == 0
+    (out / "notes.txt").write_text("mine")
+    (out / "checkpoints" / "mine").mkdir()
+    assert (out / "adapter_model.safetensors").exists()
+    without_rank = [*options[: options.index("--r")], *options[options.index("--r") + 2 :]]
+    assert run_cli("train", *without_rank, "--method", "bitfit", "--overwrite") == 0
+    names = {path.name for path in out.iterdir()}
+    assert {"weights.safetensors", "notes.txt"} <= names
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & names
+    assert (out / "checkpoints" / "mine").is_dir()
 
 
 def test_options_may_be_corrected_until_there_is_something_to_lose(

@@ -14,11 +14,14 @@ import torch
 from lora_fast import Report
 from lora_fast.training import artefacts, json_files
 from lora_fast.training.config import TrainConfig
+from lora_fast.training.errors import TrainingError
+from lora_fast.training.folder import RunFolder, stored_record
 from lora_fast.training.models import Base
 from lora_fast.training.trainer import Arm
 
 SUMMARY: dict[str, Any] = {
-    "results": {"lora_fast": {"held_out": {"roc_auc": 0.87654}, "losses": [0.7, 0.6, 0.5]}}
+    "results": {"lora_fast": {"held_out": {"roc_auc": 0.87654}, "losses": [0.7, 0.6, 0.5]}},
+    "resumed": [],
 }
 
 
@@ -49,14 +52,37 @@ def test_metrics_come_last_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError("disk")
 
     arms = {"lora_fast": Arm("lora_fast", [1.0, 0.5])}
+    run = RunFolder(tmp_path, TrainConfig(), resumed=False)
     with monkeypatch.context() as patch:
         patch.setattr(artefacts, "plot_losses", fails)
         with pytest.raises(OSError, match="disk"):
-            artefacts.save_artefacts(tmp_path, setting(), SUMMARY, arms, Report(()))
-    assert not (tmp_path / "metrics.json").exists()
-    artefacts.save_artefacts(tmp_path, setting(), SUMMARY, arms, Report(()))
+            artefacts.save_artefacts(run, setting(), SUMMARY, arms, Report(()))
+    assert list(tmp_path.iterdir()) == []
+    artefacts.save_artefacts(run, setting(), SUMMARY, arms, Report(()))
     assert json.loads((tmp_path / "metrics.json").read_text()) == SUMMARY
-    assert not list(tmp_path.glob("*.partial"))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"metrics.json", "README.md", "layers.txt", "loss.png", "saved", "run.json"}
+    assert {*stored_record(tmp_path)["files"], "run.json"} == names
+
+
+def test_a_file_that_came_while_a_run_trained_is_not_overwritten(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, TrainConfig(), resumed=False)
+    run.begin({}, [])
+    (tmp_path / "saved").write_text("mine")
+    arms = {"lora_fast": Arm("lora_fast", [1.0, 0.5])}
+    with pytest.raises(TrainingError, match="holds saved, which this run has not written: move"):
+        artefacts.save_artefacts(run, setting(), SUMMARY, arms, Report(()))
+    assert (tmp_path / "saved").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "run.json"}
+    (tmp_path / "saved").unlink()
+    artefacts.save_artefacts(run, setting(), SUMMARY, arms, Report(()))
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_the_card_says_where_the_run_went_on_with_other_inputs(tmp_path: Path) -> None:
+    resumed = [{"step": 20, "changed": ["--data", "--model"]}]
+    card = artefacts.model_card(setting(), {**SUMMARY, "resumed": resumed}, tmp_path)
+    assert "\n\nResumed at step 20 with another --data and --model.\n" in card
 
 
 def test_the_card_says_what_it_is(tmp_path: Path) -> None:

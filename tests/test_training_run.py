@@ -142,7 +142,7 @@ def test_what_metrics_json_holds(compared: Outcome) -> None:
     assert set(stored) == {
         "lora_fast", "versions", "device", "threads", "dtype", "model", "quantized", "config",
         "labels", "examples", "trainable_parameters", "total_parameters", "trainable_percent",
-        "fused", "baselines", "results", "comparison",
+        "fused", "baselines", "results", "comparison", "resumed",
     }  # fmt: skip
     for arm in stored["results"].values():
         assert set(arm) == {

@@ -9,14 +9,13 @@ import typer
 
 from lora_fast.training.config import BUILTIN, TrainConfig
 from lora_fast.training.errors import TrainingError
-from lora_fast.training.folder import RUNS, held
+from lora_fast.training.folder import COMPARISON_FILE, RUNS, compared_methods, open_comparison
 
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
 from .train import DEFAULT
 
 BUILTIN_STEPS = 60
-COMPARISON_FILE = "compare.json"
 
 
 def compare(
@@ -102,23 +101,16 @@ def _compare(
 
     from .results import show_comparison
 
-    with terminal, held(out) as folder:
+    with terminal, open_comparison(out, overwrite=overwrite) as folder:
         wanted = chosen_methods(methods)
-        if (folder / COMPARISON_FILE).exists() and not overwrite:
-            raise TrainingError(
-                f"{folder} already holds a comparison: replace it with --overwrite, "
-                "or choose another --out"
-            )
         found = compare_methods(config, wanted, seeds, folder, terminal)
     show_comparison(terminal.console, found, folder)
     return any("error" in row for row in found["methods"].values())
 
 
 def _interruption(stop: BaseException, out: Path) -> str:
-    import json
-
-    path = out / COMPARISON_FILE
-    if not path.exists():
+    done = compared_methods(out)
+    if not done:
         return "interrupted before the first method was finished"
-    done = len(json.loads(path.read_text())["methods"])
-    return f"interrupted; {path} and the table beside it have the {done} finished"
+    path = out / COMPARISON_FILE
+    return f"interrupted; {path} and the table beside it have the {len(done)} finished"

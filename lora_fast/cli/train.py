@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from lora_fast.training.config import TrainConfig, option_name
+from lora_fast.training.config import INPUTS, TrainConfig, option_name
 from lora_fast.training.errors import TrainingError
 from lora_fast.training.folder import RUNS, last_run, open_run
 
@@ -62,27 +62,45 @@ def train(
         out = out or last_run()
     with one_line_errors(out or RUNS, debug=debug):
         config = TrainConfig(**{f.name: context.params[f.name] for f in fields(TrainConfig)})
+        moved: dict[str, str] = {}
         if out and resume:
-            refuse_other_options(context, config, TrainConfig.load(out))
-        _train(config, out, resume=resume, overwrite=overwrite, debug=debug)
+            moved = refuse_other_options(context, config, TrainConfig.load(out))
+        _train(config, out, moved, resume=resume, overwrite=overwrite, debug=debug)
 
 
-def refuse_other_options(context: typer.Context, given: TrainConfig, stored: TrainConfig) -> None:
+def refuse_other_options(
+    context: typer.Context, given: TrainConfig, stored: TrainConfig
+) -> dict[str, str]:
     """Check that a resumed run is not asked to become another one.
+
+    Returns what it is to be made of, as far as that was given anew: the data, the base model.
 
     Raises:
         TrainingError: an option on the command line differs from the one the run began with.
     """
+    moved = {}
+    given = given.located()
     for field in fields(TrainConfig):
         source = context.get_parameter_source(field.name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
         asked, began = getattr(given, field.name), getattr(stored, field.name)
-        if source is not None and source.name == "COMMANDLINE" and asked != began:
+        if field.name in INPUTS and (asked is None) == (began is None):
+            moved[field.name] = asked
+        elif asked != began:
             option = option_name(field.name)
             raise TrainingError(f"--resume goes on with {option} {began}, got {option} {asked}")
+    return moved
 
 
 def _train(
-    config: TrainConfig, out: Path | None, *, resume: bool, overwrite: bool, debug: bool
+    config: TrainConfig,
+    out: Path | None,
+    moved: dict[str, str],
+    *,
+    resume: bool,
+    overwrite: bool,
+    debug: bool,
 ) -> None:
     from .console import Terminal, quiet_libraries
 
@@ -94,6 +112,7 @@ def _train(
 
     from .results import show_outcome
 
-    with terminal, open_run(out, config, resume=resume, overwrite=overwrite) as folder:
+    opened = open_run(out, config, resume=resume, overwrite=overwrite, moved=moved)
+    with terminal, opened as folder:
         outcome = run_training(folder, terminal)
     show_outcome(terminal.console, outcome)

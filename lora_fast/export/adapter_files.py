@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from ..training.errors import some
 from .safe_files import Entry, inside, read_json
 
 CONFIG, WEIGHTS, CHANGED = "adapter_config.json", "adapter_model.safetensors", "weights.safetensors"
 PREFIX = "base_model.model."
 # Initialisations that move the base weight away from what its checkpoint holds.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-SHOWN = 3
 
 Header = Mapping[str, Entry]
 
@@ -148,9 +148,3 @@ def _embeddings(model: Any) -> dict[str, tuple[int, ...]]:
             for key, tensor in module.named_parameters(recurse=False):
                 found[f"{name}.{key}"] = tuple(tensor.shape)
     return found
-
-
-def some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

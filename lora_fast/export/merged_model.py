@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..skeleton import load_config, skeleton
-from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header, some
+from ..training.errors import some
+from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header
 from .base_checkpoint import COMPANIONS, Weights, base_folder
 from .changes import Changes, changes_of
 from .model_writer import copy_files, write_shards

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..training.errors import some
 from .adapter_files import CONFIG as ADAPTER_CONFIG
 from .adapter_files import WEIGHTS as ADAPTER_WEIGHTS
 from .base_checkpoint import COMPANIONS, CONFIG
@@ -31,7 +32,6 @@ MODEL_FILES = (CONFIG, INDEX, *WEIGHTS, *COMPANIONS)
 # The last one is a file that safetensors had begun.
 BEGUN = (*MODEL_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ".tmp??????")
 BESIDE = "what is left beside out must be nothing but a model"
-SHOWN = 3
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -158,10 +158,8 @@ def _refuse_foreign(folder: Path, files: tuple[str, ...], wanted: str) -> None:
         if path.is_dir() or not any(fnmatchcase(path.name, name) for name in files)
     )
     if foreign:
-        more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise ValueError(
-            f"{wanted}, got {folder} with {', '.join(foreign[:SHOWN])}{more}: choose another "
-            "folder, or move them away"
+            f"{wanted}, got {folder} with {some(foreign)}: choose another folder, or move them away"
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from lora_fast import Report
 
 from .experiment import Experiment
-from .folder import METRICS_FILE
+from .folder import METRICS_FILE, RunFolder
 from .json_files import write_json
 from .methods import method_of
 from .plots import plot_losses, plot_ranks
@@ -24,7 +25,7 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 def save_artefacts(
-    out: Path,
+    folder: RunFolder,
     setting: Experiment,
     summary: dict[str, Any],
     arms: dict[str, Arm],
@@ -38,32 +39,40 @@ def save_artefacts(
     step. ``metrics.json`` comes last and in one piece: where it is, the rest is complete.
 
     Raises:
-        OSError: ``out`` cannot be written.
+        TrainingError: a file is in the way that the run has not written.
+        OSError: the folder cannot be written.
     """
-    _save_model(out, setting)
-    setting.base.tokenizer.save_pretrained(out)
-    (out / CARD_FILE).write_text(model_card(setting, summary, out), encoding="utf-8")
-    (out / REPORT_FILE).write_text(f"{layers}\n", encoding="utf-8")
-    plot_losses({name: arm.losses for name, arm in arms.items()}, out / PLOT_FILE)
-    if arms["lora_fast"].ranks:
-        plot_ranks(arms["lora_fast"].ranks, setting.config.r or 1, out / RANK_FILE)
-    write_json(summary, out / METRICS_FILE)
+    out = Path(os.path.abspath(folder.path))
+    with folder.publishing() as place:
+        _save_model(place, setting)
+        setting.base.tokenizer.save_pretrained(place)
+        card = model_card(setting, summary, out)
+        (place / CARD_FILE).write_text(card, encoding="utf-8")
+        (place / REPORT_FILE).write_text(f"{layers}\n", encoding="utf-8")
+        plot_losses({name: arm.losses for name, arm in arms.items()}, place / PLOT_FILE)
+        if arms["lora_fast"].ranks:
+            plot_ranks(arms["lora_fast"].ranks, setting.config.r or 1, place / RANK_FILE)
+        write_json(summary, place / METRICS_FILE)
 
 
-def _save_model(out: Path, setting: Experiment) -> None:
+def _save_model(place: Path, setting: Experiment) -> None:
     method = method_of(setting.config)
     if method.peft:
-        setting.model.save_pretrained(out, save_embedding_layers=False)
+        setting.model.save_pretrained(place, save_embedding_layers=False)
     if method.changes_weights:
-        save_weights(unwrapped(base_weights(setting.model)), out / WEIGHTS_FILE)
+        save_weights(unwrapped(base_weights(setting.model)), place / WEIGHTS_FILE)
     elif not method.peft:
-        save_weights(trained(setting.model), out / WEIGHTS_FILE)
+        save_weights(trained(setting.model), place / WEIGHTS_FILE)
 
 
 def model_card(setting: Experiment, summary: dict[str, Any], out: Path) -> str:
     """Return the README: what was trained, its scores, and code that loads it."""
     config, base, method = setting.config, setting.base, method_of(setting.config)
     scores = summary["results"]["lora_fast"]["held_out"]
+    resumed = "".join(
+        f"\n\nResumed at step {stage['step']} with another {' and '.join(stage['changed'])}."
+        for stage in summary["resumed"]
+    )
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
     options = "".join(f"{name} = {value}, " for name, value in method_options(config).items())
     return f"""---
@@ -75,7 +84,7 @@ tags: [{config.method}, lora_fast]
 # {method.title} for {base.title}
 
 Task: {config.task}. Data: {config.data}. {options}{"NF4" if base.quantized else "unquantised"} \
-base, {len(summary["results"]["lora_fast"]["losses"])} steps.
+base, {len(summary["results"]["lora_fast"]["losses"])} steps.{resumed}
 
 | held-out | |
 |---|---|

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -138,6 +139,15 @@ def early_stopping(patience: int, stored: dict[str, Any]) -> EarlyStoppingCallba
     callback = EarlyStoppingCallback(early_stopping_patience=patience)
     callback.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
     return callback
+
+
+class BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint where the run is now: its folder may have moved since."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = state.best_model_checkpoint
+        if best is not None:
+            state.best_model_checkpoint = str(Path(args.output_dir) / Path(best).name)
 
 
 class StopRequest(TrainerCallback):

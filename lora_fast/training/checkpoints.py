@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,64 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Trainer writes ``trainer_state.json`` last. A folder where it is absent or cut off belongs to a
     run that was killed while it wrote, and the checkpoint before it counts.
     """
+    return next((path for path in _newest_first(folder) if damage(path) is None), None)
+
+
+def damaged_checkpoints(folder: Path) -> dict[str, str]:
+    """Return the checkpoints that are newer than the last complete one, and what each lacks."""
+    found = {}
+    for path in _newest_first(folder):
+        lack = damage(path)
+        if lack is None:
+            break
+        found[path.name] = lack
+    return found
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return the file that is absent, cut off or spoilt in ``checkpoint``, None where all is well.
+
+    torch's files are archives with checksums; safetensors has the sizes of its tensors.
+    """
+    for name in (STATE, *NEEDED):
+        try:
+            whole = _is_whole(checkpoint / name)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            whole = False
+        if not whole:
+            return name
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
     numbered = []
     for path in folder.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and path.is_dir():
             numbered.append((int(match[1]), path))
-    return next((path for _, path in sorted(numbered, reverse=True) if is_complete(path)), None)
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether Trainer finished writing ``checkpoint``."""
-    try:
-        state = json.loads((checkpoint / STATE).read_text())
-    except (OSError, ValueError):
-        return False
-    return "global_step" in state and all((checkpoint / name).is_file() for name in NEEDED)
+def _is_whole(path: Path) -> bool:
+    status = path.stat()
+    return _checked(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _checked(path: Path, size: int, changed: int) -> bool:
+    """Whether the file of that size and time is whole: read once, however often it is asked for."""
+    if path.name == STATE:
+        return "global_step" in json.loads(path.read_text())
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                return False
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        return size == 8 + length + max(ends, default=0)
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -27,6 +27,7 @@ from .data import load_rows
 from .errors import Interrupted, TrainingError, explain_write_failure, first_line
 from .events import Observer, Silent
 from .experiment import Experiment
+from .folder import COMPARISON_FILE
 from .json_files import write_json
 from .measurement import (
     Batch,
@@ -44,10 +45,9 @@ from .run import Material, assemble, check_machine, complete, evaluate, read_mat
 from .summary import method_options, training_batches
 from .trainer import train_arm, training_arguments
 
-COMPARISON_FILE = "compare.json"
 TABLE_FILE = "compare.md"
 PICTURE_FILE = "compare.png"
-WORK_FOLDER = "work"
+WORK_FOLDER = ".work"
 TIMED_BATCHES = 4
 SCORES = {"classification": ("accuracy", "f1", "roc_auc"), "causal-lm": ("loss", "perplexity")}
 
@@ -126,6 +126,7 @@ def compare_methods(
     found = _opening(config, base, material, seeds)
     for name, text in facts(found):
         observer.fact(name, text)
+    _begin(found, out)
     resident = torch.cuda.memory_allocated() if base.device.type == "cuda" else 0
     floor = Floor(freeze(base.model), resident)
     for number, name in enumerate(methods, start=1):
@@ -305,6 +306,13 @@ def _reason(error: Exception, out: Path) -> str:
     if isinstance(error, TrainingError):
         return str(error)
     return explain_write_failure(error, out) or f"{type(error).__name__}: {first_line(error)}"
+
+
+def _begin(found: Result, out: Path) -> None:
+    """Make the folder that of this comparison; the files of one before go."""
+    for name in (TABLE_FILE, PICTURE_FILE):
+        (out / name).unlink(missing_ok=True)
+    write_json(found, out / COMPARISON_FILE)
 
 
 def _save(found: Result, out: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ QUANTIZERS = ("nf4", "none")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONFIG_FILE = "run.json"
+# Where run.json keeps what a run writes down beside its options.
+RECORD = "record"
+# Options that name what a run is made of.
+INPUTS = ("model", "data", "eval_data")
 
 BUILTIN_STEPS = 300
 BUILTIN_MAX_LENGTH = 64
@@ -127,9 +133,19 @@ class TrainConfig:
             **options,
         )
 
-    def save(self, folder: Path) -> None:
+    def located(self) -> TrainConfig:
+        """Return the same run with absolute paths, so that it can go on from any folder."""
+        names = {name: getattr(self, name) for name in INPUTS}
+        paths: dict[str, Any] = {
+            name: absolute(value) if name == "model" else os.path.abspath(value)
+            for name, value in names.items()
+            if value not in (None, BUILTIN)
+        }
+        return replace(self, **paths)
+
+    def save(self, folder: Path, record: Mapping[str, Any] | None = None) -> None:
         """Write the options to ``folder/run.json``, where ``--resume`` finds them."""
-        write_json(asdict(self), folder / CONFIG_FILE)
+        write_json({**asdict(self), RECORD: dict(record or {})}, folder / CONFIG_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> TrainConfig:
@@ -141,14 +157,21 @@ class TrainConfig:
         path = folder / CONFIG_FILE
         try:
             stored: dict[str, Any] = json.loads(path.read_text())
+            stored.pop(RECORD, None)
             unknown = set(stored) - {field.name for field in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown options {sorted(unknown)}")
             return cls(**stored)
         except FileNotFoundError:
             raise TrainingError(f"nothing to resume: {folder} holds no run") from None
-        except (OSError, ValueError, TypeError, TrainingError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, TrainingError) as error:
             raise TrainingError(f"cannot resume: {path} is unreadable ({error})") from error
+
+
+def absolute(model: str) -> str:
+    """Return the absolute path of a model's folder; a name of the hub as it is."""
+    local = model.startswith((".", "/")) or Path(model).is_dir()
+    return os.path.abspath(model) if local else model
 
 
 def option_name(field: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 _NO_SPACE = ("No space left on device", "os error 28")
+SHOWN = 3
 _CUT_OFF = ("PytorchStreamWriter failed writing file", "unexpected pos")
 
 
@@ -47,3 +49,9 @@ def explain_write_failure(error: BaseException, folder: Path) -> str | None:
         where = getattr(error, "filename", None) or folder
         return f"cannot write {where}: {os.strerror(number)}"
     return None
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -6,14 +6,16 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .checkpoints import ARMS, CHECKPOINTS, latest_step
-from .config import CONFIG_FILE, TrainConfig
-from .errors import Interrupted, TrainingError
+from .config import CONFIG_FILE, RECORD, TrainConfig
+from .errors import Interrupted, TrainingError, some
 
 try:
     import fcntl
@@ -22,15 +24,40 @@ except ImportError:  # not on Windows
 
 RUNS = Path("runs")
 METRICS_FILE = "metrics.json"
+COMPARISON_FILE = "compare.json"
+STAGING = ".saving"
+# What every run writes when it ends, beside its tokenizer's files, whose names differ.
+ARTEFACTS = (
+    METRICS_FILE,
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "weights.safetensors",
+    "layers.txt",
+    "loss.png",
+    "effective_rank.png",
+)
+# By these options run.json is told from any other file of that name.
+MARKS = frozenset({"model", "data", "task", "method"})
+EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
 class RunFolder:
-    """A run's folder and options. ``resumed``: the folder holds the run already."""
+    """A run's folder and options. ``resumed``: the folder holds the run already.
 
-    def __init__(self, path: Path, config: TrainConfig, *, resumed: bool) -> None:
+    ``moved`` are inputs of a resumed run (``data``, ``eval_data``, ``model``) that were given anew.
+    ``record`` is what ``run.json`` holds beside the options: ``inputs``, what the run was made of;
+    ``resumed``, the steps at which it went on with other ones; ``files``, all it has written.
+    """
+
+    def __init__(
+        self, path: Path, config: TrainConfig, *, resumed: bool, moved: Mapping[str, str] = EMPTY
+    ) -> None:
         self.path = path
-        self.config = config
+        self.config = replace(config, **dict[str, Any](moved))
         self.resumed = resumed
+        self.moved = moved
+        self.record: dict[str, Any] = stored_record(path) if resumed else {}
         self._begun = False
 
     def results(self) -> dict[str, Any] | None:
@@ -41,21 +68,64 @@ class RunFolder:
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
-    def begin(self) -> None:
-        """Make the folder that of this run: its options go in, the run before goes out."""
-        if self.resumed:
+    def begin(self, inputs: dict[str, Any], changed: list[str]) -> None:
+        """Make the folder that of this run: its options go in, the run before goes out.
+
+        ``changed`` names the inputs of a resumed run that are other ones now.
+        """
+        if not self.resumed:
+            self._clear()
+        elif changed:
+            stage = {"step": latest_step(self.path) or 0, "changed": changed}
+            self.record.setdefault("resumed", []).append(stage)
+        elif self.record.get("inputs"):
             return
-        self._clear()
-        self.config.save(self.path)
-        self._begun = True
+        self.record["inputs"] = inputs
+        self._save()
+        self._begun = not self.resumed
 
     def give_up(self) -> None:
         """Leave no run where the one that began has saved nothing that it could go on from."""
         if self._begun and not holds_run(self.path):
             self._clear()
 
+    @contextmanager
+    def publishing(self) -> Iterator[Path]:
+        """A folder to write files to, which then become those of the run, ``metrics.json`` last.
+
+        Raises:
+            TrainingError: a file of that name is there that the run has not written.
+        """
+        staging = self.path / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+            names = sorted(path.name for path in staging.iterdir())
+            self._check_free(names)
+            self.record["files"] = sorted({*self.record.get("files", []), *names})
+            self._save()
+            for name in sorted(names, key=lambda name: name == METRICS_FILE):
+                os.replace(staging / name, self.path / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _check_free(self, names: Iterable[str]) -> None:
+        own = self.record.get("files", [])
+        there = [name for name in names if name not in own and (self.path / name).exists()]
+        if there:
+            raise TrainingError(
+                f"{self.path} holds {some(there)}, which this run has not written: move it away "
+                f"and go on with: lora-fast train --resume --out {self.path}"
+            )
+
+    def _save(self) -> None:
+        self.config.located().save(self.path, self.record)
+
     def _clear(self) -> None:
-        (self.path / METRICS_FILE).unlink(missing_ok=True)
+        own = {*stored_record(self.path).get("files", []), *ARTEFACTS} if is_run(self.path) else ()
+        for name in own:
+            (self.path / name).unlink(missing_ok=True)
         for arm in ARMS:
             shutil.rmtree(self.path / CHECKPOINTS / arm, ignore_errors=True)
         with suppress(OSError):  # absent, or it holds checkpoints of others
@@ -66,15 +136,21 @@ class RunFolder:
 
 @contextmanager
 def open_run(
-    out: Path | None, config: TrainConfig, *, resume: bool, overwrite: bool
+    out: Path | None,
+    config: TrainConfig,
+    *,
+    resume: bool,
+    overwrite: bool,
+    moved: Mapping[str, str] = EMPTY,
 ) -> Iterator[RunFolder]:
     """Hold ``out``, or the next free ``runs/N``, for a run with the options in ``config``.
 
-    Resuming, the options are those stored in ``out``, or in the last run in ``runs``. A run that
-    ends before it has saved anything leaves the folder as if it had never begun.
+    Resuming, the options are those stored in ``out``, or in the last run in ``runs``, but for the
+    inputs in ``moved``. A run that ends before it has saved anything leaves the folder as if it had
+    never begun. Files that no run has written are never touched.
 
     Raises:
-        TrainingError: ``out`` holds another run, none to resume, or is in use.
+        TrainingError: ``out`` holds another run, or what is no run; none to resume; or is in use.
         Interrupted: for KeyboardInterrupt.
         OSError: ``out`` cannot be written.
     """
@@ -82,17 +158,103 @@ def open_run(
         out = out or last_run()
         config = TrainConfig.load(out)
     with held(out) as path:
-        if holds_run(path) and not (resume or overwrite):
-            raise TrainingError(
-                f"{path} already holds a run: continue it with --resume, replace it with "
-                "--overwrite, or choose another --out"
-            )
-        folder = RunFolder(path, config, resumed=resume)
+        folder = RunFolder(path, config, resumed=resume, moved=moved)
+        if not overwrite:
+            _check_place(folder)
+        elif not is_run(path):
+            _refuse_files(path, "run of lora-fast train")
         try:
             yield folder
         except BaseException:
             folder.give_up()
             raise
+
+
+def _check_place(folder: RunFolder) -> None:
+    path = folder.path
+    if not is_run(path):
+        _refuse_files(path, "run of lora-fast train")
+    elif not folder.resumed and holds_run(path):
+        raise TrainingError(
+            f"{path} already holds a run: continue it with --resume, replace it with "
+            "--overwrite, or choose another --out"
+        )
+    elif not (folder.resumed and (path / METRICS_FILE).exists()):
+        own = stored_record(path).get("files", [])
+        there = [name for name in ARTEFACTS if name not in own and (path / name).exists()]
+        if there:
+            raise TrainingError(
+                f"{path} holds {some(there)}, which its run has not written and would overwrite "
+                "when it ends: move it away, or choose another --out"
+            )
+
+
+@contextmanager
+def open_comparison(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
+    """Hold ``out``, or the next free ``runs/N``, for a comparison.
+
+    One that ends before its first method has ended leaves the folder as if it had never begun.
+
+    Raises:
+        TrainingError: ``out`` holds another comparison, or what is none, or is in use.
+        Interrupted: for KeyboardInterrupt.
+        OSError: ``out`` cannot be written.
+    """
+    with held(out) as path:
+        finished = compared_methods(path)
+        if finished is None:
+            _refuse_files(path, "comparison of lora-fast")
+        elif finished and not overwrite:
+            raise TrainingError(
+                f"{path} already holds a comparison: replace it with --overwrite, "
+                "or choose another --out"
+            )
+        try:
+            yield path
+        except BaseException:
+            if compared_methods(path) == []:
+                (path / COMPARISON_FILE).unlink()
+            raise
+
+
+def compared_methods(out: Path) -> list[str] | None:
+    """Return the methods that the comparison in ``out`` has finished, None if there is none."""
+    try:
+        found = json.loads((out / COMPARISON_FILE).read_text())
+        return list(found["methods"]) if found.keys() >= {"baselines", "config", "seeds"} else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _refuse_files(path: Path, kind: str) -> None:
+    """Check that ``path`` is empty, and say what stands in the way of a new ``kind`` if it is not.
+
+    Raises:
+        TrainingError: there is something in it.
+    """
+    names = sorted(entry.name for entry in path.iterdir())
+    if names:
+        raise TrainingError(
+            f"{path} holds {some(names)}, and no {kind}: choose a new or empty folder for --out"
+        )
+
+
+def is_run(out: Path) -> bool:
+    """Whether ``out`` is the folder of a run: ``run.json`` there holds options of one."""
+    try:
+        stored = json.loads((out / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and stored.keys() >= MARKS
+
+
+def stored_record(out: Path) -> dict[str, Any]:
+    """Return what the run in ``out`` has written down beside its options."""
+    try:
+        found = json.loads((out / CONFIG_FILE).read_text()).get(RECORD)
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def holds_run(out: Path) -> bool:

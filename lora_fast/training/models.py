@@ -17,7 +17,7 @@ from lora_fast.four_bit import is_four_bit
 from lora_fast.hub import check_hub
 
 from .adapters import CLASSIFICATION_HEADS
-from .config import BUILTIN, TrainConfig
+from .config import BUILTIN, TrainConfig, absolute
 from .errors import TrainingError, first_line
 from .methods import method_of
 
@@ -122,7 +122,8 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
         raise TrainingError(f"--quantize nf4: {name} has no linear layers to quantise")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
-    return Base(name, model, tokenizer, dtype, device, skipped if quantize else None, new_modules)
+    left = skipped if quantize else None
+    return Base(absolute(name), model, tokenizer, dtype, device, left, new_modules)
 
 
 def quantization_config(dtype: torch.dtype, skipped: list[str] | None) -> Any:
@@ -198,7 +199,7 @@ def _load(
         options = {**options, "quantization_config": quantization_config(options["dtype"], skipped)}
     torch.manual_seed(config.seed)
     try:
-        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(absolute(name), output_loading_info=True, **options)
     except Exception as error:  # unreadable files surface as many kinds of error
         raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error
     mismatched = [entry[0] for entry in info["mismatched_keys"]]

@@ -22,6 +22,7 @@ from .errors import TrainingError
 from .events import Observer
 from .experiment import Experiment
 from .folder import RunFolder
+from .inputs import changed, inputs_of
 from .json_files import finite
 from .methods import method_of
 from .summary import arm_summary, comparison_summary, facts, run_summary
@@ -67,10 +68,16 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
         observer.note(f"The run in {out} is finished: nothing is left to train.")
         return Outcome(out, finished, None)
     check_machine(config)
-    setting = _set_up(config, observer)
+    observer.stage("Reading the data")
+    rows = load_rows(config)
+    inputs = inputs_of(config, rows)
+    other = changed(folder.record.get("inputs", {}), inputs, config, set(folder.moved))
+    for option, what in other.items():
+        observer.note(f"Going on with another {option}: {what}")
+    setting = _set_up(config, rows, observer)
     for name, text in facts(setting):
         observer.fact(name, text)
-    folder.begin()
+    folder.begin(inputs, list(other))
     initial = capture(setting.model, frozen=method_of(config).changes_weights)
     arms: dict[str, Arm] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -83,11 +90,12 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
         results[name] = arm_summary(arms[name], setting, evaluate(setting))
     layers = report(setting.model)
     found = run_summary(setting, layers, results)
+    found["resumed"] = folder.record.get("resumed", [])
     if config.compare:
         observer.stage("Timing stock PEFT and lora_fast in turns")
         found["comparison"] = comparison_summary(arms["stock"], arms["lora_fast"], setting, results)
     observer.stage("Saving")
-    save_artefacts(out, setting, found, arms, layers)
+    save_artefacts(folder, setting, found, arms, layers)
     return Outcome(out, finite(found), layers)
 
 
@@ -182,9 +190,7 @@ def evaluate(setting: Experiment) -> metrics.Scores:
     return score(setting.model, setting.held_out, setting.collator, setting.base.dtype)
 
 
-def _set_up(config: TrainConfig, observer: Observer) -> Experiment:
-    observer.stage("Reading the data")
-    rows = load_rows(config)
+def _set_up(config: TrainConfig, rows: Rows, observer: Observer) -> Experiment:
     observer.stage("Loading the model")
     base = models.load_base(config, rows.labels)
     if base.new_modules:

@@ -90,7 +90,7 @@ def run_summary(
         "dtype": str(setting.base.dtype).removeprefix("torch."),
         "model": setting.base.name,
         "quantized": "nf4" if setting.base.quantized else "none",
-        "config": asdict(setting.config),
+        "config": asdict(setting.config.located()),
         "labels": setting.rows.labels,
         "examples": {
             "train": len(setting.train),

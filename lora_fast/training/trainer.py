@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from .callbacks import (
+    BestCheckpoint,
     CallCounter,
     Progress,
     RankAllocation,
@@ -24,6 +25,7 @@ from .callbacks import (
 from .checkpoints import (
     CHECKPOINTS,
     WEIGHTS,
+    damaged_checkpoints,
     latest_checkpoint,
     step_of,
     stored_attributes,
@@ -92,7 +94,13 @@ class OrderedTrainer(Trainer):
         save_weights(capture(self.model, frozen=self.changes_weights), folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        try:
+            restore(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        except ValueError as error:
+            raise TrainingError(
+                f"cannot go on from step {step_of(Path(resume_from_checkpoint))}: "
+                f"{first_line(error)}"
+            ) from error
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -112,6 +120,9 @@ def train_arm(
     """
     folder = out / CHECKPOINTS / name
     checkpoint = latest_checkpoint(folder)
+    for damaged, lack in damaged_checkpoints(folder).items():
+        instead = f"from step {step_of(checkpoint)}" if checkpoint else "from the beginning"
+        observer.note(f"{damaged} is not whole ({lack}): going on {instead}")
     if checkpoint is not None and _has_ended(checkpoint, setting):
         return _finished_arm(name, setting.model, checkpoint)
     request, ranks = StopRequest(), EffectiveRanks()
@@ -149,7 +160,7 @@ def _build_trainer(
         callbacks = [RankAllocation(), *callbacks]
     if config.early_stopping:
         stored = stored_attributes(checkpoint, EARLY)
-        callbacks = [*callbacks, early_stopping(config.early_stopping, stored)]
+        callbacks = [*callbacks, BestCheckpoint(), early_stopping(config.early_stopping, stored)]
     try:
         args = training_arguments(config, folder, setting.steps, setting.base.dtype)
         optimizer = method.optimize(model, args, config, setting.steps, method.head_rate)

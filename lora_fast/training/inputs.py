@@ -1,0 +1,72 @@
+"""What a run is made of, its examples and its base model, told again when it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from lora_fast.export.fingerprint import weights_fingerprint
+from lora_fast.hub import cached_folder
+
+from .config import TrainConfig, option_name
+from .data import Row, Rows
+from .errors import TrainingError
+from .models import resolve_model
+
+Inputs = dict[str, Any]
+
+
+def inputs_of(config: TrainConfig, rows: Rows) -> Inputs:
+    """Return a digest of each input by the name of its option, as ``run.json`` keeps them.
+
+    Examples count as they were read, not as the bytes of their file. A base whose weights are not
+    in safetensors, or not here, has None.
+    """
+    sides = {"data": rows.train, "eval_data": rows.held_out}
+    if config.eval_data is None:
+        sides = {"data": [*rows.train, *rows.held_out]}
+    found: Inputs = {name: _digest(side, rows.labels) for name, side in sides.items()}
+    folder = cached_folder(resolve_model(config.model))
+    found["model"] = {"weights": weights_fingerprint(folder) if folder else None}
+    return found
+
+
+def changed(before: Inputs, now: Inputs, config: TrainConfig, given: set[str]) -> dict[str, str]:
+    """Return which inputs are other ones than ``before``, by option, and what differs.
+
+    Those in ``given`` were given on purpose when the run was resumed.
+
+    Raises:
+        TrainingError: an input has changed that was not given, or the labels have.
+    """
+    found = {}
+    value: Any
+    for name, value in now.items():
+        old: Any = before.get(name, value)
+        if value == old:
+            continue
+        option = f"{option_name(name)} {getattr(config, name)}"
+        if name == "model":
+            what = "other weights than when the run began"
+        elif value["labels"] != old["labels"]:
+            raise TrainingError(
+                f"{option}: its labels are other ones than when the run began: start another run"
+            )
+        else:
+            counts = f"{old['count']} then, {value['count']} now"
+            what = f"other examples than when the run began ({counts})"
+        if name not in given:
+            raise TrainingError(
+                f"{option}: {what}; put the old ones back, or repeat {option_name(name)} beside "
+                "--resume to go on all the same"
+            )
+        found[option_name(name)] = what
+    return found
+
+
+def _digest(rows: list[Row], labels: list[str]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return {"count": len(rows), "sha256": digest.hexdigest(), "labels": labels}
