@@ -243,6 +243,11 @@ def uses_mma_sync(config: GemmConfig, dtype: torch.dtype, arch: int | None) -> b
     return config.BLOCK_M < 64 or not (arch == 90 or _has_tensor_memory(arch))
 
 
+def settles_products(dtype: torch.dtype, arch: int | None) -> bool:
+    """Whether a product whose operand is made in registers has to end with its iteration: wgmma."""
+    return arch == 90 and dtype.itemsize == 2
+
+
 # Thread instructions that a GPU issues in the time of one byte of memory traffic: 19.5 T/s over 2
 # TB/s (A100), 28 over 2.8 (H100), 35 over 8 (B200). On consumer parts (41 over 1.0, 52 over 1.8)
 # half of that, since their L2 holds a good part of a dense weight.

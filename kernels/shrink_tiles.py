@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .tiles import load_factor, load_tile, sum_partials, tile_pointers
+from .tiles import load_factor, load_tile, settled, sum_partials, tile_pointers
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def load_spans(spans_ptr, offs_m, rows_per_sample, M, R):
 def _shrink_tile(
     member, b_ptr, d_ptr, g_ptr, keep_scale, seed_low, seed_high, threshold, offs_m, offs_r, M,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S[m, r] = X[m, :] · in[:, r] in float32, with dropout on X or g on the factor."""
     dtype = member.x_ptr.dtype.element_ty
@@ -53,6 +53,8 @@ def _shrink_tile(
         if HAS_g:
             factor = times_gain(factor, g_ptr, offs_k, member.K)
         acc = tl.dot(x, factor, acc, input_precision=PRECISION)
+        if DROPOUT and SETTLES:
+            acc = settled(acc)
     if DROPOUT:
         acc *= tl.cast(keep_scale, tl.float32)
     if IN_IS_B:
@@ -65,7 +67,7 @@ def _store_chunk(
     member, num_partials, first_r, offs_m, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr,
     keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr,
+    HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store BLOCK_S × BLOCK_R of a member's S, from column first_r of it on."""
@@ -86,7 +88,7 @@ def _store_chunk(
             S = _shrink_tile(
                 member, b_ptr, d_ptr, g_ptr, keep_scale, seed_low, seed_high, threshold,
                 offs_m, offs_r, M, IN_IS_B, HAS_b, HAS_d, HAS_g and IN_IS_B,
-                DROPOUT and not IN_IS_B, PAIRS, BLOCK_S, BLOCK_K, BLOCK_R, PRECISION,
+                DROPOUT and not IN_IS_B, PAIRS, SETTLES, BLOCK_S, BLOCK_K, BLOCK_R, PRECISION,
             )  # fmt: skip
     if HAS_SPANS:
         columns = offs_r[None, :]
@@ -101,8 +103,9 @@ def produce(
     strip, chunk, members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
     keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store one chunk of the members' ranks for BLOCK_S rows, then raise their row block's flag."""
     offs_m = strip * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -114,7 +117,7 @@ def produce(
                 members[i], num_partials[i], chunk * BLOCK_R, offs_m, s_ptr, b_ptr, d_ptr, g_ptr,
                 spans_ptr, keep_scale, seed_low, seed_high, threshold, M, rows_per_sample,
                 stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS,
-                BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+                SETTLES, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
             )  # fmt: skip
         chunk -= chunks
     # Every warp's part of S must be stored before one thread releases the flag.

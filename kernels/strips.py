@@ -19,10 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import current_arch, pick_strips, precision_of, rank_block, row_ranges
+from .configs import (
+    current_arch,
+    pick_strips,
+    precision_of,
+    rank_block,
+    row_ranges,
+    settles_products,
+)
 from .dropout import Dropout, drop, drops_pairs
 from .fitting import drops_to_smaller
-from .tiles import load_factor, load_tile, tile_pointers
+from .tiles import load_factor, load_tile, settled, tile_pointers
 from .workspace import sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
@@ -57,8 +64,8 @@ def _walk_rows(
     M, L, R, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     PROJECTS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GAIN_GRAD: tl.constexpr,
-    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x, Σ x ⊙ V; stores dS partials."""
     dtype = x_ptr.dtype.element_ty
@@ -81,14 +88,18 @@ def _walk_rows(
         x = load_tile(x_ptr, offs_m, offs_l, stride_xm, stride_xl, last_m, L)
         if DROPOUT:
             x = drop(x, seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L, PAIRS)
+        if OUTER:
+            S = load_tile(s_ptr, offs_m, offs_r, stride_sm, 1, last_m, R)
+            T = tl.dot(tl.trans(x), S, T, input_precision=PRECISION)
+            if DROPOUT and SETTLES:
+                T = settled(T)
+        # After T: the conversion of dS, generic writes to shared memory, would stand between the
+        # fence and T's products, and ptxas would run these one by one.
         if PROJECTS:
             # Scaled after the product: s · B can be too small for float16.
             dS = tl.dot(x, factor, input_precision=PRECISION) * tl.cast(scaling, tl.float32)
             mask = (offs_m < last_m)[:, None] & (offs_r < R)[None, :]
             tl.store(tile_pointers(ds_ptr, offs_m, offs_r, R, 1), dS, mask=mask)
-        if OUTER:
-            S = load_tile(s_ptr, offs_m, offs_r, stride_sm, 1, last_m, R)
-            T = tl.dot(tl.trans(x), S, T, input_precision=PRECISION)
         if SUMS:
             tile_sums, tile_products = _column_sums(
                 x, v_ptr, offs_m, offs_l, last_m, L, stride_vm, stride_vl, GAIN_GRAD
@@ -168,8 +179,8 @@ def strips(
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     SCALES: tl.constexpr, PROJECTS: tl.constexpr, OUTER: tl.constexpr, GRAD: tl.constexpr,
     GRAD_b: tl.constexpr, GRAD_d: tl.constexpr, GRAD_g: tl.constexpr, GRAD_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns, range of rows, chunk of the rank)."""
     block, rows, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -186,7 +197,7 @@ def strips(
         first_m, last_m, block * BLOCK_L, chunk * BLOCK_R, M, L, R,
         stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
         HAS_b, HAS_d, HAS_g, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT, PAIRS,
-        BLOCK_M, BLOCK_L, BLOCK_R, PRECISION,
+        SETTLES, BLOCK_M, BLOCK_L, BLOCK_R, PRECISION,
     )  # fmt: skip
     if OUTER:
         t_rows = t_ptr + tl.cast(rows, tl.int64) * L * R
@@ -288,6 +299,7 @@ def _launch(
     config, x, S, V, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
 ):  # fmt: skip
     M, L = x.shape
+    arch = current_arch()
     BLOCK_R = rank_block(R)
     blocks = -(-L // config.BLOCK_L)
     chunks = -(-R // BLOCK_R) if wanted.outer or projects else 1
@@ -310,7 +322,8 @@ def _launch(
         HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         SCALES=scales, PROJECTS=projects, OUTER=wanted.outer, GRAD=grad is not None,
         GRAD_b=wanted.b, GRAD_d=wanted.d, GRAD_g=wanted.g, GRAD_BIAS=wanted.bias,
-        DROPOUT=dropout.p > 0.0, PAIRS=drops_pairs(x.dtype, current_arch()),
+        DROPOUT=dropout.p > 0.0, PAIRS=drops_pairs(x.dtype, arch),
+        SETTLES=settles_products(x.dtype, arch),
         BLOCK_M=config.BLOCK_M, BLOCK_L=config.BLOCK_L, BLOCK_R=BLOCK_R,
         PRECISION=precision_of(x.dtype), num_warps=config.num_warps, enable_fp_fusion=True,
         # A pipelined tile that is summed and multiplied loses its wait: Triton 3.7.1 lets cp.async

@@ -34,6 +34,7 @@ from .configs import (
     pick_gemm,
     precision_of,
     rank_block,
+    settles_products,
     uses_mma_sync,
 )
 from .descriptors import descriptors_of
@@ -131,6 +132,7 @@ def _take(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, MASK_PARTS: tl.constexpr,
     PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, PAIRS: tl.constexpr,
+    SETTLES: tl.constexpr,
 ):  # fmt: skip
     """Produce S, or a tile of the output, at the place of the ticket."""
     if not WRITES_Y or (MAKES_S and produces):
@@ -138,7 +140,7 @@ def _take(
             across, down, members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
             keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
             IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS,
-            BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+            SETTLES, BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
         )  # fmt: skip
     else:
         consume(
@@ -163,6 +165,7 @@ def ticketed_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, MASK_PARTS: tl.constexpr,
     PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, PAIRS: tl.constexpr,
+    SETTLES: tl.constexpr,
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
@@ -184,7 +187,7 @@ def ticketed_gemm(
         stride_sm, stride_ym,
         IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, WRITES_Y, SAVES_V,
         DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, MASK_PARTS,
-        PRECISION, SHUFFLES, MMA_SYNC, PAIRS,
+        PRECISION, SHUFFLES, MMA_SYNC, PAIRS, SETTLES,
     )  # fmt: skip
     if MAKES_S:
         finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
@@ -307,7 +310,7 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
         BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, MASK_PARTS=config.MASK_PARTS,
         PRECISION=precision_of(x.dtype),
         SHUFFLES=arch is not None, MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
-        PAIRS=drops_pairs(x.dtype, arch),
+        PAIRS=drops_pairs(x.dtype, arch), SETTLES=settles_products(x.dtype, arch),
         num_warps=config.num_warps, num_stages=config.num_stages,
         # absmax = code2 · absmax2 + offset has to be rounded twice, as bitsandbytes does.
         enable_fp_fusion=not packed,

@@ -16,6 +16,16 @@ def tile_pointers(ptr, offs_0, offs_1, stride_0, stride_1):
 
 
 @triton.jit
+def settled(acc):
+    """acc, to which no product is adding any more: an instruction that does nothing waits for it.
+
+    Where the operand of a wgmma is made in registers, as dropout makes it, Triton 3.7 leaves the
+    last one of an iteration running into the next, and ptxas then runs all of them one by one.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
+
+
+@triton.jit
 def load_tile(ptr, offs_0, offs_1, stride_0, stride_1, size_0, size_1):
     """The tile [offs_0, offs_1], zero outside of [0, size_0) × [0, size_1)."""
     mask = (offs_0 < size_0)[:, None] & (offs_1 < size_1)[None, :]

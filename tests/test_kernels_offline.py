@@ -1,7 +1,8 @@
 """Every kernel × shipped configuration, compiled through its launcher for GPUs that are not there.
 
 Asserted of each launch: no local memory (spilled registers), shared memory within the device's
-limit, and matrix products on the tensor cores of its generation, for float32 (IEEE) on none.
+limit, and matrix products on the tensor cores of its generation, for float32 (IEEE) on none; that
+asynchronous products are fenced from generic writes, and that none has to wait for the one before.
 
 N and K are multiples of 16 here, as in every transformer. Rows that start off 16 bytes load element
 by element; such kernels are proved to be right elsewhere, not to be fast.
@@ -29,10 +30,11 @@ from lora_fast.kernels import (
     weight_update,
 )
 from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.triton_version import VERSION
 from triton.runtime.jit import JITFunction
 
 import lora_fast
-from bench import resources, sass, stub_driver
+from bench import async_products, resources, sass, stub_driver
 from lora_fast.functional import Member, adapted_linear, adapted_linears
 
 pytestmark = pytest.mark.offline
@@ -64,12 +66,14 @@ FP32 = Case("fp32", dtype=torch.float32, adapter_dtype=torch.float32)
 R64 = Case("bf16-r64", R=64)
 R100 = Case("bf16-r100", R=100)  # rows off 16 bytes, and a last chunk of 36
 DROPOUT = replace(PLAIN, name="bf16-dropout", dropout_p=0.1)
+# A in bfloat16, and as many ranks as leave a product running into the next iteration.
+DROPOUT_R32 = Case("bf16-dropout-r32", R=32, dropout_p=0.1)
 DORA = replace(PLAIN, name="bf16-dora", gains="g")
 ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains="bdg")
 CASES: dict[int, list[Case]] = {
     80: [R64, R100, replace(FP32, name="fp32-r64", R=64), DORA],
     89: [R100, FP32, DROPOUT],
-    90: [R100, replace(FP32, name="fp32-r100", R=100), ALL_FACTORS, DORA],
+    90: [R100, replace(FP32, name="fp32-r100", R=100), ALL_FACTORS, DORA, DROPOUT_R32],
     100: [R64, FP32, DROPOUT, DORA],
     120: [R100, replace(FP32, name="fp32-r64", R=64)],
 }
@@ -131,6 +135,18 @@ def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     assert found.ctas_per_sm >= 1, f"{launch.name} does not fit: {found}"
 
 
+def _assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
+    """Nothing generic between a fence and a product, and no wgmma that waits for another one.
+
+    Before 3.7 Triton fenced no product from what cp.async wrote (docs/kernels.md).
+    """
+    ptx = launch.kernel.text("ptx")
+    if VERSION >= (3, 7):
+        assert async_products.unfenced(ptx) == [], launch.name
+    if arch == 90:
+        assert async_products.serialised(ptx) == [], launch.name
+
+
 def _expected_mma(launch: stub_driver.Launch, arch: int) -> set[str]:
     """The products of the generation; mma.sync for tiles that its larger ones do not fit."""
     arguments = launch.arguments
@@ -146,6 +162,7 @@ def test_a_training_step_fits_the_device(arch: int, case: Case) -> None:
     assert log.names == ["ticketed_gemm", "strips", "ticketed_gemm", "strips"]
     for launch in log.launches:
         _assert_fits(launch, arch)
+        _assert_products_run_on(launch, arch)
         found = launch.kernel.resources
         expected = _expected_mma(launch, arch)
         assert set(found.mma) == expected, f"{launch.name}: {found.mma}"
@@ -160,6 +177,7 @@ def test_a_group_of_layers_fits_the_device(arch: int, dropout_p: float) -> None:
     assert log.names == ["ticketed_gemm"] * 3 + ["strips"] * 3 + ["ticketed_gemm", "strips"]
     for launch in log.launches:
         _assert_fits(launch, arch)
+        _assert_products_run_on(launch, arch)
         assert set(launch.kernel.resources.mma) == {resources.limits_of(arch).mma}
 
 
@@ -169,6 +187,7 @@ def test_a_group_of_layers_fits_the_device(arch: int, dropout_p: float) -> None:
 def test_a_wide_rank_fits_beside_a_second_accumulator(arch: int, nf4: bool) -> None:
     for launch in _group_step(arch, 0.1, R=64, nf4=nf4).launches:
         _assert_fits(launch, arch)
+        _assert_products_run_on(launch, arch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -261,6 +280,7 @@ def test_nf4_in_the_gemm_fits_the_device(arch: int) -> None:
     for M, R in ((16, 64), (384, 16)):
         for launch in _in_gemm(arch, M, R, torch.bfloat16).launches:
             _assert_fits(launch, arch)
+            _assert_products_run_on(launch, arch)
             found = launch.kernel.resources
             assert set(found.mma) == _expected_mma(launch, arch)
             assert _decoding(launch).by_class["local"] == 0
