@@ -124,7 +124,7 @@ _GEMM_ARGUMENTS = _names(
     "members num_partials s_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold M N "
     "num_chunks rows_per_sample stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y DROPOUT "
     "EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION SHUFFLES "
-    "MMA_SYNC PAIRS "
+    "MMA_SYNC PAIRS SETTLES "
     # the same X and W once more, where they have descriptors
     "x_desc_0 w_desc_0 x_desc_1 w_desc_1 x_desc_2 w_desc_2 "
     # of each member
@@ -209,7 +209,7 @@ def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> 
 _STRIP_ARGUMENTS = _names(
     "x_ptr s_ptr B_ptr ds_ptr t_ptr grad_ptr sync_ptr scaling keep_scale seed_low seed_high "
     "threshold M L R rows_per_range num_ranges stride_xm stride_xl stride_sm stride_vm stride_vl "
-    "stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT PAIRS "
+    "stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT PAIRS SETTLES "
     "BLOCK_M BLOCK_L BLOCK_R PRECISION"
 )
 
