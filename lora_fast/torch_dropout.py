@@ -1,6 +1,6 @@
 """Dropout in the torch backend: the mask, and the three products in which it takes part.
 
-    S = drop(x) Aᵀ     dX += drop'(dS A)     dA = dSᵀ drop(x)     drop(x) = keep ⊙ x / (1 − p)
+    S = drop(x) Aᵀ     dX = drop'(dS A)     dA = dSᵀ drop(x)     drop(x) = keep ⊙ x / (1 − p)
 
 The mask is kept, one byte an element; drop(x) is formed for a few rows at a time, so that on a CPU
 it never leaves the cache.
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from .torch_products import scaled_product
 
 # Elements of drop(x) at a time on a CPU: two mebibytes in float32.
 _BLOCK_ELEMENTS = 1 << 19
@@ -58,15 +60,16 @@ class Dropout:
         """drop(x) Aᵀ [M, R] for x [M, K] and A [R, K]."""
         S = x.new_empty(x.shape[0], A.shape[0])
         for rows, kept in self.kept(x):
-            torch.mm(kept, A.T, out=S[rows])
-        return S.mul_(self.keep_scale)
+            scaled_product(kept, A.T, self.keep_scale, out=S[rows])
+        return S
 
-    def add_input_gradient(self, dX: Tensor, dS: Tensor, A: Tensor) -> None:
-        """dX += drop'(dS A), in place, for dX [M, K], dS [M, R] and A [R, K]."""
-        product = None
+    def input_gradient(self, dS: Tensor, A: Tensor) -> Tensor:
+        """drop'(dS A) [M, K] for dS [M, R] and A [R, K]."""
+        dX = dS.new_empty(dS.shape[0], A.shape[1])
         for rows, keep in self._blocks(dX):
-            product = keep.new_empty(keep.shape) if product is None else product[: len(keep)]
-            dX[rows].addcmul_(torch.mm(dS[rows], A, out=product), keep, value=self.keep_scale)
+            scaled_product(dS[rows], A, self.keep_scale, out=dX[rows])
+            dX[rows].mul_(keep)
+        return dX
 
     def kept(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """keep ⊙ x, not scaled, in blocks of rows; the next block overwrites the last."""

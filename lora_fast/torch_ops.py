@@ -1,27 +1,28 @@
 """The torch backend: forward and backward of the equation in as few aten calls as it takes.
 
-    forward    S = drop(x) Aᵀ        y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ)) + bias
-    backward   Q = s · (g b) dᵀ ⊙ B      dS = dY Q      dX = dY (g ⊙ W) + drop'(dS A)
-               dA = dSᵀ drop(x)      dW = g ⊙ (dYᵀ x)
-               T = g ⊙ (dYᵀ S) [N, R]      dB = s · b dᵀ ⊙ T      db = s · rowsum(B ⊙ T dᵀ)
-               dd = s · colsum(b B ⊙ T)    dg = Σ_M dY ⊙ V   dbias = Σ_M dY
+    forward    y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ)) + bias         S = drop(x) Aᵀ
+    backward   dX = dY (g ⊙ W) + drop'(dS A)      dg = Σ_M dY ⊙ V      dW = g ⊙ (dYᵀ x)
+               and what torch_low_rank.py has: dS, dA, dB, db, dd, dbias
 
-Products accumulate in float32, S is rounded once to the compute dtype. A CPU without bfloat16
-instructions multiplies 16-bit operands as float32 (the same products, many times faster).
+The low-rank part of y and dX comes first and the product with W on top of it, in one sum that is
+rounded once: the other way round the large product would be rounded twice. In which dtype products
+are formed, torch_products.py says.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import torch_low_rank as low_rank
 from .factors import Factors, Gradients, Needs, Saved
 from .nf4 import NF4Weight
 from .torch_dropout import Dropout, dropout_mask
+from .torch_low_rank import given
+from .torch_products import rows_product, scaled_product, wide_dtype, working_dtype
 
 __all__ = ["backward", "dropout_mask", "forward", "update_weight"]
 
@@ -33,60 +34,59 @@ def forward(
 
     The mask [M, K] is drawn here unless it is given.
     """
-    dtype, work = x.dtype, _working_dtype(x)
-    rows = x.to(work)
-    weight = _dense(f.weight, dtype).to(work)
-    bias = None if f.bias is None else f.bias.to(work)
-    y = torch.nn.functional.linear(rows, weight, bias)
-    S = dropout = None
-    if f.A is not None and f.B is not None:
-        dropout = _dropout(f, x, mask)
-        S = _shrink(rows, f, dtype, dropout)
-        y.addmm_(S.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
-    saved_V = None
-    if f.g is not None:
-        gain = f.g.to(work)
-        V = y if bias is None else y - bias
-        saved_V = V.to(dtype) if needs.saves_V else None
-        # By g − 1, so that a gain of 1 leaves the bits of the layer without it.
-        y = V * gain if bias is None else torch.addcmul(y, V, gain - 1.0)
-    mask = dropout.mask if dropout is not None and needs.saves_mask else None
-    return y.to(dtype), Saved(S if needs.saves_S else None, saved_V, mask)
+    dtype, work = x.dtype, working_dtype(x)
+    rows, W = x.to(work), _dense(f.weight, dtype).to(work)
+    S = V = dropout = None
+    if f.A is not None:
+        dropout = None if f.dropout_p == 0.0 else _dropout(f, x, mask)
+        S = low_rank.shrink(rows, f.A, dropout, f.rank_spans)
+    if f.g is None:
+        y = _adapted(rows, W, S, f, f.bias)
+    else:
+        y, V = _gained(rows, W, S, f)
+    return y.to(dtype), Saved(
+        S.to(dtype) if S is not None and needs.saves_S else None,
+        V.to(dtype) if V is not None and needs.saves_V else None,
+        dropout.mask if dropout is not None and needs.saves_mask else None,
+    )
 
 
 def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
     """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
-    dtype, work = dY.dtype, _working_dtype(dY)
+    dtype, work = dY.dtype, working_dtype(dY)
     dYw = dY.to(work)
-    xw = None if x is None else x.to(work)
     dropout = None if saved.mask is None else Dropout(saved.mask, f.dropout_p)
-    dS = _shrunk_gradient(dYw, f, dtype) if f.A is not None and (needs.A or needs.x) else None
-    grads = _output_gradients(dYw, saved.S, f, needs)
-    if needs.weight and xw is not None:
-        grads = grads._replace(weight=_times_gain(_product(dYw.T, xw), f).to(_weight_dtype(f)))
-    return grads._replace(
-        x=_input_gradient(dYw, dS, f, dtype, dropout) if needs.x else None,
-        A=_factor_gradient(dS, xw, f, dropout) if needs.A and xw is not None else None,
-        g=_gain_gradient(dY, saved.V, f) if needs.g else None,
-    )
+    dS = low_rank.shrunk_gradient(dYw, f) if f.A is not None and (needs.A or needs.x) else None
+    found = low_rank.output_gradients(dYw, saved.S, f, needs)._asdict()
+    if x is not None and (needs.A or needs.weight):
+        rows = x.to(work)
+        if needs.A:
+            A = given(f.A)
+            found["A"] = low_rank.factor_gradient(given(dS), rows, dropout).to(A.dtype)
+        if needs.weight:
+            dW = low_rank.times_gain(rows_product(dYw, rows), f)
+            found["weight"] = dW.to(f.weight.dtype)
+    if needs.x:
+        W = _dense(f.weight, dtype).to(work)
+        found["x"] = _input_gradient(dYw, W, dS, f, dropout).to(dtype)
+    if needs.g:
+        found["g"] = _gain_gradient(dY, given(saved.V)).to(given(f.g).dtype)
+    return Gradients(**found)
 
 
 def forward_group(
     x: Tensor, fs: Sequence[Factors], mask: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """y [M, N_i] of layers that read the same x, their S [M, Σ R_i] side by side, the mask."""
-    dtype, work = x.dtype, _working_dtype(x)
+    dtype, work = x.dtype, working_dtype(x)
     rows = x.to(work)
-    A = torch.cat([_given(f.A).to(dtype) for f in fs]).to(work)
-    dropout = _dropout(fs[0], x, mask)
-    S = (rows @ A.T if dropout is None else dropout.shrink(rows, A)).to(dtype)
-    ys = []
-    for f, S_i in zip(fs, S.split([_given(f.A).shape[0] for f in fs], dim=1), strict=True):
-        bias = None if f.bias is None else f.bias.to(work)
-        y = torch.nn.functional.linear(rows, _dense(f.weight, dtype).to(work), bias)
-        y.addmm_(S_i.to(work), _expand_factor(f, dtype).to(work).T, alpha=f.scaling)
-        ys.append(y.to(dtype))
-    return ys, S, None if dropout is None else dropout.mask
+    dropout = None if fs[0].dropout_p == 0.0 else _dropout(fs[0], x, mask)
+    S = low_rank.shrink(rows, _stacked(fs, work), dropout)
+    ys = [
+        _adapted(rows, _dense(f.weight, dtype).to(work), S_i, f, f.bias).to(dtype)
+        for f, S_i in zip(fs, S.split(_ranks(fs), dim=1), strict=True)
+    ]
+    return ys, S.to(dtype), None if dropout is None else dropout.mask
 
 
 def backward_group(
@@ -98,41 +98,30 @@ def backward_group(
     needs: list[Needs],
 ) -> list[Gradients]:
     """The gradients of every layer of a group; that of x, their sum, is with the first."""
+    dtype, work, ranks = dYs[0].dtype, working_dtype(dYs[0]), _ranks(fs)
     dropout = None if mask is None else Dropout(mask, fs[0].dropout_p)
-    dtype, work = dYs[0].dtype, _working_dtype(dYs[0])
-    ranks = [_given(f.A).shape[0] for f in fs]
-    dX: Tensor | None = None
-    dSs, grads = [], []
-    for dY, S_i, f, need in zip(dYs, S.split(ranks, dim=1), fs, needs, strict=True):
-        dYw = dY.to(work)
-        dSs.append(_shrunk_gradient(dYw, f, dtype))
-        if need.x:
-            W = _dense(f.weight, dtype).to(work)
-            dX = dYw @ W if dX is None else dX.addmm_(dYw, W)
-        grads.append(_output_gradients(dYw, S_i, f, need))
-    dS = torch.cat(dSs, dim=1).to(work)
-    if dX is not None:
-        A = torch.cat([_given(f.A).to(dtype) for f in fs]).to(work)
-        if dropout is None:
-            dX.addmm_(dS, A)
-        else:
-            dropout.add_input_gradient(dX, dS, A)
+    dYs = [dY.to(work) for dY in dYs]
+    grads = [
+        low_rank.output_gradients(dY, S_i, f, need)
+        for dY, S_i, f, need in zip(dYs, S.split(ranks, dim=1), fs, needs, strict=True)
+    ]
+    dS = torch.cat([low_rank.shrunk_gradient(dY, f) for dY, f in zip(dYs, fs, strict=True)], dim=1)
+    if any(need.x for need in needs):
+        dX = low_rank.input_gradient(dS, _stacked(fs, work), dropout)
+        for dY, f in zip(dYs, fs, strict=True):
+            dX.addmm_(dY, _dense(f.weight, dtype).to(work))
         grads[0] = grads[0]._replace(x=dX.to(dtype))
     if x is not None and any(need.A for need in needs):
-        dAs = _kept_product(dS, x.to(work), dropout).split(ranks)
-        for i, (f, need, dA) in enumerate(zip(fs, needs, dAs, strict=True)):
-            if need.A:
-                grads[i] = grads[i]._replace(A=dA.to(_given(f.A).dtype))
+        dAs = low_rank.factor_gradient(dS, x.to(work), dropout).split(ranks)
+        grads = [
+            grad._replace(A=dA.to(given(f.A).dtype)) if need.A else grad
+            for grad, dA, f, need in zip(grads, dAs, fs, needs, strict=True)
+        ]
     return grads
 
 
-def _given(factor: Tensor | None) -> Tensor:
-    assert factor is not None
-    return factor
-
-
-# Elements of dY ⊙ V that the gradient of g forms at a time on a CPU.
-_GAIN_ELEMENTS = 1 << 20
+# Elements of V that are widened at a time on a CPU, where they stay in the cache.
+_BLOCK_ELEMENTS = 1 << 18
 # Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.
 _UPDATE_ELEMENTS = 1 << 22
 
@@ -148,7 +137,7 @@ def update_weight(
     scaling: float,
 ) -> None:
     """out [N, K] ← round(g ⊙ (W + s · (b ⊙ (B d)) A)), a few rows at a time; out may be W."""
-    wide = torch.promote_types(W.dtype, torch.float32)
+    wide = wide_dtype(W.dtype)
     A = None if A is None else A.to(wide)
     step = max(1, _UPDATE_ELEMENTS // max(1, W.shape[1]))
     for start in range(0, W.shape[0], step):
@@ -207,160 +196,91 @@ def _same(known: NormState, A: Tensor, B: Tensor, scaling: float) -> bool:
     )
 
 
-def _shrink(rows: Tensor, f: Factors, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
-    """S = drop(x) Aᵀ, rounded once to the compute dtype."""
-    assert f.A is not None
-    A = f.A.to(dtype).to(rows.dtype)
-    S = rows @ A.T if dropout is None else dropout.shrink(rows, A)
-    return _in_spans(S, f).to(dtype)
+def _adapted(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ) + bias: the low-rank part first, the product with W on top."""
+    bias = None if bias is None else bias.to(rows.dtype)
+    if S is None:
+        return torch.nn.functional.linear(rows, W, bias)
+    Q = low_rank.expand_factor(f, rows.dtype)
+    if bias is None:
+        return scaled_product(S, Q.T, f.scaling).addmm_(rows, W.T)
+    return torch.addmm(bias, S, Q.T, alpha=f.scaling).addmm_(rows, W.T)
 
 
-def _in_spans(S: Tensor, f: Factors) -> Tensor:
-    """S, in place, with zeros where a row belongs to a sample that does not use the column."""
-    if f.rank_spans is None or S.shape[0] == 0:
-        return S
-    columns = torch.arange(S.shape[1], device=S.device)
-    used = (columns >= f.rank_spans[:, :1]) & (columns < f.rank_spans[:, 1:])
-    samples = used.shape[0]
-    S.view(samples, -1, S.shape[1]).masked_fill_(~used.unsqueeze(1), 0.0)
-    return S
+def _gained(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors) -> tuple[Tensor, Tensor]:
+    """y = g ⊙ V + bias, and V."""
+    g, bias = given(f.g), f.bias
+    if rows.dtype.itemsize > 2:
+        y, g = _adapted(rows, W, S, f, bias), g.to(rows.dtype)
+        if bias is None:
+            return y * g, y
+        V = y - bias
+        # By g − 1, so that a gain of 1 leaves the bits of the layer without it.
+        return torch.addcmul(y, V, g - 1.0), V
+    # In 16 bits V would be lost beside a large bias.
+    V = _adapted(rows, W, S, f, None)
+    return _times(V, g, bias), V
 
 
-def _dropout(f: Factors, x: Tensor, mask: Tensor | None) -> Dropout | None:
-    if f.dropout_p == 0.0:
-        return None
+def _input_gradient(
+    dY: Tensor, W: Tensor, dS: Tensor | None, f: Factors, dropout: Dropout | None
+) -> Tensor:
+    """dX = dY (g ⊙ W) + drop'(dS A)."""
+    if f.g is not None:
+        # g is put on the smaller one of dY [M, N] and W [N, K].
+        if dY.shape[0] < W.shape[1]:
+            dY = _times(dY, f.g)
+        else:
+            W = _times(W, f.g.unsqueeze(1))
+    if dS is None:
+        return dY @ W
+    return low_rank.input_gradient(dS, given(f.A).to(W.dtype), dropout).addmm_(dY, W)
+
+
+def _gain_gradient(dY: Tensor, V: Tensor) -> Tensor:
+    """dg = Σ_M dY ⊙ V, not below float32."""
+    wide = wide_dtype(dY.dtype)
+    total = dY.new_zeros(dY.shape[1], dtype=wide)
+    for rows in _blocks(dY):
+        total += torch.linalg.vecdot(dY[rows].to(wide), V[rows].to(wide), dim=0)
+    return total
+
+
+def _times(matrix: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
+    """g ⊙ matrix + bias for g [N] or [M, 1], rounded once; a g that is close to 1 stays wide."""
+    out = torch.empty_like(matrix)
+    g = g.to(wide_dtype(matrix.dtype))
+    for rows in _blocks(matrix):
+        gain = g if g.dim() == 1 else g[rows]
+        if bias is None:
+            torch.mul(matrix[rows], gain, out=out[rows])
+        else:
+            torch.addcmul(bias, matrix[rows], gain, out=out[rows])
+    return out
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """A few rows at a time on a CPU, all at once elsewhere."""
+    M, N = matrix.shape
+    step = max(1, _BLOCK_ELEMENTS // N) if matrix.device.type == "cpu" else max(1, M)
+    return (slice(start, start + step) for start in range(0, M, step))
+
+
+def _dropout(f: Factors, x: Tensor, mask: Tensor | None) -> Dropout:
     if mask is None:
         M, K = x.shape
         mask = dropout_mask(f.dropout_seed, M, K, f.dropout_p, x.device)
     return Dropout(mask, f.dropout_p)
 
 
-def _expand_factor(f: Factors, dtype: torch.dtype) -> Tensor:
-    """b dᵀ ⊙ B [N, R], in the compute dtype; the scaling s is applied to the product."""
-    assert f.B is not None
-    B = f.B
-    if f.d is not None:
-        B = B * f.d
-    if f.b is not None:
-        B = B * f.b.unsqueeze(1)
-    return B.to(dtype)
+def _stacked(fs: Sequence[Factors], dtype: torch.dtype) -> Tensor:
+    """The A of all layers of a group [Σ R_i, K]."""
+    return torch.cat([f.A.to(dtype) for f in fs if f.A is not None])
 
 
-def _times_gain(matrix: Tensor, f: Factors) -> Tensor:
-    """g ⊙ a matrix of N rows."""
-    return matrix if f.g is None else matrix * f.g.to(matrix.dtype).unsqueeze(1)
-
-
-def _input_gradient(
-    dY: Tensor, dS: Tensor | None, f: Factors, dtype: torch.dtype, dropout: Dropout | None
-) -> Tensor:
-    work = dY.dtype
-    W = _dense(f.weight, dtype).to(work)
-    # g is put on the smaller one of dY [M, N] and W [N, K].
-    if f.g is not None and dY.shape[0] < W.shape[1]:
-        dX = (dY * f.g.to(work)) @ W
-    else:
-        dX = dY @ _times_gain(W, f)
-    if dS is not None and f.A is not None:
-        A = f.A.to(dtype).to(work)
-        if dropout is None:
-            dX.addmm_(dS.to(work), A)
-        else:
-            dropout.add_input_gradient(dX, dS.to(work), A)
-    return dX.to(dtype)
-
-
-def _shrunk_gradient(dY: Tensor, f: Factors, dtype: torch.dtype) -> Tensor:
-    """dS = dY (s · (g b) dᵀ ⊙ B) [M, R], rounded once to the compute dtype."""
-    Q = _times_gain(_expand_factor(f, dtype).to(dY.dtype), f)
-    return _in_spans((dY @ Q).mul_(f.scaling), f).to(dtype)
-
-
-def _factor_gradient(dS: Tensor | None, x: Tensor, f: Factors, dropout: Dropout | None) -> Tensor:
-    """dA = dSᵀ drop(x), in A's dtype."""
-    assert f.A is not None and dS is not None
-    return _kept_product(dS.to(x.dtype), x, dropout).to(f.A.dtype)
-
-
-def _kept_product(dS: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
-    """dSᵀ drop(x) [R, K], not rounded below float32."""
-    if dropout is None:
-        return _product(dS.T, x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dA = torch.zeros(dS.shape[1], x.shape[1], dtype=wide, device=x.device)
-    for rows, kept in dropout.kept(x):
-        _add_product(dA, dS[rows].T, kept)
-    return dA.mul_(dropout.keep_scale)
-
-
-def _output_gradients(dY: Tensor, S: Tensor | None, f: Factors, needs: Needs) -> Gradients:
-    """dbias, and from T = g ⊙ (dYᵀ S) [N, R] dB, db and dd; sums are not below float32."""
-    dbias = dB = db = dd = None
-    if needs.bias and f.bias is not None:
-        wide = torch.promote_types(dY.dtype, torch.float32)
-        dbias = dY.sum(0, dtype=wide).to(f.bias.dtype)
-    if S is None or f.B is None or not (needs.B or needs.b or needs.d):
-        return Gradients(bias=dbias)
-    T = _times_gain(_product(dY.T, S.to(dY.dtype)), f) * f.scaling
-    if needs.B:
-        dB = T if f.d is None else T * f.d
-        dB = (dB if f.b is None else dB * f.b.unsqueeze(1)).to(f.B.dtype)
-    if needs.b or needs.d:
-        # Sums of N · R products with cancellation: float64 costs nothing at this size.
-        TB = T.double() * f.B
-        if needs.b and f.b is not None:
-            db = (TB.sum(1) if f.d is None else TB @ f.d.double()).to(f.b.dtype)
-        if needs.d and f.d is not None:
-            dd = (TB.sum(0) if f.b is None else f.b.double() @ TB).to(f.d.dtype)
-    return Gradients(bias=dbias, B=dB, b=db, d=dd)
-
-
-def _gain_gradient(dY: Tensor, V: Tensor | None, f: Factors) -> Tensor:
-    """dg = Σ_M dY ⊙ V."""
-    assert f.g is not None and V is not None
-    wide = torch.promote_types(dY.dtype, torch.float32)
-    total = torch.zeros(dY.shape[1], dtype=wide, device=dY.device)
-    # On a CPU a few rows at a time, which stay in the cache.
-    step = max(1, _GAIN_ELEMENTS // dY.shape[1]) if dY.device.type == "cpu" else dY.shape[0]
-    for start in range(0, dY.shape[0], max(1, step)):
-        rows = slice(start, start + step)
-        total += torch.linalg.vecdot(dY[rows].to(wide), V[rows].to(wide), dim=0)
-    return total.to(f.g.dtype)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, not rounded below float32."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, for a total that is not below float32."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(_product(a, b))
+def _ranks(fs: Sequence[Factors]) -> list[int]:
+    return [f.A.shape[0] for f in fs if f.A is not None]
 
 
 def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
-
-
-def _weight_dtype(f: Factors) -> torch.dtype:
-    return f.weight.dtype
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products are formed; float32 where 16-bit products would be emulated."""
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return x.dtype
-    native = x.dtype == torch.bfloat16 and _cpu_has_bfloat16()
-    return x.dtype if native else torch.float32
-
-
-@functools.cache
-def _cpu_has_bfloat16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.utils._device
 from hypothesis import HealthCheck, settings
-from machines import MACHINES, Executor, started, teach_executor
+from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started, teach_executor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -130,6 +130,14 @@ def _poison_of(dtype: torch.dtype) -> float | int | bool:
     if dtype == torch.bool:
         return True
     return int.from_bytes(b"\x5a" * dtype.itemsize, "little")
+
+
+@pytest.fixture(params=list(NATIVE_DTYPES))
+def native_dtypes(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype, ...]]:
+    """The 16-bit dtypes that the CPU multiplies, each kind of CPU one after the other."""
+    dtypes = NATIVE_DTYPES[request.param]
+    with multiplying(dtypes):
+        yield dtypes
 
 
 PARAMS = [pytest.param(make, id=name, marks=marks) for name, make, marks in MACHINES]

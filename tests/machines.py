@@ -1,4 +1,5 @@
-"""The machines that run the kernels in tests: interpreter, PTX executor, GPU."""
+"""The machines of tests: those that run kernels (interpreter, PTX executor, GPU), and CPUs by the
+16-bit dtypes that they multiply."""
 
 from __future__ import annotations
 
@@ -13,6 +14,23 @@ import pytest
 import torch
 
 import lora_fast
+from lora_fast import torch_products
+
+# What a CPU multiplies as it is: nothing, bfloat16 (AVX512-BF16, AMX), or what cuBLAS does, whose
+# products these are on a GPU.
+NATIVE_DTYPES = {
+    "as float32": (),
+    "bfloat16": (torch.bfloat16,),
+    "as cuBLAS": (torch.bfloat16, torch.float16),
+}
+
+
+@contextlib.contextmanager
+def multiplying(dtypes: tuple[torch.dtype, ...]) -> Iterator[None]:
+    """The torch backend as on a CPU that multiplies these 16-bit dtypes and no others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_products, "native_dtypes", lambda: dtypes)
+        yield
 
 
 @dataclass(frozen=True)

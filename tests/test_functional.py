@@ -34,6 +34,7 @@ def _torch_backend():
         yield
 
 
+@pytest.mark.usefixtures("native_dtypes")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("p", [0.0, 0.1], ids=["p0", "p0.1"])
@@ -43,6 +44,7 @@ def test_every_factor_in_every_dtype(dtype, nf4, p):
         check(replace(BASE, dtype=dtype, nf4=nf4, p=p, R=R, factors=FACTORS))
 
 
+@pytest.mark.usefixtures("native_dtypes")
 @pytest.mark.parametrize(
     "case",
     variations(
@@ -250,6 +252,7 @@ def test_scaling_may_be_a_tensor():
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("native_dtypes")
 def test_gain_of_zero_and_small_gains_beside_a_large_bias():
     case = replace(BASE, dtype=BF16, adapter_dtype=FP32, factors=("x", "bias", "A", "B", "g"))
     operands = make(case)
@@ -388,7 +391,9 @@ def test_backward_agrees_with_finite_differences(p):
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.usefixtures("native_dtypes")
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite_stays_in_its_row_backward_as_well(value):
-    case = replace(BASE, factors=FACTORS, p=0.3, nf4=True)
+def test_not_finite_stays_in_its_row_backward_as_well(value, dtype):
+    case = replace(BASE, dtype=dtype, factors=FACTORS, p=0.3, nf4=True)
     check_rows_keep_apart(case, value)

@@ -118,6 +118,7 @@ def check(dtype, adapter, nf4, device="cpu", drops=False, idle=(), **options):
 ALL = ("x", "bias", "A", "B")
 
 
+@pytest.mark.usefixtures("native_dtypes")
 @pytest.mark.parametrize("trains", [ALL, ("A", "B"), ("x",), ("x", "B"), ("x", "A")], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "adapter", "nf4"),
@@ -140,6 +141,7 @@ UNLIKE = {
 }
 
 
+@pytest.mark.usefixtures("native_dtypes")
 @pytest.mark.parametrize("options", UNLIKE.values(), ids=list(UNLIKE))
 @pytest.mark.parametrize("trains", [ALL, ("x",), ("A", "B")], ids=str)
 def test_unlike_members(options, trains):

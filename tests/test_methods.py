@@ -44,6 +44,7 @@ def case_of(method: str, R: int, *, nf4: bool, p: float) -> Case:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("native_dtypes")
 @pytest.mark.parametrize("p", [0.0, 0.1], ids=["p0", "p0.1"])
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_torch_backend(method: str, R: int, nf4: bool, p: float) -> None:
     check(replace(case, dtype=FP32, adapter_dtype=None))
 
 
+@pytest.mark.usefixtures("native_dtypes")
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("method", ["IA3", "BitFit"])
 def test_torch_backend_without_an_adapter(method: str, nf4: bool) -> None:

@@ -151,10 +151,10 @@ class _Composed(_Counts):
             found += self._dropped_x()
             found.append(self._product(M, K, self.R))
         for N, R, weight in self.layers:
-            found += [*self.dense(N, weight), self._product(M, K, N)]
             if R:
                 found += self._cast(N * R)
-                found.append(self._product(M, R, N, adds=True))
+                found.append(self._product(M, R, N))
+            found += [*self.dense(N, weight), self._product(M, K, N, adds=R > 0)]
             if self.q.has("g"):
                 found.append(Work(0, 2 * M * N * e))
         return found
@@ -165,7 +165,7 @@ class _Composed(_Counts):
         for i, ((N, R, weight), need) in enumerate(zip(self.layers, self.q.needs, strict=True)):
             needs_dS = R > 0 and (need.x or any(n.A for n in self.q.needs))
             if needs_dS:
-                found += [*self._cast(N * R), self._product(M, N, R), Work(0, 2 * M * R * e)]
+                found += [*self._cast(N * R), self._product(M, N, R)]
             if need.B or need.b or need.d:
                 found += [self._product(N, M, R, out=4), Work(0, 2 * N * R * 4)]
                 found += self._cast(N * R, 4, self.adapter)
@@ -175,10 +175,11 @@ class _Composed(_Counts):
                 widened = 0 if e == 4 else 2 * M * N * (e + 4)
                 found.append(Work(0, widened + 2 * M * N * 4))
             if need.x:
-                found += [*self.dense(N, weight), self._product(M, N, K, adds=i > 0)]
+                found += [*self.dense(N, weight), self._product(M, N, K, adds=i > 0 or R > 0)]
         if self.R and self.q.needs[0].x:
-            found += self._cast(self.R * K)
-            found += self._dropped_dX() or [self._product(M, self.R, K, adds=True)]
+            found += [*self._cast(self.R * K), self._product(M, self.R, K), *self._dropped_dX()]
+            # In float16 the product is scaled back.
+            found += [Work(0, 2 * M * K * e)] * (self.q.dtype == torch.float16)
         if any(need.A for need in self.q.needs):
             found += [*self._dropped_x(), self._product(self.R, M, K, out=4)]
             found += self._cast(self.R * K, 4, self.adapter)
@@ -210,11 +211,7 @@ class _Composed(_Counts):
         if not self.q.has("dropout"):
             return []
         count, e = self.M * self.K, self.e
-        return [
-            Work(0, count * (1 + e)),
-            self._product(self.M, self.R, self.K),
-            Work(0, 4 * count * e),
-        ]
+        return [Work(0, count * (1 + e)), Work(0, 3 * count * e)]
 
 
 def _cdiv(a: int, b: int) -> int:
