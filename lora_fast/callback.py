@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
-
-from transformers import TrainerCallback
+from typing import TYPE_CHECKING, Any
 
 from .acceleration import accelerate
+from .optional_packages import needed
 from .reporting import Report, adapted_layers, report
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    TrainerCallback = needed("transformers", "LoraFastCallback").TrainerCallback
 
 logger = logging.getLogger(__name__)
 

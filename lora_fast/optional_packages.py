@@ -9,11 +9,15 @@ from types import ModuleType
 _EXTRAS = {"bitsandbytes": "qlora", "peft": "peft", "transformers": "train", "safetensors": "train"}
 
 
+class MissingPackageError(ImportError):
+    """A package that is needed is not installed; the message says how to install it."""
+
+
 def needed(name: str, purpose: str) -> ModuleType:
     """The module `name`, imported now.
 
-    Raises ImportError that names the package, what needs it and how to install it, if it is not
-    there. One that is there and fails to import raises what it raises.
+    Raises MissingPackageError, an ImportError that names the package, what needs it and how to
+    install it, if it is not there. One that is there and fails to import raises what it raises.
     """
     package = name.partition(".")[0]
     try:
@@ -21,7 +25,7 @@ def needed(name: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise ImportError(
+        raise MissingPackageError(
             f"{purpose} needs {package}, which is not installed: pip install {package} (or, from a "
             f"clone, pip install '.[{_EXTRAS[package]}]')",
             name=package,

@@ -17,6 +17,7 @@ from .base_linear import tensor_obstacle
 from .export.adapter_files import WEIGHTS, Header, adapter_config
 from .export.safe_files import TensorFiles
 from .export.whole_folder import WholeFolder
+from .optional_packages import needed
 from .peft_format import PeftAdapter, scaling
 from .peft_read_back import config_as_peft_reads_it
 from .vera import VeRALinear, VeRAProjections
@@ -58,7 +59,7 @@ def save_adapter(
     that is neither α/R nor α/√R everywhere, parts of modules that train, and, with dropout or DoRA,
     layers whose names PEFT takes for a mixture's experts.
     """
-    _require_peft()
+    needed("peft", "saving or loading an adapter in PEFT's format")
     from safetensors.torch import save_file
 
     path = Path(folder)
@@ -90,7 +91,7 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     NotImplementedError for options of PEFT that these layers do not have, and for sharded
     parameters: load before sharding. The model is then unchanged.
     """
-    _require_peft()
+    needed("peft", "saving or loading an adapter in PEFT's format")
     adapter, path = PeftAdapter(model), Path(folder)
     merged = next((name for name, layer in adapter.layers.items() if layer.merged), None)
     if merged is not None:
@@ -111,15 +112,6 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         for key, target in targets.items():
             target.copy_(values[key])
     return model
-
-
-def _require_peft() -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "adapters are saved and loaded in PEFT's format: pip install 'lora_fast[peft]'"
-        ) from error
 
 
 def _gathered(adapter: PeftAdapter) -> tuple[dict[str, Tensor], bool]:

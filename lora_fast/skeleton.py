@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .optional_packages import needed
+
 # In the order in which a model's own class is looked for; tasks name one of them.
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -37,8 +39,7 @@ def load_config(name: str | Path) -> Any:
     Raises:
         ValueError: there is no such config, or it cannot be read.
     """
-    from transformers import AutoConfig
-
+    AutoConfig = needed("transformers", "reading the config of a model").AutoConfig
     from .hub import check_hub
     from .training.models import resolve_model
 

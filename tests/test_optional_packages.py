@@ -5,9 +5,14 @@ Each test runs in a process in which the packages are absent, though they are in
 
 from __future__ import annotations
 
+import json
+import tomllib
 from pathlib import Path
 
-from absent_packages import run_without
+from absent_packages import CHECKOUT, run_without
+
+from lora_fast import optional_packages
+from lora_fast.cli.errors import explain
 
 LOADED = """
     import sys
@@ -66,6 +71,34 @@ PEFT_LAYERS = """
         lora_fast.decelerate(model)
         assert not lora_fast.report(model).all_fused
 """
+PLAN = """
+    import lora_fast
+    from torch import nn
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    lora_fast.convert(model, "all-linear")
+    assert lora_fast.plan(model, batch_size=2).total > 0
+"""
+CALLS = """
+    import lora_fast, torch
+    from torch import nn
+    from pathlib import Path
+
+    dense = nn.Sequential(nn.Linear(64, 8))
+    converted = lora_fast.convert(nn.Sequential(nn.Linear(6, 8)), "all-linear")
+    for call in (
+        lambda: lora_fast.convert(dense, "all-linear", quantize="nf4"),
+        lambda: lora_fast.NF4Weight.from_dense(torch.ones(4, 64)),
+        lambda: lora_fast.save_adapter(converted, Path("new")),
+        lambda: lora_fast.load_adapter(converted, Path("old")),
+        lambda: lora_fast.LoraFastCallback(),
+        lambda: lora_fast.plan("sshleifer/tiny-gpt2"),
+    ):
+        try:
+            call()
+        except ImportError as error:
+            print(error.name, "|", error)
+    assert type(dense[0]) is nn.Linear
+"""
 
 
 def test_the_operation_needs_none_of_them(tmp_path: Path) -> None:
@@ -85,3 +118,62 @@ def test_own_layers_on_dense_weights_load_none_of_them_where_they_are_there(tmp_
 def test_every_kind_of_peft_layer_on_dense_weights_needs_no_bitsandbytes(tmp_path: Path) -> None:
     found = run_without("bitsandbytes", code=PEFT_LAYERS + LOADED, cwd=tmp_path)
     assert found == "peft transformers"
+
+
+def test_what_is_needed_is_named_with_what_installs_it(tmp_path: Path) -> None:
+    said = run_without("bitsandbytes", "peft", "transformers", code=CALLS, cwd=tmp_path)
+    names, messages = zip(*(line.split(" | ") for line in said.splitlines()), strict=True)
+    assert names == ("bitsandbytes",) * 2 + ("peft",) * 2 + ("transformers",) * 2
+    for name, message in zip(names, messages, strict=True):
+        extra = {"bitsandbytes": "qlora", "peft": "peft", "transformers": "train"}[name]
+        assert f"needs {name}, which is not installed: pip install {name}" in message
+        assert f"pip install '.[{extra}]'" in message
+
+
+def test_the_extras_that_messages_name_install_the_package() -> None:
+    extras = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    for package, extra in optional_packages._EXTRAS.items():
+        lines = extras["optional-dependencies"][extra]
+        assert any(line.startswith((package, f"lora_fast[{package}")) for line in lines), package
+
+
+def test_a_package_that_fails_to_import_is_not_called_absent(tmp_path: Path) -> None:
+    (tmp_path / "peft.py").write_text("import no_such_module")
+    code = """
+        from lora_fast.optional_packages import needed
+        try:
+            needed("peft", "this test")
+        except ImportError as error:
+            print(type(error).__name__, error.name)
+    """
+    assert run_without(code=code, cwd=tmp_path) == "ModuleNotFoundError no_such_module"
+
+
+def test_planning_a_plain_model_needs_none_of_them(tmp_path: Path) -> None:
+    hidden = ("bitsandbytes", "peft", "transformers", "safetensors", "huggingface_hub")
+    assert run_without(*hidden, code=PLAN + LOADED, cwd=tmp_path) == ""
+
+
+def test_the_command_line_trains_a_dense_model_without_bitsandbytes(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{n} is even", "label": str(n % 2 == 0)}) for n in range(16)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    code = """
+        import sys
+        from lora_fast.cli.app import main
+        options = "--data few.jsonl --steps 2 --batch-size 2 --max-length 8 --out"
+        for quantize in ("nf4", "none"):
+            try:
+                main(["train", *options.split(), quantize, "--quantize", quantize])
+            except SystemExit as end:
+                print(end.code)
+    """
+    *_, last = run_without("bitsandbytes", code=code, cwd=tmp_path).splitlines()
+    assert last == "0"
+    assert not (tmp_path / "nf4" / "metrics.json").exists()
+    versions = json.loads((tmp_path / "none" / "metrics.json").read_text())["versions"]
+    assert versions.keys() == {"torch", "transformers", "peft"}
+
+
+def test_a_command_says_what_is_missing_in_a_line() -> None:
+    error = optional_packages.MissingPackageError("--quantize nf4 needs bitsandbytes, which …")
+    assert explain(error, Path()) == str(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from lora_fast.optional_packages import MissingPackageError
 from lora_fast.training.errors import (
     Interrupted,
     TrainingError,
@@ -47,7 +48,7 @@ def one_line_errors(
 
 def explain(error: Exception, out: Path) -> str:
     """Return the line that tells the user what happened and, where known, what to do."""
-    if isinstance(error, TrainingError):
+    if isinstance(error, (TrainingError, MissingPackageError)):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: pip install 'lora_fast[train]'"

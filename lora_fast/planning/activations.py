@@ -9,6 +9,7 @@ that keeps no mask and no scores, which is what SDPA and FlashAttention are with
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -176,9 +177,10 @@ def _logits_bytes(logits: Tensor) -> int:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The modules that gradient checkpointing recomputes, one at a time."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    # Who hands in a model of transformers has imported it.
+    layers: Any = sys.modules.get("transformers.modeling_layers")
+    kind = () if layers is None else layers.GradientCheckpointingLayer
+    found = [m for m in model.modules() if isinstance(m, kind)]
     if found:
         return found
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -187,14 +189,14 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def _use_fused_attention(model: Any) -> None:
     """Attention that asks for no mask: fake tensors cannot tell that there is no padding."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(inner, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or _has_prefix(model):
         return
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface
+
     AttentionInterface.register(ATTENTION, sdpa_attention_forward)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
     inner.set_attn_implementation(ATTENTION)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..optional_packages import needed
 from ..training.methods import METHODS
 from .activations import Activations, count_activations
 from .settings import FULL, SHAPING, Settings
@@ -98,7 +99,8 @@ def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> Memor
     on fake tensors.
 
     Raises ValueError or TypeError that names the argument: an unknown option, a config that cannot
-    be found or read, a method that does not fit the model.
+    be found or read, a method that does not fit the model. Raises ImportError for a config without
+    transformers and PEFT, and without bitsandbytes unless ``quantize="none"``.
     """
     given = Settings(**settings)
     if isinstance(model_or_config, nn.Module):
@@ -198,6 +200,7 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
     """
     if settings.method == FULL:
         return base
+    needed("peft", f"method {settings.method}")
     from ..training.config import TrainConfig
     from ..training.errors import TrainingError
     from ..training.models import Base

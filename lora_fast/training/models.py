@@ -15,6 +15,7 @@ import torch
 
 from lora_fast.four_bit import is_four_bit
 from lora_fast.hub import check_hub
+from lora_fast.optional_packages import needed
 
 from .adapters import CLASSIFICATION_HEADS
 from .config import BUILTIN, TrainConfig, absolute
@@ -98,6 +99,7 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
 
     Raises:
         TrainingError: it cannot be loaded, or has no linear layers to quantise.
+        MissingPackageError: it is to be quantised, and bitsandbytes is not installed.
     """
     name = resolve_model(config.model)
     _check_readable(name)
@@ -113,6 +115,8 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
         options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
         skipped = list(CLASSIFICATION_HEADS)
     quantize = config.quantize == "nf4"
+    if quantize:
+        needed("bitsandbytes", "--quantize nf4")
     model, new_modules = _load(name, config, options, skipped if quantize else None)
     if quantize and any(is_four_bit(model.get_submodule(module)) for module in new_modules):
         # Random weights must not be frozen in 4 bits: nobody could load them again.

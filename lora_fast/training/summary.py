@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -159,9 +160,6 @@ def _device(base: Base) -> str:
 
 
 def _versions() -> dict[str, str]:
-    import bitsandbytes
-    import peft
-    import transformers
-
-    modules = (torch, transformers, peft, bitsandbytes)
-    return {module.__name__: str(module.__version__) for module in modules}
+    """Of what computed; of bitsandbytes where it was there."""
+    modules = (sys.modules.get(name) for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return {module.__name__: str(module.__version__) for module in modules if module is not None}
