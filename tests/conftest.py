@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ptx_executor
 import pytest
 import torch
 import torch.utils._device
 from hypothesis import HealthCheck, settings
-from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started, teach_executor
+from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +27,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 PINS = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text()
 PINNED_TRITON = re.findall(r"^triton==(\S+)", PINS, re.MULTILINE)[0]
-HAS_EXECUTOR = importlib.util.find_spec("ptxrun") is not None
 
 # A shell has what it starts in the background ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,8 +35,6 @@ if INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.install()
-elif HAS_EXECUTOR and HAS_TRITON:
-    teach_executor()
 
 # The same examples every time; `executor` keeps no state between examples.
 settings.register_profile(
@@ -66,13 +64,13 @@ def _reason_to_skip(item: pytest.Item) -> str | None:
         return None if torch.cuda.is_available() else "needs a CUDA device"
     if "pinned" in marks and not is_pinned_triton():
         return f"its limits hold for triton {PINNED_TRITON}"
-    if "compiled" in marks and not HAS_EXECUTOR:
-        return "needs the PTX executor on PYTHONPATH"
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if {"exhaustive", "interpreter"} <= {mark.name for mark in item.iter_markers()}:
+            raise pytest.UsageError(f"{item.nodeid} is exhaustive and interpreted: no leg runs it")
         reason = _reason_to_skip(item)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -157,8 +155,15 @@ def typical_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
         yield machine
 
 
-@pytest.fixture(params=PARAMS[1:4])
-def ptx_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+@pytest.fixture(params=[pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90, 100)])
+def sm(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A compute capability that compiled kernels of a test are executed for."""
+    with ptx_executor.installed(request.param):
+        yield request.param
+
+
+@pytest.fixture(name="ptx_executor", params=PARAMS[1:4])
+def _ptx_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     """The PTX executor alone, for what only it has: schedules, resident CTAs, planted races."""
     with started(request.param()) as machine:
         yield machine

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import ptx_executor
 import pytest
 import torch
 
@@ -50,9 +50,7 @@ class Executor:
     def running(self) -> Iterator[None]:
         """Make this the machine that kernels run on."""
         if self.name.startswith("sm_"):
-            import ptxrun
-
-            with ptxrun.installed(self.arch, **self.options):
+            with ptx_executor.installed(self.arch, **self.options):
                 yield
         else:
             yield
@@ -60,13 +58,11 @@ class Executor:
     @contextlib.contextmanager
     def with_options(self, **options: Any) -> Iterator[None]:
         """Other options of the PTX executor for a block: ``schedule="reverse"``, ``resident=1``."""
-        import ptxrun
-
-        ptxrun.install(self.arch, **{**self.options, **options})
+        ptx_executor.install(self.arch, **{**self.options, **options})
         try:
             yield
         finally:
-            ptxrun.install(self.arch, **self.options)
+            ptx_executor.install(self.arch, **self.options)
 
     @contextlib.contextmanager
     def counting_launches(self) -> Iterator[list[str]]:
@@ -101,18 +97,6 @@ def ptx(arch: int) -> Executor:
 def gpu() -> Executor:
     major, minor = torch.cuda.get_device_capability()
     return Executor("gpu", torch.device("cuda"), 10 * major + minor)
-
-
-def teach_executor() -> None:
-    """Let the PTX executor launch tensor descriptors of a Triton newer than itself.
-
-    Triton 3.8 gave its function that encodes a descriptor a third argument, which it ignores.
-    """
-    from triton.backends.nvidia import driver
-
-    encode = getattr(driver, "make_tensordesc_arg", None)
-    if encode is not None and len(inspect.signature(encode).parameters) == 3:
-        driver.make_tensordesc_arg = lambda arg, meta, _=None: encode(arg, meta, _)
 
 
 # name, how to make it, the marks of tests that run on it

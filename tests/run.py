@@ -15,11 +15,10 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PTX_EXECUTOR = ROOT.parent / "shared" / "tools"
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,17 @@ class Outcome:
 
 def cpu_legs() -> list[Leg]:
     """The legs that need no GPU."""
-    executor = {}
-    if PTX_EXECUTOR.is_dir():
-        inherited = os.environ.get("PYTHONPATH")
-        executor["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PTX_EXECUTOR), inherited]))
+    unmarked = "not interpreter and not compiled and not offline"
     return [
-        Leg("default", "not interpreter and not compiled and not offline and not gpu"),
-        Leg("interpreter", "interpreter and not gpu", {"TRITON_INTERPRET": "1"}),
-        Leg("compiled", "(compiled or offline) and not gpu and not exhaustive", executor),
+        Leg("default", f"{unmarked} and not gpu and not exhaustive"),
+        Leg("interpreter", "interpreter and not gpu and not exhaustive", {"TRITON_INTERPRET": "1"}),
+        Leg("compiled", "(compiled or offline) and not gpu and not exhaustive"),
     ]
 
 
+# The rest of the matrices of which the other legs run a part.
+EXHAUSTIVE_LEG = Leg("exhaustive", "exhaustive and not gpu")
 GPU_LEG = Leg("gpu", "gpu")
-
-
-def exhaustive_leg() -> Leg:
-    """The rest of the matrices of which the compiled leg runs a part."""
-    return replace(cpu_legs()[-1], name="exhaustive", select="exhaustive and not gpu")
 
 
 def run_leg(leg: Leg, jobs: int, extra: list[str]) -> Outcome:
@@ -116,7 +109,7 @@ def main() -> int:
     options, extra = parser.parse_known_args()
     legs = cpu_legs()
     if options.leg:
-        legs = [leg for leg in (*legs, exhaustive_leg(), GPU_LEG) if leg.name in options.leg]
+        legs = [leg for leg in (*legs, EXHAUSTIVE_LEG, GPU_LEG) if leg.name in options.leg]
     outcomes = [run_leg(leg, options.jobs, extra) for leg in legs]
     print()
     for o in outcomes:
@@ -125,8 +118,6 @@ def main() -> int:
             f"{o.leg.name:12} {verdict:7} {o.passed} passed, {o.failed} failed, "
             f"{o.skipped} skipped in {o.seconds:.0f} s (CPU {o.cpu_seconds:.0f} s)"
         )
-    if not PTX_EXECUTOR.is_dir() and any(o.leg.name == "compiled" for o in outcomes):
-        print(f"Tests that execute compiled PTX were skipped: no executor in {PTX_EXECUTOR}.")
     if options.json:
         options.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
     totals = [sum(getattr(o, key) for o in outcomes) for key in ("passed", "failed", "skipped")]

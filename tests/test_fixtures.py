@@ -9,6 +9,7 @@ import pytest
 import torch
 from accuracy import assert_same_bits
 from conftest import PINNED_TRITON
+from ptx_executor import GlobalRace
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -111,8 +112,6 @@ def _racing_kernel(value_ptr, out_ptr):
 
 
 def test_races_between_programs_are_reported(ptx_executor: Any) -> None:
-    import ptxrun
-
     value, out = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(ptxrun.GlobalRace, match="argument value_ptr"):
+    with pytest.raises(GlobalRace, match="argument value_ptr"):
         _racing_kernel[(2,)](value, out)

@@ -25,6 +25,7 @@ from equation import (
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from ptx_executor import GlobalRace
 from test_groups import check as check_group
 
 import lora_fast
@@ -164,12 +165,10 @@ def without_barrier(ptx: str) -> str:
 @pytest.mark.parametrize("mutate", [without_release, without_acquire, without_barrier])
 def test_the_race_check_notices_a_missing_link(ptx_executor, mutate):
     """A test of the tests: data store → barrier → release → acquire → load, without any one."""
-    import ptxrun
-
     operands = make(ALIGNED, ptx_executor.device)
     with (
         ptx_executor.with_options(transform=mutate),
-        pytest.raises(ptxrun.GlobalRace, match="ticketed_gemm"),
+        pytest.raises(GlobalRace, match="ticketed_gemm"),
     ):
         fused(operands)
 

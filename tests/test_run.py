@@ -85,9 +85,15 @@ def test_green_is_green_and_a_leg_can_be_chosen(
 
 
 def test_the_legs_leave_no_test_out() -> None:
-    """Whatever markers a test has, at least one leg selects it."""
-    selections = [leg.select for leg in (*run.cpu_legs(), run.exhaustive_leg(), run.GPU_LEG)]
+    """Whatever markers a test has, at least one leg selects it; one alone what is exhaustive.
+
+    conftest.py refuses a test that is exhaustive and interpreted.
+    """
+    legs = (*run.cpu_legs(), run.EXHAUSTIVE_LEG, run.GPU_LEG)
     markers = ("interpreter", "compiled", "offline", "exhaustive", "gpu")
     for chosen in range(2 ** len(markers)):
         marks = {name: bool(chosen >> i & 1) for i, name in enumerate(markers)}
-        assert any(eval(selection, {}, marks) for selection in selections), marks
+        selecting = [leg.name for leg in legs if eval(leg.select, {}, marks)]
+        assert selecting, marks
+        if marks["exhaustive"] and not marks["gpu"]:
+            assert selecting == ["exhaustive"], marks

@@ -1,0 +1,1 @@
+"""Threads: batches of CTAs in lock step, barriers, schedules."""

@@ -1,0 +1,1 @@
+"""Memory as kernels see it, and the checks of every access."""

@@ -1,0 +1,1 @@
+"""Instructions as Python: every basic block becomes a function over numpy arrays."""
