@@ -21,7 +21,8 @@ class LayerReport:
     ``obstacle``: why the next call would run the plain path, None if it would run fused (unless
     its input rules that out). ``fused_calls`` and ``fallback_calls`` (by reason) count so far.
     Calls inside torch.compile cannot be counted: ``compiled`` tells whether some of them ran fused,
-    and those that did not are one among the fallback calls.
+    and those that did not are one among the fallback calls. ``counted`` is False for a layer that
+    is of PEFT's own class, whose calls nothing sees.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerReport:
     fused_calls: int
     fallback_calls: dict[str, int]
     compiled: bool
+    counted: bool = True
 
     @property
     def fused(self) -> bool:
@@ -70,6 +72,9 @@ class Report:
             f"{fused} of {len(self.layers)} adapted layers fused; "
             f"{self.fused_calls} fused calls, {slow} fallback calls"
         )
+        unseen = sum(not layer.counted for layer in self.layers)
+        if unseen:
+            lines[-1] += f"; calls of the {unseen} that stay PEFT's are not counted"
         return "\n".join(lines)
 
 
@@ -106,6 +111,7 @@ def _layer_report(name: str, layer: Any) -> LayerReport:
         fused_calls=calls.fused,
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
+        counted=hasattr(layer, "_lora_fast_calls"),
     )
 
 
@@ -134,6 +140,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     slow = ", ".join(f"{count} × {reason}" for reason, count in layer.fallback_calls.items())
     path = "fused" if layer.obstacle is None else f"fallback: {layer.obstacle}"
     fused = f"{layer.fused_calls} + compiled" if layer.compiled else str(layer.fused_calls)
+    if not layer.counted:
+        fused, slow = "-", "not counted"
     return (layer.name, layer.kind, layer.base, path, fused, slow or "0")
 
 

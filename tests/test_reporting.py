@@ -88,6 +88,9 @@ def test_layers_that_are_not_accelerated_are_listed() -> None:
     report = lora_fast.report(model)
     assert [line.fused for line in report.layers] == [False, True]
     assert (report.fused_calls, report.all_fused) == (1, False)
+    assert [line.counted for line in report.layers] == [False, True]
+    assert "not counted" in str(report).splitlines()[1]
+    assert str(report).endswith("calls of the 1 that stay PEFT's are not counted")
 
 
 def test_other_methods_of_peft_are_named() -> None:
