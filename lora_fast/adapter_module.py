@@ -87,9 +87,13 @@ class AdapterModule(nn.Module):
             self.base_layer,
             x,
             bias=self.base_layer.bias,
+            A=term.A,
+            B=term.B,
+            scaling=term.scaling,
+            b=term.b,
+            d=term.d,
             g=self.gain(),
             dropout_p=self.dropout_p() if self.training else 0.0,
-            **vars(term),
         )
         self._lora_fast_calls.add_fused()
         return y

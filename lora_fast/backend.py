@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import dis
 import functools
-import importlib.metadata
 import importlib.util
 import os
-import re
 import sys
 import threading
 from contextvars import ContextVar
 from typing import Literal, cast, get_args
 
 import torch
+
+from .versions import MISCOMPILED, is_miscompiled
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -192,17 +192,6 @@ def check_driver(backend: Backend | None = None) -> None:
             f"LORA_FAST_BACKEND or set_backend must choose torch on this machine, got {backend}: "
             f"{MISCOMPILED}; pip install 'triton<3.9' where torch allows it"
         )
-
-
-# Between a load from tensor memory (tcgen05.ld) and tcgen05.wait::ld its registers are undefined.
-# Triton 3.9.0 converts and stores the low-rank product in between: seen in its PTX for sm_100.
-MISCOMPILED = "Triton 3.9 miscompiles the kernels for compute capability 10"
-
-
-def is_miscompiled(major: int) -> bool:
-    """Whether the installed Triton gets the kernels wrong for a major compute capability."""
-    numbers = re.findall(r"\d+", importlib.metadata.version("triton"))
-    return major == 10 and [int(number) for number in numbers[:2]] >= [3, 9]
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from . import four_bit
 from .four_bit import is_four_bit, restore_quant_state
 from .functional import Member, adapted_linear, adapted_linears
 from .nf4 import NF4Weight
+from .versions import is_exporting
 
 _PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +72,7 @@ class CallCounts:
 def _set_while_compiling(calls: CallCounts, name: str, value: Any) -> None:
     # An exported program leaves the layer behind. Dynamo refuses effects other than tensors inside
     # a checkpointed region, since they do not happen again in the backward pass; this one may.
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
             setattr, calls, name, value
         )
@@ -164,7 +165,7 @@ def base_obstacle(base: Any) -> str | None:
 def environment_obstacle() -> str | None:
     """Why the surroundings need PyTorch's own operations, or every module to be called."""
     compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_exporting():
+    if compiling and is_exporting():
         return "torch.export"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transform"

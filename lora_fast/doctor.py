@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,11 +17,14 @@ import torch
 from torch import nn
 
 from . import __version__
-from .backend import MISCOMPILED, check_driver, get_backend, is_miscompiled, uses_triton
+from .backend import check_driver, get_backend, uses_triton
 from .compile_check import KernelCheck, compile_kernels, parse_arch
+from .versions import MISCOMPILED, is_miscompiled, switched_off
 
 REQUIRED = ("torch", "triton", "numpy")
 OPTIONAL = ("bitsandbytes", "peft", "transformers", "accelerate", "safetensors", "typer", "rich")
+# Extras of pyproject.toml.
+OF_THE_LIBRARY, OF_THE_COMMANDS = ("peft", "qlora", "transformers", "trl"), ("train",)
 DEFAULT_ARCH = 90
 MIN_CAPABILITY = (8, 0)
 COMPILERS = (os.environ.get("CC", "cc"), "gcc", "clang")
@@ -50,7 +53,8 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. ``problems`` are the things that are broken, in one line each."""
+    """What was found. ``problems`` are the things that are broken, in one line each;
+    ``switched_off`` are what these versions cannot do, and need not for the rest to work."""
 
     version: str
     python: str
@@ -62,6 +66,7 @@ class Diagnosis:
     kernels: tuple[KernelCheck, ...]
     model: str | None
     layers: tuple[LayerPath, ...]
+    switched_off: tuple[str, ...]
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +128,7 @@ def diagnose(
         kernels=checks,
         model=model,
         layers=layers,
+        switched_off=(*switched_off(), *_too_old_for_commands(packages)),
         problems=tuple(problems),
     )
 
@@ -176,7 +182,7 @@ def _ids(layers: dict[int, nn.Module]) -> set[int]:
 
 
 def _packages() -> list[Package]:
-    wanted = _wanted()
+    wanted = {**_wanted(*OF_THE_COMMANDS), **_wanted("", *OF_THE_LIBRARY)}
     found = []
     for name in (*REQUIRED, *OPTIONAL):
         specifier = wanted.get(name, "")
@@ -190,16 +196,33 @@ def _packages() -> list[Package]:
     return found
 
 
-def _wanted() -> dict[str, str]:
-    """The version ranges that this package asks for; none in a checkout that is not installed."""
+def _wanted(*extras: str) -> dict[str, str]:
+    """The version ranges that this package asks for in `extras`, "" for what it needs without one;
+    none in a checkout that is not installed."""
     from packaging.requirements import Requirement
 
     try:
         lines = metadata.requires("lora_fast") or []
     except metadata.PackageNotFoundError:
         return {}
-    requirements = map(Requirement, lines)
-    return {r.name: str(r.specifier) for r in requirements if r.specifier}
+    found = {}
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        is_asked = any(marker is None or marker.evaluate({"extra": extra}) for extra in extras)
+        if requirement.specifier and is_asked:
+            found[requirement.name] = str(requirement.specifier)
+    return found
+
+
+def _too_old_for_commands(packages: Iterable[Package]) -> list[str]:
+    """Packages that are good enough for the library, but not for the command line."""
+    wanted = _wanted(*OF_THE_COMMANDS)
+    return [
+        f"lora-fast's commands: need {p.name} {wanted[p.name]}, got {p.version}"
+        for p in packages
+        if p.version and p.name in wanted and not p.problem
+        if _range_problem(p.version, wanted[p.name])
+    ]
 
 
 def _range_problem(version: str, specifier: str) -> str | None:

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from .four_bit_decoding import absmax_of, decode
 from .optional_packages import needed
+from .versions import EQUAL_ABSMAX
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Absmax that share one themselves.
+_SECOND_BLOCKSIZE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,8 @@ class NF4Weight:
     ) -> NF4Weight:
         """Quantise a dense [N, K] weight (bfloat16, float16 or float32) with bitsandbytes.
 
-        Raises ValueError that names the argument, ImportError without bitsandbytes.
+        Raises ValueError that names the argument, ImportError without bitsandbytes,
+        NotImplementedError for `double_quant` where the installed one cannot do it.
         """
         if weight.dim() != 2:
             raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
@@ -78,10 +82,17 @@ class NF4Weight:
         bnb = needed("bitsandbytes.functional", "an NF4 weight")
         if weight.is_meta:
             # bitsandbytes keeps its table of 8-bit values where it is first used: not on meta.
-            bnb.quantize_blockwise(torch.zeros(1, device="cpu"))
+            bnb.quantize_blockwise(torch.ones(1, device="cpu"))
+        dense = weight.detach()
+        if dense.numel() % 2:
+            # bitsandbytes below 0.49 packs pairs alone. One zero more is no block's absmax.
+            dense = torch.nn.functional.pad(dense.reshape(-1), (0, 1))
+        if double_quant and not EQUAL_ABSMAX.is_on():
+            _check_absmax(dense, blocksize)
         packed, state = bnb.quantize_4bit(
-            weight.detach(), blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
+            dense, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
         )
+        state.shape = weight.shape
         return cls(packed.view(-1), state)
 
     @property
@@ -127,3 +138,15 @@ class NF4Weight:
             self.packed, self.absmax(), self.blocksize, "nf4", list(self.shape), direct
         )
         return out.to(wanted)
+
+
+def _check_absmax(dense: Tensor, blocksize: int) -> None:
+    """Raise for what bitsandbytes divides by zero: absmax that are all equal to their mean."""
+    if dense.device.type != "cpu":
+        return
+    absmax = torch.stack([block.abs().max() for block in dense.reshape(-1).split(blocksize)])
+    from_mean = absmax.float() - absmax.float().mean()
+    if any(not block.any() for block in from_mean.split(_SECOND_BLOCKSIZE)):
+        raise NotImplementedError(
+            f"double_quant must be False for this weight, got True: {EQUAL_ABSMAX.obstacle()}"
+        )

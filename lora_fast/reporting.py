@@ -12,6 +12,7 @@ from torch import nn
 
 from .adapter_module import AdapterModule
 from .base_linear import CallCounts, describe, environment_obstacle, runs_own_forward
+from .versions import switched_off
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every adapted layer, in the order of ``model.named_modules()``. Prints as a table."""
+    """Every adapted layer, in the order of ``model.named_modules()``. Prints as a table.
+
+    ``switched_off``: what the model cannot do with the installed versions, and why.
+    """
 
     layers: tuple[LayerReport, ...]
+    switched_off: tuple[str, ...] = ()
 
     @property
     def fused_calls(self) -> int:
@@ -75,6 +80,7 @@ class Report:
         unseen = sum(not layer.counted for layer in self.layers)
         if unseen:
             lines[-1] += f"; calls of the {unseen} that stay PEFT's are not counted"
+        lines += [f"off: {reason}" for reason in self.switched_off]
         return "\n".join(lines)
 
 
@@ -88,7 +94,8 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return Report(tuple(_layer_report(name, layer) for name, layer in adapted_layers(model)))
+    layers = tuple(_layer_report(name, layer) for name, layer in adapted_layers(model))
+    return Report(layers, switched_off(model) if layers else ())
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

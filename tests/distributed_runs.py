@@ -130,7 +130,11 @@ def with_tensor_parallel(model: nn.Module) -> nn.Module:
     """The frozen weight of fc1 in parts of its rows."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {"base_model.model.fc1.base_layer": ColwiseParallel(output_layouts=Replicate())}
-    return parallelize_module(model, mesh, plan)
+    whole = parallelize_module(model, mesh, plan)
+    # torch 2.10 makes parameters that train of those it distributes.
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return whole
 
 
 def adapted_layers(model: nn.Module) -> list[Any]:

@@ -11,6 +11,7 @@ from lora_models import K, N, peft_model
 from torch import nn
 
 import lora_fast
+from lora_fast.versions import SHARDED_INTEGERS
 
 # Layers whose own modules an engine has taken over run PEFT's code, and say why.
 FALLBACKS = {
@@ -19,6 +20,9 @@ FALLBACKS = {
     "tensor-parallel": {"hooks on base layer": 6},
 }
 
+
+# Which fully_shard of an older torch refuses.
+STORED_AS_INTEGERS = ("fsdp2-own-nf4", "fsdp2-nf4-uint8", "fsdp2-children-nf4")
 
 Results = list[dict[str, Result | Example | str]]
 
@@ -34,6 +38,9 @@ def test_two_processes_train_what_one_does(name: str, two_processes: Results) ->
     assert alone.fallbacks == {} and alone.fused_calls > 0
     for rank in two_processes:
         result = rank[name]
+        if name in STORED_AS_INTEGERS and not SHARDED_INTEGERS.is_on():
+            assert "fully_shard" in str(result) and "floating point" in str(result)
+            continue
         assert isinstance(result, Result), result
         expected = FALLBACKS.get(name, {})
         assert result.fallbacks == expected

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from lora_fast import compile_check, doctor
 from lora_fast.compile_check import KernelCheck, compile_kernels, parse_arch
 from lora_fast.doctor import diagnose
+from lora_fast.versions import SHARDED_INTEGERS
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,32 @@ def test_packages_out_of_range_are_broken(monkeypatch: pytest.MonkeyPatch) -> No
     found = diagnose(kernels=False)
     assert [problem.split()[0] for problem in found.problems] == ["torch"]
     assert "must be >=99" in found.problems[0]
+
+
+def test_what_is_too_old_for_the_commands_alone_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ["peft>=0.1; extra == 'peft'", "torch>=2"]
+    commands = [
+        "peft>=99; extra == 'train'",
+        "torch>=2; extra == 'train'",
+        "rich>=1; extra == 'train'",
+    ]
+    tools = ["torch>=99; extra == 'bench'"]
+    monkeypatch.setattr(metadata, "requires", lambda name: [*library, *commands, *tools])
+    found = diagnose(kernels=False)
+    assert found.problems == ()
+    (reason,) = found.switched_off
+    assert reason == f"lora-fast's commands: need peft >=99, got {metadata.version('peft')}"
+
+
+def test_a_feature_that_needs_more_is_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_fast.versions.installed", lambda package: (2, 11, 0))
+    found = diagnose(kernels=False)
+    assert found.problems == () and SHARDED_INTEGERS.obstacle() in found.switched_off
+    assert run_cli("doctor", "--no-kernels") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"off {SHARDED_INTEGERS.obstacle()}" in shown
 
 
 def test_a_required_package_that_is_absent_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

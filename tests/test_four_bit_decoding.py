@@ -9,21 +9,34 @@ import pytest
 import torch
 from accuracy import assert_same_bits
 from four_bit_formula import formula
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lora_fast import NF4Weight, four_bit_decoding
 from lora_fast.four_bit_decoding import CODES, decode
 from lora_fast.nf4 import BLOCKSIZES
+from lora_fast.versions import EQUAL_ABSMAX
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+def is_refused(N: int, K: int, blocksize: int, nested: bool) -> bool:
+    """One block, whose absmax bitsandbytes cannot quantise everywhere."""
+    return nested and blocksize >= N * K and not EQUAL_ABSMAX.is_on()
+
+
 def quantised(N: int, K: int, blocksize: int, nested: bool, kind: str = "nf4") -> Any:
     """Random bytes, all nibbles among them, under the constants of a random weight."""
+    if is_refused(N, K, blocksize, nested):
+        pytest.skip(str(EQUAL_ABSMAX.obstacle()))
+    # An even number: bitsandbytes below 0.50 quantises no other on a CPU.
     packed, state = bnbf.quantize_4bit(
-        torch.randn(N, K), blocksize=blocksize, compress_statistics=nested, quant_type=kind
+        torch.randn(N * K + N * K % 2),
+        blocksize=blocksize,
+        compress_statistics=nested,
+        quant_type=kind,
     )
+    state.shape = torch.Size((N, K))
     packed = torch.randint(256, (packed.numel(),), dtype=torch.uint8)
     packed[:256] = torch.arange(256)[: packed.numel()].to(torch.uint8)
     return packed, state
@@ -57,6 +70,7 @@ def test_every_bit(N: int, K: int, blocksize: int, kind: str, nested: bool) -> N
     nested=st.booleans(),
 )
 def test_any_shape(N: int, K: int, blocksize: int, nested: bool) -> None:
+    assume(not is_refused(N, K, blocksize, nested))
     weight = NF4Weight.from_dense(torch.randn(N, K), blocksize=blocksize, double_quant=nested)
     expected = formula(weight.packed, weight.quant_state, torch.float32)
     assert_same_bits(weight.dequantize(), expected, name="W")

@@ -11,6 +11,7 @@ from four_bit_formula import formula
 
 from lora_fast import NF4Weight
 from lora_fast.nf4 import BLOCKSIZES
+from lora_fast.versions import EQUAL_ABSMAX
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,9 +29,10 @@ def params4bit(weight, **kwargs):
 def test_decodes_by_the_formula(dtype, nested):
     for blocksize in BLOCKSIZES:
         for shape in ((64, 64), (33, 18), (5, 7), (65, 130)):
-            weight = NF4Weight.from_dense(
-                torch.randn(shape).to(dtype), blocksize=blocksize, double_quant=nested
-            )
+            dense = torch.randn(shape).to(dtype)
+            if nested and dense.numel() <= blocksize and not EQUAL_ABSMAX.is_on():
+                continue
+            weight = NF4Weight.from_dense(dense, blocksize=blocksize, double_quant=nested)
             expected = formula(weight.packed, weight.quant_state, dtype)
             assert_same_bits(weight.dequantize(), expected, name=f"{blocksize} {shape}")
 
@@ -67,6 +69,27 @@ def test_a_weight_without_data_leaves_later_ones_alone(monkeypatch):
     found = NF4Weight.from_dense(W)
     monkeypatch.setattr(bnbf, "name2qmap", {})
     assert_same_bits(found.packed, NF4Weight.from_dense(W).packed, name="packed")
+
+
+def test_what_kills_the_process_is_refused(monkeypatch):
+    """bitsandbytes below 0.49 divides by the largest distance of absmax from their mean: by 0."""
+    monkeypatch.setattr("lora_fast.versions.installed", lambda package: (0, 48, 2))
+    one_block, equal_blocks = torch.randn(4, 8), torch.ones(64, 96)
+    for dense in (one_block, equal_blocks):
+        with pytest.raises(NotImplementedError, match=r"double_quant must be False .*needs bits"):
+            NF4Weight.from_dense(dense)
+        assert NF4Weight.from_dense(dense, double_quant=False).shape == dense.shape
+    assert NF4Weight.from_dense(torch.randn(64, 96)).nested
+
+
+def test_an_odd_number_of_elements_ends_in_half_a_byte():
+    dense = torch.randn(7, 19)
+    weight = NF4Weight.from_dense(dense, double_quant=False)
+    padded = torch.nn.functional.pad(dense.view(1, -1), (0, 1))
+    even = NF4Weight.from_dense(padded, double_quant=False)
+    assert weight.shape == dense.shape and weight.packed.numel() == 67
+    assert_same_bits(weight.packed, even.packed, name="packed")
+    assert_same_bits(weight.absmax(), even.absmax(), name="absmax")
 
 
 def test_what_is_not_nf4_is_refused():

@@ -107,6 +107,8 @@ def show_diagnosis(console: Console, found: Diagnosis) -> None:
         _show_kernels(console, found)
     if found.model is not None:
         _show_layers(console, found)
+    for reason in found.switched_off:
+        console.print(f"[yellow]off[/]      {escape(reason)}")
     for problem in found.problems:
         console.print(f"[red]✗[/] {escape(problem)}")
     if not found.problems:

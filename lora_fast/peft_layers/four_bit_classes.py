@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners import adalora, ia3, lora
+from peft.tuners import adalora, ia3, lora, vera
 
 
 def _class(tuner: Any, name: str, dense: type) -> Any:
@@ -18,3 +18,4 @@ def _class(tuner: Any, name: str, dense: type) -> Any:
 LoRALinear4bit: Any = _class(lora, "Linear4bit", lora.Linear)
 IA3Linear4bit: Any = _class(ia3, "Linear4bit", ia3.Linear)
 SVDLinear4bit: Any = _class(adalora, "SVDLinear4bit", adalora.SVDLinear)
+VeRALinear4bit: Any = _class(vera, "Linear4bit", vera.Linear)
