@@ -19,14 +19,15 @@ import pytest
 import torch
 import torch.utils._device
 from hypothesis import HealthCheck, settings
+from imports import needs
 from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-PINS = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text()
-PINNED_TRITON = re.findall(r"^triton==(\S+)", PINS, re.MULTILINE)[0]
+CONSTRAINTS = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text()
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", CONSTRAINTS, re.MULTILINE))
 
 # A shell has what it starts in the background ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,9 +47,9 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 
-def is_pinned_triton() -> bool:
-    """Whether kernels are compiled by the version of constraints.txt."""
-    return importlib.metadata.version("triton") == PINNED_TRITON
+def is_pinned(package: str) -> bool:
+    """Whether the version of `package` is that of constraints.txt."""
+    return importlib.metadata.version(package) == PINS[package]
 
 
 def _reason_to_skip(item: pytest.Item) -> str | None:
@@ -62,8 +63,25 @@ def _reason_to_skip(item: pytest.Item) -> str | None:
         return "TRITON_INTERPRET=1: this process interprets kernels instead of compiling them"
     if "gpu" in marks:
         return None if torch.cuda.is_available() else "needs a CUDA device"
-    if "pinned" in marks and not is_pinned_triton():
-        return f"its limits hold for triton {PINNED_TRITON}"
+    if "pinned" in marks and not is_pinned("triton"):
+        return f"its limits hold for triton {PINS['triton']}"
+    return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="leave out the test files that need this module: tests/imports.py",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    absent = config.getoption("--without")
+    if absent and collection_path.match("test_*.py") and needs(collection_path, absent):
+        return True
     return None
 
 

@@ -12,12 +12,15 @@ from accuracy import assert_all_accurate, assert_same_bits, orders
 from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners import ia3
 from peft.tuners.ia3 import Linear4bit as IA3Linear4bit
+from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import lora_fast
 
 K, HIDDEN, N = 24, 40, 20
+# A variant of LoRA that PEFT has from 0.20 on, as an argument of LoraConfig.
+HAS_MICA, MICA = hasattr(variants, "MiCALinearVariant"), {"init_lora_weights": "mica"}
 
 
 class Single(nn.Module):

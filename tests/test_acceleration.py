@@ -224,7 +224,7 @@ def _lower_rank(model: Any) -> None:
 
 def _both(r: int, alpha: float, dtype: torch.dtype = F32) -> Callable[[Any], None]:
     def activate(model: Any) -> None:
-        model.add_adapter("other", lora_config(r=r, lora_alpha=alpha), autocast_adapter_dtype=False)
+        model.add_adapter("other", lora_config(r=r, lora_alpha=alpha))
         scalings = lora_layers(model)[0].scaling
         assert (scalings["default"] == scalings["other"]) == (r == 10)
         lora_layers(model)[0].lora_A["other"].to(dtype)
@@ -321,7 +321,9 @@ def test_hotswap_of_another_rank(padded: bool, tmp_path: Path) -> None:
         if padded:
             prepare_model_for_compiled_hotswap(model, target_rank=9)
         hotswap_adapter(model, tmp_path, adapter_name="default")
-    assert lora_layers(fused)[0].lora_A["default"].weight.shape[0] == (9 if padded else 5)
+    ranks = [lora_layers(model)[0].lora_A["default"].weight.shape[0] for model in (stock, fused)]
+    # PEFT from 0.21 on keeps the rank that was there; before, it took that of the file.
+    assert ranks[0] == ranks[1] and ranks[0] in (3, 9 if padded else 5)
     compare(fused, stock, x, compute_dtype=F32)
     assert counted(fused) == (2, {})
 

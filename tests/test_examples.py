@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
@@ -19,20 +18,6 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     spec.loader.exec_module(module)
     return module.main()
-
-
-def test_sft_with_trl_has_the_losses_of_stock(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert run("sft_trl", "--smoke", monkeypatch=monkeypatch) == 0
-    printed = capsys.readouterr().out
-    # Checkpointing recomputes all layers of a block but the last.
-    assert "14 of 14 adapted layers fused; 130 fused calls, 0 fallback calls" in printed
-    first, last = re.search(r"^loss (\S+) → (\S+) in one process$", printed, re.MULTILINE).groups()
-    assert float(last) < 0.7 * float(first)
-    apart = re.search(r"largest relative difference of a step's loss (\S+),", printed).group(1)
-    assert float(apart) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2_qlora"])

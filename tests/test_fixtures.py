@@ -8,7 +8,7 @@ import conftest
 import pytest
 import torch
 from accuracy import assert_same_bits
-from conftest import PINNED_TRITON
+from conftest import PINS
 from ptx_executor import GlobalRace
 
 triton = pytest.importorskip("triton")
@@ -56,12 +56,12 @@ def test_the_seed_is_fixed_per_test(order: str) -> None:
     assert torch.equal(torch.randn(4), torch.randn(4, generator=fresh)), order
 
 
-@pytest.mark.parametrize("version", [PINNED_TRITON, "3.5.1"])
+@pytest.mark.parametrize("version", [PINS["triton"], "3.5.1"])
 def test_limits_of_machine_code_are_those_of_one_compiler(version, monkeypatch, request) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     monkeypatch.setattr(conftest, "INTERPRETED", False)
     request.node.add_marker(pytest.mark.pinned)
-    expected = None if version == PINNED_TRITON else "its limits hold for triton " + PINNED_TRITON
+    expected = None if version == PINS["triton"] else "its limits hold for triton " + PINS["triton"]
     assert conftest._reason_to_skip(request.node) == expected
 
 

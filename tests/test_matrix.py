@@ -9,18 +9,69 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PINS
 
 from tests import matrix
 
 
 def test_every_lower_bound_is_the_pin_of_a_row() -> None:
-    bounds = matrix.lower_bounds()
-    assert {"torch", "triton", "bitsandbytes", "numpy", "peft", "transformers", "trl"} <= set(
-        bounds
-    )
     rows = {row.name: row for row in matrix.rows()}
-    oldest = [rows[name].pins for name in (f"triton-{bounds['triton']}", "torch-oldest")]
-    assert oldest[0] | oldest[1] | rows["peft-oldest"].pins == bounds
+    library = matrix.lower_bounds(*matrix.LIBRARY, "trl")
+    expected = {"torch", "triton", "bitsandbytes", "numpy", "peft", "transformers", "trl"}
+    assert set(library) == expected
+    found = {**rows["oldest"].pins, "trl": rows["llama-factory"].pins["trl"]}
+    triton = f"triton-{library['triton']}"
+    assert found | rows[triton].pins == library
+    commands = matrix.lower_bounds("train", base=False)
+    assert {"typer", "rich", "peft", "transformers"} <= set(commands)
+    assert rows["command-line-oldest"].pins == commands
+
+
+def test_kernels_run_in_one_row_for_each_triton() -> None:
+    rows = matrix.rows()
+    ran = [(row.pins["triton"], row.name) for row in rows if "compiled" in row.legs]
+    assert sorted(ran) == sorted(matrix.TRITONS.items())
+    legs = (("default",), matrix.KERNELS, ("default", *matrix.KERNELS))
+    assert all(row.legs in legs for row in rows)
+    assert min(matrix.TRITONS) == matrix.lower_bounds()["triton"]
+    assert PINS["triton"] in matrix.TRITONS
+
+
+def test_rows_of_what_people_have_do_without_the_command_line() -> None:
+    people = ("colab", "llama-factory", "axolotl", "unsloth", "newest", "oldest")
+    rows = {row.name: row for row in matrix.rows()}
+    for name in people:
+        row = rows[name]
+        assert row.extra == "test-library" and "default" in row.legs
+        assert set(matrix.COMMAND_LINE) <= set(row.without)
+        assert ("trl" in row.pins) == ("trl" in row.packages) == ("trl" not in row.without)
+
+
+def test_a_row_takes_the_python_that_it_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def python(path: str, script: str) -> str:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+        return str(file)
+
+    row = matrix.Row("row", {}, ("default",), python="3.99")
+    assert matrix.interpreter(row) == sys.executable
+    assert "no Python 3.99 here" in capsys.readouterr().out
+    python("python3.99", "echo choose one; exit 127")  # as a shim of pyenv
+    python("versions/3.99.0/bin/python", "echo 3.9")
+    wanted = python("versions/3.99.1/bin/python", "echo 3.99")
+    assert matrix.interpreter(row) == wanted
+    python("python3.99", "echo 3.99")
+    assert matrix.interpreter(row) == "python3.99"
+    here = "{}.{}".format(*sys.version_info)
+    assert matrix.interpreter(matrix.Row("row", {}, (), python=here)) == sys.executable
+    assert matrix.interpreter(matrix.Row("row", {}, ())) == sys.executable
 
 
 def test_pins_take_the_place_of_those_of_the_suite() -> None:
@@ -47,7 +98,8 @@ def test_what_a_row_selects_and_adds_reaches_pytest_and_pip(
     rows = {row.name: row for row in matrix.rows()}
     for name, added, selected in (
         ("triton-3.5.1", ".[test]", ["-k", "not sm_100"]),
-        ("triton-3.8.0", ".[test]", []),
+        ("command-line-oldest", ".[test]", []),
+        ("unsloth", "trl", [f"--without={module}" for module in matrix.COMMAND_LINE]),
         ("deepspeed", "deepspeed", ["-k", "deepspeed"]),
     ):
         list(matrix.run(rows[name], rows[name].legs, 1, []))

@@ -391,5 +391,5 @@ def test_without_peft_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     for call in (save_adapter, load_adapter):
-        with pytest.raises(ImportError, match="needs peft, .* pip install peft"):
+        with pytest.raises(ImportError, match=r"needs peft, .* pip install peft"):
             call(converted("lora"), tmp_path)

@@ -10,6 +10,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from lora_models import (
+    HAS_MICA,
+    MICA,
     K,
     N,
     accelerated_copy,
@@ -132,7 +134,7 @@ SAME_RESULT: list[tuple[str, Prepare, dict[str, Any]]] = [
     ("merged", lambda m: m.merge_adapter(safe_merge=True), {}),
     ("no active adapter", lambda m: m.base_model.set_adapter([]), {}),
     ("DoRA with several adapters", _second_adapter(use_dora=True), {"use_dora": True}),
-    ("variant MiCALinearVariant", _nothing, {"init_lora_weights": "mica"}),
+    *([("variant MiCALinearVariant", _nothing, MICA)] if HAS_MICA else []),
     ("hooks on lora_A", _hook(_adapter("lora_A"), "register_forward_hook", _halve), {}),
     ("hooks on lora_B", _hook(_adapter("lora_B"), "register_forward_hook", _halve), {}),
     (

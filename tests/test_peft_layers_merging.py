@@ -9,6 +9,8 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from lora_models import (
+    HAS_MICA,
+    MICA,
     K,
     Mlp,
     accelerated_copy,
@@ -113,7 +115,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_the_other_does_not() -> None:
         assert _weight(lora_layers(model)[0]).isnan().any()
 
 
-@pytest.mark.parametrize("config", [{"lora_bias": True}, {"init_lora_weights": "mica"}], ids=str)
+@pytest.mark.parametrize("config", [{"lora_bias": True}, *([MICA] if HAS_MICA else [])], ids=str)
 def test_what_is_not_plain_lora_is_merged_by_peft(config: dict[str, Any]) -> None:
     stock = peft_model(**config)
     fused = accelerated_copy(stock)

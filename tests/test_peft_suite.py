@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import is_pinned
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peft_suite"))
 
@@ -74,6 +76,8 @@ def test_a_part_of_it(capfd: pytest.CaptureFixture[str]) -> None:
     code = suite.main(["--files", "vera", "lorafa", "--jobs", "0"])
     printed = capfd.readouterr().out
     assert code == 0, printed
-    assert "24 × vera.Linear: fused" in printed
     assert "ran fused (100.00%)" in printed
-    assert "0 problems in 21 tests" in printed
+    # Their number is that of the version that is pinned.
+    calls, tests = ("24", "21") if is_pinned("peft") else (r"\d+", r"\d+")
+    assert re.search(rf"{calls} × vera.Linear(4bit)?: fused", printed)
+    assert re.search(rf"0 problems in {tests} tests", printed)
