@@ -17,6 +17,7 @@ class Counts:
 
     blocks: collections.Counter[int] = field(default_factory=collections.Counter)  # by warps
     mma: collections.Counter[str] = field(default_factory=collections.Counter)
+    missing_fences: collections.Counter[str] = field(default_factory=collections.Counter)
     flops: int = 0
     shared_read: int = 0
     shared_written: int = 0
@@ -37,7 +38,8 @@ class LaunchCounts(TypedDict):
     instructions: warp instructions by class of opcode, those with a false predicate included.
     global_*: bytes requested; *_unique: distinct ones, None unless `unique_bytes`. shared_*: bytes
     through shared memory; shared_bytes: what a CTA reserves. mma: mma.sync by warp, wgmma by
-    warpgroup and tcgen05.mma each, with mma_flops operations. seconds: of the executor.
+    warpgroup and tcgen05.mma each, with mma_flops operations. missing_fences: how often which
+    instruction read shared memory without its fence.proxy.async. seconds: of the executor.
     """
 
     kernel: str
@@ -59,6 +61,7 @@ class LaunchCounts(TypedDict):
     mma: int
     mma_by_kind: dict[str, int]
     mma_flops: int
+    missing_fences: dict[str, int]
 
 
 class Report(TypedDict):
@@ -78,6 +81,7 @@ class Report(TypedDict):
     shared_written: int
     mma: int
     mma_flops: int
+    missing_fences: dict[str, int]
     seconds: float
 
 
@@ -109,6 +113,7 @@ def of_launch(launch: Launch, arch: int, seconds: float) -> LaunchCounts:
         mma=counts.mma.total(),
         mma_by_kind=dict(counts.mma),
         mma_flops=counts.flops,
+        missing_fences=dict(counts.missing_fences),
     )
 
 
@@ -129,8 +134,11 @@ def of_all(launches: Iterable[LaunchCounts]) -> Report:
     """Totals."""
     details = list(launches)
     instructions: collections.Counter[str] = collections.Counter()
+    missing: collections.Counter[str] = collections.Counter()
     for launch in details:
         instructions.update(launch["instructions"])
+        named = {f"{launch['kernel']}: {ins}": n for ins, n in launch["missing_fences"].items()}
+        missing.update(named)
     return Report(
         launches=len(details),
         details=details,
@@ -146,5 +154,6 @@ def of_all(launches: Iterable[LaunchCounts]) -> Report:
         shared_written=sum(launch["shared_written"] for launch in details),
         mma=sum(launch["mma"] for launch in details),
         mma_flops=sum(launch["mma_flops"] for launch in details),
+        missing_fences=dict(missing),
         seconds=sum(launch["seconds"] for launch in details),
     )

@@ -67,6 +67,10 @@ class SharedRace(PTXError):
     """Unordered accesses to shared bytes or tensor memory by two warps or asynchronous units."""
 
 
+class MissingFence(PTXError):
+    """A read through the asynchronous proxy of shared bytes whose generic write nobody fenced."""
+
+
 class GlobalRace(PTXError):
     """Conflicting accesses to global bytes that no barrier and release/acquire chain orders."""
 

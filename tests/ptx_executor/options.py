@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+_CHOICES = {
+    "bounds": ("storage", "tensor"),
+    "autotune": ("first", "run"),
+    "check_fences": (None, "error", "count", "off"),
+}
 
 
 @dataclass(frozen=True)
@@ -14,6 +21,9 @@ class Options:
 
     check_shared        uninitialised reads and races in shared memory
     check_tensor        races in tensor memory (sm_100)
+    check_fences        a missing fence.proxy.async before wgmma, tcgen05.mma or a bulk store reads
+                        what was written generically: "error", "count" or "off"; None: an error
+                        from Triton 3.7 on, counted below, where compilers leave some out
     check_global_race   conflicting global accesses by two CTAs that no barrier and release/acquire
                         chain orders; "warps": by two warps of one CTA, too
     bounds              what a tensor argument makes accessible: its "storage", or no more than
@@ -37,6 +47,7 @@ class Options:
 
     check_shared: bool = True
     check_tensor: bool = True
+    check_fences: Literal["error", "count", "off"] | None = None
     check_global_race: bool | Literal["warps"] = False
     bounds: Literal["storage", "tensor"] = "storage"
     unique_bytes: bool = True
@@ -59,6 +70,13 @@ class Options:
             )
         if self.resident is not None and self.resident < 1:
             raise ValueError(f"`resident` must be None or at least 1, got {self.resident}")
-        for name, allowed in (("bounds", ("storage", "tensor")), ("autotune", ("first", "run"))):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}")
+
+    def of_missing_fences(self) -> str:
+        """What becomes of them: "error", "count" or "off"."""
+        if self.check_fences is not None:
+            return self.check_fences
+        version = importlib.metadata.version("triton").split(".")
+        return "error" if (int(version[0]), int(version[1])) >= (3, 7) else "count"

@@ -124,6 +124,9 @@ def _store(em, ins):
             if shared.check:
                 who = tile.chunk_lanes, tile.rows, tile.agent
                 granules = shared.check_read(batch, tile.idx, 16, *who)
+                fenced = shared.fences.fenced[divmod(tile.lane // 32, batch.warps)]
+                where = batch.who(tile.lane)
+                shared.check_fenced(batch, ins, granules, lambda by, f=fenced: f[by], *where)
                 shared.read_at[shared.copy_agent * shared.granules + granules] = PENDING
             size = tile.map.element_bytes
             data = shared.views[16][tile.idx >> 4].view(UNSIGNED[size])[tile.inside]

@@ -106,7 +106,9 @@ def store(em, ins):
 
 
 def fence(em, ins):
-    """fence and membar of gpu or wider scope; None for what orders nothing between CTAs."""
+    """fence and membar of gpu or wider scope, fence.proxy.async; None for what orders nothing."""
+    if ins.has("proxy") and ins.has("async") and not ins.has("global"):
+        return _fence_proxies
     if ins.has("proxy", "mbarrier_init", "cta", "alias", "async"):
         return None
 
@@ -117,3 +119,12 @@ def fence(em, ins):
             order.fence(batch, warps if q is None else np.flatnonzero(q.reshape(-1, 32).any(1)))
 
     return run
+
+
+def _fence_proxies(batch, r, q):
+    alive = batch.alive.reshape(-1, 32)
+    mask = alive if q is None else q.reshape(-1, 32)
+    whole = (mask | ~alive).all(1)
+    for bw in map(int, np.flatnonzero(mask.any(1))):
+        batch.shared.fence_proxies(*divmod(bw, batch.warps), whole=bool(whole[bw]))
+    batch.shared.now += 1

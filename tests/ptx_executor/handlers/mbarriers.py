@@ -25,7 +25,7 @@ class MBarrier:
     """One barrier: arrivals and bytes that its phase waits for, and what waiting for it teaches."""
 
     count: int
-    agents: int
+    clock_size: int
     pending: int = 0
     tx: int = 0
     phase: int = 0
@@ -39,8 +39,8 @@ class MBarrier:
 
     def __post_init__(self) -> None:
         self.pending = self.count
-        self.clock = np.zeros(self.agents, np.int64)
-        self.done_clock = np.zeros(self.agents, np.int64)
+        self.clock = np.zeros(self.clock_size, np.int64)
+        self.done_clock = np.zeros(self.clock_size, np.int64)
 
     def complete(self) -> bool:
         """Begin the next phase if nothing is outstanding; whether it did."""
@@ -117,7 +117,7 @@ def _init(em, args):
     def run(batch, r, q):
         shared = batch.shared
         for place, lanes in find(batch, r, q):
-            batch.mbarriers[place] = MBarrier(of_thread(args[1], r, lanes[0]), shared.agents)
+            batch.mbarriers[place] = MBarrier(of_thread(args[1], r, lanes[0]), shared.clock_size)
             if shared.check:
                 g = shared.granules_of(np.array([place]), 8)
                 shared.written_at[g] = shared.now

@@ -254,6 +254,8 @@ class _Issue:
                 raise SharedRace(f"{operand} reads shared bytes {why}", *where)
             text = f"{operand} has shared bytes that were never written"
             raise UninitialisedShared(text, *where)
+        fenced, where = shared.fences.fenced, batch.who(int(self.lanes[0]))
+        shared.check_fenced(batch, self.ins, g, lambda by: fenced[cta, warp, by], *where)
         shared.read_at[self.t.agent * shared.granules + g] = PENDING
 
     def _write(self, cells, product, adds):

@@ -151,7 +151,7 @@ def _operand_in_memory(batch, r, ins, groups, register, rows, type_, is_mn_major
             idx = _tile(batch, ins, d, rows, type_, is_mn_major, which, cta)
         else:
             idx = seen[d, cta][1]
-        _check_read(batch, idx, cta, group)
+        _check_read(batch, ins, idx, cta, group)
         if (d, cta) not in seen:
             words = shared.views[16][idx >> 4].view(U32).reshape(idx.shape[0], -1)
             shared.nread += 16 * idx.size
@@ -177,7 +177,7 @@ def _tile(batch, ins, d, rows, type_, is_mn_major, which, cta):
     return addr - SHARED_BASE + cta * shared.stride
 
 
-def _check_read(batch, idx, cta, group):
+def _check_read(batch, ins, idx, cta, group):
     """All four warps must be ordered after what wrote the bytes."""
     shared = batch.shared
     if not shared.check:
@@ -194,6 +194,8 @@ def _check_read(batch, idx, cta, group):
         if late.any():
             raise SharedRace(f"wgmma reads shared bytes {shared.unread(granule)}", *where)
         raise UninitialisedShared("wgmma reads shared bytes that were never written", *where)
+    fenced = shared.fences.fenced[cta, first : first + 4].min(axis=0)
+    shared.check_fenced(batch, ins, g, lambda by: fenced[by], batch.ctas[cta], first * 32)
     shared.read_at[(shared.warps + group) * shared.granules + g] = PENDING
 
 

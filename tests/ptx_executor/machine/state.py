@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import PTXError
+from ..errors import MissingFence, PTXError
 from ..memory.layout import POISON
 from ..memory.local_memory import LocalMemory
 from ..memory.shared_memory import SharedMemory
@@ -86,6 +86,7 @@ class State:
         self.call_arguments: dict[str, np.ndarray] = {}
         # Set by handlers: an attempt failed; something has changed that others may wait for.
         self.spinning = self.progress = False
+        self._missing_fences = self.opts.of_missing_fences()
         self._special: dict[str, np.ndarray] = {}
         self._params: dict[tuple[Any, ...], np.ndarray] = {}
 
@@ -131,6 +132,16 @@ class State:
     def unsupported(self, ins: Any, why: str) -> None:
         where = f"`{ins.text}` [{ins.where()}] of kernel {self.program.name}"
         raise NotImplementedError(f"PTX not executed: {where}: {why}")
+
+    def missing_fence(self, ins: Any, writer: str, cta: Dim3, thread: int, addr: int) -> None:
+        """Report an unfenced read, as the options say. MissingFence."""
+        if self._missing_fences == "error":
+            text = (
+                f"{ins.op} reads shared bytes that {writer} wrote with no fence.proxy.async since"
+            )
+            raise MissingFence(text, cta, thread, addr)
+        if self._missing_fences == "count":
+            self.launch.counts.missing_fences[f"{ins.full} [{ins.where()}]"] += 1
 
     def trap(self, error: PTXError, q: np.ndarray | None) -> None:
         if q is None or q.any():

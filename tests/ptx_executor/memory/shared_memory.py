@@ -29,6 +29,7 @@ from .layout import (
     take,
     views_of,
 )
+from .proxies import ProxyFences
 
 _BARRIER = "with no barrier in between"
 
@@ -59,6 +60,7 @@ class SharedMemory:
             self.written_at = np.zeros(self.granules, np.int32)
             self.written_by = np.zeros(self.granules, np.uint8)
             self.read_at = np.zeros(self.agents * self.granules, np.int32)
+            self.fences = ProxyFences(ctas, warps)
         if self.clocks:
             self.seen = np.zeros((ctas, self.agents, self.agents), np.int32)
             own = np.arange(self.agents)
@@ -209,17 +211,43 @@ class SharedMemory:
         return out
 
     # -- ordering ------------------------------------------------------------------------------
+    @property
+    def clock_size(self) -> int:
+        """Of the clocks that mbarriers pass on: times of agents, then those that are fenced."""
+        return self.agents + self.warps
+
     def known_to(self, cta: int, warp: int) -> np.ndarray:
         """The clock of a warp that signals: all that it knows, itself included."""
-        row = np.where(self.seen[cta, warp] >= OWN, 0, self.seen[cta, warp])
-        row[warp] = self.now
-        return row
+        clock = np.zeros(self.clock_size, np.int32)
+        clock[: self.agents] = np.where(self.seen[cta, warp] >= OWN, 0, self.seen[cta, warp])
+        clock[warp] = self.now
+        if self.check:
+            clock[self.agents :] = self.fences.fenced[cta, warp]
+        return clock
 
     def learn(self, cta: int, warp: int, clock: np.ndarray) -> None:
         """Let a warp know what a clock knows."""
-        own = self.seen[cta, warp, warp]
-        self.seen[cta, warp] = np.maximum(self.seen[cta, warp], clock)
-        self.seen[cta, warp, warp] = own
+        row = self.seen[cta, warp]
+        own = row[warp]
+        row[:] = np.maximum(row, clock[: self.agents])
+        row[warp] = own
+        if self.check:
+            fenced = self.fences.fenced[cta, warp]
+            fenced[:] = np.maximum(fenced, clock[self.agents :])
+
+    def fence_proxies(self, cta: int, warp: int, *, whole: bool) -> None:
+        """fence.proxy.async by a warp, or a part of it."""
+        if self.check:
+            seen = self.seen[cta, warp, : self.warps]
+            self.fences.fence(seen, self.now, cta, warp, whole=whole)
+
+    def check_fenced(self, batch: Any, ins: Any, g: np.ndarray, limit: Any, *where: Any) -> None:
+        """Report granules that were written through the other proxy and are not fenced."""
+        missing = self.fences.missing(self.written_at[g], self.written_by[g], limit)
+        if missing.any():
+            granule = int(g[tuple(np.argwhere(missing)[0])])
+            by = self.agent_name(self.written_by[granule])
+            batch.missing_fence(ins, by, *where, self.address_of(granule))
 
     def barrier(self, ctas: Sequence[int] | None = None, warps: list[int] | None = None) -> None:
         """All warps of these CTAs (None: all), or these of them, meet."""
@@ -227,8 +255,10 @@ class SharedMemory:
             return
         if self.far:
             self._share_far(range(self.ctas) if ctas is None else ctas, warps)
+        which: Any = slice(None) if ctas is None else ctas
+        if self.check:
+            self.fences.barrier(which, warps, self.now)
         if warps is None:
-            which: Any = slice(None) if ctas is None else ctas
             row = self.seen[which][:, : self.warps].max(axis=1)  # (CTAs, agents)
             row[:, : self.warps] = self.now
             rows = np.repeat(row[:, None, :], self.warps, axis=1)
