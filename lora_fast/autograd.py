@@ -1,8 +1,9 @@
 """The equation as one torch.autograd.Function.
 
-What is kept for the backward pass, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where
-B, b or d trains, V = (y − bias) / g where g trains. Dropout keeps its seed; the torch backend its
-mask as well, one byte an element. An NF4 weight stays packed and is decoded again.
+Saved for backward, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where B, b or d
+trains, V = (y − bias) / g where g trains. Dropout keeps its seed and a copy of x, which the caller
+may change in place, as PEFT's lets him; the torch backend its mask as well, one byte an element. An
+NF4 weight stays packed and is decoded again.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class AdaptedLinear(torch.autograd.Function):
         y, saved = forward(x, f, needs, backend)
         nf4 = isinstance(weight, NF4Weight)
         ctx.save_for_backward(
-            x if needs.saves_x else None,
+            saved_input(x, constants, needs),
             *saved,
             None if nf4 else weight,
             bias,
@@ -110,7 +111,10 @@ class AdaptedLinearGroup(torch.autograd.Function):
         trains_A, trains_B = any(need.A for need in needs), any(need.B for need in needs)
         needs_mask = trains_A or ctx.needs_input_grad[0]
         ctx.save_for_backward(
-            x if trains_A else None, S if trains_B else None, mask if needs_mask else None, *vectors
+            saved_input(x, constants[0], Needs(A=trains_A)),
+            S if trains_B else None,
+            mask if needs_mask else None,
+            *vectors,
         )
         ctx.weights, ctx.constants, ctx.backend = weights, constants, backend
         ctx.x_shape, ctx.S_shape = x.shape, S.shape
@@ -148,6 +152,18 @@ class AdaptedLinearGroup(torch.autograd.Function):
             for gradient in (grad.bias, grad.A, grad.B)
         ]
         return (None if dX is None else dX.view(ctx.x_shape), None, None, None, *found)
+
+
+def saved_input(x: Tensor, constants: Constants, needs: Needs) -> Tensor | None:
+    """x as the gradients of A and W read it, None if neither trains.
+
+    PEFT's layers save what dropout makes of x, or the rows of an adapter's samples, and do not mind
+    when x is changed in place afterwards; where they save x itself, autograd raises.
+    """
+    if not (needs.A or needs.weight):
+        return None
+    owned = constants.dropout_p > 0.0 or constants.rank_spans is not None
+    return x.clone() if owned and not needs.weight else x
 
 
 def is_recording() -> bool:

@@ -255,6 +255,10 @@ def apply(
     flat = FlatWeight.of(weight)
     enabled = torch.is_grad_enabled()
     needs = [enabled and t is not None and t.requires_grad for t in (x, flat.data, *vectors)]
+    constants = Constants(scaling, dropout_p, 0, rank_spans)
+    saved = autograd.saved_input(x, constants, Needs(*needs))
+    # The operator saves its input: the copy, where there is one.
+    x = x if saved is None else saved
     y, *_ = adapted_linear(
         x, *flat, *vectors, seed, rank_spans, scaling, dropout_p, needs, get_backend()
     )

@@ -81,10 +81,11 @@ def forward_group(
     dtype, work = x.dtype, working_dtype(x)
     rows = x.to(work)
     dropout = None if fs[0].dropout_p == 0.0 else _dropout(fs[0], x, mask)
-    S = low_rank.shrink(rows, _stacked(fs, work), dropout)
+    A, ranks = _stacked(fs, work)
+    S = low_rank.shrink(rows, A, dropout)
     ys = [
         _adapted(rows, _dense(f.weight, dtype).to(work), S_i, f, f.bias).to(dtype)
-        for f, S_i in zip(fs, S.split(_ranks(fs), dim=1), strict=True)
+        for f, S_i in zip(fs, S.split(ranks, dim=1), strict=True)
     ]
     return ys, S.to(dtype), None if dropout is None else dropout.mask
 
@@ -98,7 +99,8 @@ def backward_group(
     needs: list[Needs],
 ) -> list[Gradients]:
     """The gradients of every layer of a group; that of x, their sum, is with the first."""
-    dtype, work, ranks = dYs[0].dtype, working_dtype(dYs[0]), _ranks(fs)
+    dtype, work = dYs[0].dtype, working_dtype(dYs[0])
+    A, ranks = _stacked(fs, work)
     dropout = None if mask is None else Dropout(mask, fs[0].dropout_p)
     dYs = [dY.to(work) for dY in dYs]
     grads = [
@@ -107,7 +109,7 @@ def backward_group(
     ]
     dS = torch.cat([low_rank.shrunk_gradient(dY, f) for dY, f in zip(dYs, fs, strict=True)], dim=1)
     if any(need.x for need in needs):
-        dX = low_rank.input_gradient(dS, _stacked(fs, work), dropout)
+        dX = low_rank.input_gradient(dS, A, dropout)
         for dY, f in zip(dYs, fs, strict=True):
             dX.addmm_(dY, _dense(f.weight, dtype).to(work))
         grads[0] = grads[0]._replace(x=dX.to(dtype))
@@ -273,13 +275,10 @@ def _dropout(f: Factors, x: Tensor, mask: Tensor | None) -> Dropout:
     return Dropout(mask, f.dropout_p)
 
 
-def _stacked(fs: Sequence[Factors], dtype: torch.dtype) -> Tensor:
-    """The A of all layers of a group [Σ R_i, K]."""
-    return torch.cat([f.A.to(dtype) for f in fs if f.A is not None])
-
-
-def _ranks(fs: Sequence[Factors]) -> list[int]:
-    return [f.A.shape[0] for f in fs if f.A is not None]
+def _stacked(fs: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """The A of all layers of a group [Σ R_i, K], and the R_i."""
+    factors = [f.A.to(dtype) for f in fs if f.A is not None]
+    return torch.cat(factors), [A.shape[0] for A in factors]
 
 
 def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:

@@ -106,7 +106,7 @@ def test_torch_backend(title: str, kind: str, p: float) -> None:
 
 @pytest.mark.interpreter
 def test_triton_backend() -> None:
-    """The mask is drawn again: dropout keeps a seed and nothing else."""
+    """The mask is drawn again: dropout keeps a seed, and x as a copy."""
     with started(interpreter()):
         for title, kind, p in cases():
             check(title, kind, p, "triton")
