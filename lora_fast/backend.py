@@ -10,6 +10,7 @@ thread or task alone. An operation reads the choice once; its backward pass uses
 
 from __future__ import annotations
 
+import ctypes
 import dis
 import functools
 import importlib.util
@@ -38,6 +39,9 @@ _default: Backend = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_
 _defaults: list[tuple[object, Backend]] = [(None, _default)]
 _lock = threading.Lock()
 _KEY = "lora_fast_backend"
+# Before torch 2.12 what torch keeps for a thread ends with a reference let go that was never taken:
+# the object would be freed under whoever else has it.
+_TORCH_TAKES_REFERENCES = hasattr(torch._C, "_remove_obj_from_tls")
 _override: ContextVar[Backend | None] = ContextVar(_KEY, default=None)
 
 
@@ -99,10 +103,13 @@ def _override_here(name: Backend | None) -> None:
     works for it, which inherit what torch keeps for this one."""
     _override.set(name)
     _of_thread.override = name
-    if name is None and hasattr(torch._C, "_remove_obj_from_tls"):  # from torch 2.12 on
+    value = (threading.get_ident(), name)
+    if not _TORCH_TAKES_REFERENCES:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    elif name is None:
         torch._C._remove_obj_from_tls(_KEY)
-    else:
-        torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), name))
+        return
+    torch._C._stash_obj_in_tls(_KEY, value)
 
 
 def _operation_after_call() -> str:

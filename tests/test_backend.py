@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from types import SimpleNamespace
@@ -147,3 +148,16 @@ def test_doctor_and_train_say_so_before_anything_is_read(no_driver, capsys, tmp_
             assert run_cli(command, "--data", "absent.jsonl") == 1
             assert re.fullmatch(f"error: {NO_DRIVER}.*\n", capsys.readouterr().err)
     assert diagnose(kernels=False).problems == ()
+
+
+def test_what_torch_keeps_for_a_thread_lives_as_long_as_it_is_used():
+    """torch before 2.12 gives back a reference that it never took, once for each block."""
+    with set_backend("torch"):
+        kept = torch._C._get_obj_in_tls(backend._KEY)
+        for _ in range(3):
+            with set_backend("triton"):
+                pass
+            gc.collect()
+        # This frame's, and that of the argument.
+        assert sys.getrefcount(kept) >= 2
+        assert kept[1] == "torch"
