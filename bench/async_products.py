@@ -14,7 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from triton import knobs
+from lora_fast.kernels.triton_version import VERSION
+from triton.backends.nvidia.compiler import get_ptxas
 
 _WRITE = re.compile(r"\b(st\.shared|stmatrix|cp\.async\.c[ag]\.shared|(?:atom|red)\.shared)")
 _FENCE = re.compile(r"\bfence\.proxy\.async")
@@ -23,6 +24,8 @@ _LABEL = re.compile(r"^(\$L__BB\w+):")
 _BRANCH = re.compile(r"(@\S+\s+)?bra(?:\.uni)?\s+(\$L__BB\w+)")
 _END = re.compile(r"^\s*(ret|exit|trap);")
 _REMARK = re.compile(r"\((C75\d\d)\)")
+# From 3.6 on Triton has several.
+_PTXAS = get_ptxas(*((90,) if VERSION >= (3, 6) else ()))
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def serialised(ptx: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", "/dev/null"]
+        command = [_PTXAS.path, "-v", "--gpu-name=sm_90a", str(path), "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return [line for line in said.splitlines() if _REMARK.search(line)]
 
