@@ -12,7 +12,16 @@ from .dropout import keep_mask
 from .nf4_codes import load_codes
 from .nf4_tile import load_nf4_tile, packed_pointers
 from .shrink_tiles import load_spans, times_gain
-from .tiles import load_factor, load_tile, tile_pointers
+from .tiles import FLAGS, load_factor, load_tile, tile_pointers
+
+# Rounds of waiting before a launch is aborted: each goes to the L2 cache and back, so it takes
+# seconds, and what producers do takes less than a millisecond.
+MOST_ROUNDS = tl.constexpr(1 << 24)
+_STUCK = tl.constexpr(
+    "lora_fast: parts of S that this tile needs are stored by nobody: words that thread blocks "
+    "synchronise through were not zero before the launch (docs/kernels.md, Errors)"
+)
+_TRAP = tl.constexpr("{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p trap;\nmov.b32 $0, $1;\n}")
 
 
 @triton.jit
@@ -83,19 +92,38 @@ def _add_product(
 
 
 @triton.jit
-def _add_low_rank(
-    acc, members, num_partials, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr,
-    sync_ptr, M, N, rows_per_sample, stride_sm,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, MAKES_S: tl.constexpr,
-    HAS_SPANS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _wait_for_S(
+    sync_ptr, block_m, num_chunks, M,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, TRAPS: tl.constexpr,
 ):  # fmt: skip
-    """acc + Σ over members of S · outᵀ, as soon as all of S is stored for these rows."""
+    """Acquire the flag of a row block, which counts its tiles of S that are stored.
+
+    With TRAPS (PTX) the launch is aborted after MOST_ROUNDS. Not by tl.device_assert, which is for
+    debugging: where a kernel calls anything, ptxas runs the wgmma of sm_90 one by one (C7510).
+    """
+    flag_ptr = sync_ptr + FLAGS + block_m
+    expected = tl.cdiv(tl.minimum(BLOCK_M, M - block_m * BLOCK_M), BLOCK_S) * num_chunks
+    rounds = 0
+    stored = tl.atomic_add(flag_ptr, 0, sem="acquire")
+    while (stored < expected) & (rounds < MOST_ROUNDS):
+        stored = tl.atomic_add(flag_ptr, 0, sem="acquire")
+        if TRAPS:
+            rounds += 1
+    tl.device_assert(stored >= expected, _STUCK)
+    if TRAPS:
+        is_stuck = (stored < expected).to(tl.int32)
+        tl.inline_asm_elementwise(_TRAP, "=r,r", [is_stuck], tl.int32, False, 1)
+
+
+@triton.jit
+def _add_low_rank(
+    acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, M, N,
+    rows_per_sample, stride_sm,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_SPANS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + Σ over members of S · outᵀ."""
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    if MAKES_S:
-        expected = tl.cdiv(tl.minimum(BLOCK_M, M - block_m * BLOCK_M), BLOCK_S) * num_chunks
-        while tl.atomic_add(sync_ptr + 2 + block_m, 0, sem="acquire") < expected:
-            pass
     for i in tl.static_range(len(num_partials)):
         R = members[i].R
         first_r, stop_r = 0, R
@@ -132,12 +160,11 @@ def _column_parts(acc, PARTS: tl.constexpr):
 
 @triton.jit
 def _store_masked(
-    acc, members, num_partials, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr,
-    spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample,
-    stride_sm, stride_ym,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, MAKES_S: tl.constexpr,
-    HAS_SPANS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
-    MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr, SHUFFLES: tl.constexpr,
+    acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr,
+    keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
+    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_SPANS: tl.constexpr,
+    BLOCK_E: tl.constexpr, MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    SHUFFLES: tl.constexpr,
 ):  # fmt: skip
     """acc + drop'(Σ over members of S · outᵀ), stored.
 
@@ -151,12 +178,10 @@ def _store_masked(
     for i in tl.static_range(MASK_PARTS):
         first_n = (block_n * MASK_PARTS + i) * BLOCK_N
         offs_n = first_n + tl.arange(0, BLOCK_N)
-        # The first part has waited for S.
         low_rank = _add_low_rank(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_partials, num_chunks,
-            block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, sync_ptr, M, N, rows_per_sample,
-            stride_sm, IN_IS_B, HAS_b, HAS_d, MAKES_S and i == 0, HAS_SPANS,
-            BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_partials, block_m, offs_n,
+            s_ptr, b_ptr, d_ptr, spans_ptr, M, N, rows_per_sample, stride_sm,
+            IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_M, BLOCK_E, PRECISION,
         )  # fmt: skip
         rows = offs_m
         if MASK_PARTS > 1 and SHUFFLES:
@@ -195,19 +220,20 @@ def consume(
             block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
         )  # fmt: skip
+    if HAS_ADAPTER and MAKES_S:
+        _wait_for_S(sync_ptr, block_m, num_chunks, M, BLOCK_M, BLOCK_S, SHUFFLES)
     if MASKS:
         _store_masked(
-            acc, members, num_partials, num_chunks, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr,
-            spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N,
-            rows_per_sample, stride_sm, stride_ym, IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS,
-            BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION, SHUFFLES,
+            acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr,
+            keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm,
+            stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_E, MASK_PARTS, PRECISION, SHUFFLES,
         )  # fmt: skip
         return
     if HAS_ADAPTER:
         acc = _add_low_rank(
-            acc, members, num_partials, num_chunks, block_m, offs_n, s_ptr, b_ptr, d_ptr,
-            spans_ptr, sync_ptr, M, N, rows_per_sample, stride_sm,
-            IN_IS_B, HAS_b, HAS_d, MAKES_S, HAS_SPANS, BLOCK_M, BLOCK_E, BLOCK_S, PRECISION,
+            acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, M, N,
+            rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_M, BLOCK_E,
+            PRECISION,
         )  # fmt: skip
     if SAVES_V:
         v_ptrs = tile_pointers(v_ptr, offs_m, offs_n, N, 1)

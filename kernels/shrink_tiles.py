@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .tiles import load_factor, load_tile, settled, sum_partials, tile_pointers
+from .tiles import FLAGS, load_factor, load_tile, settled, sum_partials, tile_pointers
 
 
 @triton.jit
@@ -122,4 +122,4 @@ def produce(
         chunk -= chunks
     # Every warp's part of S must be stored before one thread releases the flag.
     tl.debug_barrier()
-    tl.atomic_add(sync_ptr + 2 + strip * BLOCK_S // BLOCK_M, 1, sem="release")
+    tl.atomic_add(sync_ptr + FLAGS + strip * BLOCK_S // BLOCK_M, 1, sem="release")

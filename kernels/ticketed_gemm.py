@@ -43,10 +43,9 @@ from .fitting import drops_to_smaller
 from .gemm_tiles import consume
 from .nf4_tile import weight_arguments
 from .shrink_tiles import produce
-from .workspace import sync_words
+from .tiles import FLAGS
+from .workspace import debug_options, sync_words
 
-# Words of sync before the first flag: the ticket and the count of finished CTAs.
-FLAGS = 2
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = (
     "num_partials", "M", "num_chunks", "rows_per_sample", "seed_low", "seed_high", "threshold",
@@ -192,7 +191,7 @@ def ticketed_gemm(
     if MAKES_S:
         finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
         if finished == tl.num_programs(0) - 1:
-            words = 2 + tl.cdiv(M, BLOCK_M)
+            words = FLAGS + tl.cdiv(M, BLOCK_M)
             for first in range(0, words, 128):
                 offs = first + tl.arange(0, 128)
                 tl.store(sync_ptr + offs, tl.zeros([128], tl.int32), mask=offs < words)
@@ -290,7 +289,7 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
     tickets = -(-M // config.BLOCK_S) * chunks + blocks * -(-N // config.BLOCK_N)
     if tickets == 0:
         return
-    words = FLAGS + blocks
+    words = FLAGS.value + blocks
     seed_low, seed_high, threshold = dropout.words()
     descriptors = descriptors_of([(x, w) for x, w, *_ in layers], config, arch, is_grad)
     is_described = descriptors[0] is not None
@@ -314,6 +313,7 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
         num_warps=config.num_warps, num_stages=config.num_stages,
         # absmax = code2 · absmax2 + offset has to be rounded twice, as bitsandbytes does.
         enable_fp_fusion=not packed,
+        **debug_options(),
     )  # fmt: skip
 
 

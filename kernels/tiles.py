@@ -7,6 +7,9 @@ the rank. Offsets into tensors are int64.
 import triton
 import triton.language as tl
 
+# Words of ticketed_gemm's sync before the first flag: the ticket, and the count of finished CTAs.
+FLAGS = tl.constexpr(2)
+
 
 @triton.jit
 def tile_pointers(ptr, offs_0, offs_1, stride_0, stride_1):

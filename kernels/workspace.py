@@ -7,13 +7,27 @@ A launch that a CUDA graph captures gets words of its own for as long as the pro
 may overlap with anything, and nothing tells when a graph is gone. They come from an arena that was
 zeroed before the capture began (torch.cuda.graph synchronises there), so that a replay clears
 nothing; 16 thousand layers of 64 rows or fewer take 2 MiB.
+
+A word that is not zero when a launch starts makes tiles wait for ever, or read S too early. With
+LORA_FAST_DEBUG=1 every launch that is not captured is preceded by a check, which waits for it.
 """
 
+import os
 import threading
 from dataclasses import dataclass
 
 import torch
 
+
+
+def _debugs_by_environment() -> bool:
+    value = os.environ.get("LORA_FAST_DEBUG", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"LORA_FAST_DEBUG must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+DEBUG = _debugs_by_environment()
 _MINIMUM = 1024
 _ARENA = 1 << 16
 # A cache line: launches do not share one, and pointers to words are as aligned as a buffer's.
@@ -48,7 +62,26 @@ def sync_words(device: torch.device, count: int) -> torch.Tensor:
     if words is None or words.numel() < count:
         words = _zeros(max(count, _MINIMUM), device)
         _cache[key] = words
+    elif DEBUG:
+        _check_zero(words)
     return words
+
+
+def debug_options() -> dict[str, bool]:
+    """What a launch passes to Triton so that tl.device_assert speaks, and nothing else does."""
+    return {"debug": True, "sanitize_overflow": False} if DEBUG else {}
+
+
+def _check_zero(words: torch.Tensor) -> None:
+    found = words.nonzero()
+    if found.numel():
+        first = int(found[0])
+        raise RuntimeError(
+            f"lora_fast: words that thread blocks synchronise through must be zero before a "
+            f"launch, got {found.numel()} that are not, the first words[{first}] = "
+            f"{int(words[first])} on {words.device}; a launch before this one was aborted, or "
+            f"something else wrote to them (docs/kernels.md, Errors)"
+        )
 
 
 def forget() -> None:
