@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 
-
 def _debugs_by_environment() -> bool:
     value = os.environ.get("LORA_FAST_DEBUG", "0")
     if value not in ("0", "1"):

@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 from lora_fast.kernels import configs, strips, ticketed_gemm
-from lora_fast.kernels.configs import GemmConfig, StripConfig, smaller
+from lora_fast.kernels.configs import GemmConfig, StripConfig
 from lora_fast.kernels.dropout import Dropout
-from lora_fast.kernels.fitting import drops_to_smaller
+from lora_fast.kernels.fitting import descent, drops_to_smaller, recording_drops
 from triton.runtime.errors import OutOfResources
 
 from bench import stub_driver
@@ -23,10 +23,7 @@ VECTORS = (None, None, None)
 
 
 def _descent(config: GemmConfig | StripConfig) -> list[GemmConfig | StripConfig]:
-    found, current = [], config
-    while (current := smaller(current)) is not None:
-        found.append(current)
-    return found
+    return list(descent(config))[1:]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +64,24 @@ def test_the_error_is_raised_where_nothing_smaller_is_left():
     with pytest.raises(OutOfResources, match="shared memory"):
         launch(GEMM)
     assert tried == [GEMM, *_descent(GEMM)]
+
+
+def test_who_records_hears_what_ran_instead():
+    def launched(config, room):
+        @drops_to_smaller
+        def launch(config):
+            if config.num_stages > room:
+                raise OutOfResources(200, 100, "shared memory")
+
+        launch(config)
+
+    three, two = replace(GEMM, num_stages=3), replace(GEMM, num_stages=2)
+    launched(three, 2)
+    with recording_drops() as drops:
+        launched(two, 2)
+        launched(three, 2)
+    launched(three, 2)
+    assert drops == [(three, two)]
 
 
 def test_other_errors_are_not_retried():

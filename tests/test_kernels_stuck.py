@@ -8,6 +8,7 @@ import pytest
 import torch
 from equation import Case, fused, make
 from lora_fast.kernels import workspace
+from ptx_executor import DeviceAssert, PTXError
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(M=70, K=64, N=64, R=16, dtype=BF16, adapter_dtype=FP32, factors=("x", "A", "B"))
@@ -34,27 +35,23 @@ def patient_for(rounds: int) -> Callable[[str], str]:
 
 def test_a_tile_that_waits_for_ever_traps(ptx_executor):
     """Nobody draws ticket 0, so the first rows of S are never stored."""
-    import ptxrun
-
     operands = make(CASE)
     _plant(TICKET)
     with (
         ptx_executor.with_options(transform=patient_for(20)),
-        pytest.raises(ptxrun.PTXError, match=r"trap executed.*ticketed_gemm"),
+        pytest.raises(PTXError, match=r"trap executed.*ticketed_gemm"),
     ):
         fused(operands)
 
 
 def test_a_launch_for_debugging_says_what_is_wrong(ptx_executor, monkeypatch):
-    import ptxrun
-
     monkeypatch.setattr(workspace, "DEBUG", True)
     monkeypatch.setattr(workspace, "_check_zero", lambda words: None)
     operands = make(CASE)
     _plant(TICKET)
     with (
         ptx_executor.with_options(transform=patient_for(20)),
-        pytest.raises(ptxrun.DeviceAssert, match="words that thread blocks synchronise through"),
+        pytest.raises(DeviceAssert, match="words that thread blocks synchronise through"),
     ):
         fused(operands)
 

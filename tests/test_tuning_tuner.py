@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
 import warnings
 from types import SimpleNamespace
@@ -10,12 +12,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from lora_fast.kernels.fitting import drops_to_smaller
 from test_tuning_plans import FP32, PLAIN
 from triton.runtime.errors import OutOfResources
 
 from lora_fast.tuning import cost_model, tuner
 from lora_fast.tuning.plans import COMPOSED, FUSED, candidates
-from lora_fast.tuning.tuner import Place, Tuner
+from lora_fast.tuning.tuner import Place, Tuner, _descent
 
 CPU = torch.device("cpu")
 PLANS = candidates(PLAIN, 90)
@@ -144,6 +147,46 @@ def test_a_candidate_that_fails_is_left_out(error, warns):
         chosen = Tuner(times=True, timer=clock).plan(PLAIN, CPU, run)
     assert chosen != FUSED
     assert [str(w.message).startswith("lora_fast: fused cannot") for w in caught] == [True] * warns
+
+
+class SmallDevice(Clock):
+    """Two launches a plan, of which the second has no room for the tiles of `too_large`; notes the
+    tiles that both ran with."""
+
+    def __init__(self, times, too_large):
+        super().__init__(times)
+        self.too_large = too_large
+
+    def run(self, plan):
+        ran = [self._launch(plan.gemm, ()), self._launch(plan.gemm, self.too_large)]
+        self.ran.append(plan)
+        assert plan.gemm in ran
+
+    @staticmethod
+    @drops_to_smaller
+    def _launch(config, too_large):
+        if config in too_large:
+            raise OutOfResources(300, 200, "shared memory")
+        return config
+
+
+def test_what_ran_in_place_of_a_plan_that_does_not_fit_is_kept():
+    large = next(plan for plan in PLANS if plan.gemm is not None)
+    first, second = itertools.islice(_descent(large), 1, 3)
+    assert first not in PLANS and second not in PLANS
+    device = SmallDevice({**dict.fromkeys(PLANS, 2.0), second: 1.0}, (large.gemm, first.gemm))
+    ours = Tuner(times=True, timer=device)
+    assert ours.plan(PLAIN, CPU, device.run) == second
+    # Timed once more with what fits both launches; nothing is kept for what did not run.
+    assert device.ran[device.ran.index(large) + 1] == second
+    (file,) = ours.kept()
+    (entry,) = json.loads(file.read_text())["plans"].values()
+    assert entry["plan"] == second.name
+    assert entry["milliseconds"].keys() == {plan.name for plan in (*PLANS, second)} - {large.name}
+    # Another process finds it on disk.
+    later = Clock({})
+    assert Tuner(times=True, timer=later).plan(PLAIN, CPU, later.run) == second
+    assert later.ran == []
 
 
 def test_if_nothing_can_be_timed_the_model_decides_and_nothing_is_kept(tmp_path):

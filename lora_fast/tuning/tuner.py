@@ -6,13 +6,13 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels import configs
+from lora_fast.kernels import configs, fitting
 
 from . import cost_model
 from .cache import Cache, versions
@@ -38,6 +38,7 @@ class Place(NamedTuple):
 class Tuner:
     """One plan for each query and device; a plan once given is given ever after.
 
+    Of a candidate that does not fit the device, what ran in its place is timed and kept.
     So the first call and the second have the same bits, whatever is timed in between. While a CUDA
     graph is captured or torch.compile traces nothing is timed: the cache answers, or the model.
     Processes choose for themselves; ranks that differ differ by rounding alone, within the same
@@ -76,8 +77,9 @@ class Tuner:
         cache = self._caches.setdefault(place.name, Cache(versions(place.name)))
         known = cache.get(query.key)
         for plan in plans:
-            if plan.name == known:
-                return plan
+            for fitting_plan in _descent(plan):
+                if fitting_plan.name == known:
+                    return fitting_plan
         if torch.compiler.is_compiling() or _is_capturing(device):
             return modelled
         times = self._time(plans, query, run)
@@ -91,10 +93,11 @@ class Tuner:
     def _time(
         self, plans: tuple[Plan, ...], query: Query, run: Callable[[Plan], Any]
     ) -> dict[Plan, float]:
-        times = {}
+        times: dict[Plan, float] = {}
         for plan in plans:
             try:
-                times[plan] = self._timer(lambda plan=plan: run(plan))  # type: ignore[misc]
+                ran, took = self._time_what_fits(plan, run)
+                times.setdefault(ran, took)
             except torch.OutOfMemoryError:
                 # A candidate that the memory left by the model does not hold is none.
                 continue
@@ -106,6 +109,26 @@ class Tuner:
                     stacklevel=2,
                 )
         return times
+
+    def _time_what_fits(self, plan: Plan, run: Callable[[Plan], Any]) -> tuple[Plan, float]:
+        """The plan with the tiles that its launches have room for, and its milliseconds."""
+        while True:
+            with fitting.recording_drops() as drops:
+                took = self._timer(functools.partial(run, plan))
+            smaller = {ran for asked, ran in drops if asked == plan.gemm}
+            if not smaller:
+                return plan, took
+            # One launch of several is enough: then all of them are timed with what fits it.
+            order = [config.gemm for config in _descent(plan)]
+            plan = plan._replace(gemm=max(smaller, key=order.index))
+
+
+def _descent(plan: Plan) -> Iterator[Plan]:
+    """The plan, and what runs in its place where it does not fit."""
+    if plan.gemm is None:
+        yield plan
+    else:
+        yield from (plan._replace(gemm=config) for config in fitting.descent(plan.gemm))
 
 
 def place_of(device: torch.device) -> Place:
