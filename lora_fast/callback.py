@@ -28,7 +28,8 @@ class LoraFastCallback(TrainerCallback):
     The main process logs :func:`lora_fast.report` at level INFO of the logger
     ``lora_fast.callback``, at the start as a prediction and at the end with all calls counted; at
     level WARNING when layers or calls fall back to PEFT's own forward, or when the model has no
-    adapted layer and stays as it is.
+    adapted layer and stays as it is. Where nobody listens to INFO, as in a plain script, it prints
+    one line at the start instead, where Trainer prints its losses.
 
     Raises TypeError if ``group_shared_inputs`` is not a bool.
     """
@@ -47,7 +48,11 @@ class LoraFastCallback(TrainerCallback):
             logger.warning("the model has no adapted layers: nothing to accelerate")
             return
         accelerate(model, group_shared_inputs=self.group_shared_inputs)
-        _log(report(model), state)
+        found = report(model)
+        _log(found, state)
+        silent = found.all_fused and not logger.isEnabledFor(logging.INFO)
+        if silent and state.is_world_process_zero:
+            print(f"lora_fast: {len(found.layers)} adapted layers run fused")
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any

@@ -7,6 +7,7 @@ into one of fake CPU tensors, on which whole forward passes run without computin
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,7 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
     from .base_linear import accepting
     from .four_bit import is_four_bit
 
-    with FakeTensorMode(), accepting(FakeTensor), set_backend("torch"):
+    with FakeTensorMode(), accepting(FakeTensor), set_backend("torch"), _without_tracebacks():
         memo: dict[int, Any] = {}
         for module in model.modules():
             if is_four_bit(module):
@@ -127,6 +128,17 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = fake
         yield copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keep torch from printing where an operation on fakes failed: whoever runs it says what."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:

@@ -73,6 +73,17 @@ def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert f"{LINEARS * STEPS} fused calls, 0 fallback calls" in after.getMessage()
 
 
+def test_a_plain_script_sees_that_it_runs_fused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    line = f"lora_fast: {LINEARS} adapted layers run fused\n"
+    train(tmp_path / "plain", fused=True)
+    assert capsys.readouterr().out.count(line) == 1
+    with caplog.at_level(logging.INFO, logger="lora_fast.callback"):
+        train(tmp_path / "logged", fused=True)
+    assert line not in capsys.readouterr().out
+
+
 def test_layers_that_fall_back_are_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

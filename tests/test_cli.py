@@ -33,7 +33,7 @@ from tiny_runs import (
 import lora_fast
 from lora_fast.cli import console as terminal_module
 from lora_fast.cli.console import Terminal, duration
-from lora_fast.cli.errors import explain
+from lora_fast.cli.errors import explain, one_line
 from lora_fast.training import run as run_module
 from lora_fast.training import trainer as trainer_module
 from lora_fast.training.config import TrainConfig
@@ -154,7 +154,7 @@ def test_bad_input_gives_one_line(
     Path("unreadable/model.safetensors").write_bytes(b"\x00" * 100)
     capsys.readouterr()
     code, error = failure(capsys, "train", *tiny, "--out", "out", *arguments)
-    assert code == 1
+    assert code == (1 if message == "the loss is " else 2)
     assert error.startswith(f"error: {message}")
     assert not Path("out/metrics.json").exists()
 
@@ -167,7 +167,7 @@ def test_conversations_need_a_chat_template(
     options = ("--task", "causal-lm", "--model", folder / "llama", "--data", data)
     code, error = failure(capsys, "train", *options, "--out", tmp_path / "out")
     assert (code, error) == (
-        1,
+        2,
         "error: the tokenizer has no chat template: give 'text' instead of 'messages'",
     )
 
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written(
     Path("file").write_text("")
     for out in ("file", "file/below"):
         code, error = failure(capsys, "train", *tiny, "--out", out)
-        assert code == 1
+        assert code == 2
         assert error.startswith("error: cannot write file")
 
 
@@ -197,11 +197,15 @@ def test_a_full_disk(
     else:
         monkeypatch.setattr(run_module, "save_artefacts", full)
     code, error = failure(capsys, "train", *tiny, "--out", "out")
-    assert (code, error) == (1, "error: no space left on the disk that holds out")
+    saved = "; step 4 is saved, continue with: lora-fast train --resume --out out"
+    assert code == 1
+    assert error == "error: no space left on the disk that holds out" + (
+        saved if where == "artefacts" else ""
+    )
 
 
 def test_a_traceback_on_request_only(capsys: pytest.CaptureFixture[str], tiny: list[str]) -> None:
-    assert run_cli("train", *tiny, "--data", "absent", "--debug") == 1
+    assert run_cli("train", *tiny, "--data", "absent", "--debug") == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert error.endswith("error: absent: no such file\n")
@@ -209,12 +213,25 @@ def test_a_traceback_on_request_only(capsys: pytest.CaptureFixture[str], tiny: l
 
 def test_what_was_not_foreseen_is_named() -> None:
     out = Path("out")
-    assert explain(RuntimeError("what\nmore"), out) == "RuntimeError: what (--debug shows where)"
-    assert explain(torch.OutOfMemoryError("CUDA"), out).startswith("out of memory: try a lower --b")
-    absent = ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    def told(error: Exception) -> tuple[str, int]:
+        known = explain(error, out)
+        return str(known), known.exit_code
+
+    assert told(RuntimeError("what\nmore")) == ("RuntimeError: what (--debug shows where)", 1)
+    line, code = told(torch.OutOfMemoryError("CUDA"))
+    assert line.startswith("out of memory: try a lower --b") and code == 1
     backend = ValueError("LORA_FAST_BACKEND must be one of auto, triton, torch, got 'x'")
-    assert explain(backend, out) == str(backend)
-    assert explain(absent, out) == "peft is not installed: pip install 'lora_fast[train]'"
+    assert told(backend) == (str(backend), 2)
+    absent = ModuleNotFoundError("No module named 'peft'", name="peft")
+    assert told(absent) == ("peft is not installed: pip install 'lora_fast[train]'", 1)
+    assert told(OSError(errno.ENAMETOOLONG, "x", "name")) == ("name: File name too long", 2)
+
+
+def test_a_message_is_one_line_of_printable_characters() -> None:
+    assert one_line("a\nb\x00 \x1b[31m ✓ \udcff") == r"a\nb\x00 \x1b[31m ✓ \udcff"
+    long = one_line("begin" + 10_000 * "x" + "end")
+    assert long.startswith("begin") and long.endswith("end") and len(long) < 510
 
 
 def test_ctrl_c_in_the_middle_then_resume(
@@ -263,7 +280,7 @@ def test_a_resumed_run_keeps_its_options(
 ) -> None:
     TrainConfig(r=4, lr=0.5).save(Path("."))
     code, error = failure(capsys, "train", "--resume", "--out", ".", "--r", "4", "--lr", "0.1")
-    assert (code, error) == (1, "error: --resume goes on with --lr 0.5, got --lr 0.1")
+    assert (code, error) == (2, "error: --resume goes on with --lr 0.5, got --lr 0.1")
 
 
 def test_a_run_shows_its_scores_and_where_it_is(

@@ -86,7 +86,7 @@ def test_a_comparison_is_replaced_on_request_only(
     arguments = ["compare", *tiny, "--methods", "probe", "--out", "out"]
     assert run_cli(*arguments) == 0
     capsys.readouterr()
-    assert run_cli(*arguments) == 1
+    assert run_cli(*arguments) == 2
     assert "out already holds a comparison" in capsys.readouterr().err
     Path("out/notes.txt").write_text("mine")
     assert run_cli(*arguments, "--overwrite") == 0
@@ -101,7 +101,7 @@ def test_files_of_others_are_not_touched(
     for name in ("compare.md", ".work/mine", "compare.json"):
         Path("out", name).write_text("{}")
     arguments = ["compare", *tiny, "--methods", "probe", "--out", "out"]
-    assert run_cli(*arguments, *["--overwrite"][:overwrite]) == 1
+    assert run_cli(*arguments, *["--overwrite"][:overwrite]) == 2
     assert capsys.readouterr().err == (
         "error: out holds .work, compare.json, compare.md, and no comparison of lora-fast: choose "
         "a new or empty folder for --out\n"
@@ -130,7 +130,7 @@ def test_a_comparison_killed_before_its_first_method_can_be_replaced(tiny: list[
 def test_bad_input_gives_one_line(
     capsys: pytest.CaptureFixture[str], tiny: list[str], arguments: list[str], message: str
 ) -> None:
-    assert run_cli("compare", *tiny, "--out", "out", *arguments) == 1
+    assert run_cli("compare", *tiny, "--out", "out", *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
@@ -147,7 +147,7 @@ def test_bad_input_gives_one_line(
 def test_a_method_refuses_what_it_would_ignore(
     capsys: pytest.CaptureFixture[str], tiny: list[str], arguments: list[str], message: str
 ) -> None:
-    assert run_cli("train", *tiny, *arguments) == 1
+    assert run_cli("train", *tiny, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1

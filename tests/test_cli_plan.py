@@ -37,6 +37,6 @@ def test_the_command_says_what_fits_and_what_helps(
 def test_the_command_tells_what_is_wrong_in_one_line(
     options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli("plan", *options) == 1
+    assert run_cli("plan", *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -169,7 +169,7 @@ def test_wrong_arguments_are_told_in_one_line(
     arguments: tuple[Any, ...], llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [llama if argument == "LLAMA" else argument for argument in arguments]
-    assert run_cli("doctor", "--no-kernels", *given) == 1
+    assert run_cli("doctor", "--no-kernels", *given) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 

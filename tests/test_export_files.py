@@ -323,7 +323,7 @@ def test_a_merge_never_touches_what_it_reads(
     with pytest.raises(ValueError, match="out must be apart from base"):
         merge_checkpoint(str(tmp_path / "link"), adapter, base, overwrite=overwrite)
     arguments = ["merge", base, adapter, tmp_path / "proj", *["--overwrite"][:overwrite]]
-    assert run_cli(*arguments) == 1
+    assert run_cli(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: out must be apart from base") and error.count("\n") == 1
     assert tree(tmp_path) == before
@@ -352,14 +352,14 @@ def test_the_command_merges_and_says_what_is_wrong_in_one_line(
     size = round((tmp_path / "out" / "model.safetensors").stat().st_size / 1e3)
     said = capsys.readouterr().out
     assert re.fullmatch(rf"✓ {tmp_path}/out {size} kB in 1 shard, .+ s\n", said), said
-    assert run_cli(*arguments) == 1
+    assert run_cli(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: out must be") and "--overwrite" in error
     assert error.count("\n") == 1
-    assert run_cli("merge", made / "adapter", made / "adapter", tmp_path / "o") == 1
+    assert run_cli("merge", made / "adapter", made / "adapter", tmp_path / "o") == 2
     assert capsys.readouterr().err.count("\n") == 1
     small = ("merge", made / "base", made / "adapter", tmp_path / "small", "--max-shard-size")
-    assert run_cli(*small, "5GiBs") == 1
+    assert run_cli(*small, "5GiBs") == 2
     assert capsys.readouterr().err == (
         "error: max_shard_size must be a size such as 5GB, got '5GiBs'\n"
     )

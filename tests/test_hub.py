@@ -93,7 +93,7 @@ def test_commands_do_not_ask_again(
         (("doctor", "--model", "nothere/x", "--no-kernels"), "got 'nothere/x', which is neither"),
     ):
         asked.clear()
-        assert run_cli(*command) == 1
+        assert run_cli(*command) == 2
         error = capsys.readouterr().err
         assert text in error and error.count("\n") == 1
         assert len(asked) == 1

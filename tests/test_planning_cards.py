@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import typer
 
+from lora_fast.cli.app import app
 from lora_fast.planning import cards
 
 
@@ -18,3 +20,10 @@ def test_memory_is_read_as_it_is_written() -> None:
     assert cards.card_bytes("H100") == 81559 << 20
     assert cards.fits(20 * 10**9, cards.card_bytes("rtx4090"))
     assert not cards.fits(25 * 10**9, cards.card_bytes("rtx4090"))
+
+
+def test_the_help_of_the_command_lists_them() -> None:
+    command = typer.main.get_command(app).commands["plan"]
+    options = {option.name: option for option in command.params}
+    listed = options["card"].help.removeprefix("One of ").rstrip(".").split(", ")
+    assert listed == list(cards.CARDS)

@@ -24,14 +24,30 @@ FULL = "no space left on the disk that holds runs/1"
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), FULL),
         (SafetensorError("I/O error: No space left on device (os error 28)"), FULL),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), CUT_OFF),
-        (PermissionError(errno.EACCES, "denied", "/x/y"), "cannot write /x/y: Permission denied"),
-        (OSError(errno.EROFS, "ro"), "cannot write runs/1: Read-only file system"),
-        (OSError(errno.EIO, "broken"), None),
-        (RuntimeError("a shape mismatch"), None),
+        (OSError(errno.EFBIG, "big"), "cannot write runs/1: File too large"),
     ],
 )
-def test_failures_to_write(error: Exception, expected: str | None) -> None:
-    assert explain_write_failure(error, OUT) == expected
+def test_failures_to_write(error: Exception, expected: str) -> None:
+    found = explain_write_failure(error, OUT)
+    assert (str(found), found.exit_code) == (expected, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(errno.EACCES, "denied", "/x/y"), "cannot write /x/y: Permission denied"),
+        (OSError(errno.EROFS, "ro"), "cannot write runs/1: Read-only file system"),
+        (OSError(errno.ELOOP, "loop", "/x"), "/x: Too many levels of symbolic links"),
+    ],
+)
+def test_places_that_cannot_be_written_are_wrong_input(error: Exception, expected: str) -> None:
+    found = explain_write_failure(error, OUT)
+    assert (str(found), found.exit_code) == (expected, 2)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), RuntimeError("a shape mismatch")])
+def test_other_failures_are_not_explained(error: Exception) -> None:
+    assert explain_write_failure(error, OUT) is None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
@@ -42,7 +58,7 @@ def test_a_disk_that_is_really_full() -> None:
     ):
         with pytest.raises((OSError, RuntimeError)) as caught:
             write()
-        assert explain_write_failure(caught.value, OUT) == expected
+        assert str(explain_write_failure(caught.value, OUT)) == expected
 
 
 def test_first_line_is_one_that_says_something() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 try:
@@ -14,26 +15,34 @@ from lora_fast import __version__
 
 from .compare import compare
 from .doctor import doctor
+from .errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, one_line
+from .help import Command, Commands
 from .merge import merge
 from .plan import plan
+from .streams import prepare_streams
 from .train import train
 from .tune import tune
 
-EXIT_ERROR = 1
-
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="lora-fast",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    cls=Commands,
+    context_settings=HELP,
 )
-app.command()(train)
-app.command()(compare)
-app.command()(plan)
-app.command()(merge)
-app.command()(tune)
-app.command()(doctor)
+SUMMARIES: dict[Callable[..., None], str] = {
+    train: "Fine-tune a model.",
+    compare: "Every method on the same data.",
+    plan: "The memory of a run.",
+    merge: "An adapter into its base.",
+    tune: "Time what is fastest here.",
+    doctor: "Is anything broken?",
+}
+for command, summary in SUMMARIES.items():
+    app.command(cls=Command, short_help=summary, context_settings=HELP)(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -54,17 +63,43 @@ def root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. Wrong usage is told in one line, without a traceback."""
+    prepare_streams()
+    words = sys.argv[1:] if arguments is None else arguments
+    empty = empty_word(words)
+    if empty is not None:
+        print(f"error: {empty} must not be empty", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
     try:
-        status = app(arguments, prog_name="lora-fast", standalone_mode=False)
+        status = app(words, prog_name="lora-fast", standalone_mode=False)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = EXIT_INTERRUPTED
     except Exception as error:
         # Usage errors of typer; their class depends on whether typer carries its own click.
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()
-        if message:  # it is empty when the help was shown instead
-            print(f"error: {message}", file=sys.stderr)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message)
+        elif message:
+            print(one_line(f"error: {' '.join(message.split())}"), file=sys.stderr)
         status = getattr(error, "exit_code", EXIT_ERROR)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def empty_word(words: list[str]) -> str | None:
+    """Return the option, or the place, whose value is given and is empty; None without any.
+
+    An empty value means a variable of a script that is not set, never a default.
+    """
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if word.startswith("--") and equals and not value.strip():
+            return name
+        if not word.strip():
+            before = words[index - 1] if index else ""
+            return before if before.startswith("-") else "an argument"
+    return None
 
 
 if __name__ == "__main__":

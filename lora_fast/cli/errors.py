@@ -12,15 +12,19 @@ from pathlib import Path
 import typer
 
 from lora_fast.optional_packages import MissingPackageError
+from lora_fast.training.checkpoints import latest_step
 from lora_fast.training.errors import (
     Interrupted,
+    RunFailure,
     TrainingError,
     explain_write_failure,
     first_line,
 )
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+LONGEST = 500
 
 
 @contextmanager
@@ -34,6 +38,8 @@ def one_line_errors(
 
     ``out`` is the folder that the command writes to. ``interruption`` returns the line for a
     command that was stopped; without it, how to resume training.
+
+    The exit code is 2 for input that is wrong, 1 for what failed, 130 for Ctrl-C.
     """
     try:
         yield
@@ -43,40 +49,60 @@ def one_line_errors(
         where = stop.out if isinstance(stop, Interrupted) else out
         _end((interruption or _resumable)(stop, where), EXIT_INTERRUPTED, debug)
     except Exception as error:
-        _end(f"error: {explain(error, out)}", EXIT_ERROR, debug)
+        known = explain(error, out)
+        line = str(known)
+        if interruption is None and isinstance(known, RunFailure):
+            step = latest_step(out)
+            line += f"; {_saved(step, out)}" if step is not None else ""
+        _end(f"error: {line}", known.exit_code, debug)
 
 
-def explain(error: Exception, out: Path) -> str:
-    """Return the line that tells the user what happened and, where known, what to do."""
-    if isinstance(error, (TrainingError, MissingPackageError)):
-        return str(error)
+def explain(error: Exception, out: Path) -> TrainingError:
+    """Return an error whose one line tells what happened and, where known, what to do."""
+    if isinstance(error, TrainingError):
+        return error
+    if isinstance(error, MissingPackageError):
+        return RunFailure(str(error))
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install 'lora_fast[train]'"
+        return RunFailure(f"{error.name} is not installed: pip install 'lora_fast[train]'")
     if isinstance(error, ValueError) and str(error).startswith("LORA_FAST_BACKEND"):
-        return first_line(error)
+        return TrainingError(first_line(error))
     written = explain_write_failure(error, out)
     if written is not None:
         return written
     if type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", 0) == errno.ENOMEM:
-        return (
+        return RunFailure(
             "out of memory: try a lower --batch-size with a higher --grad-accum, "
             "--gradient-checkpointing or a lower --max-length"
         )
     kind = type(error).__name__
-    return f"{kind}: {first_line(error)} (--debug shows where)"
+    return RunFailure(f"{kind}: {first_line(error)} (--debug shows where)")
 
 
 def _resumable(stop: BaseException, out: Path) -> str:
-    from lora_fast.training.checkpoints import latest_step
-
     step = stop.step if isinstance(stop, Interrupted) else latest_step(out)
     if step is None:
         return "interrupted before the first checkpoint: nothing to resume"
-    return f"interrupted; step {step} is saved, continue with: lora-fast train --resume --out {out}"
+    return f"interrupted; {_saved(step, out)}"
+
+
+def _saved(step: int | None, out: Path) -> str:
+    return f"step {step} is saved, continue with: lora-fast train --resume --out {out}"
 
 
 def _end(line: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    print(line, file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
     raise typer.Exit(code)
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line of printable characters, its middle left out if it is long.
+
+    Input of any kind is quoted in messages: names with line breaks, or of thousands of letters.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(shown) <= LONGEST:
+        return shown
+    return f"{shown[: LONGEST * 3 // 5]} … {shown[-LONGEST * 2 // 5 :]}"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lora_fast.training.errors import TrainingError, first_line
+from lora_fast.training.errors import RunFailure, TrainingError, first_line
 
 from . import options as opt
 from .errors import one_line_errors
@@ -61,8 +61,10 @@ def merge(
         except FileExistsError as error:
             choice = "choose another, or replace a model with --overwrite"
             raise TrainingError(f"{first_line(error)}: {choice}") from error
-        except (ValueError, NotImplementedError, BlockingIOError) as error:
+        except (ValueError, NotImplementedError) as error:
             raise TrainingError(first_line(error)) from error
+        except BlockingIOError as error:
+            raise RunFailure(first_line(error)) from error
 
 
 def _merge(

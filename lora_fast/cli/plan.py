@@ -46,7 +46,12 @@ PlanDtype = Annotated[
 ]
 PlanTask = Annotated[str, typer.Option(metavar="causal-lm|classification", rich_help_panel=PLANNED)]
 PlanBatch = Annotated[int, typer.Option(help="Examples per batch.", rich_help_panel=PLANNED)]
-PlanLength = Annotated[int, typer.Option(help="Tokens of an example.", rich_help_panel=PLANNED)]
+PlanLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of an example: 2048, or all that the model takes.", rich_help_panel=PLANNED
+    ),
+]
 PlanOptim = Annotated[
     str,
     typer.Option(
@@ -62,7 +67,12 @@ StockPeft = Annotated[
 ]
 Card = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="h100, a100-80, rtx4090, …", rich_help_panel="Fits on"),
+    typer.Option(
+        metavar="NAME",
+        help="One of t4, rtx3090, rtx4090, rtx5090, l4, a10g, a6000, l40s, a100-40, a100-80, h100, "
+        "h200, b200, mi300x.",
+        rich_help_panel="Fits on",
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -81,7 +91,7 @@ def plan(
     dtype: PlanDtype = "bfloat16",
     task: PlanTask = "causal-lm",
     batch_size: PlanBatch = 1,
-    max_length: PlanLength = 2048,
+    max_length: PlanLength = None,
     gradient_checkpointing: opt.GradientCheckpointing = False,
     optim: PlanOptim = "adamw_torch",
     stock: StockPeft = False,
@@ -103,7 +113,7 @@ def plan(
         "dtype": dtype,
         "task": task,
         "batch_size": batch_size,
-        "max_length": max_length,
+        **({} if max_length is None else {"max_length": max_length}),
         "gradient_checkpointing": gradient_checkpointing,
         "optim": optim,
         "fused": not stock,
@@ -126,15 +136,15 @@ def _plan(
     as_json: bool,
     debug: bool,
 ) -> bool:
+    from .console import quiet_libraries
+
+    if not debug:
+        quiet_libraries()
     from lora_fast.planning import cards
 
     if card is not None and memory is not None:
         raise TrainingError("--card and --memory must not be given together")
     room = cards.card_bytes(card) if card else cards.parse_memory(memory) if memory else None
-    from .console import quiet_libraries
-
-    if not debug:
-        quiet_libraries()
     import lora_fast
 
     found = lora_fast.plan(model, **settings)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_fast.training.errors import TrainingError, first_line
+from lora_fast.training.methods import METHODS
 
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
-from .plan import ModelArgument, PlanDtype, PlanMethod, PlanQuantize, PlanRank
+from .plan import ModelArgument, PlanDtype, PlanQuantize, PlanRank
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
     from lora_fast.tuning.replica import Replica
 
+TuneMethod = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"One whose layers run fused: {', '.join(n for n, m in METHODS.items() if m.fused)}.",
+    ),
+]
 Tokens = Annotated[
     str,
     typer.Option(
@@ -30,7 +38,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be time
 
 def tune(
     model: ModelArgument,
-    method: PlanMethod = "lora",
+    method: TuneMethod = "lora",
     quantize: PlanQuantize = "none",
     r: PlanRank = None,
     dropout: opt.Dropout = None,
@@ -114,7 +122,7 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
         for name, layer in parent.named_children():
             base = base_of(layer)
             sizes = (str(base.in_features), str(base.out_features), str(layers.alike[path]))
-            table.add_row(escape(f"{path}/{name}"), *sizes)
+            table.add_row(escape(_dotted(f"{path}.{name}")), *sizes)
     console.print(f"[bold]{escape(model)}[/]: forward and backward for {_listed(tokens)} rows of")
     console.print(table)
 
@@ -131,13 +139,18 @@ def _time(console: Console, layers: Replica, tokens: list[int]) -> None:
         task = bar.add_task("Compiling and timing")
 
         def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
+            bar.update(task, completed=done, total=total, description=_dotted(name))
             if not console.is_terminal:
-                console.print(f"  {done + 1}/{total} {name}")
+                console.print(f"  {done + 1}/{total} {_dotted(name)}")
 
         warm_up(layers.train(), tokens, progress=progress)
     for path, count in tuner.kept().items():
         console.print(f"[green]✓[/] {count} operations known for this device: {path}")
+
+
+def _dotted(path: str) -> str:
+    """The path of a layer in the model; in the replica, names of modules cannot have dots."""
+    return path.replace("/", ".")
 
 
 def _numbers(tokens: str) -> list[int]:

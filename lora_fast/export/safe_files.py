@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +55,7 @@ def inside(folder: Path, name: str) -> Path:
         ValueError: `name` leads out of `folder`, or there is no such file.
     """
     path = folder / name
-    resolved, home = path.resolve(), folder.resolve()
+    resolved, home = (Path(os.path.realpath(place)) for place in (path, folder))
     blobs = home.parent.parent / "blobs"
     cached = home.parent.name == "snapshots" and resolved.is_relative_to(blobs)
     plain = not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -61,7 +61,12 @@ class WholeFolder:
     def __enter__(self) -> WholeFolder:
         with ExitStack() as undo:
             undo.enter_context(self._locks)
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:  # where the system makes the folders, as in /proc
+                raise ValueError(
+                    f"out must be where a folder can be made, got {self.out}"
+                ) from error
             self._locks.enter_context(_locked(self.path))
             _clear(self.path)
             undo.callback(shutil.rmtree, self.path)

@@ -110,10 +110,11 @@ def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> Memor
         counted = _count_model(model_or_config, given)
         return _planned(counted, given, *_trace(counted, given))
     name, config = _config(model_or_config)
-    given = _as_stored(config, given)
+    stored = _as_stored(config, given)
+    given, notes_on_length = _within_positions(config, stored, "max_length" in settings)
     counted = _count(name, config, given)
     traced, notes = _trace(counted, given)
-    found = _planned(counted, given, traced, notes)
+    found = _planned(counted, given, traced, (*notes_on_length, *notes))
     if not advise:
         return found
     from .advice import changes
@@ -147,6 +148,17 @@ def _as_stored(config: Any, settings: Settings) -> Settings:
         kind = options.get("quant_method", "unknown")
         raise ValueError(f"model must be dense or in bitsandbytes' 4 bits, got {kind}")
     return replace(settings, quantize="nf4")
+
+
+def _within_positions(config: Any, settings: Settings, given: bool) -> tuple[Settings, list[str]]:
+    """The settings, with no more tokens than the model has positions for, unless they were given;
+    and a note where they were."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not limit or settings.max_length <= limit:
+        return settings, []
+    if not given:
+        return replace(settings, max_length=limit), []
+    return settings, [f"the model has {limit} positions: lora-fast train takes no longer examples"]
 
 
 def _count(name: str, config: Any, settings: Settings) -> _Counted:

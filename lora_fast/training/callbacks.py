@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from lora_fast.reporting import adapted_layers
 
-from .errors import TrainingError
+from .errors import RunFailure
 from .events import Observer
 from .measurement import synchronize
 
@@ -104,7 +104,7 @@ class Progress(TrainerCallback):
             return
         loss = logs["loss"]
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {state.global_step}: try a lower --lr")
+            raise RunFailure(f"the loss is {loss} at step {state.global_step}: try a lower --lr")
         rate = self.clock.tokens_per_second()
         self.observer.step(state.global_step, loss, logs.get("learning_rate", 0.0), rate)
 

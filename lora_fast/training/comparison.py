@@ -22,7 +22,7 @@ from lora_fast import report
 
 from . import models
 from .comparison_table import SCORE_TITLES, Result, facts, markdown
-from .config import TrainConfig
+from .config import TrainConfig, option_name
 from .data import load_rows
 from .errors import Interrupted, TrainingError, explain_write_failure, first_line
 from .events import Observer, Silent
@@ -104,6 +104,16 @@ def config_for(config: TrainConfig, method: str) -> TrainConfig:
     return replace(config, method=method, **foreign)
 
 
+def _check_taken(config: TrainConfig, methods: list[str]) -> None:
+    """Check that each option of methods that was given means something to one of them."""
+    for name in METHOD_OPTIONS:
+        given = getattr(config, name)
+        if given is not None and not any(name in METHODS[method].options for method in methods):
+            raise TrainingError(
+                f"{option_name(name)} means nothing to --methods {','.join(methods)}"
+            )
+
+
 def compare_methods(
     config: TrainConfig, methods: list[str], seeds: int, out: Path, observer: Observer
 ) -> Result:
@@ -115,6 +125,7 @@ def compare_methods(
         TrainingError: the data or the base model cannot be used at all.
         Interrupted: the user stopped; the file has the methods that were finished.
     """
+    _check_taken(config, methods)
     check_machine(config)
     observer.stage("Reading the data")
     rows = load_rows(config)
@@ -305,7 +316,8 @@ def _release() -> None:
 def _reason(error: Exception, out: Path) -> str:
     if isinstance(error, TrainingError):
         return str(error)
-    return explain_write_failure(error, out) or f"{type(error).__name__}: {first_line(error)}"
+    written = explain_write_failure(error, out)
+    return str(written) if written else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _begin(found: Result, out: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import TrainingError
+from .errors import TrainingError, check_utf8
 from .json_files import write_json
 from .methods import METHODS, check_options, method_of
 
@@ -95,6 +95,8 @@ class TrainConfig:
             _check(name, getattr(self, name), lambda v: 0 < v < float("inf"), "positive")
         for name in ("dropout", "warmup"):
             _check(name, getattr(self, name), lambda v: 0 <= v < 1, "in [0, 1)")
+        for name in INPUTS:
+            check_utf8(option_name(name), getattr(self, name) or "")
         _check("delta_start", self.delta_start, lambda v: v >= 0, "at least 0")
         _check("seed", self.seed, lambda v: 0 <= v < 2**32, "in [0, 2**32)")
         if self.steps is not None and self.epochs is not None:

@@ -13,7 +13,18 @@ _CUT_OFF = ("PytorchStreamWriter failed writing file", "unexpected pos")
 
 
 class TrainingError(Exception):
-    """A run cannot start or go on, for a reason that the message gives in one line."""
+    """A run cannot start or go on, for a reason that the message gives in one line.
+
+    ``exit_code``: 2, as for any wrong usage; 1 where what was asked for was right, and failed.
+    """
+
+    exit_code = 2
+
+
+class RunFailure(TrainingError):
+    """What was asked for was right, and failed all the same."""
+
+    exit_code = 1
 
 
 class Interrupted(Exception):
@@ -34,20 +45,24 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
-def explain_write_failure(error: BaseException, folder: Path) -> str | None:
-    """Return one line if ``error`` means that ``folder`` cannot be written, else None.
+def explain_write_failure(error: BaseException, folder: Path) -> TrainingError | None:
+    """Return an error with one line if ``error`` means that ``folder`` cannot be written.
 
     safetensors wraps the operating system's error in its text, and torch.save loses it: what is
     left there says only that the file could not be written to its end.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _NO_SPACE):
-        return f"no space left on the disk that holds {folder}"
+        return RunFailure(f"no space left on the disk that holds {folder}")
     if any(text in str(error) for text in _CUT_OFF):
-        return f"could not write a file in {folder} to its end: is the disk full?"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EEXIST, errno.ENOTDIR):
+        return RunFailure(f"could not write a file in {folder} to its end: is the disk full?")
+    if number == errno.EFBIG:
+        return RunFailure(f"cannot write {folder}: {os.strerror(number)}")
+    if number in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
+        return TrainingError(f"{getattr(error, 'filename', folder)}: {os.strerror(number)}")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
         where = getattr(error, "filename", None) or folder
-        return f"cannot write {where}: {os.strerror(number)}"
+        return TrainingError(f"cannot write {where}: {os.strerror(number)}")
     return None
 
 
@@ -55,3 +70,15 @@ def some(names: Sequence[str]) -> str:
     """Return the first names of a list, and how many more there are."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def check_utf8(option: str, name: str) -> None:
+    """Check that a name can be written into files, whatever bytes the file system takes.
+
+    Raises:
+        TrainingError: it is no UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise TrainingError(f"{option} must be a name in UTF-8, got {name!r}") from None

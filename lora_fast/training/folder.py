@@ -15,7 +15,7 @@ from typing import Any
 
 from .checkpoints import ARMS, CHECKPOINTS, latest_step
 from .config import CONFIG_FILE, RECORD, TrainConfig
-from .errors import Interrupted, TrainingError, some
+from .errors import Interrupted, RunFailure, TrainingError, check_utf8, some
 
 try:
     import fcntl
@@ -283,6 +283,7 @@ def held(out: Path | None) -> Iterator[Path]:
         Interrupted: for KeyboardInterrupt, with the last step that was saved.
         OSError: it cannot be written.
     """
+    check_utf8("--out", str(out))
     path, made = _made(out)
     try:
         with _locked(path):
@@ -326,7 +327,7 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise TrainingError(
+        raise RunFailure(
             f"another process is writing {folder} at this moment: choose another --out"
         ) from None
     except OSError:
