@@ -140,6 +140,8 @@ def linear4bit(dense: nn.Linear) -> nn.Module:
     """NF4 with double quantisation of ``dense``, on its device; no bias."""
     import bitsandbytes as bnb
 
+    from lora_fast.four_bit_layout import forbid_packing
+
     layer = bnb.nn.Linear4bit(
         dense.in_features,
         dense.out_features,
@@ -150,6 +152,7 @@ def linear4bit(dense: nn.Linear) -> nn.Module:
     layer.weight = bnb.nn.Params4bit(
         dense.weight.detach().cpu().clone(), requires_grad=False, quant_type="nf4"
     )
+    forbid_packing(layer)
     return layer.to(dense.weight.device)
 
 

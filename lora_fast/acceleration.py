@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .base_linear import CallCounts, runs_own_forward
+from .four_bit_layout import resume_packing, suspend_packing
 from .reporting import adapted_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +28,9 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     where, and why. Layers of other kinds (embeddings, convolutions, FourierFT, …) are left alone.
     Adapters that `model` adds, loads or hot-swaps later are covered, with the layers that PEFT
     wraps for them; after ``peft.inject_adapter_in_model``, which keeps no tuner in the model, call
-    ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError.
+    ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError. 4-bit weights of
+    `model` that bitsandbytes has packed for inference on a CPU are unpacked, and are not packed
+    again until :func:`decelerate`: :mod:`lora_fast.four_bit_layout`.
 
     ``group_shared_inputs``: LoRA layers with the same parent and names that model families give to
     layers of one input (q, k and v; gate and up) are computed together when the first of them is
@@ -46,18 +49,20 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
             "model must contain adapted layers, got none; add them with peft.get_peft_model or "
             "lora_fast.convert"
         )
-    if "peft.tuners.tuners_utils" not in sys.modules:
-        return model
-    _cover(model, group_shared_inputs)
+    if "peft.tuners.tuners_utils" in sys.modules:
+        _cover(model, group_shared_inputs)
+    suspend_packing(model)
     return model
 
 
 def decelerate(model: Model) -> Model:
-    """Undo :func:`accelerate` exactly, in place; without accelerated layers nothing changes.
+    """Undo :func:`accelerate` exactly, in place; without accelerated layers nothing changes. A
+    4-bit weight that was unpacked stays so until bitsandbytes packs it again, to the same bytes.
 
     Raises TypeError if `model` is not a Module.
     """
     _check(model)
+    resume_packing(model)
     if "lora_fast.peft_layers" not in sys.modules:
         return model
     from .peft_layers import STOCK_CLASSES

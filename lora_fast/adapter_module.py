@@ -18,6 +18,7 @@ from .base_linear import (
     tensor_obstacle,
 )
 from .four_bit import is_four_bit
+from .four_bit_layout import forbid_packing
 from .merging import KeptWeight, LowRank, Subtraction, merge, merged_linear
 
 
@@ -38,6 +39,7 @@ class AdapterModule(nn.Module):
     def __init__(self, base_layer: Any) -> None:
         super().__init__()
         check_base(base_layer)
+        forbid_packing(base_layer)
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self._undo: KeptWeight | Subtraction | KeptLayer | None = None

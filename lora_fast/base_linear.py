@@ -232,7 +232,8 @@ def adapted_together(
 
 def weight_of(base: Any) -> Tensor | NF4Weight:
     """W [N, K] as the operation takes it."""
-    return NF4Weight.from_params4bit(base.weight) if is_four_bit(base) else base.weight
+    weight = base.weight
+    return NF4Weight.view(weight.data, weight.quant_state) if is_four_bit(base) else weight
 
 
 def describe(base: nn.Module) -> str:
@@ -250,8 +251,6 @@ def _nf4_obstacle(base: Any) -> str | None:
         return "base layer is not quantised yet"
     if state.quant_type != "nf4":
         return f"base layer is {state.quant_type}"
-    if getattr(state, "packing_format_for_cpu", False):
-        return "weight is in bitsandbytes' CPU inference packing"
     if type(base.weight) not in (four_bit.weight_class, *_PLAIN_TENSORS):
         return f"weight is {type(base.weight).__name__}"
     return None

@@ -15,6 +15,7 @@ from torch import nn
 from .adapter_module import AdapterModule, check_base
 from .dora import DoRALinear
 from .four_bit import is_four_bit
+from .four_bit_layout import forbid_packing
 from .modules import LoRALinear, check_lora_arguments
 from .optional_packages import needed
 from .vera import VeRALinear, VeRAProjections
@@ -101,6 +102,7 @@ def convert(
     for name, linear in targets.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapted[id(linear)])
+    forbid_packing(model)
     return model
 
 

@@ -11,6 +11,7 @@ W = code[nibble] · absmax in float32, rounded once to the wanted dtype (QLoRA, 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .four_bit_decoding import absmax_of, decode
+from .four_bit_layout import is_plain, plain_bytes, plain_state
 from .optional_packages import needed
 from .versions import EQUAL_ABSMAX
 
@@ -42,10 +44,10 @@ class NF4Weight:
     @classmethod
     def from_params4bit(cls, weight: Any) -> NF4Weight:
         """Wrap the weight of a ``bitsandbytes.nn.Linear4bit`` (any ``quant_storage``), without a
-        copy.
+        copy; one that bitsandbytes has packed for a CPU is unpacked into new memory.
 
-        Raises TypeError if `weight` is not quantised, NotImplementedError for fp4 and for
-        bitsandbytes' AVX512 inference packing, ValueError for a shape that is not [N, K].
+        Raises TypeError if `weight` is not quantised, NotImplementedError for fp4, ValueError for a
+        shape that is not [N, K].
         """
         state = getattr(weight, "quant_state", None)
         if state is None:
@@ -55,16 +57,19 @@ class NF4Weight:
             )
         if state.quant_type != "nf4":
             raise NotImplementedError(f"weight must be quantised as nf4, got {state.quant_type}")
-        if getattr(state, "packing_format_for_cpu", False):
-            raise NotImplementedError(
-                "weight must be in bitsandbytes' plain layout, got its CPU inference packing"
-            )
         if len(state.shape) != 2:
             raise ValueError(f"weight must have shape [N, K], got {tuple(state.shape)}")
-        data = weight.data
-        return cls(
-            data.view(-1) if data.dtype == torch.uint8 else data.view(-1).view(torch.uint8), state
-        )
+        # A copy: bitsandbytes changes its state in place when it packs the weight.
+        own = state if torch.compiler.is_compiling() else copy.copy(state)
+        return cls.view(weight.data, own)
+
+    @classmethod
+    def view(cls, data: Tensor, quant_state: Any) -> NF4Weight:
+        """The weight of a layer's data and state, unchecked, for as long as neither is replaced."""
+        if is_plain(quant_state):
+            flat = data.view(-1)
+            return cls(flat if flat.dtype == torch.uint8 else flat.view(torch.uint8), quant_state)
+        return cls(plain_bytes(data, quant_state), plain_state(quant_state))
 
     @classmethod
     def from_dense(

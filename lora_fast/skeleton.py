@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .four_bit_layout import plain_state
 from .optional_packages import needed
 
 # In the order in which a model's own class is looked for; tasks name one of them.
@@ -153,7 +154,7 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _dense_stand_in(layer: Any) -> nn.Linear:
-    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    state = plain_state(getattr(layer.weight, "quant_state", None) or layer.quant_state)
     N, K = state.shape
     linear = nn.Linear(K, N, bias=False, device="meta")
     linear.weight = _frozen(torch.empty(N, K, dtype=state.dtype, device="cpu"))

@@ -18,6 +18,7 @@ import ptx_executor
 import pytest
 import torch
 import torch.utils._device
+from cpu_kinds import KINDS, VARIABLE, forced
 from hypothesis import HealthCheck, settings
 from imports import needs
 from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started
@@ -83,6 +84,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if absent and collection_path.match("test_*.py") and needs(collection_path, absent):
         return True
     return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-kind", choices=KINDS, help="run everything as on this kind of CPU")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that use `cpu_kind` run on both kinds of CPU, or on the one that is forced."""
+    if "cpu_kind" in metafunc.fixturenames:
+        told = metafunc.config.getoption("cpu_kind")
+        metafunc.parametrize("cpu_kind", [told] if told else KINDS, indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -154,6 +166,25 @@ def native_dtypes(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype,
     dtypes = NATIVE_DTYPES[request.param]
     with multiplying(dtypes):
         yield dtypes
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forced_cpu_kind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kind of CPU of the whole session, where one is forced, and of its child processes."""
+    kind = request.config.getoption("cpu_kind")
+    if kind is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch, forced(kind):
+        patch.setenv(VARIABLE, kind)
+        yield
+
+
+@pytest.fixture
+def cpu_kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each kind of CPU, one after the other: see cpu_kinds.py."""
+    with forced(request.param):
+        yield request.param
 
 
 PARAMS = [pytest.param(make, id=name, marks=marks) for name, make, marks in MACHINES]

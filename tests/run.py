@@ -105,8 +105,15 @@ def main() -> int:
         choices=["default", "interpreter", "compiled", "exhaustive", "gpu"],
         help="run this leg (repeatable); without it: default, interpreter, compiled",
     )
+    parser.add_argument(
+        "--cpu-kind",
+        choices=["plain", "packed"],
+        help="run as on a CPU without AVX512-BF16, or with it, whichever this one is",
+    )
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     options, extra = parser.parse_known_args()
+    if options.cpu_kind:
+        extra = [f"--cpu-kind={options.cpu_kind}", *extra]
     legs = cpu_legs()
     if options.leg:
         legs = [leg for leg in (*legs, EXHAUSTIVE_LEG, GPU_LEG) if leg.name in options.leg]

@@ -99,10 +99,6 @@ def test_what_is_not_nf4_is_refused():
     fp4 = bnb.nn.Linear4bit(64, 32, quant_type="fp4").to("cpu")
     with pytest.raises(NotImplementedError, match="weight must be quantised as nf4, got fp4"):
         NF4Weight.from_params4bit(fp4.weight)
-    packed = params4bit(dense)
-    packed.quant_state.packing_format_for_cpu = True
-    with pytest.raises(NotImplementedError, match="plain layout"):
-        NF4Weight.from_params4bit(packed)
     with pytest.raises(ValueError, match=r"weight must have shape \[N, K\]"):
         NF4Weight.from_dense(torch.randn(64))
     with pytest.raises(ValueError, match="blocksize must be one of"):

@@ -28,8 +28,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-import lora_fast
-
 Prepare = Callable[[Any], Any]
 
 
@@ -359,12 +357,3 @@ def test_distributed_tensors() -> None:
         assert counted(fused) == (0, {"lora_A is DTensor": 1})
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_packed_for_cpu_inference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes repacks NF4 for AVX512 in eval mode; only its own forward can read that."""
-    fused = accelerated_copy(peft_model("nf4"))
-    state = _base(fused).weight.quant_state
-    monkeypatch.setattr(state, "packing_format_for_cpu", True, raising=False)
-    (line,) = lora_fast.report(fused).layers
-    assert line.obstacle == "weight is in bitsandbytes' CPU inference packing"

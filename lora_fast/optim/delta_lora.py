@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..four_bit_layout import forbid_packing
 from .delta_layers import DeltaLayer, find_layers, tensors_of
 
 _KEY = "delta_lora"
@@ -81,6 +82,7 @@ class DeltaLoRA(torch.optim.Optimizer):
             model,
             (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad),
         )
+        forbid_packing(model)
         # The hooks that torch.optim.Optimizer.__init__ makes, without its parameter groups.
         super().__setstate__({})
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..four_bit import is_four_bit
+from ..four_bit_layout import plain_state
 from ..training.adapters import CLASSIFICATION_HEADS
 
 # bitsandbytes: optimizers keep smaller tensors in 32 bits, blocks share an absmax, and only larger
@@ -60,7 +61,7 @@ def weight_bytes(tensors: Iterable[Tensor], quantised: dict[int, nn.Module]) -> 
 
 def quantised_bytes(weight: Any) -> int:
     """Bytes of a loaded bitsandbytes weight and its constants."""
-    state, total = weight.quant_state, _bytes(weight)
+    state, total = plain_state(weight.quant_state), _bytes(weight)
     while state is not None:
         held = (state.absmax, state.code, state.offset)
         total += sum(_bytes(t) for t in held if isinstance(t, Tensor))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_fast.four_bit import is_four_bit
+from lora_fast.four_bit_layout import forbid_packing
 from lora_fast.hub import check_hub
 from lora_fast.optional_packages import needed
 
@@ -206,6 +207,7 @@ def _load(
         model, info = auto.from_pretrained(absolute(name), output_loading_info=True, **options)
     except Exception as error:  # unreadable files surface as many kinds of error
         raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error
+    forbid_packing(model)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     missing = {key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]}
     return model, sorted(missing - {"", *CLASSIFICATION_HEADS})

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_fast.export.safe_files import TensorFiles
+from lora_fast.four_bit_layout import forbid_packing
 
 ALLOCATOR = "rank_allocator"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -92,6 +93,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
             differs, or the one is quantised and the other is not; the model is then unchanged.
         FileNotFoundError: there is no such file.
     """
+    forbid_packing(model)
     with _opened(Path(path)) as (shapes, read, source):
         _load(model, shapes, read, source)
     return model

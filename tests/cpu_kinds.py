@@ -1,0 +1,69 @@
+"""Both kinds of CPU, whichever this one is: those with AVX512-BF16, and those without.
+
+    packed   bitsandbytes repacks the 4-bit weights of layers that it runs itself in eval mode, and
+             PyTorch multiplies bfloat16 natively
+    plain    neither
+
+Where a CPU lacks the instructions, weights are packed all the same, but bitsandbytes' product of
+packed weights, which is made of them, is not called: PyTorch's stands in for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from machines import multiplying
+from torch import Tensor
+
+KINDS = ("plain", "packed")
+# Of a process that pytest has not started: the kind that its parent was told to force.
+VARIABLE = "LORA_FAST_TEST_CPU_KIND"
+
+
+def has_packed_product() -> bool:
+    """Whether this CPU has what bitsandbytes' product of packed weights is made of."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
+@contextmanager
+def forced(kind: str, *, product: bool | None = None) -> Iterator[None]:
+    """Make this a CPU of `kind` for layers that are made in the block, and for our own products.
+
+    `product`: whether bitsandbytes' packed product may be called; by default where it can be.
+    """
+    import bitsandbytes.functional as bnbf
+    from bitsandbytes.nn import modules
+
+    packs = {"plain": False, "packed": True}[kind]
+    native = (torch.bfloat16,) if packs else ()
+    with pytest.MonkeyPatch.context() as patch, multiplying(native):
+        if packs and not (has_packed_product() if product is None else product):
+            patch.setattr(bnbf, "gemv_4bit", _packed_product)
+        patch.setattr(modules, "has_avx512bf16", lambda: packs)
+        yield
+
+
+def force_for_good() -> None:
+    """Go on as the kind of CPU that the parent of this process was told to force, if it was."""
+    if VARIABLE in os.environ:
+        forced(os.environ[VARIABLE]).__enter__()
+
+
+def _packed_product(
+    A: Tensor, B: Tensor, out: Tensor | None = None, *, state: Any, **_: Any
+) -> Tensor:
+    """x Wᵀ of a packed W, in bfloat16 as bitsandbytes': from its codes and its absmax."""
+    from four_bit_formula import formula
+
+    from lora_fast.four_bit_layout import plain_bytes, plain_state
+
+    assert out is None and state.packing_format_for_cpu
+    W = formula(plain_bytes(B.data, state), plain_state(state), torch.bfloat16)
+    return torch.nn.functional.linear(A.bfloat16(), W).to(A.dtype)
