@@ -77,6 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MODULE",
         help="leave out the test files that need this module: tests/imports.py",
     )
+    parser.addoption("--cpu-kind", choices=KINDS, help="run everything as on this kind of CPU")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -84,10 +85,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if absent and collection_path.match("test_*.py") and needs(collection_path, absent):
         return True
     return None
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-kind", choices=KINDS, help="run everything as on this kind of CPU")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +23,14 @@ from torch import Tensor
 KINDS = ("plain", "packed")
 # Of a process that pytest has not started: the kind that its parent was told to force.
 VARIABLE = "LORA_FAST_TEST_CPU_KIND"
+_for_good = ExitStack()
+
+
+def bitsandbytes_packs() -> bool:
+    """Whether this version of it packs weights on a CPU that has what it takes (0.48 does not)."""
+    from bitsandbytes.nn import modules
+
+    return hasattr(modules, "has_avx512bf16")
 
 
 def has_packed_product() -> bool:
@@ -44,16 +52,17 @@ def forced(kind: str, *, product: bool | None = None) -> Iterator[None]:
     packs = {"plain": False, "packed": True}[kind]
     native = (torch.bfloat16,) if packs else ()
     with pytest.MonkeyPatch.context() as patch, multiplying(native):
-        if packs and not (has_packed_product() if product is None else product):
-            patch.setattr(bnbf, "gemv_4bit", _packed_product)
-        patch.setattr(modules, "has_avx512bf16", lambda: packs)
+        if bitsandbytes_packs():
+            if packs and not (has_packed_product() if product is None else product):
+                patch.setattr(bnbf, "gemv_4bit", _packed_product)
+            patch.setattr(modules, "has_avx512bf16", lambda: packs)
         yield
 
 
 def force_for_good() -> None:
     """Go on as the kind of CPU that the parent of this process was told to force, if it was."""
     if VARIABLE in os.environ:
-        forced(os.environ[VARIABLE]).__enter__()
+        _for_good.enter_context(forced(os.environ[VARIABLE]))
 
 
 def _packed_product(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from cpu_kinds import force_for_good
 from lora_models import K, Mlp, N, lora_config, quantised
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -212,6 +213,7 @@ def run_example(name: str, port: int) -> Example:
 def work(rank: int, world: int, folder: str, ports: list[int]) -> None:
     """One process of `world`: every example and scenario, what came of them in a file."""
     torch.set_num_threads(1)
+    force_for_good()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", HF_HUB_OFFLINE="1")
     results: dict[str, Result | Example | str] = {}

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fast
 from lora_fast import acceleration, peft_layers
+from lora_fast.four_bit_layout import forbid_packing
 
 F32, BF16 = torch.float32, torch.bfloat16
 KINDS = ["dense", "nf4"]
@@ -199,6 +200,7 @@ def test_adapter_files_load_in_stock_peft(kind: str, tmp_path: Path) -> None:
     model = accelerated_copy(peft_model(kind, model=copy.deepcopy(base)))
     quietly(model.save_pretrained, tmp_path)
     fresh = lora_fast.decelerate(copy.deepcopy(model)).unload()
+    forbid_packing(fresh)
     loaded = PeftModel.from_pretrained(fresh, tmp_path)
     x = torch.randn(5, K)
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=1e-4)

@@ -139,6 +139,7 @@ def _assert_nf4_of(weight: Any, dense: Tensor) -> None:
     assert (actual.absmax() / largest - 1).abs().max() < 0.05
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("blocksize", [64, 128])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
@@ -163,6 +164,7 @@ def test_nf4_keeps_its_format(blocksize: int, nested: bool, storage: torch.dtype
     assert base.weight is weight and base.quant_state is expected
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
 def test_nf4_is_overwritten_in_its_storage(nested: bool, storage: torch.dtype) -> None:

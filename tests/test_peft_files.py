@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lora_fast
 from lora_fast import DoRALinear, LoRALinear, VeRALinear, load_adapter, save_adapter
+from lora_fast.four_bit_layout import forbid_packing
 
 METHODS = ("lora", "dora", "vera")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -73,12 +74,14 @@ def converted(method: str, **arguments: Any) -> Any:
 def assert_computes_as(model: Any, stock: Any) -> None:
     """The outputs of `model` obey the accuracy rule, `stock` being PEFT's."""
     x = torch.randn(9, K)
+    forbid_packing(stock)
     wide = float64_copy(stock).eval()
     with torch.no_grad():
         eager = orders(lambda: stock.eval()(x))
         assert_accurate(model.eval()(x), wide(x.double()), eager, name="y")
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_loads_what_we_save(method: str, kind: str, tmp_path: Path) -> None:

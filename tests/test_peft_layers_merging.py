@@ -73,6 +73,7 @@ def test_two_adapters_are_merged_and_rounded_once(dtype: torch.dtype) -> None:
     assert layer.merged_adapters == []
 
 
+@pytest.mark.usefixtures("cpu_kind")
 def test_nf4_is_quantised_again_and_given_back_exactly() -> None:
     fused = accelerated_copy(_with_two_adapters("nf4", F32))
     (layer,) = lora_layers(fused)
@@ -94,6 +95,7 @@ def test_nf4_is_quantised_again_and_given_back_exactly() -> None:
     assert "_lora_fast_kept_weight" not in vars(layer)
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_the_merged_model_gives_what_the_unmerged_gave(kind: str) -> None:
     fused = accelerated_copy(peft_model(kind, model=Mlp())).eval()

@@ -97,3 +97,17 @@ def test_the_legs_leave_no_test_out() -> None:
         assert selecting, marks
         if marks["exhaustive"] and not marks["gpu"]:
             assert selecting == ["exhaustive"], marks
+
+
+def test_a_kind_of_cpu_is_forced_in_every_leg(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (suite / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--cpu-kind')\n"
+    )
+    test = (
+        "def test_kind(pytestconfig):\n    assert pytestconfig.getoption('--cpu-kind') == 'packed'"
+    )
+    (suite / "test_kind.py").write_text(test)
+    legs = [run.Leg(name, "not broken") for name in ("one", "two")]
+    arguments = ("--cpu-kind", "packed", "-k", "kind")
+    code, counts = run_main(legs, suite / "report.json", monkeypatch, *arguments)
+    assert (code, counts) == (0, [("one", 1, 0, 0), ("two", 1, 0, 0)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def found(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("found")
-    result = compare_methods(config, ["lora", "prompt", "probe"], 2, out, Silent())
-    return {**result, "out": out}
+def found_on(
+    config: TrainConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """One comparison on each kind of CPU."""
+
+    @functools.cache
+    def compare(kind: str) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp(kind)
+        result = compare_methods(config, ["lora", "prompt", "probe"], 2, out, Silent())
+        return {**result, "out": out}
+
+    return compare
+
+
+@pytest.fixture
+def found(cpu_kind: str, found_on: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return found_on(cpu_kind)
 
 
 def test_costs_and_scores_of_every_method_and_seed(found: dict[str, Any]) -> None:
@@ -110,6 +125,7 @@ def test_what_was_finished_is_kept_on_ctrl_c(config: TrainConfig, tmp_path: Path
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("cpu_kind")
 def test_a_language_model(tmp_path: Path) -> None:
     rows = [{"text": f"the {w} is very blue"} for w in ("sky", "sea", "user", "assistant")] * 3
     config = TrainConfig(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from cpu_kinds import force_for_good
 from test_training_run import assert_same_run
 from tiny_runs import run, save_bert, sentiment_rows, write_jsonl
 
@@ -21,6 +22,7 @@ KILLS = 3
 
 def _train_until_killed(config: TrainConfig, out: str, delay: float) -> None:
     torch.set_num_threads(1)
+    force_for_good()
     timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGKILL))
     timer.start()
     resume = (Path(out) / CONFIG_FILE).exists()

@@ -105,6 +105,7 @@ def watched(config: TrainConfig, out: Path) -> Run:
         return Run(run(config, out), kept[0], before)
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("name", METHODS)
 def test_what_trains_moves_and_the_rest_stays(
     config: TrainConfig, tmp_path: Path, name: str
@@ -188,6 +189,7 @@ def test_what_trains_is_float32_on_a_16_bit_base(config: TrainConfig, name: str)
     assert torch.bfloat16 in frozen
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("name", ["vera", "dora", "ia3", "bitfit", "layernorm", "prefix"])
 def test_bfloat16_computes_with_float32_masters(
     config: TrainConfig, tmp_path: Path, name: str

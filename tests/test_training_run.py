@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +99,22 @@ def without_times(found: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def compared(bert_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return run(replace(bert_config, compare=True), tmp_path_factory.mktemp("compared") / "out")
+def compared_on(
+    bert_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Outcome]:
+    """One run on each kind of CPU."""
+
+    @functools.cache
+    def compare(kind: str) -> Outcome:
+        config, out = replace(bert_config, compare=True), tmp_path_factory.mktemp(kind) / "out"
+        return run(config, out)
+
+    return compare
+
+
+@pytest.fixture
+def compared(cpu_kind: str, compared_on: Callable[[str], Outcome]) -> Outcome:
+    return compared_on(cpu_kind)
 
 
 def test_both_arms_have_the_same_curve_and_ours_ran_fused(compared: Outcome) -> None:
@@ -124,6 +140,7 @@ def test_lora_fast_saves_no_more_for_backward(compared: Outcome) -> None:
     assert compared.metrics["comparison"]["step_time_ratio"] > 0
 
 
+@pytest.mark.usefixtures("cpu_kind")
 def test_training_beats_the_baselines(bert_config: TrainConfig, tmp_path: Path) -> None:
     rows = sentiment_rows(160)
     data = write_jsonl(tmp_path / "train.jsonl", rows[:120])
@@ -168,6 +185,7 @@ def test_the_folder_of_a_run(compared: Outcome) -> None:
     assert "13 of 13 adapted layers fused" in (compared.out / "layers.txt").read_text()
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
 def test_the_card_s_code_loads_the_adapter_in_stock_peft(
     bert_config: TrainConfig, tmp_path: Path, quantize: str
@@ -283,6 +301,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     assert ours["saved_activation_bytes"] is None
 
 
+@pytest.mark.usefixtures("cpu_kind")
 def test_bfloat16_trains_float32_adapters(
     bert_config: TrainConfig, compared: Outcome, tmp_path: Path
 ) -> None:
@@ -298,6 +317,7 @@ def test_bfloat16_trains_float32_adapters(
     assert found["comparison"]["saved_activation_ratio"] < 1
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
 def test_a_language_model_learns_texts_and_conversations(
     llama_config: TrainConfig, tmp_path: Path, quantize: str
@@ -343,6 +363,7 @@ def test_notes_what_trains_in_full(bert_config: TrainConfig, tmp_path: Path) -> 
     assert any("pooler" in name for name in adapter(tmp_path / "out"))
 
 
+@pytest.mark.usefixtures("cpu_kind")
 def test_early_stopping_goes_back_to_the_best(bert_config: TrainConfig, tmp_path: Path) -> None:
     # Far too high a rate: the loss on what is held back is best early on.
     config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)

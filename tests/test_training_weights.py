@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_kinds import forced
 from lora_models import Mlp, peft_model, quantised
 from safetensors.torch import load_file
 from torch import nn
@@ -36,6 +37,7 @@ def disturb(model: nn.Module) -> None:
             tensor.mul_(0.5)
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_all_that_was_captured_comes_back(kind: str) -> None:
     model = peft_model(kind, model=Mlp())
@@ -48,6 +50,7 @@ def test_all_that_was_captured_comes_back(kind: str) -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_weights_below_adapters_load_into_a_model_without_them(kind: str, tmp_path: Path) -> None:
     model = peft_model(kind, model=Mlp())
@@ -62,6 +65,23 @@ def test_weights_below_adapters_load_into_a_model_without_them(kind: str, tmp_pa
     x = torch.randn(3, 24)
     with model.disable_adapter():
         assert torch.equal(stock(x), model(x))
+
+
+def test_weights_load_into_packed_ones(tmp_path: Path) -> None:
+    """A model that has been evaluated before them, on a CPU on which bitsandbytes packs."""
+
+    def model() -> Any:
+        return quantised(nn.Sequential(nn.Linear(64, 32, bias=False)), torch.float32)
+
+    saved, x = model(), torch.randn(3, 64)
+    save_weights(dict(saved.state_dict()), tmp_path / "w.safetensors")
+    expected = saved(x)
+    with forced("packed"), torch.no_grad():
+        stock = model().eval()
+        stock(x)
+        load_weights(stock, tmp_path / "w.safetensors")
+        for _ in range(2):
+            assert torch.equal(stock(x), expected), "packed by the first call, to other absmax"
 
 
 def test_what_trains_in_the_model_itself(tmp_path: Path) -> None:

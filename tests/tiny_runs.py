@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from lora_fast.cli.app import main
+from lora_fast.four_bit_layout import forbid_packing
 from lora_fast.training import metrics, models
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.data import Collator, encode, load_rows
@@ -175,7 +176,11 @@ def interrupt() -> None:
 
 
 def logits(config: TrainConfig, model: Any) -> np.ndarray:
-    """Return the model's logits of the run's held-out examples."""
+    """Return the model's logits of the run's held-out examples.
+
+    Not those of bitsandbytes' packed product, which rounds the weights of a stock model once more.
+    """
+    forbid_packing(model)
     tokenizer = models.load_tokenizer(config.model)
     rows = load_rows(config)
     examples = encode(rows.held_out, tokenizer, replace(config, max_length=48))
