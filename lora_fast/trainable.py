@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .four_bit_layout import forbid_packing
+
 # torch.nn.LayerNorm and RMSNorm, LlamaRMSNorm, T5LayerNorm, Gemma3RMSNorm, …
 _NORMS = ("LayerNorm", "RMSNorm")
 
@@ -65,6 +67,8 @@ def _mark(
     }
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
+    # There is no way back through weights that an evaluation has packed.
+    forbid_packing(model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

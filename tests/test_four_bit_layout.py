@@ -22,6 +22,7 @@ from lora_fast import NF4Weight
 from lora_fast.four_bit_layout import forbid_packing, plain_bytes, resume_packing, suspend_packing
 from lora_fast.optim import DeltaLoRA
 from lora_fast.planning.states import quantised_bytes
+from lora_fast.trainable import mark_layer_norm
 
 pytestmark = pytest.mark.skipif(
     not bitsandbytes_packs(), reason="this bitsandbytes packs no weights for a CPU"
@@ -198,7 +199,13 @@ def of_one_layer(model: Any) -> nn.Module:
     return nn.ModuleList([lora_fast.LoRALinear.from_linear(model.fc1, r=4)])
 
 
-WAYS = [accelerated, converted, with_delta_lora, of_one_layer]
+def with_trained_norms(model: Any) -> nn.Module:
+    model.norm = nn.LayerNorm(32)
+    mark_layer_norm(model)
+    return model
+
+
+WAYS = [accelerated, converted, with_delta_lora, of_one_layer, with_trained_norms]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
