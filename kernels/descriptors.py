@@ -6,6 +6,8 @@ them, and a CUDA graph keeps them. Triton takes them as arguments of their own o
 tuple, so there are as many as ticketed_gemm has parameters for.
 """
 
+import os
+
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_version import VERSION
@@ -14,6 +16,19 @@ from .triton_version import VERSION
 MOST_LAYERS = 3
 # What other versions of Triton launch with descriptors, no test can execute.
 EXECUTED = (3, 7) <= VERSION < (3, 9)
+
+
+def wanted(value: str | None) -> bool:
+    """Whether to describe, by LORA_FAST_DESCRIPTORS: 1, 0 or, not set, what tests execute.
+
+    ValueError: it is something else.
+    """
+    if value not in (None, "", "0", "1"):
+        raise ValueError(f"LORA_FAST_DESCRIPTORS must be 0 or 1, got {value!r}")
+    return value == "1" if value else EXECUTED
+
+
+DESCRIBES = wanted(os.environ.get("LORA_FAST_DESCRIPTORS"))
 _NONE = (None,) * (2 * MOST_LAYERS)
 
 
@@ -39,7 +54,7 @@ def descriptors_of(operands, config, arch, is_grad):
     Blocks of W are as they lie in memory, which the forward pass transposes. Before Hopper Triton
     would turn descriptors into pointers again, and not pipeline those.
     """
-    if not (EXECUTED and config.descriptors) or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
+    if not (DESCRIBES and config.descriptors) or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
         return _NONE
     # An Nf4Operand is no tensor, and has nothing that TMA could read.
     if not all(hasattr(w, "stride") and can_describe(x) and can_describe(w) for x, w in operands):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +19,12 @@ pytest.importorskip("triton")
 from lora_fast.kernels import configs, descriptors, ticketed_gemm
 from lora_fast.kernels.configs import GemmConfig
 from lora_fast.kernels.descriptors import (
+    DESCRIBES,
     EXECUTED,
     MOST_LAYERS,
     can_describe,
     descriptors_of,
+    wanted,
 )
 from lora_fast.kernels.dropout import Dropout
 
@@ -28,7 +35,7 @@ TMA = configs.pick_gemm(8192, BF16, 90)
 BY_POINTERS = replace(TMA, descriptors=False)
 # Two blocks of 64 of each; all of them end within the second.
 RAGGED = 69, 72, 72
-with_this_triton = pytest.mark.skipif(not EXECUTED, reason="this Triton gets no descriptors")
+with_this_triton = pytest.mark.skipif(not DESCRIBES, reason="this Triton gets no descriptors")
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -93,9 +100,57 @@ def test_all_operands_are_described_or_none():
 
 
 def test_a_triton_whose_launches_nothing_executes_gets_none(monkeypatch):
-    monkeypatch.setattr(descriptors, "EXECUTED", False)
+    monkeypatch.setattr(descriptors, "DESCRIBES", False)
     x, W = _matrix(130, 64), _matrix(96, 64)
     assert set(descriptors_of([(x, W)], TMA, 90, False)) == {None}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1", True), ("0", False), (None, EXECUTED), ("", EXECUTED)]
+)
+def test_a_variable_decides_otherwise(value, expected):
+    assert wanted(value) is expected
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "True"])
+def test_the_variable_is_0_or_1(value):
+    with pytest.raises(ValueError, match="LORA_FAST_DESCRIPTORS must be 0 or 1, got"):
+        wanted(value)
+
+
+BOTH_DIRECTIONS = """
+    import torch
+    from bench import stub_driver
+    from lora_fast.kernels import configs, ticketed_gemm
+    from lora_fast.kernels.dropout import Dropout
+
+    def meta(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    x, W, dY, A, B = (meta(*s) for s in ((256, 512), (384, 512), (256, 384), (16, 512), (384, 16)))
+    for arch in (90, 100):
+        with stub_driver.recording(arch) as log:
+            ticketed_gemm.forward(x, W, None, A, B, None, None, None, 2.0, Dropout())
+            factors = (None, A, B, None, None, None, 2.0, Dropout())
+            ticketed_gemm.grad_input(dY, W, *factors, wants_dX=True)
+        print(*(k.text("ptx").count("cp.async.bulk.tensor.2d") > 0 for k in log.kernels))
+"""
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_the_variable_decides_for_whatever_triton_this_is(value):
+    """Set before Python starts, as a user does; with 1 every supported Triton compiles TMA."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BOTH_DIRECTIONS)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"LORA_FAST_DESCRIPTORS": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(value == "1")] * 4
 
 
 def _results(config, device, case) -> list[torch.Tensor]:

@@ -51,6 +51,7 @@ def about(*, rehearse: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{name: _version(name) for name in _VERSIONS},
+        "LORA_FAST_DESCRIPTORS": os.environ.get("LORA_FAST_DESCRIPTORS"),
         "commit": _commit(),
     }
 

@@ -39,12 +39,14 @@ def versions(device: str) -> dict[str, str]:
     import triton
 
     import lora_fast
+    from lora_fast.kernels.descriptors import DESCRIBES
 
     return {
         "device": device,
         "lora_fast": lora_fast.__version__,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "descriptors": str(int(DESCRIBES)),
     }
 
 
