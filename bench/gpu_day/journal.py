@@ -41,6 +41,12 @@ class Progress:
         return self.finished and not self.broken
 
     @property
+    def lacking(self) -> dict[str, str]:
+        """Units that have no result, since a package or program was not there, and which."""
+        found = {unit: event["row"].get("absent") for unit, event in self.rows.items()}
+        return {unit: name for unit, name in found.items() if name is not None}
+
+    @property
     def refuted(self) -> list[str]:
         """Units that ran to their end and found that something is wrong."""
         return [unit for unit, event in self.rows.items() if event["row"].get("ok") is False]

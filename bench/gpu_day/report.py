@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import tables
+from . import absent, tables
 from .journal import Journal, Progress
 from .modelled import Modelled
 from .run_units import FILE
@@ -40,9 +40,13 @@ def write(folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     modelled = Modelled(_arch(results))
     (folder / "report.md").write_text(text(results, modelled))
-    from . import plots
+    drawn = []
+    if absent.is_there("matplotlib"):
+        from . import plots
 
-    drawn = plots.draw(results, modelled, folder)
+        drawn = plots.draw(results, modelled, folder)
+    else:
+        print("no pictures: matplotlib is not installed")
     print("written:", *(folder / name for name in ("results.json", "report.md")), *drawn)
 
 
@@ -62,9 +66,11 @@ def _step(progress: Progress) -> dict[str, Any]:
         "finished": progress.finished,
         "stopped": progress.stopped,
         "broken": progress.broken,
+        "absent": progress.lacking,
         "rows": {
             unit: {"call": event["call"], "seconds": event["seconds"], **event["row"]}
             for unit, event in progress.rows.items()
+            if unit not in progress.lacking
         },
     }
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import absent
 from .journal import Journal
 from .runner import NEW_PROCESS
 from .steps import STEPS, Step
@@ -35,6 +36,7 @@ class Unit:
 
     ok: False       it ran to its end and found that something is wrong
     summary         a few words for the terminal
+    absent          what is not installed and would be needed: no result, and no failure
     new_process     True: the process is not fit for another unit
     """
 
@@ -46,19 +48,25 @@ def run_units(step: Step, units: list[Unit], journal: Journal) -> int:
     """Run what the journal lacks of ``units``; the exit status of the process."""
     journal.append("units", step=step.name, units=[unit.name for unit in units])
     progress = journal.step(step.name)
+    lacking = progress.lacking
     for unit in units:
-        if unit.name in progress.rows or unit.name in progress.broken_in_this_call:
+        if unit.name in progress.broken_in_this_call:
+            continue
+        if unit.name in progress.rows and not absent.is_there(lacking.get(unit.name)):
             continue
         journal.append("start", step=step.name, unit=unit.name)
         started = time.monotonic()
         try:
             row = unit.run()
         except Exception as error:
-            traceback.print_exc()
-            journal.append("broken", step=step.name, unit=unit.name, reason=_first_line(error))
-            if _device_is_lost():
-                return NEW_PROCESS
-            continue
+            missing = absent.named_by(error)
+            if missing is None:
+                traceback.print_exc()
+                journal.append("broken", step=step.name, unit=unit.name, reason=_first_line(error))
+                if _device_is_lost():
+                    return NEW_PROCESS
+                continue
+            row = absent.row(missing)
         finally:
             _free_device_memory()
         seconds = round(time.monotonic() - started, 2)

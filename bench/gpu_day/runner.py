@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import absent
 from .journal import Event, Journal, Progress
 from .steps import Step
 
@@ -50,7 +51,7 @@ class Runner:
     def _run_steps(self, steps: Iterable[Step], budget: float | None) -> None:
         deadline = time.monotonic() + (budget if budget is not None else float("inf"))
         for step in steps:
-            if self.journal.step(step.name).done:
+            if is_done(self.journal.step(step.name)):
                 print(f"== {step.name}: done before (--fresh runs it again)", flush=True)
                 continue
             left = deadline - time.monotonic()
@@ -130,9 +131,19 @@ class Runner:
 _OUT_OF_TIME = "out of time"
 
 
+def is_done(progress: Progress) -> bool:
+    """Whether a call has nothing to do; what was not installed may be there by now."""
+    return progress.done and not any(map(absent.is_there, set(progress.lacking.values())))
+
+
 def summary(progress: Progress) -> str:
     """One line on a step: units with a result, broken ones, refuted ones, and why it ended."""
-    parts = [f"{len(progress.rows)} of {len(progress.units)} units have a result"]
+    lacking = progress.lacking
+    results = len(progress.rows) - len(lacking)
+    parts = [f"{results} of {len(progress.units)} units have a result"]
+    for name in dict.fromkeys(lacking.values()):
+        count = list(lacking.values()).count(name)
+        parts.append(f"{count} not, since {name} is not installed")
     if progress.refuted:
         parts.append(f"{len(progress.refuted)} FAILED: {', '.join(progress.refuted)}")
     if progress.broken:

@@ -16,10 +16,10 @@ def steps(found: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, step in found.items():
         refuted = sum(row.get("ok") is False for row in step["rows"].values())
-        absent = {row["absent"] for row in step["rows"].values() if "absent" in row}
         state = step["stopped"] or ("finished" if step["finished"] else "not finished")
-        if absent:
-            state += f", without {', '.join(sorted(absent))}"
+        if step["absent"]:
+            state += f", {len(step['absent'])} without "
+            state += ", ".join(sorted(set(step["absent"].values())))
         seconds = sum(row["seconds"] for row in step["rows"].values())
         done = f"{len(step['rows'])} of {len(step['units'])}"
         lines.append((name, done, str(refuted), str(len(step["broken"])), f"{seconds:.0f}", state))

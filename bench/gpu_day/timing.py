@@ -20,6 +20,7 @@ import torch
 from bench.paired import Step, Timings, cuda_timer, interleaved
 from lora_fast import functional
 
+from . import absent
 from .day import Day
 from .device import clocks_under
 
@@ -28,7 +29,8 @@ def contest(day: Day, makers: Mapping[str, Callable[[], Step]], *, baseline: str
     """The row of one comparison. A contestant that cannot run is left out, with the reason.
 
     ``makers``: functions that build the contestants; each call of one is the whole step. ``ok`` is
-    False if a contestant of ours is left out: one whose name begins with lora_fast.
+    False if a contestant of ours is left out: one whose name begins with lora_fast. Raises what
+    ours or the baseline raise for a package that is not installed.
     """
     steps: dict[str, Step] = {}
     contestants: dict[str, dict[str, Any]] = {}
@@ -37,6 +39,8 @@ def contest(day: Day, makers: Mapping[str, Callable[[], Step]], *, baseline: str
             steps[name] = _ready(make, day)
             contestants[name] = {"peak_bytes": _peak_bytes(steps[name], day)}
         except Exception as error:
+            if absent.named_by(error) and (name == baseline or name.startswith("lora_fast")):
+                raise
             contestants[name] = {"failed": _reason(error)}
             _raise_if_lost(day)
     if steps:

