@@ -98,6 +98,7 @@ def text(results: dict[str, Any], modelled: Modelled) -> str:
         if rows:
             parts += [f"## {title}", tables.contests(rows, modelled)]
     for name, make in (
+        ("decisive", tables.decisive),
         ("crossover", tables.crossover),
         ("candidates", tables.candidates),
         ("accuracy", tables.accuracy),

@@ -110,6 +110,27 @@ def _number(value: float | None, scale: float, digits: int) -> str:
     return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
+def decisive(rows: Rows) -> str:
+    """e of each way: the floor's time over its own, so that below 1 is slower; the host's time."""
+    lines = []
+    for unit, row in rows.items():
+        medians = _medians(row) if "contestants" in row else {}
+        for who in row.get("contestants", {}):
+            seconds, floor = medians.get(who), medians.get(row["baseline"])
+            flops, moved = row["work"]["flops"], row["work"]["bytes"]
+            lines.append(
+                (
+                    *(unit, who, _number(seconds, 1e3, 4) if seconds else "failed"),
+                    _number(floor and seconds and floor / seconds, 1.0, 3),
+                    _number(seconds and flops and flops / seconds, 1e-12, 0),
+                    _number(seconds and moved and moved / seconds, 1e-12, 2),
+                )
+            )
+        for who, seconds in row.get("host_seconds", {}).items():
+            lines.append((unit, who, _number(seconds, 1e3, 4), "-", "-", "-"))
+    return table(("case", "way", "ms", "e", "TFLOP/s", "TB/s"), lines)
+
+
 def crossover(rows: Rows) -> str:
     """Where an NF4 weight is better decoded, and where the library decodes it."""
     lines = []
