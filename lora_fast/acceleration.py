@@ -32,8 +32,8 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     `model` that bitsandbytes has packed for inference on a CPU are unpacked, and are not packed
     again until :func:`decelerate`: :mod:`lora_fast.four_bit_layout`.
 
-    ``group_shared_inputs``: LoRA layers with the same parent and names that model families give to
-    layers of one input (q, k and v; gate and up) are computed together when the first of them is
+    ``group_shared_inputs``: LoRA layers that the forward of their parent always calls with one
+    input (q, k and v; gate and up), by its source, are computed together when the first of them is
     called; see :mod:`lora_fast.peft_layers.shared_input`.
 
     Raises TypeError if `model` is not a Module, ValueError if it contains no adapted layer; `model`

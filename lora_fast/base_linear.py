@@ -217,23 +217,25 @@ def adapted_together(
     bases: Sequence[Any], x: Tensor, members: Sequence[Member], dropout_p: float
 ) -> list[Tensor] | None:
     """:func:`adapted` for several bases that read the same x; None if their dtypes differ."""
-    if len({(is_four_bit(base), base.weight.dtype) for base in bases}) > 1:
-        return None
-    if not is_four_bit(bases[0]):
+    first, packed = bases[0], isinstance(bases[0], four_bit.classes or four_bit.find())
+    dtype = _four_bit_dtype(first, x) if packed else x.dtype
+    for base in bases:
+        if base.weight.dtype != first.weight.dtype or isinstance(base, four_bit.classes) != packed:
+            return None
+        if packed and _four_bit_dtype(base, x) != dtype:
+            return None
+    if not packed:
         return list(adapted_linears(x, members, dropout_p=dropout_p))
-    dtypes = {_four_bit_dtype(base, x) for base in bases}
-    if len(dtypes) > 1:
-        return None
     autocast = torch.is_autocast_enabled(x.device.type)
-    x_in = x if autocast else x.to(dtypes.pop())
-    ys = adapted_linears(x_in, members, dropout_p=dropout_p)
+    ys = adapted_linears(x if autocast else x.to(dtype), members, dropout_p=dropout_p)
     return [y.to(x.dtype) for y in ys]
 
 
 def weight_of(base: Any) -> Tensor | NF4Weight:
     """W [N, K] as the operation takes it."""
     weight = base.weight
-    return NF4Weight.view(weight.data, weight.quant_state) if is_four_bit(base) else weight
+    packed = isinstance(base, four_bit.classes or four_bit.find())
+    return NF4Weight.view(weight.data, weight.quant_state) if packed else weight
 
 
 def describe(base: nn.Module) -> str:

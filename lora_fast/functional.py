@@ -125,13 +125,15 @@ def adapted_linears(
             library_ops.apply(x, W, (bias, A, B, None, None, None), s, dropout_p, seed, None)
             for W, bias, A, B, s in members
         )
-    vectors_of_all = [v for member in members for v in (member.bias, member.A, member.B)]
-    weights = tuple(member.weight for member in members)
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = _draw_seed(x.device)
-    constants = tuple(
-        Constants(float(member.scaling), float(dropout_p), dropout_seed or 0) for member in members
-    )
+    weights: list[Any] = []
+    constants: list[Constants] = []
+    vectors_of_all: list[Tensor | None] = []
+    for W, bias, A, B, s in members:
+        weights.append(W)
+        constants.append(Constants(float(s), float(dropout_p), dropout_seed or 0))
+        vectors_of_all += (bias, A, B)
     backend = get_backend()
     if is_recording():
         return AdaptedLinearGroup.apply(x, weights, constants, backend, *vectors_of_all)

@@ -24,6 +24,8 @@ class LayerReport:
     Calls inside torch.compile cannot be counted: ``compiled`` tells whether some of them ran fused,
     and those that did not are one among the fallback calls. ``counted`` is False for a layer that
     is of PEFT's own class, whose calls nothing sees.
+    ``siblings``: names of the layers beside it that share its input and are computed with it;
+    ``alone`` says what forbids that, None for a layer whose input is its own.
     """
 
     name: str
@@ -34,6 +36,8 @@ class LayerReport:
     fallback_calls: dict[str, int]
     compiled: bool
     counted: bool = True
+    siblings: tuple[str, ...] = ()
+    alone: str | None = None
 
     @property
     def fused(self) -> bool:
@@ -70,7 +74,11 @@ class Report:
 
     def __str__(self) -> str:
         header = ("layer", "kind", "base", "next call", "fused calls", "fallback calls")
-        lines = _aligned([header, *map(_row, self.layers)])
+        rows = [header, *map(_row, self.layers)]
+        if any(layer.siblings or layer.alone for layer in self.layers):
+            together = ["computed with", *map(_siblings_in_words, self.layers)]
+            rows = [(*row, last) for row, last in zip(rows, together, strict=True)]
+        lines = _aligned(rows)
         fused = sum(layer.fused for layer in self.layers)
         slow = sum(self.fallback_calls.values())
         lines.append(
@@ -94,7 +102,11 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = tuple(_layer_report(name, layer) for name, layer in adapted_layers(model))
+    modules = dict(model.named_modules())
+    layers = tuple(
+        _layer_report(name, layer, modules[name.rpartition(".")[0]])
+        for name, layer in adapted_layers(model)
+    )
     return Report(layers, switched_off(model) if layers else ())
 
 
@@ -107,9 +119,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _layer_report(name: str, layer: Any) -> LayerReport:
+def _layer_report(name: str, layer: Any, parent: nn.Module) -> LayerReport:
     calls = getattr(layer, "_lora_fast_calls", None) or CallCounts()
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
+    siblings, alone = _siblings(layer, parent)
     return LayerReport(
         name=name,
         kind=_kind(layer),
@@ -119,6 +132,8 @@ def _layer_report(name: str, layer: Any) -> LayerReport:
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
         counted=hasattr(layer, "_lora_fast_calls"),
+        siblings=siblings,
+        alone=alone,
     )
 
 
@@ -136,6 +151,14 @@ def _obstacle(layer: Any) -> str | None:
     return "not accelerated"
 
 
+def _siblings(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:
+    if "lora_fast.peft_layers" not in sys.modules:
+        return (), None
+    from .peft_layers.shared_input import siblings_of
+
+    return siblings_of(layer, parent)
+
+
 def _kind(layer: nn.Module) -> str:
     """As PEFT's repr calls the layer: lora.Linear, lora.Embedding, adalora.SVDLinear, …"""
     homes = (cls.__module__ for cls in type(layer).__mro__)
@@ -150,6 +173,10 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     if not layer.counted:
         fused, slow = "-", "not counted"
     return (layer.name, layer.kind, layer.base, path, fused, slow or "0")
+
+
+def _siblings_in_words(layer: LayerReport) -> str:
+    return ", ".join(layer.siblings) or (f"none: {layer.alone}" if layer.alone else "none")
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

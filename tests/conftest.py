@@ -184,6 +184,21 @@ def cpu_kind(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of the function of several layers computed."""
+    from lora_fast import dispatch
+
+    calls: list[int] = []
+    forward = dispatch.forward_group
+    monkeypatch.setattr(
+        dispatch,
+        "forward_group",
+        lambda x, fs, *rest: calls.append(len(fs)) or forward(x, fs, *rest),
+    )
+    return calls
+
+
 PARAMS = [pytest.param(make, id=name, marks=marks) for name, make, marks in MACHINES]
 
 

@@ -3,67 +3,30 @@
 from __future__ import annotations
 
 import copy
-import gc
-import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from lora_models import K, accelerated_copy, compare, counted, lora_layers, quantised, quietly
+from attentions import (
+    ALONE,
+    PROJECTIONS,
+    THREE,
+    TWO,
+    Attention,
+    CrossAttention,
+    QueryAlone,
+    layer_of,
+    stock_model,
+)
+from lora_models import K, accelerated_copy, compare, counted, lora_layers, quietly
 from peft import LoraConfig, get_peft_model
+from products import products_of
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import lora_fast
 from lora_fast import autograd
-from lora_fast.peft_layers.shared_input import GROUP
 
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-class Attention(nn.Module):
-    """Three projections of one x, of two widths, put together by something that is not linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(K, 20)
-        self.k_proj = nn.Linear(K, 12, bias=False)
-        self.v_proj = nn.Linear(K, 12)
-        self.between: Callable[[Any], None] = lambda model: None
-
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        q = self.q_proj(x)
-        self.between(self)
-        k = self.k_proj(x if other is None else other)
-        v = self.v_proj(x if other is None else other)
-        return torch.cat([torch.tanh(q), k * v], dim=-1)
-
-
-def stock_model(kind: str = "dense", **config: Any) -> Any:
-    torch.manual_seed(0)
-    base: nn.Module = Attention()
-    between = base.between
-    if kind == "nf4":
-        base = quantised(base, F32)
-        base.between = between
-    options = {"r": 5, "lora_alpha": 8, "init_lora_weights": False, **config}
-    return get_peft_model(
-        base, LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], **options)
-    )
-
-
-@pytest.fixture
-def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the function computed."""
-    calls: list[int] = []
-    forward = autograd.dispatch.forward_group
-    monkeypatch.setattr(
-        autograd.dispatch,
-        "forward_group",
-        lambda x, fs, *rest: calls.append(len(fs)) or forward(x, fs, *rest),
-    )
-    return calls
 
 
 def agree(fused: Any, stock: Any, x: Tensor, **more: Any) -> None:
@@ -80,6 +43,15 @@ def test_values_and_gradients(kind: str, shape: tuple[int, ...], grouped: list[i
     agree(fused, stock, torch.randn(shape))
     assert grouped == [3, 3]
     assert counted(fused) == (6, {})
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("rows", [1, 64, 65, 200])
+def test_a_group_in_any_mode_and_of_any_number_of_rows(rows: int, grad: bool) -> None:
+    fused, x = accelerated_copy(stock_model()), torch.randn(rows, K)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            assert products_of(lambda: fused(x)) == THREE
 
 
 def test_groups_can_be_refused(grouped: list[int]) -> None:
@@ -105,120 +77,57 @@ def test_two_of_three_form_a_group(grouped: list[int]) -> None:
 def test_several_adapters_and_scalings(grouped: list[int]) -> None:
     stock = stock_model()
     other = {"r": 3, "lora_alpha": 9, "init_lora_weights": False}
-    stock.add_adapter("other", LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], **other))
+    stock.add_adapter("other", LoraConfig(target_modules=PROJECTIONS, **other))
     stock.base_model.set_adapter(["default", "other"])
     fused = accelerated_copy(stock)
     agree(fused, stock, torch.randn(9, K))
     assert grouped == [3]
 
 
-def _layer(model: Any, name: str) -> Any:
-    return next(m for n, m in model.named_modules() if n.endswith(name))
+def test_what_shares_no_input_shares_no_product() -> None:
+    stock = stock_model(base=CrossAttention)
+    fused, x, other = accelerated_copy(stock), torch.randn(4, K), torch.randn(4, K)
+    for more in ((), (other,)):
+        torch.testing.assert_close(fused(x, *more), stock(x, *more))
+        assert products_of(lambda more=more: fused(x, *more)) == ALONE + TWO
+    siblings = [layer.siblings for layer in lora_fast.report(fused).layers]
+    assert siblings == [(), ("v_proj",), ("k_proj",)]
 
 
-def _write_A(model: Any) -> None:
-    with torch.no_grad():
-        _layer(model, "k_proj").lora_A["default"].weight.add_(0.5)
+def test_nobody_is_computed_in_vain() -> None:
+    fused = accelerated_copy(stock_model(base=QueryAlone))
+    for _ in range(3):
+        assert products_of(lambda: fused(torch.randn(70, K))) == ALONE
 
 
-def _write_base(model: Any) -> None:
-    with torch.no_grad():
-        _layer(model, "v_proj").base_layer.weight.mul_(2.0)
+def test_layers_that_something_else_calls_are_on_their_own(grouped: list[int]) -> None:
+    fused, x = accelerated_copy(stock_model()), torch.randn(9, K)
+    fused(x)
+    alone = [layer(x) for layer in lora_layers(fused)]
+    assert grouped == [3]
+    for y, expected in zip(alone, lora_layers(stock_model()), strict=True):
+        torch.testing.assert_close(y, expected(x))
 
 
-def _scale(model: Any) -> None:
-    _layer(model, "k_proj").scaling["default"] = 3.0
+class Flagged(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads_values = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.q_proj(x)).sum() * self.k_proj(x)
+        return y * self.v_proj(x) if self.reads_values else y
 
 
-def _replace(model: Any) -> None:
-    torch.manual_seed(3)
-    _layer(model, "k_proj").lora_B["default"] = nn.Linear(5, 12, bias=False)
-
-
-def _merge(model: Any) -> None:
-    quietly(_layer(model, "v_proj").merge)
-
-
-def _disable(model: Any) -> None:
-    _layer(model, "v_proj").enable_adapters(False)
-
-
-@pytest.mark.parametrize(
-    "change", [_write_A, _write_base, _scale, _replace, _merge, _disable], ids=lambda f: f.__name__
-)
-def test_what_changes_between_the_calls_is_seen(change: Callable[[Any], None]) -> None:
-    stock = stock_model()
-    fused = accelerated_copy(stock)
-    x = torch.randn(9, K)
-    for model in (stock, fused):
-        attention = model.get_base_model()
-        attention.between = change
-    torch.testing.assert_close(fused(x), stock(x))
-
-
-def test_what_begins_to_train_between_the_calls_gets_a_gradient() -> None:
-    stock = stock_model()
-    grads = []
-    for model in (accelerated_copy(stock), stock):
-        A = _layer(model, "k_proj").lora_A["default"].weight.requires_grad_(False)
-        model.get_base_model().between = lambda attention, A=A: A.requires_grad_()
-        model(torch.ones(9, K)).sum().backward()
-        grads.append(A.grad)
-    torch.testing.assert_close(*grads)
-
-
-def test_an_x_that_is_written_to_is_another_x() -> None:
-    stock = stock_model()
-    fused = accelerated_copy(stock)
-    results = []
-    for model in (stock, fused):
-        x = torch.ones(9, K)
-
-        def double(attention: Any, x: Tensor = x) -> None:
-            x.mul_(2.0)
-
-        model.get_base_model().between = double
-        results.append(model(x))
-    torch.testing.assert_close(*results)
-
-
-def test_cross_attention_is_given_up_and_stays_right(grouped: list[int]) -> None:
-    stock = stock_model()
-    fused = accelerated_copy(stock)
-    for _ in range(6):
-        x, other = torch.randn(4, K), torch.randn(4, K)
-        torch.testing.assert_close(fused(x, other), stock(x, other))
-    assert 0 < len(grouped) <= 3, "q no longer computes k and v in vain"
-
-
-def test_no_grad_and_grad_do_not_mix() -> None:
-    stock = stock_model()
-    fused = accelerated_copy(stock)
-    x = torch.randn(65, K)
-    layers = lora_layers(fused)
-    with torch.no_grad():
-        layers[0](x)
-    assert layers[1](x).requires_grad
-    layers[0](x)
-    with torch.inference_mode():
-        assert not layers[1](x).requires_grad
-        torch.testing.assert_close(layers[2](x), lora_layers(stock)[2](x))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant: bool) -> None:
-    stock = stock_model()
-    fused = accelerated_copy(stock)
-
-    class Checkpointed(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.model, x, use_reentrant=reentrant)
-
-    agree(Checkpointed(fused), Checkpointed(stock), torch.randn(9, K))
+def test_conditions_on_the_module_hold_when_the_first_is_called() -> None:
+    fused, x = accelerated_copy(stock_model(base=Flagged)), torch.randn(4, K)
+    assert products_of(lambda: fused(x)) == THREE
+    fused.get_base_model().reads_values = False
+    assert products_of(lambda: fused(x)) == 2 * ALONE
+    lora_fast.accelerate(fused)
+    assert products_of(lambda: fused(x)) == TWO
+    fused.get_base_model().reads_values = True
+    assert products_of(lambda: fused(x)) == TWO + ALONE
 
 
 def test_siblings_of_one_p_share_drop_x(grouped: list[int]) -> None:
@@ -233,11 +142,12 @@ def test_siblings_of_one_p_share_drop_x(grouped: list[int]) -> None:
         layer.lora_dropout["default"] = Masked(mask)
     torch.testing.assert_close(y, stock(x))
     assert grouped == [3]
-    _layer(fused, "k_proj").lora_dropout["default"].p = 0.1
+    layer_of(fused, "k_proj").lora_dropout["default"].p = 0.1
+    assert lora_fast.report(fused).layers[0].siblings == ("v_proj",)
     fused(x)
-    assert grouped == [3], "another p is another mask"
+    assert grouped == [3, 2], "another p is another mask"
     fused.eval()(x)
-    assert grouped == [3, 3]
+    assert grouped == [3, 2, 3]
 
 
 class Masked(nn.Module):
@@ -249,84 +159,80 @@ class Masked(nn.Module):
         return torch.where(self.mask, x, 0.0) * 2.0
 
 
-def test_hooks_before_a_sibling_compute_alone(grouped: list[int]) -> None:
-    hooked = accelerated_copy(stock_model())
-    doubled = lambda module, args: (args[0] * 2,)  # noqa: E731
-    _layer(hooked, "k_proj").register_forward_pre_hook(doubled)
+def test_a_merged_first_leaves_the_others_together(grouped: list[int]) -> None:
     stock = stock_model()
-    _layer(stock, "k_proj").register_forward_pre_hook(doubled)
+    quietly(layer_of(stock, "q_proj").merge)
+    fused, x = accelerated_copy(stock), torch.randn(9, K)
+    torch.testing.assert_close(fused(x), stock(x))
+    assert grouped == [2]
+
+
+# Groups where one layer runs hooks, which may do anything to those that follow it.
+OTHERS = {"q_proj": [2], "k_proj": [], "v_proj": [2]}
+
+
+def assert_as_reported(fused: Any, grouped: list[int]) -> None:
+    layers = lora_fast.report(fused).layers
+    assert sorted(len(layer.siblings) for layer in layers) == ([0, 1, 1] if grouped else [0, 0, 0])
+    assert all(bool(layer.siblings) != bool(layer.alone) for layer in layers)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_hooks_before_a_layer_compute_it_alone(name: str, grouped: list[int]) -> None:
+    stock = stock_model()
+    fused = accelerated_copy(stock)
+    for model in (stock, fused):
+        layer_of(model, name).register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     x = torch.randn(4, K)
-    torch.testing.assert_close(hooked(x), stock(x))
-    assert not grouped
+    torch.testing.assert_close(fused(x), stock(x))
+    assert grouped == OTHERS[name]
+    assert_as_reported(fused, grouped)
 
 
-def test_what_runs_after_a_sibling_runs_at_its_own_call(grouped: list[int]) -> None:
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_hooks_after_a_layer_may_do_anything(name: str, grouped: list[int]) -> None:
+    """Write the parameters of its siblings through .data, too, which leaves no trace."""
     stock = stock_model()
     fused = accelerated_copy(stock)
     order: list[str] = []
     for model in (stock, fused):
-        for name in ("q_proj", "k_proj"):
-            _layer(model, name).register_forward_hook(
-                lambda module, args, y, name=name: order.append(name) or y * 2
-            )
+
+        def write(module: Any, args: Any, y: Tensor, model: Any = model) -> Tensor:
+            order.append(name)
+            for layer in lora_layers(model):
+                layer.lora_B["default"].weight.data += 1.0
+            return y * 2
+
+        layer_of(model, name).register_forward_hook(write)
     x = torch.randn(4, K)
     torch.testing.assert_close(fused(x), stock(x))
-    assert order == ["q_proj", "k_proj"] * 2
+    assert order == [name] * 2
+    assert grouped == OTHERS[name]
+    assert_as_reported(fused, grouped)
+
+
+def test_hooks_of_another_child_between_the_calls(grouped: list[int]) -> None:
+    fused, x = accelerated_copy(stock_model()), torch.randn(4, K)
+    between = fused.get_base_model().between
+    handle = between.register_forward_hook(lambda module, args, y: None)
+    fused(x)
+    assert not grouped
+    handle.remove()
+    fused(x)
     assert grouped == [3]
 
 
-def test_copies_and_pickles_form_groups_of_their_own(grouped: list[int]) -> None:
-    fused = accelerated_copy(stock_model())
-    buffer = io.BytesIO()
-    fused.get_base_model().between = print_nothing
-    torch.save(fused, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(fused), torch.load(buffer, weights_only=False)):
-        with torch.no_grad():
-            _layer(other, "k_proj").lora_B["default"].weight.mul_(3.0)
-        stock = lora_fast.decelerate(copy.deepcopy(other))
-        assert not any(GROUP in vars(layer) for layer in lora_layers(stock))
-        for _ in range(3):
-            x = torch.randn(4, K)
-            torch.testing.assert_close(other(x), stock(x))
-    assert grouped and set(grouped) == {3}
-    alone = copy.deepcopy(lora_layers(fused)[0])
-    before = len(grouped)
-    alone(torch.randn(4, K))
-    alone(torch.randn(4, K))
-    assert len(grouped) == before, "a copy of one layer has no siblings"
-
-
-def print_nothing(model: Any) -> None:
-    pass
-
-
-def test_nothing_is_kept_alive(grouped: list[int]) -> None:
-    fused = accelerated_copy(stock_model())
-    layers = lora_layers(fused)
-    x = torch.randn(65, K)
-    group, _ = vars(layers[0])[GROUP]
-    for layer, left in zip(layers, (2, 1, 0), strict=True):
-        layer(x)
-        assert len(group._kept) == left
-    with torch.no_grad():
-        layers[0](x)
-    assert len(group._kept) == 2
-    del x
-    gc.collect()
-    assert not group._kept, "what was kept goes with x"
-
-
-def test_few_rows_without_gradients_are_computed_alone(grouped: list[int]) -> None:
-    """A group would save them no launch, and no read of W."""
-    stock = stock_model()
-    fused = accelerated_copy(stock)
-    for rows, calls in ((64, []), (65, [3])):
-        x = torch.randn(rows, K)
-        with torch.no_grad():
-            torch.testing.assert_close(fused(x), stock(x))
-        assert grouped == calls
-    assert counted(fused) == (6, {})
+@pytest.mark.parametrize("kind", ["no source", "unlike its source"])
+def test_without_source_there_is_no_group_and_the_report_says_why(kind: str) -> None:
+    text = "def forward(self, x):\n    return self.q_proj(x) + self.q_proj(x)\n"
+    names: dict[str, Any] = {}
+    exec(text, names)
+    written = type("Written", (Attention,), {"forward": names["forward"]})
+    fused = accelerated_copy(stock_model(base=written))
+    layers = lora_fast.report(fused).layers
+    assert [layer.siblings for layer in layers] == [()] * 3
+    assert {layer.alone for layer in layers} == {"no source of forward"}
+    assert "none: no source of forward" in str(lora_fast.report(fused))
 
 
 def test_a_tiny_llama_trains_as_without_groups(grouped: list[int]) -> None:
@@ -351,3 +257,24 @@ def test_a_tiny_llama_trains_as_without_groups(grouped: list[int]) -> None:
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=name)
     assert counted(fused) == (14, {})
+
+
+def test_the_report_names_siblings() -> None:
+    fused = accelerated_copy(stock_model())
+    layers = lora_fast.report(fused).layers
+    assert [layer.siblings for layer in layers] == [
+        ("k_proj", "v_proj"),
+        ("q_proj", "v_proj"),
+        ("q_proj", "k_proj"),
+    ]
+    header, first, *_ = str(lora_fast.report(fused)).splitlines()
+    assert header.endswith("computed with")
+    assert first.endswith("k_proj, v_proj")
+    quietly(layer_of(fused, "q_proj").merge)
+    first, second, _ = lora_fast.report(fused).layers
+    assert (first.siblings, second.siblings) == ((), ("v_proj",))
+    assert first.alone == "hooks, another dropout, or more than plain LoRA"
+    assert all(
+        layer.siblings == () and layer.alone is None
+        for layer in lora_fast.report(lora_fast.decelerate(fused)).layers
+    )

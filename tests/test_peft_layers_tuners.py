@@ -23,7 +23,7 @@ from lora_models import (
 )
 from peft import AdaLoraConfig, IA3Config, VeraConfig, get_peft_model
 from peft.tuners import lora
-from torch import nn
+from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import peft_layers
@@ -34,6 +34,11 @@ class SameWidth(nn.Sequential):
 
     def __init__(self, first: str = "fc1", second: str = "fc2") -> None:
         super().__init__(OrderedDict({first: nn.Linear(K, K), second: nn.Linear(K, K)}))
+
+
+class SameInput(SameWidth):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) + self.k_proj(x)
 
 
 def _added(model: Any, path: Path) -> None:
@@ -105,7 +110,7 @@ def test_mixed_models_cover_their_later_layers() -> None:
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_later_layers_are_grouped_as_asked(grouped: bool) -> None:
-    stock = peft_model(model=SameWidth("q_proj", "k_proj"), target_modules=["q_proj"])
+    stock = peft_model(model=SameInput("q_proj", "k_proj"), target_modules=["q_proj"])
     model = lora_fast.accelerate(stock, group_shared_inputs=grouped)
     model.add_adapter("wide", lora_config(target_modules=["q_proj", "k_proj"]))
     inner = model.base_model.model

@@ -17,6 +17,8 @@ class FusedForward:
     """
 
     _lora_fast_calls: CallCounts
+    # The group of layers that share their input, and the place of this one in it.
+    _lora_fast_group: tuple[Any, int] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls = self._lora_fast_calls
@@ -24,6 +26,11 @@ class FusedForward:
         found = environment_obstacle()
         if found is None and (args or kwargs):
             found = self.arguments_obstacle(args, kwargs)
+        elif found is None and self._lora_fast_group is not None and self._lora_fast_group[1]:
+            kept = self.kept(x)
+            if kept is not None:
+                calls.add_fused()
+                return kept
         if found is None:
             state, found = self.active(**kwargs)
         if found is None:
@@ -46,6 +53,10 @@ class FusedForward:
     def fused(self, state: Any, x: Tensor) -> Tensor:
         """The layer's result, from what :meth:`active` returned."""
         raise NotImplementedError
+
+    def kept(self, x: Any) -> Tensor | None:
+        """The result for x, if a layer of the same group has computed it and all is as it was."""
+        return None
 
     def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the further arguments of a call cannot be honoured; PEFT hands them to the base."""

@@ -1,125 +1,295 @@
 """Sibling LoRA layers that are called with the same x: q, k and v, or gate and up.
 
-No model code is patched. The first sibling that is called with a tensor computes the outputs of all
-in one function, and keeps those of the others for the calls with that very tensor object. Whatever
-is not as expected then (another tensor, x or a parameter changed since, another mode of autograd,
-hooks before a sibling, a sibling that is not plain LoRA) is computed anew, by the layer alone. A
-group whose kept outputs are not fetched (cross-attention: k and v read something else) is given up.
+No model code is patched. Which layers belong together is read in the source of their parent's
+forward when the model is accelerated (:mod:`forward_source`): those that it calls with one input,
+the later ones whenever the first. The first one called computes the outputs of all in one function,
+and keeps those of the others for their calls; so it does in a forward pass and when checkpointing
+computes that again, with gradients and without.
+
+An output is kept for this x (the object, as often written to), this thread, these parameters and
+this mode of autograd. It goes when it is fetched, or with x; where autograd records, with the graph
+of the first layer's output, which holds x. A layer computes alone where anything else calls it than
+that forward, where hooks run between the calls, where x or a parameter has no version that tells of
+a change (inference tensors), and where it is not plain LoRA.
 Siblings share drop(x) as they share x; PEFT draws a mask for each.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-GROUP = "_lora_fast_group"
-# Children of one module that read the same x, by the names that model families give them.
-_SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("to_q", "to_k", "to_v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
+from ..base_linear import adapted_together, runs_own_forward
+from .call_reader import Condition, Together, Unreadable
+from .forward_source import called_together, code_of_forward
+from .lora_state import State, fingerprint, is_plain, member_of
+
+# Attributes of a layer: its group and its place there; why it can be in none.
+GROUP, ALONE = "_lora_fast_group", "_lora_fast_alone"
+# Modules whose frames may be between a forward and the fused forward of a layer that it calls.
+_BETWEEN = frozenset(
+    {
+        "torch.nn.modules.module",
+        "accelerate.hooks",
+        __name__,
+        f"{__package__}.lora_layers",
+        f"{__package__}.fused_forward",
+    }
 )
-# Times in a row that kept outputs may go unfetched.
-_PATIENCE = 2
 
 
-class Kept(NamedTuple):
-    """An output that was computed for a sibling, and what it was computed from."""
+class Site(NamedTuple):
+    """The code that calls the layers of a group, the conditions on which it calls them all, and the
+    other children that it calls in between."""
 
-    y: Tensor
-    signature: Any
+    code: CodeType
+    conditions: tuple[Condition, ...]
+    between: tuple[str, ...]
+
+
+class Kept:
+    """Outputs that the first of several siblings computed, by the place of each in its group."""
+
+    def __init__(self, x: Tensor, first: int, outputs: dict[int, tuple[Tensor, Any]]) -> None:
+        self.first, self.outputs = first, outputs
+        self.circumstances = _circumstances(x)
+        self._is_alive: Any = None
+        # Not a method, which would hold what it is to let go.
+        forget = partial(_forget, outputs)
+        self.x = weakref.ref(x, forget)
+        self._forget: Callable[[Any], None] = forget
+
+    def live_with(self, y: Tensor) -> Tensor:
+        """y, to be returned by the first layer, with whose graph the outputs are to go."""
+        if not y.requires_grad:
+            return y
+        y = torch.ops.aten._unsafe_view(y, y.shape)  # a node of its own
+        node: Any = y.grad_fn
+        alive = node.metadata[GROUP] = _Alive()
+        self._is_alive = weakref.ref(alive, self._forget)
+        return y
+
+
+class _Alive:
+    """Goes with the node of a graph."""
+
+
+def _forget(outputs: dict[int, Any], reference: Any) -> None:
+    outputs.clear()
+
+
+class _OfThread(threading.local):
+    """What a thread keeps."""
+
+    kept: Kept | None = None
 
 
 class Group:
-    """Layers that may share their input. Copies of a model get a group that its layers join anew.
+    """Children of one module that its forward calls together, by name, in the order of the calls.
 
-    Holds no layer alive, and x only as long as the outputs that are kept need it.
+    Holds no layer. A copy finds its layers in the module whose forward calls it; a pickle reads the
+    source of that forward anew, which may be another where it is loaded.
     """
 
-    def __init__(self, size: int) -> None:
-        self._members: list[weakref.ref[Any] | None] = [None] * size
-        self._x: weakref.ref[Tensor] | None = None
-        self._circumstances: Any = None
-        self._kept: dict[int, Kept] = {}
-        self._unfetched = 0
+    def __init__(
+        self, names: tuple[str, ...], site: Site | None = None, parent: nn.Module | None = None
+    ) -> None:
+        self.names = names
+        self.of_thread = _OfThread()
+        self._site = site
+        self._unsuited: CodeType | None = None
+        self._parent: Callable[[], nn.Module | None] = _nothing
+        if parent is not None:
+            self._parent = weakref.ref(parent)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return Group(self.names, self._site)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Group, (len(self._members),)
+        return Group, (self.names,)
 
-    def join(self, index: int, layer: Any) -> bool:
-        """Make `layer` the member `index`; False while another living layer is."""
-        reference = self._members[index]
-        member = None if reference is None else reference()
-        if member is None:
-            self._members[index] = weakref.ref(layer)
-        return member is None or member is layer
-
-    def fetch(self, index: int, x: Tensor, signature: Any) -> Tensor | None:
-        """The output that was kept for member `index`, if it is still that of x."""
-        kept = self._kept.get(index)
-        if kept is None or self._x is None or self._x() is not x:
+    def parent_of(self, index: int, layer: Any) -> nn.Module | None:
+        """The module whose forward is calling `layer`, the member `index`; None where anything else
+        calls it."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+            frame = frame.f_back
+        if frame is None or not frame.f_code.co_argcount:
             return None
-        if self._circumstances != _circumstances(x) or kept.signature != signature:
+        code = frame.f_code
+        if self._site is not None and code is not self._site.code:
             return None
-        return self._kept.pop(index).y
-
-    def keep(self, x: Tensor, outputs: dict[int, Kept]) -> None:
-        """Keep `outputs`, computed from x, and let go what nobody fetched."""
-        self._unfetched = self._unfetched + 1 if self._kept else 0
-        self._kept = outputs
-        self._circumstances = _circumstances(x)
-        self._x = weakref.ref(x, self._forget)
-
-    @property
-    def given_up(self) -> bool:
-        return self._unfetched >= _PATIENCE
-
-    def others(self, index: int) -> list[tuple[int, Any]] | None:
-        """(index, layer) of the other members, None unless all of them are there."""
-        found = []
-        for i, reference in enumerate(self._members):
-            layer = None if reference is None else reference()
-            if layer is None:
+        name, parent = self.names[index], self._parent()
+        if parent is None or parent._modules.get(name) is not layer:
+            parent = frame.f_locals.get(code.co_varnames[0])
+            if not isinstance(parent, nn.Module) or parent._modules.get(name) is not layer:
                 return None
-            if i != index:
-                found.append((i, layer))
-        return found
+            self._parent = weakref.ref(parent)
+        if self._site is None:
+            self._read(code, parent)
+        return parent
 
-    def _forget(self, reference: Any) -> None:
-        if reference is not self._x:
+    def is_called_as_read(self, parent: nn.Module) -> bool:
+        """Whether the forward of `parent`, as it is now, calls all members, and runs no hooks in
+        between."""
+        site = self._site
+        if site is None:
+            return False
+        for condition in site.conditions:
+            if not condition.is_met(parent):
+                return False
+        return not any(map(_runs_hooks, map(parent._modules.get, site.between)))
+
+    def members(self, parent: nn.Module) -> dict[int, Any]:
+        """The layers of the group that are children of `parent`; none unless its forward, as it is
+        now, calls all of them."""
+        if self._site is None:
+            with suppress(Unreadable):
+                self._read(code_of_forward(parent), parent)
+        if not self.is_called_as_read(parent):
+            return {}
+        children = [(i, parent._modules.get(name)) for i, name in enumerate(self.names)]
+        return {i: c for i, c in children if c is not None and c.__dict__.get(GROUP) == (self, i)}
+
+    def _read(self, code: CodeType, parent: nn.Module) -> None:
+        """Look, in a copy from another process, whether `code` calls the layers together here."""
+        if code is self._unsuited:
             return
-        # Letting go of the outputs may free x itself, which calls this method again.
-        self._x, left, self._kept = None, self._kept, {}
-        self._unfetched += bool(left)
+        with suppress(Unreadable):
+            for together in called_together(code, parent):
+                if tuple(n for n in together.children if n in self.names) == self.names:
+                    self._site = Site(code, together.conditions, together.between)
+                    return
+        self._unsuited = code
 
 
-def signature_of(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Which tensors these are, whether they train, and how often they were written to."""
-    found: list[Any] = []
-    for t in tensors:
-        if t is None:
-            found.append(None)
-        else:
-            version = 0 if t.is_inference() else t._version
-            found += (id(t), t.data_ptr(), t.requires_grad, version)
-    return tuple(found)
+def _nothing() -> None:
+    return None
+
+
+def kept_output(layer: Any, x: Tensor) -> Tensor | None:
+    """The output that a sibling has computed for `layer` and x, if everything is as it was then."""
+    group, index = layer._lora_fast_group
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    kept: Kept | None = group.of_thread.kept
+    if kept is None or kept.first >= index or kept.x() is not x:
+        return None
+    y, before = kept.outputs.pop(index, (None, None))
+    if y is None or group.parent_of(index, layer) is None:
+        return None
+    return y if kept.circumstances == _circumstances(x) and before == fingerprint(layer) else None
+
+
+def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
+    """The output of a layer that computes and keeps those of its siblings with it; None where it is
+    on its own."""
+    if layer._lora_fast_group is None or torch.compiler.is_dynamo_compiling():
+        return None
+    group, index = layer._lora_fast_group
+    kept: Kept | None = group.of_thread.kept
+    if kept is not None and kept.first < index and kept.outputs and kept.x() is x:
+        return None  # the first one could not compute this one
+    if index + 1 == len(group.names) or not is_plain(state) or x.is_inference():
+        return None
+    parent = None if _runs_hooks(layer) else group.parent_of(index, layer)
+    if parent is None or not group.is_called_as_read(parent):
+        return None
+    bases, members, before = [state.base], [member_of(state)], {}
+    for i in range(index + 1, len(group.names)):
+        sibling: Any = parent._modules.get(group.names[i])
+        if sibling is None or sibling.__dict__.get(GROUP) != (group, i):
+            continue
+        if _runs_hooks(sibling):
+            break
+        found = _state_of(sibling, x, state)
+        printed = None if found is None else fingerprint(sibling)
+        if found is not None and printed is not None:
+            bases.append(found.base)
+            members.append(member_of(found))
+            before[i] = (sibling, printed)
+    if not before:
+        return None
+    ys = adapted_together(bases, x, members, state.adapters[0].dropout_p)
+    if ys is None:
+        return None
+    y, *others = ys
+    outputs = {}
+    for other, (i, (sibling, printed)) in zip(others, before.items(), strict=True):
+        outputs[i] = (sibling.result(other), printed)
+    group.of_thread.kept = kept = Kept(x, index, outputs)
+    return kept.live_with(y)
+
+
+def _state_of(layer: Any, x: Tensor, first: State) -> State | None:
+    """A sibling as its own call with x would find it; None if it cannot be computed with `first`,
+    or may come to anything else."""
+    if "forward" in layer.__dict__ and not runs_own_forward(layer):
+        return None
+    state, found = layer.active()
+    if found is not None or layer.input_obstacle(state, x) is not None or not is_plain(state):
+        return None
+    return state if state.adapters[0].dropout_p == first.adapters[0].dropout_p else None
+
+
+def outputs_together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """The outputs of siblings as a forward that calls them with x gets them."""
+    states = [layer.active()[0] for layer in layers]
+    bases, members = [state.base for state in states], [member_of(state) for state in states]
+    ys = adapted_together(bases, x, members, states[0].adapters[0].dropout_p)
+    return [layer(x) for layer in layers] if ys is None else ys
+
+
+def siblings_of(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:
+    """Names of the children of `parent` that would be computed with `layer`, one of them, as they
+    are now, or why none would; no reason is given for a layer whose input is its own."""
+    if layer.__dict__.get(GROUP) is None:
+        return (), layer.__dict__.get(ALONE)
+    group, index = layer.__dict__[GROUP]
+    members = group.members(parent)
+    hooked = [i for i, member in members.items() if _runs_hooks(member)]
+    rates = {i: _shared_rate(member) for i, member in members.items()}
+    mine, names = rates.get(index), []
+    for i, p in rates.items():
+        parted = any(min(i, index) <= h <= max(i, index) for h in hooked)
+        if i != index and p is not None and p == mine and not parted:
+            names.append(group.names[i])
+    return tuple(names), None if names else "hooks, another dropout, or more than plain LoRA"
+
+
+def _shared_rate(layer: Any) -> float | None:
+    """The p of the dropout with which `layer` may share its input, None if it may not."""
+    state, found = layer.active()
+    return state.adapters[0].dropout_p if found is None and is_plain(state) else None
+
+
+def _runs_hooks(module: Any) -> bool:
+    """Whether a call of `module` runs more than its forward, which may do anything to a sibling."""
+    return module is not None and bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     return (
-        *signature_of(x),
+        x.data_ptr(),
+        None if x.is_inference() else x._version,
+        x.requires_grad,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_autocast_dtype(kind) if autocast else None,
@@ -127,29 +297,47 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
     )
 
 
-def groups_of(model: nn.Module, kind: type) -> Iterator[list[Any]]:
-    """Sibling layers of type `kind` in `model` that have names of a group and the same K."""
-    for parent in model.modules():
-        children = dict(parent.named_children())
-        for names in _SIBLINGS:
-            layers: list[Any] = [
-                children[name] for name in names if isinstance(children.get(name), kind)
-            ]
-            widths = {layer.in_features for layer in layers}
-            if len(layers) > 1 and len(set(map(id, layers))) == len(layers) and len(widths) == 1:
-                yield layers
-
-
 def assign(model: nn.Module, kind: type) -> None:
-    """Give every group of siblings in `model` a new :class:`Group`."""
-    for layers in groups_of(model, kind):
-        group = Group(len(layers))
-        for index, layer in enumerate(layers):
-            group.join(index, layer)
-            layer.__dict__[GROUP] = (group, index)
+    """Give the layers of type `kind` in `model` their groups, or the reason why they have none."""
+    parents = list(model.modules())
+    places = Counter(id(child) for parent in parents for child in parent._modules.values())
+    for parent in parents:
+        layers = {
+            name: child
+            for name, child in parent._modules.items()
+            if isinstance(child, kind) and places[id(child)] == 1
+        }
+        if len(layers) > 1:
+            _assign_children(parent, layers)
+
+
+def _assign_children(parent: nn.Module, layers: dict[str, Any]) -> None:
+    try:
+        code = code_of_forward(parent)
+        found = called_together(code, parent)
+    except Unreadable as error:
+        for layer in layers.values():
+            layer.__dict__[ALONE] = str(error)
+        return
+    for together in found:
+        for names in _of_one_width(together, layers):
+            site = Site(code, together.conditions, together.between)
+            group = Group(names, site, parent)
+            for index, name in enumerate(names):
+                layers[name].__dict__[GROUP] = (group, index)
+
+
+def _of_one_width(together: Together, layers: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    names = [name for name in together.children if name in layers]
+    widths = dict.fromkeys(layers[name].in_features for name in names)
+    for width in widths:
+        alike = tuple(name for name in names if layers[name].in_features == width)
+        if len(alike) > 1:
+            yield alike
 
 
 def dissolve(model: nn.Module) -> None:
     """Let all layers of `model` compute alone."""
     for module in model.modules():
         module.__dict__.pop(GROUP, None)
+        module.__dict__.pop(ALONE, None)

@@ -34,6 +34,7 @@ class Replica(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        accelerate(model)  # what is computed together is read in the forward of the real parents
         self.alike: dict[str, int] = {}
         known: dict[Any, str] = {}
         for path, children in _by_parent(model).items():
@@ -56,7 +57,6 @@ class Replica(nn.Module):
                         # VeRA's layers share two matrices.
                         made.setdefault(id(tensor), _random(tensor, device))
                         tensors[name] = made[id(tensor)]  # type: ignore[assignment]
-        accelerate(self)
 
 
 def replica(

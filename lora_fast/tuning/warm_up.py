@@ -55,7 +55,7 @@ def warm_up(
     for done, (unit, M) in enumerate(runs):
         if progress is not None:
             progress(done, len(runs), f"{unit}, {M} rows")
-        run(_copies(unit), M, training=model.training)
+        run(copy.deepcopy(list(unit.layers)), M, training=model.training)
     return len(runs)
 
 
@@ -108,17 +108,11 @@ def compute_dtype(base: Any) -> torch.dtype:
 
 
 def _outputs(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    return [layer(x) for layer in layers]
+    if len(layers) == 1:
+        return [layers[0](x)]
+    from ..peft_layers.shared_input import outputs_together
 
-
-def _copies(unit: Unit) -> list[Any]:
-    layers = copy.deepcopy(list(unit.layers))
-    for layer in layers:
-        # Copied siblings find each other when they are called; here already the first one should.
-        group, index = _group_of(layer) or (None, 0)
-        if group is not None:
-            group.join(index, layer)
-    return layers
+    return outputs_together(layers, x)
 
 
 def _group_of(layer: Any) -> tuple[Any, int] | None:

@@ -1,0 +1,193 @@
+"""What a LoRA layer of PEFT holds at the moment of a call, and the factors that it makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from ..base_linear import base_obstacle, module_obstacle, tensor_obstacle, weight_of
+from ..functional import Member
+from .fused_forward import casts_input, rate_of, switched_off
+
+
+class Adapter(NamedTuple):
+    """One active adapter, as it is at this moment."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    dropout: nn.Module
+    dropout_p: float
+    magnitude: Tensor | None = None
+
+
+class State(NamedTuple):
+    """The base layer, the adapters that take part in a call, and for a mixed batch the adapter of
+    each sample."""
+
+    base: Any
+    adapters: list[Adapter]
+    sample_adapters: list[str] | None = None
+
+
+def read_adapters(layer: Any, base: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
+    """The adapters `names`, all of them unless the state of the layer holds an obstacle."""
+    adapters: list[Adapter] = []
+    # Past the modules' own lookups, which are Python and add up.
+    modules = layer._modules
+    found = switched_off(layer)
+    if found is not None:
+        return adapters, found
+    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
+    for name in names:
+        if name not in lora_A:
+            continue
+        A, B, dropout, magnitude = lora_A[name], lora_B[name], dropouts[name], None
+        if name in variants:
+            magnitude, found = _magnitude(layer, name, B)
+        found = (
+            found
+            or module_obstacle(A, "lora_A", nn.Linear)
+            or module_obstacle(B, "lora_B", nn.Linear)
+            or module_obstacle(dropout, "lora_dropout", nn.Dropout, nn.Identity)
+        )
+        if found is not None:
+            return adapters, found
+        weight_A, weight_B, bias = A.weight, B.weight, B.bias
+        found = tensor_obstacle(weight_A, "lora_A") or tensor_obstacle(weight_B, "lora_B")
+        if bias is not None:
+            found = found or tensor_obstacle(bias, "lora_B")
+        if found is None and A.bias is not None:
+            found = "lora_A has a bias"
+        if found is not None:
+            return adapters, found
+        p = rate_of(dropout)
+        scaling = layer.scaling[name]
+        if isinstance(scaling, Tensor) and scaling.requires_grad:
+            return adapters, "scaling requires a gradient"
+        adapters.append(Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude))
+    if not adapters:
+        return adapters, "no active adapter"
+    return adapters, base_obstacle(base)
+
+
+def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None]:
+    """DoRA's m, and why a variant of LoRA cannot be computed here."""
+    variant = layer.lora_variant[name]
+    if type(variant) is not DoraLinearVariant:
+        return None, f"variant {type(variant).__name__}"
+    if B.bias is not None or getattr(layer, "fan_in_fan_out", False):
+        return None, "DoRA with a bias of lora_B or fan_in_fan_out"
+    magnitude = layer.lora_magnitude_vector[name]
+    found = module_obstacle(magnitude, "lora_magnitude_vector", DoraLinearLayer)
+    return magnitude.weight, found or tensor_obstacle(magnitude.weight, "lora_magnitude_vector")
+
+
+def together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
+    """Why these adapters cannot share one low-rank product."""
+    if len(adapters) == 1 and not mixed:
+        return None
+    if any(adapter.magnitude is not None for adapter in adapters):
+        return "DoRA with several adapters"
+    if mixed and any(adapter.bias is not None for adapter in adapters):
+        # Each sample has the bias of its own adapter, which is no term of the equation.
+        return "bias of lora_B in a mixed batch"
+    # A sample has one adapter in a mixed batch: one mask serves all adapters of the same p.
+    p = {adapter.dropout_p for adapter in adapters}
+    return "dropout with several adapters" if len(p) > 1 or (any(p) and not mixed) else None
+
+
+def cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None:
+    """Without autocast, PEFT casts x to lora_A's dtype, and nothing else to anything."""
+    for adapter in adapters:
+        dtype = adapter.A.dtype
+        if adapter.B.dtype != dtype or (adapter.bias is not None and adapter.bias.dtype != dtype):
+            return "lora_A and lora_B differ in dtype"
+        if x.dtype != dtype and not casts_input(layer):
+            return "x and lora_A differ in dtype"
+    return None
+
+
+def is_plain(state: State) -> bool:
+    """Whether it is what a group computes: LoRA, one adapter or several, on a frozen weight, with
+    scalings that are numbers."""
+    if state.sample_adapters is not None or state.base.weight.requires_grad:
+        return False
+    for adapter in state.adapters:
+        if adapter.magnitude is not None or isinstance(adapter.scaling, Tensor):
+            return False
+    return True
+
+
+def member_of(state: State) -> Member:
+    A, B, scaling = stacked(state.adapters)
+    bias = total_bias(state.base.bias, state.adapters)
+    return Member(weight_of(state.base), bias, A, B, scaling)  # type: ignore[arg-type]
+
+
+def fingerprint(layer: Any) -> tuple[Any, ...] | None:
+    """Changes with whatever :func:`read_adapters` and the output of a plain LoRA layer depend on,
+    beside x, and takes one call; None for inference tensors, which do not tell of a write."""
+    modules, scaling = layer._modules, layer.scaling
+    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    parts, dropouts = [modules["base_layer"]], modules["lora_dropout"]._modules
+    found: list[Any] = [layer.disable_adapters, len(layer.merged_adapters), len(layer.lora_variant)]
+    for name in layer.active_adapters:
+        s = scaling.get(name)
+        found += (name, s if isinstance(s, (int, float)) else id(s))
+        if name in lora_A:
+            parts += (lora_A[name], lora_B[name], dropouts[name])
+    try:
+        for part in parts:
+            own = part.__dict__
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+            hooked = hooked or own["_backward_hooks"] or own["_backward_pre_hooks"]
+            found += (id(part), own["training"], own.get("p"), own.get("forward") is None)
+            found += (not hooked, own.get("compute_dtype"), id(own.get("quant_state")))
+            for t in own["_parameters"].values():
+                if t is not None:
+                    found += (id(t), t.data_ptr(), t.requires_grad, t._version)
+    except RuntimeError:  # of _version
+        return None
+    return tuple(found)
+
+
+def stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
+    """A [ΣR, K], B [N, ΣR] and one scaling with s B A = Σ sᵢ Bᵢ Aᵢ."""
+    first = adapters[0]
+    if len(adapters) == 1:
+        return first.A, first.B, first.scaling
+    A = torch.cat([adapter.A for adapter in adapters])
+    scalings = [adapter.scaling for adapter in adapters]
+    if all(isinstance(s, (int, float)) and s == first.scaling for s in scalings):
+        return A, torch.cat([adapter.B for adapter in adapters], dim=1), first.scaling
+    scaled = [adapter.B.float() * adapter.scaling for adapter in adapters]
+    return A, torch.cat(scaled, dim=1), 1.0
+
+
+def rank_spans(adapters: list[Adapter], sample_adapters: list[str], device: torch.device) -> Tensor:
+    """[samples, 2]: the first and the last but one column of the stacked rank for each sample."""
+    spans, start = {}, 0
+    for adapter in adapters:
+        spans[adapter.name] = (start, start + adapter.A.shape[0])
+        start += adapter.A.shape[0]
+    rows = [spans.get(name, (0, 0)) for name in sample_adapters]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def total_bias(base_bias: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    """The base's bias plus sᵢ times the bias of each lora_B (``lora_bias=True``), in float32."""
+    total = base_bias
+    for adapter in adapters:
+        if adapter.bias is not None:
+            term = adapter.bias.float() * adapter.scaling
+            total = term if total is None else total.float() + term
+    return total
