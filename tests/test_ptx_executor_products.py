@@ -126,6 +126,7 @@ def test_dequantised_operand(sm):
     assert_same_bits(y, (x.double() @ w.T).to(BF16), name="y")
 
 
+@pytest.mark.pinned  # for sm_100 Triton 3.8 makes products of kind i8, which are not executed
 def test_integers(sm):
     x, w = (torch.randint(-128, 128, (64, 64), dtype=torch.int8) for _ in range(2))
     y = torch.zeros(64, 64, dtype=torch.int32)

@@ -53,6 +53,9 @@ class Utils:
         """(module, function, registers, spills, most threads)."""
         return name, name, 0, 0, 1024
 
+    def unload_module(self, module: Any) -> None:  # from Triton 3.8 on
+        pass
+
     def set_printf_fifo_size(self, size: int) -> None:
         pass
 
@@ -72,6 +75,8 @@ class Utils:
         dims, box = list(shape)[::-1], list(block)[::-1]
         in_bytes = [int(stride) * element_bytes for stride in list(strides)[::-1][1:]]
         return HostTensorMap(encode_map(base, element, swizzle, padding, box, dims, in_bytes))
+
+    fill_tma_descriptor = fill_tma_descriptor_tiled  # before Triton 3.7
 
     def fill_tma_descriptor_im2col(self, *args: Any) -> None:
         raise NotImplementedError("im2col tensor descriptors")

@@ -132,11 +132,12 @@ class Binder:
         rank = len(arg.shape)
         parts = _encode(arg, layout)
         if layout is None:
-            types = ["*", *["i64"] * (2 * rank), "i1", "i1", *["i32"] * rank, *["i64"] * rank]
+            flags = len(parts) - 1 - 4 * rank  # one before Triton 3.7, then two
+            types = ["*", *["i64"] * (2 * rank), *["i1"] * flags, *["i32"] * rank, *["i64"] * rank]
         else:
             types = ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank]
             self.add_tensor(arg.base, f"argument {name}")
-        for type_, part in zip(types, parts, strict=False):
+        for type_, part in zip(types, parts, strict=True):
             if type_ == "*":
                 self._pointer(name, part)
             else:
