@@ -9,6 +9,17 @@ from types import ModuleType
 _EXTRAS = {"bitsandbytes": "qlora", "peft": "peft", "transformers": "train", "safetensors": "train"}
 
 
+def absent_package(error: BaseException | None) -> str | None:
+    """The package whose absence raised `error`, or led to it: transformers raises errors of its own
+    from those of imports, without a name. None if none of them names one."""
+    found = None
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            found = error.name.partition(".")[0]
+        error = error.__cause__ or error.__context__
+    return found
+
+
 class MissingPackageError(ImportError):
     """A package that is needed is not installed; the message says how to install it."""
 

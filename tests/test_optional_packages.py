@@ -174,6 +174,19 @@ def test_the_command_line_trains_a_dense_model_without_bitsandbytes(tmp_path: Pa
     assert versions.keys() == {"torch", "transformers", "peft"}
 
 
+def test_the_package_behind_an_error_without_a_name_is_found() -> None:
+    """As transformers raises them, from one another."""
+    try:
+        try:
+            raise ModuleNotFoundError("No module named 'cloudpickle'", name="cloudpickle.part")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("Could not import module 'GenerationMixin'") from error
+    except ModuleNotFoundError as error:
+        assert optional_packages.absent_package(error) == "cloudpickle"
+        assert "cloudpickle is not installed" in str(explain(error, Path()))
+    assert optional_packages.absent_package(ModuleNotFoundError("no name")) is None
+
+
 def test_a_command_says_what_is_missing_in_a_line() -> None:
     error = optional_packages.MissingPackageError("--quantize nf4 needs bitsandbytes, which …")
-    assert explain(error, Path()) == str(error)
+    assert str(explain(error, Path())) == str(error)

@@ -11,6 +11,8 @@ import re
 import shutil
 from typing import Any
 
+from lora_fast.optional_packages import absent_package
+
 # By the names under which they are imported.
 PACKAGES = frozenset(
     {
@@ -51,9 +53,7 @@ def named_by(error: BaseException) -> str | None:
     """What is absent if that is why ``error`` was raised; an import that fails is a failure."""
     if isinstance(error, Absent):
         return error.name
-    if not isinstance(error, ImportError) or error.name is None:
-        return None
-    package = error.name.partition(".")[0]
+    package = absent_package(error) if isinstance(error, ImportError) else None
     return package if package in PACKAGES and not is_there(package) else None
 
 

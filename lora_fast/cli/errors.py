@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from lora_fast.optional_packages import MissingPackageError
+from lora_fast.optional_packages import MissingPackageError, absent_package
 from lora_fast.training.checkpoints import latest_step
 from lora_fast.training.errors import (
     Interrupted,
@@ -63,8 +63,9 @@ def explain(error: Exception, out: Path) -> TrainingError:
         return error
     if isinstance(error, MissingPackageError):
         return RunFailure(str(error))
-    if isinstance(error, ModuleNotFoundError):
-        return RunFailure(f"{error.name} is not installed: pip install 'lora_fast[train]'")
+    absent = absent_package(error) if isinstance(error, ModuleNotFoundError) else None
+    if absent is not None:
+        return RunFailure(f"{absent} is not installed: pip install 'lora_fast[train]'")
     if isinstance(error, ValueError) and str(error).startswith("LORA_FAST_BACKEND"):
         return TrainingError(first_line(error))
     written = explain_write_failure(error, out)
