@@ -14,15 +14,10 @@ from transformers import AutoTokenizer
 from lora_fast.training import builtin_task
 from lora_fast.training.builtin_task import Pair
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.data import (
-    IGNORED,
-    Collator,
-    LengthGroupedOrder,
-    encode,
-    load_rows,
-    split_rows,
-)
+from lora_fast.training.data import Collator, LengthGroupedOrder, load_rows, split_rows
+from lora_fast.training.encoding import IGNORED, encode
 from lora_fast.training.errors import TrainingError
+from lora_fast.training.rows import Row
 
 
 @pytest.fixture(scope="module")
@@ -45,44 +40,6 @@ def causal(path: Path) -> TrainConfig:
     return TrainConfig(model="m", data=str(path), task="causal-lm", max_length=8)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{bad", r"not JSON \(.* at column 2\)"),
-        ("[1]", "must be a JSON object, got list"),
-        ('{"label": 1}', r"has no 'text', got \['label'\]"),
-        ('{"text": "", "label": 1}', "'text' must be a non-empty string, got ''"),
-        ('{"text": 3, "label": 1}', "'text' must be a non-empty string, got 3"),
-        ('{"text": "a"}', "'label' must be a string or an integer, got None"),
-        ('{"text": "a", "label": 0.5}', "'label' must be a string or an integer, got 0.5"),
-        ('{"text": "a", "text_pair": 1, "label": 1}', "'text_pair' must be a non-empty string"),
-    ],
-)
-def test_a_malformed_line_is_named_with_its_number(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "a", "label": 0}\n\n' + line + "\n")
-    with pytest.raises(TrainingError, match=rf"data\.jsonl, line 3: {message}"):
-        load_rows(classification(path))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "a"}', r"has no 'text', got \['prompt'\]"),
-        ('{"messages": []}', "'messages' must be a non-empty list"),
-        ('{"messages": [{"role": "user"}]}', "a message must have 'role' and 'content'"),
-        ('{"messages": ["hello"]}', "a message must have 'role' and 'content', got 'hello'"),
-    ],
-)
-def test_a_malformed_conversation_is_named_with_its_number(
-    tmp_path: Path, line: str, message: str
-) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(TrainingError, match=rf"data\.jsonl, line 1: {message}"):
-        load_rows(causal(path))
-
-
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     missing, empty, binary = (tmp_path / name for name in ("missing", "empty", "binary"))
     empty.write_text("\n\n")
@@ -97,7 +54,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         (binary, "not UTF-8 text"),
         (tmp_path, "Is a directory"),
         (one_label, r"must have two labels or more, got \[1\]"),
-        (single, "too few examples, got 1"),
+        (single, "too few examples to hold one out, got 1: add some, or give held-out ones with"),
     ]:
         with pytest.raises(TrainingError, match=f"^{path}: {message}"):
             load_rows(classification(path))
@@ -128,70 +85,46 @@ def test_held_out_examples_from_their_own_file(tmp_path: Path) -> None:
 
 def test_the_split_keeps_equal_texts_together_and_loses_nothing() -> None:
     rows = [{"text": f"t{i % 40}", "label": i} for i in range(200)]
-    train, held_out = split_rows(rows, seed=0)
+    train, held_out = split_rows(rows, 0, "data")
     assert 20 <= len(held_out) <= 24
     assert not {r["text"] for r in train} & {r["text"] for r in held_out}
     assert sorted(r["label"] for r in [*train, *held_out]) == list(range(200))
-    assert split_rows(rows, seed=0) == (train, held_out)
-    assert split_rows(rows, seed=1) != (train, held_out)
+    assert split_rows(rows, 0, "data") == (train, held_out)
+    assert split_rows(rows, 1, "data") != (train, held_out)
 
 
-def test_pairs_are_cut_and_typed(bert_tokenizer: Any) -> None:
-    rows = [{"text": "the sky " * 9, "text_pair": "is blue", "label": 1}]
-    (found,) = encode(rows, bert_tokenizer, TrainConfig(max_length=9))
-    assert len(found["input_ids"]) == 9
-    assert found["token_type_ids"] == [0, 0, 0, 0, 0, 0, 1, 1, 1]
-    assert found["labels"] == 1
+def test_equal_texts_stay_together_and_that_is_told(tmp_path: Path) -> None:
+    one = [{"text": "Which?", "text_pair": f"p{i}", "label": i % 2} for i in range(300)]
+    path = write_jsonl(tmp_path / "one", one)
+    with pytest.raises(TrainingError, match=r"all 300 examples have the same 'text', and those s"):
+        load_rows(classification(path))
+    held = write_jsonl(tmp_path / "held", one[:10])
+    assert len(load_rows(classification(path, eval_data=str(held))).train) == 300
+    halves = [{**row, "text": "ab"[i // 150]} for i, row in enumerate(one)]
+    rows = load_rows(classification(write_jsonl(tmp_path / "two", halves)))
+    assert (len(rows.train), len(rows.held_out)) == (150, 150)
+    assert rows.notes == [
+        "150 of 300 examples are held out: those with the same 'text' stay on one side"
+    ]
 
 
-def test_texts_end_where_the_model_should_stop(llama_tokenizer: Any) -> None:
-    rows = [{"text": "the sky"}, {"text": "the sky is blue " * 4}]
-    short, long = encode(rows, llama_tokenizer, causal(Path("d")))
-    assert short["input_ids"][-1] == llama_tokenizer.eos_token_id
-    assert short["labels"] == short["input_ids"]
-    assert len(long["input_ids"]) == 8
-    assert llama_tokenizer.eos_token_id not in long["input_ids"]
+def test_something_is_left_to_train_on_whatever_the_sizes() -> None:
+    rows = [Row(text="ab"[i > 0], label=i) for i in range(100)]
+    for seed in range(4):
+        train, held_out = split_rows(rows, seed, "data")
+        assert sorted((len(train), len(held_out))) == [1, 99]
 
 
-def test_conversations_learn_what_the_template_marks(llama_tokenizer: Any) -> None:
-    messages = [{"role": "user", "content": "sky"}, {"role": "assistant", "content": "blue"}]
-    (found,) = encode([{"messages": messages}], llama_tokenizer, causal(Path("d")))
-    assert llama_tokenizer.decode(found["input_ids"]) == "user : sky ? assistant : blue !"
-    learned = [i for i in found["labels"] if i != IGNORED]
-    assert llama_tokenizer.decode(learned) == "blue !"
-
-
-def test_conversations_without_marks_are_learned_whole(llama_tokenizer: Any) -> None:
-    template = llama_tokenizer.chat_template
-    try:
-        llama_tokenizer.chat_template = (
-            "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-        )
-        messages = [{"role": "user", "content": "sky blue"}]
-        (found,) = encode([{"messages": messages}], llama_tokenizer, causal(Path("d")))
-        assert found["labels"] == found["input_ids"]
-        llama_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-        with pytest.raises(TrainingError, match=r"chat template refused .*roles must alternate"):
-            encode([{"messages": messages}], llama_tokenizer, causal(Path("d")))
-        llama_tokenizer.chat_template = None
-        with pytest.raises(TrainingError, match="has no chat template"):
-            encode([{"messages": messages}], llama_tokenizer, causal(Path("d")))
-    finally:
-        llama_tokenizer.chat_template = template
-
-
-def test_conversations_with_nothing_left_to_learn_are_dropped(llama_tokenizer: Any) -> None:
-    answer = {"role": "assistant", "content": "blue"}
-    long = [{"role": "user", "content": "sky " * 20}, answer]
-    rows = [{"messages": long}, {"messages": [answer]}]
-    assert len(encode(rows, llama_tokenizer, causal(Path("d")))) == 1
-    with pytest.raises(TrainingError, match="no example has a token to learn"):
-        encode(rows[:1], llama_tokenizer, causal(Path("d")))
+def test_fields_that_are_not_used_are_told(tmp_path: Path) -> None:
+    rows = [{"text": str(i), "label": i % 2, "id": i, "source": "x"} for i in range(20)]
+    found = load_rows(classification(write_jsonl(tmp_path / "d", rows)))
+    assert found.notes == ["fields that are not used: id, source"]
+    assert found.train[0].keys() == {"text", "label"}
 
 
 def test_padding_is_neither_seen_nor_learned(llama_tokenizer: Any) -> None:
     rows = [{"text": "the"}, {"text": "the sky is blue"}]
-    examples = encode(rows, llama_tokenizer, causal(Path("d")))
+    examples = encode(rows, llama_tokenizer, causal(Path("d"))).examples
     batch = Collator(llama_tokenizer)(examples)
     lengths = [len(example["input_ids"]) for example in examples]
     assert batch["attention_mask"].sum(1).tolist() == lengths
@@ -200,7 +133,8 @@ def test_padding_is_neither_seen_nor_learned(llama_tokenizer: Any) -> None:
 
 
 def test_the_padding_side_does_not_move_labels(llama_tokenizer: Any) -> None:
-    examples = encode([{"text": "a"}, {"text": "the sky is"}], llama_tokenizer, causal(Path("d")))
+    rows = [{"text": "a"}, {"text": "the sky is"}]
+    examples = encode(rows, llama_tokenizer, causal(Path("d"))).examples
     llama_tokenizer.padding_side = "left"
     try:
         batch = Collator(llama_tokenizer)(examples)
@@ -211,7 +145,7 @@ def test_the_padding_side_does_not_move_labels(llama_tokenizer: Any) -> None:
 
 
 def test_class_labels_are_one_per_example(bert_tokenizer: Any) -> None:
-    examples = encode(sentiment_rows(4), bert_tokenizer, TrainConfig(max_length=32))
+    examples = encode(sentiment_rows(4), bert_tokenizer, TrainConfig(max_length=32)).examples
     assert Collator(bert_tokenizer)(examples)["labels"].tolist() == [0, 1, 0, 1]
 
 

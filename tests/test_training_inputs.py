@@ -123,7 +123,7 @@ def test_other_inputs_are_refused_until_they_are_asked_for(
     other = make(begun, tmp_path)
     rewire(cut, **{name: other})
     before = (cut / "run.json").read_bytes()
-    assert run_cli("train", "--resume", "--out", cut) == 1
+    assert run_cli("train", "--resume", "--out", cut) == 2
     error = capsys.readouterr().err
     assert error == (
         f"error: --{name} {other}: {what}; put the old ones back, or repeat --{name} beside "
@@ -143,7 +143,7 @@ def test_other_labels_cannot_be_gone_on_with(
 ) -> None:
     rows = [{**row, "label": row["label"] + 1} for row in sentiment_rows()]
     other = write_jsonl(tmp_path / "labels.jsonl", rows)
-    assert run_cli("train", "--resume", "--out", cut, "--data", other) == 1
+    assert run_cli("train", "--resume", "--out", cut, "--data", other) == 2
     assert "its labels are other ones than when the run began: start another run" in (
         capsys.readouterr().err
     )

@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_fast.training import metrics, models
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.data import IGNORED, Collator, encode
+from lora_fast.training.data import Collator
+from lora_fast.training.encoding import IGNORED, encode
 
 FLOAT = torch.float32
 
@@ -35,7 +36,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> models.Base:
 
 def encoded(base: models.Base, rows: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     config = TrainConfig(model="m", data="d", task=task, max_length=40)
-    return encode(rows, base.tokenizer, config)
+    return encode(rows, base.tokenizer, config).examples
 
 
 def test_binary_scores() -> None:

@@ -151,7 +151,10 @@ def test_training_beats_the_baselines(bert_config: TrainConfig, tmp_path: Path) 
     assert scores["roc_auc"] > 0.9
     assert found["baselines"]["majority"]["roc_auc"] == 0.5
     assert found["baselines"]["linear_probe"]["roc_auc"] < scores["roc_auc"]
-    assert found["examples"] == {"train": 120, "validation": 0, "held_out": 40}
+    assert found["examples"] == {
+        "train": 120, "validation": 0, "held_out": 40, "left_out": {}, "cut": 0,
+        "max_length": 48, "whole_model": True, "learned": "labels",
+    }  # fmt: skip
 
 
 def test_what_metrics_json_holds(compared: Outcome) -> None:
@@ -163,7 +166,7 @@ def test_what_metrics_json_holds(compared: Outcome) -> None:
     }  # fmt: skip
     for arm in stored["results"].values():
         assert set(arm) == {
-            "held_out", "losses", "best_step", "effective_rank", "step_seconds",
+            "held_out", "losses", "best_step", "stopped_early", "effective_rank", "step_seconds",
             "tokens_per_second", "saved_activation_bytes",
         }  # fmt: skip
         assert set(arm["held_out"]) == {"loss", "accuracy", "f1", "roc_auc"}
@@ -349,13 +352,15 @@ def test_options_that_this_model_or_machine_cannot_have(
         run(replace(bert_config, **options), tmp_path / "out")
 
 
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
 def test_notes_what_trains_in_full(bert_config: TrainConfig, tmp_path: Path) -> None:
-    class Notes(Silent):
-        said: list[str] = []  # noqa: RUF012
-
-        def note(self, text: str) -> None:
-            self.said.append(text)
-
     model = save_bert(tmp_path / "model", pooler=False)
     notes = Notes()
     run(replace(bert_config, model=str(model), steps=1), tmp_path / "out", notes)
@@ -368,8 +373,14 @@ def test_early_stopping_goes_back_to_the_best(bert_config: TrainConfig, tmp_path
     # Far too high a rate: the loss on what is held back is best early on.
     config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)
     out = tmp_path / "out"
-    found = run(config, out).metrics
+    notes = Notes()
+    found = run(config, out, notes).metrics
     ours = found["results"]["lora_fast"]
+    assert ours["stopped_early"]
+    assert notes.said == [
+        f"{len(ours['losses'])} steps of 40, stopped early; the weights of step "
+        f"{ours['best_step']} are kept, the best on the examples held back."
+    ]
     state = stored_state(latest_checkpoint(out / "checkpoints" / "lora_fast"))
     evaluated = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
     best = min(evaluated, key=lambda step: evaluated[step])

@@ -31,7 +31,8 @@ from lora_fast.cli.app import main
 from lora_fast.four_bit_layout import forbid_packing
 from lora_fast.training import metrics, models
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.data import Collator, encode, load_rows
+from lora_fast.training.data import Collator, load_rows
+from lora_fast.training.encoding import encode
 from lora_fast.training.events import Silent
 from lora_fast.training.folder import open_run
 from lora_fast.training.run import Outcome, run_training
@@ -183,7 +184,7 @@ def logits(config: TrainConfig, model: Any) -> np.ndarray:
     forbid_packing(model)
     tokenizer = models.load_tokenizer(config.model)
     rows = load_rows(config)
-    examples = encode(rows.held_out, tokenizer, replace(config, max_length=48))
+    examples = encode(rows.held_out, tokenizer, replace(config, max_length=48)).examples
     return metrics.predict_logits(model, examples, Collator(tokenizer), torch.float32)
 
 

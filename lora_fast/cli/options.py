@@ -27,8 +27,8 @@ Data = Annotated[
     str,
     typer.Option(
         metavar="FILE.jsonl|builtin",
-        help="Lines with text, label and optionally text_pair; for causal-lm text or messages. "
-        "builtin: does this docstring describe this function?",
+        help="Lines with text, label and optionally text_pair; for causal-lm text, or messages "
+        "and optionally tools. builtin: does this docstring describe this function?",
         rich_help_panel=DATA,
     ),
 ]
@@ -36,7 +36,8 @@ EvalData = Annotated[
     str | None,
     typer.Option(
         metavar="FILE.jsonl",
-        help="Held-out examples, else a tenth of --data.",
+        help="Held-out examples, else a tenth of --data: lines with the same text stay on one "
+        "side.",
         rich_help_panel=DATA,
     ),
 ]
@@ -44,6 +45,14 @@ Task = Annotated[
     str,
     typer.Option(
         metavar="classification|causal-lm", help="What the model learns.", rich_help_panel=DATA
+    ),
+]
+TrainOn = Annotated[
+    str,
+    typer.Option(
+        metavar="assistant|all",
+        help="What is learned of messages: the assistant's turns, or all of them.",
+        rich_help_panel=DATA,
     ),
 ]
 MaxLength = Annotated[

@@ -23,6 +23,7 @@ def train(
     data: opt.Data = DEFAULT.data,
     eval_data: opt.EvalData = DEFAULT.eval_data,
     task: opt.Task = DEFAULT.task,
+    train_on: opt.TrainOn = DEFAULT.train_on,
     max_length: opt.MaxLength = DEFAULT.max_length,
     method: opt.Method = DEFAULT.method,
     quantize: opt.Quantize = DEFAULT.quantize,

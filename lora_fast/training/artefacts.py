@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_fast import Report
 
+from .encoding import describe_examples
 from .experiment import Experiment
 from .folder import METRICS_FILE, RunFolder
 from .json_files import write_json
@@ -46,10 +47,11 @@ def save_artefacts(
     with folder.publishing() as place:
         _save_model(place, setting)
         setting.base.tokenizer.save_pretrained(place)
-        card = model_card(setting, summary, out)
+        card = model_card(setting, summary, arms["lora_fast"], out)
         (place / CARD_FILE).write_text(card, encoding="utf-8")
         (place / REPORT_FILE).write_text(f"{layers}\n", encoding="utf-8")
-        plot_losses({name: arm.losses for name, arm in arms.items()}, place / PLOT_FILE)
+        curves = {name: arm.losses for name, arm in arms.items()}
+        plot_losses(curves, place / PLOT_FILE, best_step=arms["lora_fast"].best_step)
         if arms["lora_fast"].ranks:
             plot_ranks(arms["lora_fast"].ranks, setting.config.r or 1, place / RANK_FILE)
         write_json(summary, place / METRICS_FILE)
@@ -65,7 +67,7 @@ def _save_model(place: Path, setting: Experiment) -> None:
         save_weights(trained(setting.model), place / WEIGHTS_FILE)
 
 
-def model_card(setting: Experiment, summary: dict[str, Any], out: Path) -> str:
+def model_card(setting: Experiment, summary: dict[str, Any], arm: Arm, out: Path) -> str:
     """Return the README: what was trained, its scores, and code that loads it."""
     config, base, method = setting.config, setting.base, method_of(setting.config)
     scores = summary["results"]["lora_fast"]["held_out"]
@@ -74,6 +76,7 @@ def model_card(setting: Experiment, summary: dict[str, Any], out: Path) -> str:
         for stage in summary["resumed"]
     )
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
+    data = describe_examples(summary["examples"])
     options = "".join(f"{name} = {value}, " for name, value in method_options(config).items())
     return f"""---
 base_model: {base.name}
@@ -83,14 +86,15 @@ tags: [{config.method}, lora_fast]
 
 # {method.title} for {base.title}
 
-Task: {config.task}. Data: {config.data}. {options}{"NF4" if base.quantized else "unquantised"} \
-base, {len(summary["results"]["lora_fast"]["losses"])} steps.{resumed}
+Task: {config.task}. Data: {config.located().data}: {data}.
+
+{options}{"NF4" if base.quantized else "unquantised"} base, {arm.course()}.{resumed}
 
 | held-out | |
 |---|---|
 {table}
 
-## Load
+## Load and predict
 
 ```python
 {loading_code(setting, out)}
@@ -99,16 +103,19 @@ base, {len(summary["results"]["lora_fast"]["losses"])} steps.{resumed}
 
 
 def loading_code(setting: Experiment, out: Path) -> str:
-    """Return Python that loads the base model and what was trained.
+    """Return Python that loads the base model and what was trained, and predicts with it.
 
     transformers and PEFT suffice, but for ``weights.safetensors``, which may hold NF4.
     """
     config, base, method = setting.config, setting.base, method_of(setting.config)
     kind = "SequenceClassification" if config.task == "classification" else "CausalLM"
     options = [f"dtype={base.dtype}"]
-    imports = f"AutoModelFor{kind}"
+    imports = f"AutoModelFor{kind}, AutoTokenizer"
     if config.task == "classification":
-        options.insert(0, f"num_labels={len(setting.rows.labels)}")
+        names = dict(enumerate(setting.rows.labels))
+        options.insert(0, f"num_labels={len(names)}")
+        options.insert(1, f"id2label={names}")
+        options.insert(2, f"label2id={ {name: i for i, name in names.items()} }")
     if base.quantized:
         imports += ", BitsAndBytesConfig"
         skipped = f"\n        llm_int8_skip_modules={base.skipped}," if base.skipped else ""
@@ -126,11 +133,52 @@ def loading_code(setting: Experiment, out: Path) -> str:
     lines += ["", "from lora_fast.training.weights import load_weights"] if weights else []
     lines += [
         "",
+        f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})",
         f"model = AutoModelFor{kind}.from_pretrained(",
         f"    {base.name!r},",
         f"    {arguments},",
         ")",
+        "model.config.pad_token_id = tokenizer.pad_token_id",
     ]
     lines += [f"load_weights(model, {str(out / WEIGHTS_FILE)!r})"] if weights else []
     lines += [f"model = PeftModel.from_pretrained(model, {str(out)!r})"] if method.peft else []
-    return "\n".join([*lines, "model.eval()"])
+    predicting = _classifying if config.task == "classification" else _generating
+    return "\n".join([*lines, "model.eval()", "", *predicting(setting)])
+
+
+def _classifying(setting: Experiment) -> list[str]:
+    rows = [*setting.rows.train, *setting.rows.held_out]
+    texts = 'texts = ["A text.", "Another one, which is longer."]'
+    given = "texts"
+    if any("text_pair" in row for row in rows):
+        texts += '\npairs = ["What goes with it.", "What goes with the other."]'
+        given = "texts, pairs"
+    return [
+        texts,
+        f"batch = tokenizer({given}, padding=True, truncation=True, "
+        f"max_length={setting.config.max_length}, return_tensors='pt')",
+        "with torch.no_grad():",
+        "    logits = model(**batch.to(model.device)).logits",
+        "predicted = [model.config.id2label[i] for i in logits.argmax(-1).tolist()]",
+        "print(predicted)",
+    ]
+
+
+def _generating(setting: Experiment) -> list[str]:
+    rows = [*setting.rows.train, *setting.rows.held_out]
+    lines = ['prompt = "A text to go on with"', "batch = tokenizer(prompt, return_tensors='pt')"]
+    if any("messages" in row for row in rows):
+        lines = [
+            'messages = [{"role": "user", "content": "A question?"}]',
+            "batch = tokenizer.apply_chat_template(",
+            "    messages, add_generation_prompt=True, return_dict=True, return_tensors='pt'",
+            ")",
+        ]
+    return [
+        *lines,
+        "ids, mask = (batch[name].to(model.device) for name in ('input_ids', 'attention_mask'))",
+        "with torch.no_grad():",
+        "    found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=50)",
+        "predicted = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)",
+        "print(predicted)",
+    ]

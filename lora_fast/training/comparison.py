@@ -137,6 +137,8 @@ def compare_methods(
     found = _opening(config, base, material, seeds)
     for name, text in facts(found):
         observer.fact(name, text)
+    for text in rows.notes:
+        observer.note(text)
     _begin(found, out)
     resident = torch.cuda.memory_allocated() if base.device.type == "cuda" else 0
     floor = Floor(freeze(base.model), resident)
@@ -182,11 +184,7 @@ def _opening(config: TrainConfig, base: models.Base, material: Material, seeds: 
         "device": base.device.type,
         "threads": torch.get_num_threads(),
         "seeds": [config.seed + i for i in range(seeds)],
-        "examples": {
-            "train": len(material.train),
-            "validation": len(material.validation),
-            "held_out": len(material.held_out),
-        },
+        "examples": material.counts,
         "memory": "peak on the GPU" if cuda else "what forward keeps for backward",
         "scores": list(SCORES[config.task]),
         "config": asdict(config),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from .encoding import describe_examples
+
 Result = dict[str, Any]
 
 SCORE_TITLES = {
@@ -18,7 +20,7 @@ SCORE_TITLES = {
 
 def facts(found: Result) -> list[tuple[str, str]]:
     """Return what the methods have in common, by name."""
-    config, examples = found["config"], found["examples"]
+    config = found["config"]
     kind = "NF4" if found["quantized"] == "nf4" else "unquantised"
     seeds = ", ".join(map(str, found["seeds"]))
     size = config["batch_size"] * config["grad_accum"]
@@ -29,7 +31,7 @@ def facts(found: Result) -> list[tuple[str, str]]:
             f"{found['model']}, {found['parameters'] / 1e6:,.0f}M parameters, {kind}, "
             f"{found['dtype']} on {found['device']} ({found['threads']} threads)",
         ),
-        ("Data", f"{examples['train']:,} examples to train, {examples['held_out']:,} held out"),
+        ("Data", describe_examples(found["examples"])),
         ("Runs", f"{length} of {size} examples, seed {seeds}"),
     ]
 

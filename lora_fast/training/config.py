@@ -15,6 +15,7 @@ from .methods import METHODS, check_options, method_of
 
 BUILTIN = "builtin"
 TASKS = ("classification", "causal-lm")
+TRAIN_ON = ("assistant", "all")
 QUANTIZERS = ("nf4", "none")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -56,6 +57,7 @@ class TrainConfig:
     data: str = BUILTIN
     eval_data: str | None = None
     task: str = "classification"
+    train_on: str = "assistant"
     method: str = "lora"
     quantize: str = "nf4"
     r: int | None = None
@@ -85,6 +87,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("--task", self.task, TASKS)
+        _one_of("--train-on", self.train_on, TRAIN_ON)
         _one_of("--method", self.method, tuple(METHODS))
         _one_of("--quantize", self.quantize, QUANTIZERS)
         _one_of("--dtype", self.dtype, DTYPES)

@@ -1,14 +1,9 @@
-"""Examples: jsonl files and the built-in task, split, encoded, put in order and padded.
-
-A classification line holds ``text``, optionally ``text_pair``, and ``label``; a causal-lm line
-holds ``text``, or ``messages`` for the tokenizer's chat template.
-"""
+"""The examples of a run: files and the built-in task, split, put in order and padded."""
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,23 +14,23 @@ from torch.utils.data import Sampler
 
 from . import builtin_task
 from .config import BUILTIN, TrainConfig
-from .errors import TrainingError, first_line
+from .encoding import IGNORED, Example
+from .errors import TrainingError
+from .rows import Row, causal_row, classification_row, read_jsonl
 
 HELD_OUT = 0.1
-IGNORED = -100
 GROUPS_PER_MEGABATCH = 50
-
-Row = dict[str, Any]
-Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw examples of a run. ``labels`` are the class names in the order of their ids."""
+    """Raw examples of a run. ``labels`` are the class names in the order of their ids; ``notes``
+    what the user should know of them."""
 
     train: list[Row]
     held_out: list[Row]
     labels: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def load_rows(config: TrainConfig) -> Rows:
@@ -46,66 +41,66 @@ def load_rows(config: TrainConfig) -> Rows:
     """
     if config.data == BUILTIN:
         return _builtin_rows(config.seed)
-    read = _classification_row if config.task == "classification" else _causal_row
-    train = read_jsonl(Path(config.data), read)
+    read = classification_row if config.task == "classification" else causal_row
+    train, notes = read_jsonl(Path(config.data), read), list[str]()
     if config.eval_data is not None:
         held_out = read_jsonl(Path(config.eval_data), read)
     else:
-        train, held_out = split_rows(train, config.seed)
-    if not train or not held_out:
-        raise TrainingError(f"{config.data}: too few examples, got {len(train) + len(held_out)}")
+        count = len(train)
+        train, held_out = split_rows(train, config.seed, config.data)
+        if len(held_out) > 2 * _wanted(count):
+            notes.append(
+                f"{len(held_out):,} of {count:,} examples are held out: those with the same "
+                f"{_key_name(held_out[0])} stay on one side"
+            )
+    unused = sorted({name for row in [*train, *held_out] for name in row.unused})
+    if unused:
+        notes.append(f"fields that are not used: {', '.join(unused)}")
     if config.task != "classification":
-        return Rows(train, held_out)
-    return _with_label_ids(train, held_out, config)
+        return Rows(train, held_out, notes=notes)
+    return _with_label_ids(train, held_out, config, notes)
 
 
-def read_jsonl(path: Path, read: Any) -> list[Row]:
-    """Return ``read(object)`` for every non-blank line of a jsonl file.
+def split_rows(rows: list[Row], seed: int, source: str) -> tuple[list[Row], list[Row]]:
+    """Hold out a tenth, at least one. Rows with the same text stay on the same side.
 
     Raises:
-        TrainingError: the file cannot be read, or a line is malformed (the message has its number).
+        TrainingError: all rows of ``source`` have one text, or there is one alone.
     """
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(read(_json_object(line)))
-                except ValueError as error:
-                    raise TrainingError(f"{path}, line {number}: {first_line(error)}") from error
-    except FileNotFoundError:
-        raise TrainingError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{path}: not UTF-8 text ({first_line(error)})") from error
-    except OSError as error:
-        raise TrainingError(f"{path}: {error.strerror}") from error
-    if not rows:
-        raise TrainingError(f"{path}: holds no examples")
-    return rows
-
-
-def split_rows(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out a tenth, at least one. Rows with the same text stay on the same side."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(json.dumps(row.get("text", row.get("messages"))), []).append(row)
+    if len(rows) < 2:
+        raise TrainingError(
+            f"{source}: too few examples to hold one out, got {len(rows)}: add some, or give "
+            "held-out ones with --eval-data"
+        )
+    if len(groups) < 2:
+        raise TrainingError(
+            f"{source}: all {len(rows):,} examples have the same {_key_name(rows[0])}, and those "
+            "stay on one side when a tenth is held out: give held-out ones with --eval-data"
+        )
     order = sorted(groups)
     random.Random(seed).shuffle(order)
-    wanted = max(1, round(len(rows) * HELD_OUT))
     train: list[Row] = []
     held_out: list[Row] = []
     for key in order:
-        (held_out if len(held_out) < wanted else train).extend(groups[key])
-    return train, held_out
+        side = held_out if len(held_out) < _wanted(len(rows)) else train
+        side.extend(groups[key])
+    return (train, held_out) if train else _moved_back(groups[order[-1]], held_out)
 
 
-def encode(rows: list[Row], tokenizer: Any, config: TrainConfig) -> list[Example]:
-    """Return token ids (and labels) of every row, cut to ``config.max_length`` tokens."""
-    if config.task == "classification":
-        return _encode_pairs(rows, tokenizer, config.max_length)
-    return _encode_texts(rows, tokenizer, config.max_length)
+def _moved_back(group: list[Row], held_out: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Of few large groups, let the last train."""
+    return group, held_out[: -len(group)]
+
+
+def _wanted(count: int) -> int:
+    return max(1, round(count * HELD_OUT))
+
+
+def _key_name(row: Row) -> str:
+    return "'text'" if "text" in row else "'messages'"
 
 
 class Collator:
@@ -173,52 +168,15 @@ def _builtin_rows(seed: int) -> Rows:
             f"the built-in data need the standard library's sources: {error}"
         ) from error
     train, held_out = (
-        [{"text": p.signature, "text_pair": p.description, "label": p.label} for p in side]
+        [Row(text=p.signature, text_pair=p.description, label=p.label) for p in side]
         for side in sides
     )
     return Rows(train, held_out, ["other function", "same function"])
 
 
-def _json_object(line: str) -> Row:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _text(row: Row, name: str) -> str:
-    if name not in row:
-        raise ValueError(f"has no {name!r}, got {sorted(row)}")
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise ValueError(f"{name!r} must be a non-empty string, got {row[name]!r:.60}")
-    return row[name]
-
-
-def _classification_row(row: Row) -> Row:
-    found: Row = {"text": _text(row, "text"), "label": row.get("label")}
-    if row.get("text_pair") is not None:
-        found["text_pair"] = _text(row, "text_pair")
-    if not isinstance(found["label"], str | int):
-        raise ValueError(f"'label' must be a string or an integer, got {found['label']!r:.60}")
-    return found
-
-
-def _causal_row(row: Row) -> Row:
-    if "messages" not in row:
-        return {"text": _text(row, "text")}
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"'messages' must be a non-empty list, got {messages!r:.60}")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"a message must have 'role' and 'content', got {message!r:.60}")
-    return {"messages": messages}
-
-
-def _with_label_ids(train: list[Row], held_out: list[Row], config: TrainConfig) -> Rows:
+def _with_label_ids(
+    train: list[Row], held_out: list[Row], config: TrainConfig, notes: list[str]
+) -> Rows:
     kinds = {type(row["label"]) for row in train}
     if len(kinds) > 1:
         raise TrainingError(f"{config.data}: 'label' must be all strings or all integers, got both")
@@ -231,63 +189,4 @@ def _with_label_ids(train: list[Row], held_out: list[Row], config: TrainConfig) 
         raise TrainingError(f"held-out labels {unknown} must occur in the training examples")
     for row in [*train, *held_out]:
         row["label"] = ids[row["label"]]
-    return Rows(train, held_out, [str(value) for value in values])
-
-
-def _encode_pairs(rows: list[Row], tokenizer: Any, max_length: int | None) -> list[Example]:
-    texts = [row["text"] for row in rows]
-    paired = any("text_pair" in row for row in rows)
-    pairs = [row.get("text_pair", "") for row in rows] if paired else None
-    found = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    return [
-        {**{name: values[i] for name, values in found.items()}, "labels": row["label"]}
-        for i, row in enumerate(rows)
-    ]
-
-
-def _encode_texts(rows: list[Row], tokenizer: Any, max_length: int | None) -> list[Example]:
-    limit = max_length or sys.maxsize
-    found = [
-        _encode_chat(row["messages"], tokenizer, limit)
-        if "messages" in row
-        else _encode_text(row["text"], tokenizer, limit)
-        for row in rows
-    ]
-    learnable = [e for e in found if any(label != IGNORED for label in e["labels"][1:])]
-    if not learnable:
-        raise TrainingError(f"no example has a token to learn within --max-length {max_length}")
-    return learnable
-
-
-def _encode_text(text: str, tokenizer: Any, limit: int) -> Example:
-    ids = tokenizer(text)["input_ids"]
-    end = tokenizer.eos_token_id
-    if end is not None and ids[-1:] != [end]:
-        ids = [*ids, end]
-    return _causal_example(ids, ids, limit)
-
-
-def _encode_chat(messages: list[Row], tokenizer: Any, limit: int) -> Example:
-    """Learn the assistant's tokens where the template marks them, else the whole conversation."""
-    template = tokenizer.chat_template
-    if not template:
-        raise TrainingError("the tokenizer has no chat template: give 'text' instead of 'messages'")
-    marked = "{% generation" in str(template) or "{%- generation" in str(template)
-    try:
-        found = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
-        )
-    except Exception as error:  # the template is the model's own program: it may raise anything
-        raise TrainingError(
-            f"the chat template refused {messages!r:.60}: {first_line(error)}"
-        ) from error
-    ids = found["input_ids"]
-    mask = found["assistant_masks"] if marked else [1] * len(ids)
-    return _causal_example(
-        ids, [i if m else IGNORED for i, m in zip(ids, mask, strict=True)], limit
-    )
-
-
-def _causal_example(ids: list[int], labels: list[int], limit: int) -> Example:
-    ids, labels = ids[:limit], labels[:limit]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return Rows(train, held_out, [str(value) for value in values], notes)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config import TrainConfig
-from .data import Collator, Example, Rows
+from .data import Collator, Rows
+from .encoding import Example
 from .metrics import Scores
 from .models import Base
 
@@ -16,7 +17,7 @@ class Experiment:
     """Model, data and options. ``config`` has no unknowns; ``model`` is the one that trains.
 
     ``steps`` is the number of optimizer steps. ``validation`` is what early stopping looks at,
-    taken from the training examples; empty without it.
+    taken from the training examples; empty without it. ``counts`` is what became of the examples.
     """
 
     config: TrainConfig
@@ -29,3 +30,4 @@ class Experiment:
     model: Any
     steps: int
     validation: list[Example] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)

@@ -10,9 +10,10 @@ from lora_fast.export.fingerprint import weights_fingerprint
 from lora_fast.hub import cached_folder
 
 from .config import TrainConfig, option_name
-from .data import Row, Rows
+from .data import Rows
 from .errors import TrainingError
 from .models import resolve_model
+from .rows import Row
 
 Inputs = dict[str, Any]
 

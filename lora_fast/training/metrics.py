@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data import IGNORED, Collator, Example
+from .data import Collator
+from .encoding import IGNORED, Example
 
 EVAL_BATCH = 64
 PROBE_EXAMPLES = 1_000

@@ -12,8 +12,13 @@ OUR_COLOUR = "#1f5fa8"
 GREY = "#777777"
 
 
-def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
-    """Draw training loss over steps: each step faint, a running mean on top of it."""
+def plot_losses(
+    curves: dict[str, list[float]], path: Path, *, best_step: int | None = None
+) -> None:
+    """Draw training loss over steps: each step faint, a running mean on top of it.
+
+    ``best_step`` is marked: the one whose weights are kept.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if "lora_fast" in curves:
@@ -28,6 +33,9 @@ def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
         losses = running_mean(curves["stock"])
         steps = range(1, len(losses) + 1)
         axes.plot(steps, losses, color=STOCK_COLOUR, linestyle="--", label="stock PEFT")
+    if best_step is not None:
+        label = f"kept: step {best_step}"
+        axes.axvline(best_step, color=GREY, linestyle=":", linewidth=1.2, label=label)
     axes.set(xlabel="optimizer step", ylabel="training loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _tidy(axes)

@@ -17,7 +17,8 @@ from . import metrics, models
 from .artefacts import save_artefacts
 from .checkpoints import ARMS
 from .config import TrainConfig
-from .data import Collator, Example, Rows, encode, load_rows, split_rows
+from .data import Collator, Rows, load_rows, split_rows
+from .encoding import Encoded, Example, count_examples, encode
 from .errors import TrainingError
 from .events import Observer
 from .experiment import Experiment
@@ -32,12 +33,16 @@ from .weights import capture, restore
 
 @dataclass(frozen=True)
 class Material:
-    """The data of a run, encoded, and what has to be beaten on them."""
+    """The data of a run, encoded, and what has to be beaten on them.
+
+    ``counts`` is what became of the examples, see :func:`.encoding.count_examples`.
+    """
 
     rows: Rows
     train: list[Example]
     validation: list[Example]
     held_out: list[Example]
+    counts: dict[str, Any]
     baselines: dict[str, metrics.Scores]
 
 
@@ -77,6 +82,9 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
     setting = _set_up(config, rows, observer)
     for name, text in facts(setting):
         observer.fact(name, text)
+    for text in rows.notes:
+        observer.note(text)
+    folder.record["pad_token_id"] = setting.base.tokenizer.pad_token_id
     folder.begin(inputs, list(other))
     initial = capture(setting.model, frozen=method_of(config).changes_weights)
     arms: dict[str, Arm] = {}
@@ -124,14 +132,26 @@ def read_material(config: TrainConfig, rows: Rows, base: models.Base) -> Materia
     """
     train_rows, validation_rows = rows.train, list[Any]()
     if config.early_stopping:
-        train_rows, validation_rows = split_rows(rows.train, config.seed)
-        if not train_rows:
-            raise TrainingError("--early-stopping needs more training examples: it holds some back")
+        train_rows, validation_rows = split_rows(
+            rows.train, config.seed, "--early-stopping, which holds back a part of --data"
+        )
     collator = Collator(base.tokenizer)
-    train, held_out = (encode(side, base.tokenizer, config) for side in (train_rows, rows.held_out))
-    validation = encode(validation_rows, base.tokenizer, config) if validation_rows else []
+    sides = {
+        "train": encode(train_rows, base.tokenizer, config),
+        "validation": (
+            encode(validation_rows, base.tokenizer, config) if validation_rows else Encoded([])
+        ),
+        "held_out": encode(rows.held_out, base.tokenizer, config),
+    }
+    counts = count_examples(
+        sides,
+        config,
+        chats=any("messages" in row for row in [*rows.train, *rows.held_out]),
+        whole_model=config.max_length == _room(config, base),
+    )
+    train, validation, held_out = (side.examples for side in sides.values())
     baselines = _baselines(config, base, train, held_out, collator)
-    return Material(rows, train, validation, held_out, baselines)
+    return Material(rows, train, validation, held_out, counts, baselines)
 
 
 def assemble(config: TrainConfig, base: models.Base, material: Material) -> Experiment:
@@ -155,6 +175,7 @@ def assemble(config: TrainConfig, base: models.Base, material: Material) -> Expe
         model=models.add_adapter(base, config, steps),
         steps=steps,
         validation=material.validation,
+        counts=material.counts,
     )
 
 
@@ -165,7 +186,7 @@ def complete(config: TrainConfig, base: models.Base) -> TrainConfig:
         TrainingError: ``--max-length`` is more than the model takes.
     """
     chosen = config.with_defaults(models.base_parameters(base.model))
-    limit = models.position_limit(base) - (chosen.virtual_tokens or 0)
+    limit = _room(chosen, base)
     if limit < 1:
         raise TrainingError(
             f"--virtual-tokens must be below the {models.position_limit(base)} positions of "
@@ -174,6 +195,11 @@ def complete(config: TrainConfig, base: models.Base) -> TrainConfig:
     if config.max_length is not None and config.max_length > limit:
         raise TrainingError(f"--max-length must be at most {limit} for {base.name}")
     return replace(chosen, max_length=min(chosen.max_length or limit, limit))
+
+
+def _room(config: TrainConfig, base: models.Base) -> int:
+    """How many tokens of an example the model takes."""
+    return models.position_limit(base) - (config.virtual_tokens or 0)
 
 
 def run_fused(model: Any) -> None:

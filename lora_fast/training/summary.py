@@ -14,6 +14,7 @@ import lora_fast
 from .config import TrainConfig
 from .data import LengthGroupedOrder
 from .effective_rank import summarise
+from .encoding import describe_examples
 from .experiment import Experiment
 from .measurement import Batch, interleaved_step_times, saved_activation_bytes
 from .methods import method_of
@@ -33,12 +34,10 @@ def facts(setting: Experiment) -> list[tuple[str, str]]:
     kind = "NF4" if base.quantized else "unquantised"
     dtype = str(base.dtype).removeprefix("torch.")
     step_size = (config.batch_size or 1) * config.grad_accum
-    stop_by = f", {len(setting.validation):,} to stop by" if setting.validation else ""
-    held_out = f"{len(setting.held_out):,}"
     options = "".join(f"{name} {value}, " for name, value in method_options(config).items())
     return [
         ("Model", f"{base.title}, {size} parameters, {kind}, {dtype} on {_device(base)}"),
-        ("Data", f"{len(setting.train):,} examples to train{stop_by}, {held_out} held out"),
+        ("Data", describe_examples(setting.counts)),
         ("Method", f"{method_of(config).title}: {options}{trainable:,} parameters to train"),
         ("Run", f"{setting.steps:,} steps of {step_size} examples, learning rate {config.lr:g}"),
     ]
@@ -71,6 +70,7 @@ def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Su
         "held_out": held_out,
         "losses": arm.losses,
         "best_step": arm.best_step,
+        "stopped_early": len(arm.losses) < arm.planned,
         "effective_rank": summarise(arm.ranks),
         "step_seconds": statistics.median(arm.step_seconds) if arm.step_seconds else None,
         "tokens_per_second": arm.tokens_per_second or None,
@@ -93,11 +93,7 @@ def run_summary(
         "quantized": "nf4" if setting.base.quantized else "none",
         "config": asdict(setting.config.located()),
         "labels": setting.rows.labels,
-        "examples": {
-            "train": len(setting.train),
-            "validation": len(setting.validation),
-            "held_out": len(setting.held_out),
-        },
+        "examples": setting.counts,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "trainable_percent": 100 * trainable / total,

@@ -50,7 +50,7 @@ class Arm:
     """What the training of one arm, ``stock`` or ``lora_fast``, gave.
 
     ``losses`` is per step, ``ranks`` the effective ranks by step; ``best_step`` is the one that
-    early stopping went back to.
+    early stopping went back to, ``planned`` the number of steps it was to have.
     """
 
     name: str
@@ -59,6 +59,18 @@ class Arm:
     tokens_per_second: float = 0.0
     ranks: list[tuple[int, Ranks]] = field(default_factory=list)
     best_step: int | None = None
+    planned: int = 0
+
+    def course(self) -> str:
+        """How many steps it had, and where early stopping came in."""
+        done = len(self.losses)
+        text = f"{done:,} steps"
+        if done < self.planned:
+            text += f" of {self.planned:,}, stopped early"
+        if self.best_step is not None:
+            text += f"; the weights of step {self.best_step:,} are kept, the best on the examples"
+            text += " held back"
+        return text
 
 
 class OrderedTrainer(Trainer):
@@ -124,7 +136,7 @@ def train_arm(
         instead = f"from step {step_of(checkpoint)}" if checkpoint else "from the beginning"
         observer.note(f"{damaged} is not whole ({lack}): going on {instead}")
     if checkpoint is not None and _has_ended(checkpoint, setting):
-        return _finished_arm(name, setting.model, checkpoint)
+        return _told(_finished_arm(name, setting, checkpoint), observer)
     request, ranks = StopRequest(), EffectiveRanks()
     clock, calls = _resumed_counts(setting.model, checkpoint)
     stored = stored_attributes(checkpoint, EffectiveRanks.__name__)
@@ -138,14 +150,22 @@ def train_arm(
         written = latest_checkpoint(folder)
         raise Interrupted(out, step_of(written) if written else None)
     best = state.best_model_checkpoint if setting.config.early_stopping else None
-    return Arm(
+    arm = Arm(
         name,
         _losses(state.log_history),
         clock.seconds,
         clock.tokens_per_second(),
         ranks.history,
         step_of(Path(best)) if best else None,
+        setting.steps,
     )
+    return _told(arm, observer)
+
+
+def _told(arm: Arm, observer: Observer) -> Arm:
+    if arm.best_step is not None:
+        observer.note(f"{arm.course()}.")
+    return arm
 
 
 def _build_trainer(
@@ -266,15 +286,15 @@ def _has_ended(checkpoint: Path, setting: Experiment) -> bool:
     return bool(setting.config.early_stopping and count >= setting.config.early_stopping)
 
 
-def _finished_arm(name: str, model: Any, checkpoint: Path) -> Arm:
+def _finished_arm(name: str, setting: Experiment, checkpoint: Path) -> Arm:
     """Take over the weights, the curve and the counts of a training that had ended before."""
     state = stored_state(checkpoint)
     best = state.get("best_model_checkpoint")
     # By name: the folder of the run may have moved since.
     source = checkpoint.with_name(Path(best).name) if best else checkpoint
-    restore(model, source / WEIGHTS)
+    restore(setting.model, source / WEIGHTS)
     history = stored_attributes(checkpoint, EffectiveRanks.__name__).get("history", [])
-    clock, _ = _resumed_counts(model, checkpoint)
+    clock, _ = _resumed_counts(setting.model, checkpoint)
     return Arm(
         name,
         _losses(state["log_history"]),
@@ -282,6 +302,7 @@ def _finished_arm(name: str, model: Any, checkpoint: Path) -> Arm:
         clock.tokens_per_second(),
         ranks=[(step, found) for step, found in history],
         best_step=step_of(source) if best else None,
+        planned=setting.steps,
     )
 
 
