@@ -18,6 +18,7 @@ from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, chec
 from .base_checkpoint import COMPANIONS, Weights, base_folder
 from .changes import Changes, changes_of
 from .model_writer import copy_files, write_shards
+from .origin import complete_classifier, other_base
 from .safe_files import Entry, TensorFiles, checkpoint_files
 from .ties import parted, shared_names, untied
 from .whole_folder import WholeFolder
@@ -83,7 +84,8 @@ def merge_checkpoint(
     with ExitStack() as stack:
         files = stack.enter_context(TensorFiles(base_path, checkpoint_files(base_path)))
         merging = _Merging(base_path, adapter_path, files, wanted, stack)
-        for line in merging.notes:
+        doubt = other_base(adapter_path, base, base_path)
+        for line in [*([doubt] if doubt else []), *merging.notes]:
             note(line)
         with whole as folder:
             merging.config.save_pretrained(folder.path)
@@ -112,6 +114,8 @@ class _Merging:
         held = _adapter_files(adapter, stack)
         peft_config = adapter_config(adapter) if WEIGHTS in held else None
         self.model = _model(config, peft_config, held, files)
+        if "SequenceClassification" in type(self.model).__name__:
+            complete_classifier(self.model.config, adapter)
         self.config, self.notes = self.model.config, list[str]()
         self._own = _shapes(self.model)
         self._same = shared_names(self.model)

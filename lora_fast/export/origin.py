@@ -1,0 +1,66 @@
+"""What the folder of an adapter says of its origin: its base model, its classes, its padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..hub import cached_folder
+from ..training.folder import stored_record
+from ..training.models import resolve_model
+from .adapter_files import CONFIG
+from .fingerprint import weights_fingerprint
+from .safe_files import read_json
+
+
+def other_base(adapter: Path, base: str, folder: Path) -> str | None:
+    """A line for a base, in `folder`, with other weights than the adapter was trained on.
+
+    What ``lora-fast train`` wrote down decides, or the weights of the base that the adapter names,
+    where they are here; else its name. None where nothing speaks against it.
+    """
+    named = read_json(adapter, CONFIG) if (adapter / CONFIG).is_file() else {}
+    name = named.get("base_model_name_or_path")
+    recorded = _recorded_weights(adapter)
+    if recorded is None and isinstance(name, str) and name:
+        origin = cached_folder(resolve_model(name))
+        if origin is not None and origin.resolve() == folder.resolve():
+            return None
+        recorded = weights_fingerprint(origin) if origin is not None else None
+    here = weights_fingerprint(folder)
+    if recorded is not None and here is not None:
+        if recorded == here:
+            return None
+        trained_on = f", {name}" if name else ""
+        return (
+            f"the weights of {base} are not those that the adapter was trained on{trained_on}: is "
+            "it the base that you mean?"
+        )
+    if not isinstance(name, str) or not name or Path(name).name == Path(base).name:
+        return None
+    return f"the adapter names another base, {name}: is {base} the one that you mean?"
+
+
+def _recorded_weights(adapter: Path) -> str | None:
+    model = _inputs(adapter).get("model")
+    found = model.get("weights") if isinstance(model, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _inputs(adapter: Path) -> dict[str, Any]:
+    found = stored_record(adapter).get("inputs")
+    return found if isinstance(found, dict) else {}
+
+
+def complete_classifier(config: Any, adapter: Path) -> None:
+    """Give the config of a classifier the names of its classes and its padding, where
+    ``lora-fast train`` wrote them down: without, it takes no batches and predicts LABEL_0."""
+    data = _inputs(adapter).get("data")
+    found = data.get("labels") if isinstance(data, dict) else None
+    labels = found if isinstance(found, list) else []
+    if len(labels) == config.num_labels and all(isinstance(name, str) for name in labels):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
+    padding = stored_record(adapter).get("pad_token_id")
+    if config.pad_token_id is None and type(padding) is int:
+        config.pad_token_id = padding
