@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
+from lora_fast.versions import installed
+
 VOCABULARY = 64
 # What a config calls its sizes; each family takes those of its own.
 _SIZES = {
@@ -42,7 +44,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4}, "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "deepseek_v2": {"num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4},
-    "mamba2": {"head_dim": 16, "n_groups": 1}, "falcon_h1": {"mamba_d_ssm": 64},
+    "jamba": {"use_mamba_kernels": False}, "mamba2": {"head_dim": 16, "n_groups": 1},
+    "falcon_h1": {"mamba_d_ssm": 64},
     **{name: {"decoder_start_token_id": 0} for name in ("t5", "longt5", "switch_transformers")},
     **{name: {} for name in (
         "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
@@ -51,13 +54,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "xglm", "nemotron", "helium", "exaone4", "arcee", "apertus", "seed_oss", "ministral",
         "hunyuan_v1_dense", "ernie4_5", "diffllama", "bitnet", "mixtral", "qwen2_moe",
         "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "glm4_moe", "mamba", "falcon_mamba",
-        "lfm2", "minimax", "nemotron_h", "jamba", "bamba", "granitemoehybrid", "recurrent_gemma",
+        "lfm2", "minimax", "nemotron_h", "bamba", "granitemoehybrid", "recurrent_gemma",
         "qwen3_next", "bert", "roberta", "electra", "albert", "distilbert", "deberta",
         "camembert", "ernie", "modernbert", "mobilebert", "convbert", "nystromformer",
         "roformer", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "blenderbot", "m2m_100",
         "plbart", "bigbird_pegasus", "deberta-v2", "xlm-roberta",
     )},
 }  # fmt: skip
+# Before transformers 5 the experts of most families are a list of modules.
+EXPERTS_ARE_PARAMETERS = (installed("transformers") or ()) >= (5,)
 _CLASSES = (AutoModelForSeq2SeqLM, AutoModelForCausalLM, AutoModelForMaskedLM)
 _ENCODERS = frozenset(
     ("bert", "roberta", "electra", "camembert", "ernie", "roformer", "xlm-roberta", "deberta-v2")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401 - which PEFT's tests import: tests/imports.py must see it
 import pytest
 from conftest import is_pinned
 

@@ -76,8 +76,8 @@ def test_dropout_without_seed_is_refused():
 
 
 def test_nf4_weight_is_what_it_decodes_to():
-    weight = NF4Weight.from_dense(torch.randn(8, 6))
-    x = torch.randn(3, 6, dtype=torch.float64)
+    weight = NF4Weight.from_dense(torch.randn(8, 26))
+    x = torch.randn(3, 26, dtype=torch.float64)
     torch.testing.assert_close(
         reference.adapted_linear(x, weight), x @ weight.dequantize(torch.float32).double().T
     )

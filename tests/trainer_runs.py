@@ -96,10 +96,15 @@ def train(
     `kind` is the trainer, which is made with a `config` and `others`; it wants data as `dataset`
     makes it of a list.
     """
+    # transformers 4 leaves it there for every later trainer of the process.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     options = {"learning_rate": 0.02, "optim": "adamw_torch", **arguments}
     if wide:
         options.pop("bf16", None)
     model = model or tiny_model()
+    if options.get("gradient_checkpointing"):
+        # What transformers 5 does by itself: reentrant checkpoints want an input with a gradient.
+        model.enable_input_require_grads()
     trainer = kind(
         model=model.double() if wide else model,
         args=config(
