@@ -112,9 +112,9 @@ def _step(weight: Any, M: int, R: int, *, gains: bool = False, p: float = 0.0) -
 
 
 def _norms(weight: torch.Tensor) -> None:
-    from .row_norms import RowNorms
+    from .row_norms import row_norms
 
-    RowNorms()(weight, torch.empty(16, weight.shape[1]), torch.empty(weight.shape[0], 16), 1.0)
+    row_norms(weight, torch.empty(16, weight.shape[1]), torch.empty(weight.shape[0], 16), 1.0)
 
 
 def _merge(weight: torch.Tensor) -> None:

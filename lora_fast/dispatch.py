@@ -84,18 +84,13 @@ def row_norms(
     A: Tensor,
     B: Tensor,
     scaling: float,
-    state: Any,
     backend: Backend | None = None,
-) -> tuple[Tensor, Any]:
-    """‖W_i + s (B A)_i‖₂ [N] in float32, and the state that makes the next call cheaper.
-
-    `state` is what the previous call for the same W returned, or None; `backend` is the one that is
-    chosen unless it is given.
-    """
+) -> Tensor:
+    """‖W_i + s (B A)_i‖₂ [N] in float32, by the backend that is chosen unless one is given."""
     device = weight.device
-    # In float32 under autocast, too: the norms are kept for calls outside it.
+    # In float32 under autocast, too.
     with torch.autocast(device.type, enabled=False):
-        return _select(device, backend or get_backend()).row_norms(weight, A, B, scaling, state)
+        return _select(device, backend or get_backend()).row_norms(weight, A, B, scaling)
 
 
 def _select(device: torch.device, backend: Backend) -> Any:

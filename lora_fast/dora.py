@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .base_linear import weight_of
 from .modules import LoRALinear
 from .nf4 import NF4Weight
-from .row_norms import RowNorms
+from .row_norms import row_norms
 
 
 class DoRALinear(LoRALinear):
@@ -25,17 +25,15 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base_layer: Any, **arguments: Any) -> None:
         super().__init__(base_layer, **arguments)
-        self._norms = RowNorms()
-        norms = self._norms(weight_of(base_layer), self.lora_A, self.lora_B, self.scaling)
+        norms = row_norms(weight_of(base_layer), self.lora_A, self.lora_B, self.scaling)
         self.lora_magnitude_vector = nn.Parameter(norms.to(self.lora_A.dtype, copy=True))
 
     def gain(self) -> Tensor:
         if self.merged:
             raise RuntimeError("gain() must be called on an unmerged layer, got a merged one")
         weight = weight_of(self.base_layer)
-        return self.lora_magnitude_vector / self._norms(
-            weight, self.lora_A, self.lora_B, self.scaling
-        )
+        norms = row_norms(weight, self.lora_A, self.lora_B, self.scaling)
+        return self.lora_magnitude_vector / norms
 
     def _plain_gain(self) -> Tensor:
         weight = weight_of(self.base_layer)

@@ -199,8 +199,7 @@ def _autograd(ctx: Any, dY: Tensor, *_: Any) -> tuple[Any, ...]:
 def _row_norms(*arguments: Any) -> Tensor:
     *flat, A, B, scaling, backend = arguments
     weight = FlatWeight(*flat).weight()
-    norms, _ = dispatch.row_norms(weight, A, B, scaling, None, backend)
-    return norms
+    return dispatch.row_norms(weight, A, B, scaling, backend)
 
 
 def _fake_row_norms(*arguments: Any) -> Tensor:

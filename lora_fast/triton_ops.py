@@ -168,13 +168,10 @@ def _ranks(fs: Sequence[Factors]) -> list[int]:
     return [A.shape[0] for A in _factors_A(fs)]
 
 
-def row_norms(
-    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, state: Any
-) -> tuple[Tensor, row_norms_kernels.State]:
-    """‖W_i + s (B A)_i‖₂ [N] in float32, in two launches; and the state for the next call."""
-    known = state if isinstance(state, row_norms_kernels.State) else None
+def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """‖W_i + s (B A)_i‖₂ [N] in float32, in one launch; one more decodes NF4."""
     with _Launching(A):
-        return row_norms_kernels.norms_of(lambda: dense(weight, weight.dtype), A, B, scaling, known)
+        return row_norms_kernels.norms_of(dense(weight, weight.dtype), A, B, scaling)
 
 
 def _gradients(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..merging import LowRank, add_low_rank
-from ..row_norms import RowNorms
+from ..row_norms import row_norms
 from ..vera import VeRAProjections
 from .adapter_files import PREFIX
 
@@ -66,7 +66,7 @@ class Change:
             return (weight.float() * self.g.float()).to(dtype)
         gain, terms = self.g, [] if self.term is None else [self.term]
         if self.magnitude is not None and self.term is not None:
-            norms = RowNorms()(weight, self.term.A, self.term.B, self.term.scaling)
+            norms = row_norms(weight, self.term.A, self.term.B, self.term.scaling)
             gain = self.magnitude.float() / norms
         out = torch.empty_like(weight, dtype=dtype)
         add_low_rank(weight, terms, gain, out=out)

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..base_linear import adapted, call_obstacle, weight_of, weight_shape
-from ..row_norms import RowNorms, row_norms_in_graph
+from ..row_norms import row_norms
 from .four_bit_classes import LoRALinear4bit
 from .fused_forward import FusedForward
 from .lora_merging import merge_terms, plain_terms, unmerge_terms
@@ -97,7 +97,6 @@ class FusedLoRALayer(FusedForward):
         return y.to(_result_dtype(self, y))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        self.__dict__.pop(_NORMS, None)
         layer: Any = self
         names = check_adapters_to_merge(layer, adapter_names)
         terms = None if safe_merge else plain_terms(layer, names)
@@ -108,7 +107,6 @@ class FusedLoRALayer(FusedForward):
             layer.merged_adapters.extend(name for name in names if name in layer.lora_A)
 
     def unmerge(self) -> None:
-        self.__dict__.pop(_NORMS, None)
         layer: Any = self
         terms = plain_terms(layer, layer.merged_adapters) if layer.merged else None
         if terms is None:
@@ -130,8 +128,6 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     lora.Linear: FusedLinear,
     LoRALinear4bit: FusedLinear4bit,
 }
-# Attribute of a layer: {adapter: RowNorms}.
-_NORMS = "_lora_fast_norms"
 
 
 def _lora(state: State, x: Tensor) -> Tensor:
@@ -158,11 +154,7 @@ def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     """PEFT drops x before the base product, too, but only for what m scales."""
     assert adapter.magnitude is not None
     base = layer.base_layer
-    if torch.compiler.is_compiling():
-        norms: Any = row_norms_in_graph
-    else:
-        norms = layer.__dict__.setdefault(_NORMS, {}).setdefault(adapter.name, RowNorms())
-    g = adapter.magnitude / norms(weight_of(base), adapter.A, adapter.B, adapter.scaling)
+    g = adapter.magnitude / row_norms(weight_of(base), adapter.A, adapter.B, adapter.scaling)
     factors: dict[str, Any] = {"A": adapter.A, "B": adapter.B, "scaling": adapter.scaling, "g": g}
     if adapter.dropout_p == 0.0:
         return adapted(base, x, bias=base.bias, **factors)
