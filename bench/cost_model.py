@@ -121,10 +121,10 @@ def _cdiv(a: int, b: int) -> int:
 
 
 _GEMM_ARGUMENTS = _names(
-    "members num_partials s_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold M N "
-    "num_chunks rows_per_sample stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y DROPOUT "
-    "EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION SHUFFLES "
-    "MMA_SYNC PAIRS SETTLES "
+    "members num_partials s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold "
+    "M N num_chunks rows_per_sample stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y "
+    "DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION "
+    "SHUFFLES MMA_SYNC PAIRS SETTLES "
     # the same X and W once more, where they have descriptors
     "x_desc_0 w_desc_0 x_desc_1 w_desc_1 x_desc_2 w_desc_2 "
     # of each member
@@ -141,11 +141,16 @@ def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
         passes.append(Pass("sum" if members[0]["partials_ptr"] is not None else "shrink"))
         for member, partials in zip(members, v["num_partials"], strict=True):
             _producers(passes[0], v, member, partials)
+        if v["largest_ptr"] is not None:
+            passes[0].writes("largest_ptr", 4 * v.count("largest_ptr"))
     if not v["WRITES_Y"]:
         return passes
     gemm = Pass("gemm")
     for member in members:
         _product(gemm, v, member)
+    if v["largest_ptr"] is not None:
+        largest = 4 * v.count("largest_ptr")
+        gemm.reads("largest_ptr", largest, _cdiv(v["N"], v["BLOCK_N"]) * largest)
     gemm.writes("y_ptr", v["M"] * v["N"] * v.itemsize("y_ptr"))
     return [*passes, gemm]
 
@@ -207,10 +212,10 @@ def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> 
 
 
 _STRIP_ARGUMENTS = _names(
-    "x_ptr s_ptr B_ptr ds_ptr t_ptr grad_ptr sync_ptr scaling keep_scale seed_low seed_high "
-    "threshold M L R rows_per_range num_ranges stride_xm stride_xl stride_sm stride_vm stride_vl "
-    "stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD DROPOUT PAIRS SETTLES "
-    "BLOCK_M BLOCK_L BLOCK_R PRECISION"
+    "x_ptr s_ptr largest_ptr B_ptr ds_ptr t_ptr grad_ptr sync_ptr scaling keep_scale seed_low "
+    "seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm stride_xl stride_sm "
+    "stride_vm stride_vl stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD "
+    "DROPOUT PAIRS SETTLES BLOCK_M BLOCK_L BLOCK_R PRECISION"
 )
 
 
@@ -232,6 +237,10 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
             S = M * width * v.itemsize("s_ptr")
             walk.flops += 2 * M * L * width
             walk.reads("s_ptr", S, blocks * S)
+            if v["largest_ptr"] is not None:
+                # Ranges of rows begin with a tile of dS.
+                largest = 4 * width * _cdiv(M, v["tile_rows"])
+                walk.reads("largest_ptr", largest, blocks * largest)
             walk.writes("t_ptr", ranges * L * width * v.itemsize("t_ptr"))
         passes.append(walk)
     if v["OUTER"]:

@@ -136,8 +136,9 @@ _STRIP_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
 _UPDATE = UpdateConfig(32, 128, 16, num_warps=4, num_stages=2)
 
 SMALL_SHARED = (86, 87, 89, 120, 121)
-# CTAs that one launch of strips aims for. A constant, not the size of the device: the order of the
-# sums, and with it every bit of the result, is the same everywhere.
+# CTAs that one launch of strips aims for. A constant, not the number of multiprocessors: the order
+# of the sums, and with it every bit of the result, depends on the shape and on the tiles of an
+# architecture's configuration alone.
 _STRIP_CTAS = 128
 
 
@@ -300,7 +301,7 @@ def rank_block(R: int) -> int:
 
 
 def expand_block(R: int, dtype: torch.dtype) -> int:
-    """Columns of the rank in one step of S · outᵀ.
+    """Columns of the rank in one step of S · outᵀ, for S in `dtype`.
 
     Few where elements do not load in vectors or multiply on the FMA pipes: either way each takes
     registers of its own.

@@ -11,6 +11,7 @@ from .descriptors import MOST_LAYERS
 from .dropout import keep_mask
 from .nf4_codes import load_codes
 from .nf4_tile import load_nf4_tile, packed_pointers
+from .scaling import tile_scale
 from .shrink_tiles import load_spans, times_gain
 from .tiles import FLAGS, load_factor, load_tile, tile_pointers
 
@@ -117,12 +118,13 @@ def _wait_for_S(
 
 @triton.jit
 def _add_low_rank(
-    acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, M, N,
+    acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, u, M, N,
     rows_per_sample, stride_sm,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_SPANS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + Σ over members of S · outᵀ."""
+    """acc + u · Σ over members of S · outᵀ; u is None where S is an operand as it is."""
+    dtype = members[0].x_ptr.dtype.element_ty
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     for i in tl.static_range(len(num_partials)):
         R = members[i].R
@@ -137,8 +139,10 @@ def _add_low_rank(
             factor = load_factor(
                 members[i].out_ptr, b_ptr, d_ptr, members[i].scaling, offs_n, offs_r,
                 members[i].stride_out_l, members[i].stride_out_r, N, R,
-                not IN_IS_B, HAS_b, HAS_d, S.dtype,
+                not IN_IS_B, HAS_b, HAS_d, dtype,
             )  # fmt: skip
+            if u is not None:
+                S = (S * u).to(dtype)
             acc = tl.dot(S, tl.trans(factor), acc, input_precision=PRECISION)
     return acc
 
@@ -160,13 +164,13 @@ def _column_parts(acc, PARTS: tl.constexpr):
 
 @triton.jit
 def _store_masked(
-    acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr,
+    acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr, u,
     keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_SPANS: tl.constexpr,
     BLOCK_E: tl.constexpr, MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr,
     SHUFFLES: tl.constexpr,
 ):  # fmt: skip
-    """acc + drop'(Σ over members of S · outᵀ), stored.
+    """acc + keep_scale · drop'(u · Σ over members of S · outᵀ), stored.
 
     What the mask drops needs an accumulator of its own: MASK_PARTS of the columns one after the
     other take the registers of one part.
@@ -180,7 +184,7 @@ def _store_masked(
         offs_n = first_n + tl.arange(0, BLOCK_N)
         low_rank = _add_low_rank(
             tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_partials, block_m, offs_n,
-            s_ptr, b_ptr, d_ptr, spans_ptr, M, N, rows_per_sample, stride_sm,
+            s_ptr, b_ptr, d_ptr, spans_ptr, u, M, N, rows_per_sample, stride_sm,
             IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_M, BLOCK_E, PRECISION,
         )  # fmt: skip
         rows = offs_m
@@ -196,9 +200,9 @@ def _store_masked(
 
 @triton.jit
 def consume(
-    block_m, block_n, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr, d_ptr,
-    g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold,
-    M, N, rows_per_sample, stride_sm, stride_ym,
+    block_m, block_n, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, largest_ptr,
+    b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low,
+    seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
@@ -222,19 +226,32 @@ def consume(
         )  # fmt: skip
     if HAS_ADAPTER and MAKES_S:
         _wait_for_S(sync_ptr, block_m, num_chunks, M, BLOCK_M, BLOCK_S, SHUFFLES)
+    u = None
+    SCALES: tl.constexpr = HAS_ADAPTER and largest_ptr is not None
+    if SCALES:
+        first_m = block_m * BLOCK_M
+        u, inverse = tile_scale(
+            largest_ptr, first_m, tl.minimum(first_m + BLOCK_M, M), BLOCK_S, stride_sm
+        )
+        if MASKS:
+            keep_scale = tl.cast(keep_scale, tl.float32) * inverse
+        else:
+            acc *= u
     if MASKS:
         _store_masked(
-            acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr,
+            acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr, u,
             keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm,
             stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_E, MASK_PARTS, PRECISION, SHUFFLES,
         )  # fmt: skip
         return
     if HAS_ADAPTER:
         acc = _add_low_rank(
-            acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, M, N,
+            acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, u, M, N,
             rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_M, BLOCK_E,
             PRECISION,
         )  # fmt: skip
+        if SCALES:
+            acc *= inverse
     if SAVES_V:
         v_ptrs = tile_pointers(v_ptr, offs_m, offs_n, N, 1)
         tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mask)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
+from .scaling import largest_finite, scaled_columns
 from .tiles import FLAGS, load_factor, load_tile, settled, sum_partials, tile_pointers
 
 
@@ -39,6 +40,7 @@ def _shrink_tile(
 ):  # fmt: skip
     """S[m, r] = X[m, :] · in[:, r] in float32, with dropout on X or g on the factor."""
     dtype = member.x_ptr.dtype.element_ty
+    SCALES: tl.constexpr = IN_IS_B and dtype == tl.float16
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(0, tl.cdiv(member.K, BLOCK_K)):
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -46,13 +48,17 @@ def _shrink_tile(
         factor = load_factor(
             member.in_ptr, b_ptr, d_ptr, 1.0, offs_k, offs_r,
             member.stride_in_l, member.stride_in_r, member.K, member.R_made,
-            IN_IS_B, HAS_b, HAS_d, dtype,
+            IN_IS_B, HAS_b, HAS_d, tl.float32 if SCALES else dtype,
         )  # fmt: skip
         if DROPOUT:
             x = drop(x, seed_low, seed_high, threshold, offs_m, k * BLOCK_K, BLOCK_K, PAIRS)
         if HAS_g:
             factor = times_gain(factor, g_ptr, offs_k, member.K)
-        acc = tl.dot(x, factor, acc, input_precision=PRECISION)
+        if SCALES:
+            operand, inverse = scaled_columns(factor, dtype)
+            acc += tl.dot(x, operand, input_precision=PRECISION) * inverse
+        else:
+            acc = tl.dot(x, factor, acc, input_precision=PRECISION)
         if DROPOUT and SETTLES:
             acc = settled(acc)
     if DROPOUT:
@@ -64,13 +70,14 @@ def _shrink_tile(
 
 @triton.jit
 def _store_chunk(
-    member, num_partials, first_r, offs_m, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr,
-    keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
+    member, num_partials, first_r, tile, offs_m, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr,
+    spans_ptr, keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store BLOCK_S × BLOCK_R of a member's S, from column first_r of it on."""
+    """Store BLOCK_S × BLOCK_R of a member's S, from column first_r of it on, and the largest |S| of
+    each column where it is to be scaled."""
     SUMS_PARTIALS: tl.constexpr = member.partials_ptr is not None
     R = member.R_made
     offs_r = first_r + tl.arange(0, BLOCK_R)
@@ -96,11 +103,15 @@ def _store_chunk(
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     s_ptrs = tile_pointers(s_ptr + member.first_r, offs_m, offs_r, stride_sm, 1)
     tl.store(s_ptrs, S.to(s_ptr.dtype.element_ty), mask=mask)
+    if largest_ptr is not None:
+        largest_ptrs = largest_ptr + tl.cast(tile, tl.int64) * stride_sm + member.first_r + offs_r
+        tl.store(largest_ptrs, largest_finite(S, 0), mask=offs_r < R)
 
 
 @triton.jit
 def produce(
-    strip, chunk, members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
+    tile, chunk, members, num_partials, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr, spans_ptr,
+    sync_ptr,
     keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr,
@@ -108,18 +119,18 @@ def produce(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store one chunk of the members' ranks for BLOCK_S rows, then raise their row block's flag."""
-    offs_m = strip * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_m = tile * BLOCK_S + tl.arange(0, BLOCK_S)
     # Not len(members): Triton 3.6 fails on the length of a tuple that holds None.
     for i in tl.static_range(len(num_partials)):
         chunks = tl.cdiv(members[i].R_made, BLOCK_R)
         if (chunk >= 0) & (chunk < chunks):
             _store_chunk(
-                members[i], num_partials[i], chunk * BLOCK_R, offs_m, s_ptr, b_ptr, d_ptr, g_ptr,
-                spans_ptr, keep_scale, seed_low, seed_high, threshold, M, rows_per_sample,
-                stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS,
-                SETTLES, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+                members[i], num_partials[i], chunk * BLOCK_R, tile, offs_m, s_ptr, largest_ptr,
+                b_ptr, d_ptr, g_ptr, spans_ptr, keep_scale, seed_low, seed_high, threshold, M,
+                rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT,
+                PAIRS, SETTLES, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
             )  # fmt: skip
         chunk -= chunks
     # Every warp's part of S must be stored before one thread releases the flag.
     tl.debug_barrier()
-    tl.atomic_add(sync_ptr + FLAGS + strip * BLOCK_S // BLOCK_M, 1, sem="release")
+    tl.atomic_add(sync_ptr + FLAGS + tile * BLOCK_S // BLOCK_M, 1, sem="release")

@@ -9,8 +9,8 @@
 A CTA keeps BLOCK_L columns and one chunk of the rank in registers and walks down one range of rows,
 so T never leaves it until the range ends. Ranges write partial sums; the CTA that arrives last at a
 block of columns adds them in the order of the ranges. dS is summed over the blocks of columns by
-the launch that needs it (ticketed_gemm), in their order. No float atomics: two runs give the same
-bits.
+the launch that needs it (ticketed_gemm), in their order. No float atomics: results are bitwise
+reproducible.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from .configs import (
 )
 from .dropout import Dropout, drop, drops_pairs
 from .fitting import drops_to_smaller
+from .scaling import Shrunk, column_scales, scaled_columns
 from .tiles import load_factor, load_tile, settled, tile_pointers
 from .workspace import sync_words
 
@@ -59,9 +60,9 @@ def _sum_ranges(ptr, num_ranges, range_stride, offs, mask):
 
 @triton.jit
 def _walk_rows(
-    x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr,
+    x_ptr, s_ptr, largest_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr, ds_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, first_m, last_m, first_l, first_r,
-    M, L, R, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
+    tile_rows, M, L, R, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     PROJECTS: tl.constexpr, OUTER: tl.constexpr, SUMS: tl.constexpr, GAIN_GRAD: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -69,6 +70,7 @@ def _walk_rows(
 ):  # fmt: skip
     """Rows [first_m, last_m): T [BLOCK_L, BLOCK_R], Σ x, Σ x ⊙ V; stores dS partials."""
     dtype = x_ptr.dtype.element_ty
+    IS_FLOAT16: tl.constexpr = dtype == tl.float16
     offs_l = first_l + tl.arange(0, BLOCK_L)
     offs_r = first_r + tl.arange(0, BLOCK_R)
     mask_l = offs_l < L
@@ -82,7 +84,15 @@ def _walk_rows(
         )  # fmt: skip
         if HAS_g:
             factor *= tl.load(g_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)[:, None]
-        factor = factor.to(dtype)
+        # Scaled by s after the product: s · B can be too small for float16, and so can B.
+        product_scale = tl.cast(scaling, tl.float32)
+        if IS_FLOAT16:
+            factor, inverse = scaled_columns(factor, dtype)
+            product_scale = product_scale * inverse
+        else:
+            factor = factor.to(dtype)
+    if largest_ptr is not None:
+        s_scale, s_inverse = column_scales(largest_ptr, first_m, last_m, tile_rows, offs_r, R)
     for m in range(first_m, last_m, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         x = load_tile(x_ptr, offs_m, offs_l, stride_xm, stride_xl, last_m, L)
@@ -90,14 +100,15 @@ def _walk_rows(
             x = drop(x, seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L, PAIRS)
         if OUTER:
             S = load_tile(s_ptr, offs_m, offs_r, stride_sm, 1, last_m, R)
+            if largest_ptr is not None:
+                S = (S * s_scale[None, :]).to(dtype)
             T = tl.dot(tl.trans(x), S, T, input_precision=PRECISION)
             if DROPOUT and SETTLES:
                 T = settled(T)
         # After T: the conversion of dS, generic writes to shared memory, would stand between the
         # fence and T's products, and ptxas would run these one by one.
         if PROJECTS:
-            # Scaled after the product: s · B can be too small for float16.
-            dS = tl.dot(x, factor, input_precision=PRECISION) * tl.cast(scaling, tl.float32)
+            dS = tl.dot(x, factor, input_precision=PRECISION) * product_scale
             mask = (offs_m < last_m)[:, None] & (offs_r < R)[None, :]
             tl.store(tile_pointers(ds_ptr, offs_m, offs_r, R, 1), dS, mask=mask)
         if SUMS:
@@ -106,6 +117,8 @@ def _walk_rows(
             )
             sums += tile_sums
             products += tile_products
+    if largest_ptr is not None:
+        T *= s_inverse[None, :]
     if DROPOUT:
         T *= tl.cast(keep_scale, tl.float32)
     return T, sums, products
@@ -171,10 +184,10 @@ def _store_column_gradients(
 
 @triton.jit(do_not_specialize=_VARYING)
 def strips(
-    x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
+    x_ptr, s_ptr, largest_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
     ds_ptr, t_ptr, sums_ptr, dd_parts_ptr, grad_ptr, db_ptr, dd_ptr, dbias_ptr, dg_ptr, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, L, R, rows_per_range, num_ranges,
-    stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
+    tile_rows, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
     stride_gl, stride_gr,
     HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     SCALES: tl.constexpr, PROJECTS: tl.constexpr, OUTER: tl.constexpr, GRAD: tl.constexpr,
@@ -191,10 +204,10 @@ def strips(
     offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_l = offs_l < L
     T, sums, products = _walk_rows(
-        x_ptr, s_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
+        x_ptr, s_ptr, largest_ptr, v_ptr, b_ptr, d_ptr, g_ptr, B_ptr,
         ds_ptr + tl.cast(block, tl.int64) * M * R if PROJECTS else ds_ptr,
         scaling, keep_scale, seed_low, seed_high, threshold,
-        first_m, last_m, block * BLOCK_L, chunk * BLOCK_R, M, L, R,
+        first_m, last_m, block * BLOCK_L, chunk * BLOCK_R, tile_rows, M, L, R,
         stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
         HAS_b, HAS_d, HAS_g, PROJECTS, OUTER, SUMS, GRAD_g, DROPOUT, PAIRS,
         SETTLES, BLOCK_M, BLOCK_L, BLOCK_R, PRECISION,
@@ -269,7 +282,7 @@ def grad_expand(dY, S, V, bias, B, b, d, g, scaling, wanted, *, projects, config
     R = 0 if B is None else B.shape[1]
     partials = _launch(
         config or pick_strips(dY.dtype, R, current_arch()),
-        dY, S, V, B, b, d, g, grads, grads.get("B"), scaling, Dropout(),
+        dY, Shrunk(S), V, B, b, d, g, grads, grads.get("B"), scaling, Dropout(),
         R=R, wanted=wanted, projects=projects, scales=True,
     )  # fmt: skip
     return grads, partials
@@ -283,8 +296,8 @@ def projection_pays(N, R, dtype, config=None):
 
 
 def grad_shrink(x, dS, dtype, dropout, config=None):
-    """dA [R, K] in `dtype`, in one read of x [M, K], for dS [M, R]."""
-    R = dS.shape[1]
+    """dA [R, K] in `dtype`, in one read of x [M, K], for dS, a Shrunk."""
+    R = dS.values.shape[1]
     dA = x.new_empty((R, x.shape[1]), dtype=dtype)
     _launch(
         config or pick_strips(x.dtype, R, current_arch()),
@@ -296,9 +309,9 @@ def grad_shrink(x, dS, dtype, dropout, config=None):
 
 @drops_to_smaller
 def _launch(
-    config, x, S, V, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
+    config, x, shrink, V, B, b, d, g, grads, grad, scaling, dropout, *, R, wanted, projects, scales
 ):  # fmt: skip
-    M, L = x.shape
+    (M, L), S = x.shape, shrink.values
     arch = current_arch()
     BLOCK_R = rank_block(R)
     blocks = -(-L // config.BLOCK_L)
@@ -313,11 +326,11 @@ def _launch(
         return partials
     seed_low, seed_high, threshold = dropout.words()
     strips[(blocks, ranges, chunks)](
-        x, S, V, b, d, g, B, partials, T, sums, dd_parts,
+        x, S, shrink.largest, V, b, d, g, B, partials, T, sums, dd_parts,
         grad, grads.get("b"), grads.get("d"), grads.get("bias"), grads.get("g"),
         sync_words(x.device, 1 + blocks),
         float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
-        M, L, R, rows_per_range, ranges,
+        M, L, R, rows_per_range, ranges, shrink.tile_rows,
         *x.stride(), 0 if S is None else S.stride(0), *_strides(V), *_strides(B), *_strides(grad),
         HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         SCALES=scales, PROJECTS=projects, OUTER=wanted.outer, GRAD=grad is not None,

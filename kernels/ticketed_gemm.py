@@ -42,6 +42,7 @@ from .dropout import drops_pairs
 from .fitting import drops_to_smaller
 from .gemm_tiles import consume
 from .nf4_tile import weight_arguments
+from .scaling import Shrunk, new_gradient
 from .shrink_tiles import produce
 from .tiles import FLAGS
 from .workspace import debug_options, sync_words
@@ -121,9 +122,9 @@ def _place_of(
 
 @triton.jit
 def _take(
-    produces, across, down, members, x_descs, w_descs, num_partials, s_ptr, b_ptr, d_ptr, g_ptr,
-    bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold,
-    M, N, num_chunks, rows_per_sample, stride_sm, stride_ym,
+    produces, across, down, members, x_descs, w_descs, num_partials, s_ptr, largest_ptr, b_ptr,
+    d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
+    threshold, M, N, num_chunks, rows_per_sample, stride_sm, stride_ym,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr,
@@ -136,16 +137,16 @@ def _take(
     """Produce S, or a tile of the output, at the place of the ticket."""
     if not WRITES_Y or (MAKES_S and produces):
         produce(
-            across, down, members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, spans_ptr, sync_ptr,
-            keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
-            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS,
-            SETTLES, BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+            across, down, members, num_partials, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr,
+            spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, rows_per_sample,
+            stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS, SETTLES,
+            BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
         )  # fmt: skip
     else:
         consume(
-            across, down, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, b_ptr, d_ptr,
-            g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
-            threshold, M, N, rows_per_sample, stride_sm, stride_ym,
+            across, down, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, largest_ptr,
+            b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low,
+            seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
             IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V,
             DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION,
             SHUFFLES, MMA_SYNC,
@@ -154,9 +155,10 @@ def _take(
 
 @triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
-    members, num_partials, s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
-    keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
-    stride_sm, stride_ym, x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2, w_desc_2,
+    members, num_partials, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr,
+    spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, num_chunks,
+    rows_per_sample, stride_sm, stride_ym,
+    x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2, w_desc_2,
     IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
     HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr,
@@ -181,7 +183,7 @@ def ticketed_gemm(
     _take(
         # In Triton 3.5 an argument's inner tuples forget their constants at an `if`; sums do not.
         produces, across, down, members + (), x_descs, w_descs, num_partials,  # noqa: RUF005
-        s_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
+        s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
         keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
         stride_sm, stride_ym,
         IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, WRITES_Y, SAVES_V,
@@ -220,7 +222,8 @@ def forward(
         R = 0 if S is None else S.shape[1]
         config = pick_gemm(x.shape[0], x.dtype, current_arch(), narrow=g is not None, R=R)
     layer = (x, weight, None, in_factor, B, scaling)
-    _launch(config, [layer], y, V, S, b, d, g, bias, dropout, rank_spans, is_grad=False)
+    shrink = Shrunk(S)
+    _launch(config, [layer], y, V, shrink, b, d, g, bias, dropout, rank_spans, is_grad=False)
     return y, S, V
 
 
@@ -228,46 +231,49 @@ def grad_input(
     dY, weight, partials, A, B, b, d, g, scaling, dropout, rank_spans=None, *,
     wants_dX, config=None,
 ):  # fmt: skip
-    """dX [M, K] (None unless wanted) and dS [M, R] in one launch, for dY [M, N] and weight [N, K].
+    """dX [M, K] (None unless wanted) and dS, a Shrunk, in one launch, for dY [M, N] and
+    weight [N, K].
 
     partials [J, M, R] are the parts of dS that the strips kernel left; with None this launch
     forms dS itself.
     """
     R = 0 if A is None else A.shape[0]
-    dX, dS = _results(wants_dX, dY, weight, R)
     # With g, W is scaled on its way.
     picks = {"narrow": g is not None, "masks": dropout.p > 0.0, "R": R}
     config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), **picks)
+    dX, dS = _results(wants_dX, dY, weight, R, config)
     layer = (dY, weight, partials, B, None if A is None else A.T, scaling)
     _launch(config, [layer], dX, None, dS, b, d, g, None, dropout, rank_spans, is_grad=True)
     return dX, dS
 
 
 def grad_input_group(layers, dropout, *, wants_dX, config=None):
-    """dX [M, K] = Σ dY_i W_i + drop'(dS_i A_i) (None unless wanted) and dS [M, Σ R_i], the dS_i
-    side by side, in one launch.
+    """dX [M, K] = Σ dY_i W_i + drop'(dS_i A_i) (None unless wanted) and dS, a Shrunk with
+    the dS_i side by side, in one launch.
 
     layers are (dY, weight, partials, A, B, scaling), all of them as in grad_input.
     """
     dY, weight = layers[0][:2]
     ranks = [A.shape[0] for *_, A, _, _ in layers]
-    dX, dS = _results(wants_dX, dY, weight, sum(ranks))
     # One rank that is no multiple of 16 is enough.
     R = math.gcd(*ranks)
     config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), masks=dropout.p > 0.0, R=R)
+    dX, dS = _results(wants_dX, dY, weight, sum(ranks), config)
     layers = [(dY, w, partials, B, A.T, s) for dY, w, partials, A, B, s in layers]
     _launch(config, layers, dX, None, dS, None, None, None, None, dropout, None, is_grad=True)
     return dX, dS
 
 
-def _results(wants_dX, dY, weight, R):
+def _results(wants_dX, dY, weight, R, config):
     dX = dY.new_empty(dY.shape[0], weight.shape[1]) if wants_dX else None
-    return dX, dY.new_empty(dY.shape[0], R) if R else None
+    return dX, new_gradient(dY, R, config.BLOCK_S) if R else Shrunk(None)
 
 
 @drops_to_smaller
-def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
-    """layers: (X, weight, partials, in_factor [K', R_made], out_factor [N', R], scaling)."""
+def _launch(config, layers, y, V, shrink, b, d, g, bias, dropout, spans, *, is_grad):
+    """layers: (X, weight, partials, in_factor [K', R_made], out_factor [N', R], scaling); shrink: S
+    without what scales it, or dS."""
+    S = shrink.values
     members, parts, first_r, BLOCK_R, BLOCK_E = [], [], 0, 0, config.MAX_E
     even_K, packed = True, False
     x = layers[0][0]
@@ -277,7 +283,7 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
         parts.append(0 if partials is None else partials.shape[0])
         first_r += member.R_made
         BLOCK_R = max(BLOCK_R, rank_block(member.R_made))
-        BLOCK_E = min(BLOCK_E, expand_block(member.R, x.dtype))
+        BLOCK_E = min(BLOCK_E, expand_block(member.R, x.dtype if S is None else S.dtype))
         even_K = even_K and member.K % config.BLOCK_K == 0
         packed = packed or member.IS_NF4.value
     BLOCK_R = min(BLOCK_R, config.MAX_R)
@@ -295,7 +301,8 @@ def _launch(config, layers, y, V, S, b, d, g, bias, dropout, spans, *, is_grad):
     is_described = descriptors[0] is not None
     ticketed_gemm[(tickets,)](
         tuple(members), tuple(parts),
-        S, b, d, g, bias, y, V, spans, sync_words(x.device, words) if makes_S else None,
+        S, shrink.largest, b, d, g, bias, y, V, spans,
+        sync_words(x.device, words) if makes_S else None,
         dropout.keep_scale, seed_low, seed_high, threshold,
         M, N, chunks, M if spans is None else M // spans.shape[0],
         0 if S is None else S.stride(0), N, *descriptors,

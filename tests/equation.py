@@ -159,6 +159,16 @@ def eager(o: Operands) -> dict[str, list[torch.Tensor] | None]:
     return orders(lambda: _differentiate(o, call, lambda value: value.detach().cpu()))
 
 
+def stock(o: Operands) -> dict[str, list[torch.Tensor] | None]:
+    """Output and gradients by plain PyTorch without autocast, as PEFT computes around a 16-bit
+    base: adapters in their own dtype, and so what their gradients pass through. Of each three."""
+    return orders(
+        lambda: _differentiate(
+            o, lambda leaves: _eager_forward(leaves, o), lambda value: value.detach().cpu()
+        )
+    )
+
+
 def _eager_forward(t: dict[str, torch.Tensor], o: Operands) -> torch.Tensor:
     x, linear = t["x"], torch.nn.functional.linear
     V = linear(x, o.dense.cpu())
@@ -166,7 +176,7 @@ def _eager_forward(t: dict[str, torch.Tensor], o: Operands) -> torch.Tensor:
         dropped = x
         if o.mask is not None:
             dropped = x * o.mask.reshape(x.shape) / max(1.0 - o.case.p, 1e-30)
-        U = linear(dropped, t["A"])
+        U = linear(dropped.to(t["A"].dtype), t["A"])
         if o.spans is not None:
             U = U * torch.cat([_inside(span, o.case) for span in o.case.spans]).to(U.dtype)
         U = U * t["d"] if "d" in t else U

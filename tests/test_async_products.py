@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 from lora_fast.kernels import strips
 from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.scaling import Shrunk
 
 from bench import stub_driver
 from bench.async_products import serialised, unfenced
@@ -54,7 +55,7 @@ def ptx():
     with stub_driver.recording(90) as log:
         x = torch.empty(256, 512, dtype=torch.bfloat16, device="meta")
         dS = torch.empty(256, 32, dtype=torch.bfloat16, device="meta")
-        strips.grad_shrink(x, dS, torch.float32, Dropout(0.1, 3))
+        strips.grad_shrink(x, Shrunk(dS), torch.float32, Dropout(0.1, 3))
     return log.launches[0].kernel.text("ptx")
 
 

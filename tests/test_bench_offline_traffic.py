@@ -148,6 +148,8 @@ CASES = {
     "ragged": (200, 328, 136, 24, torch.bfloat16, 0.1, False),
     "chunks of the rank": (130, 64, 72, 136, torch.bfloat16, 0.0, False),
     "few rows": (9, 96, 64, 8, torch.bfloat16, 0.0, False),
+    "float16": (150, 96, 72, 20, torch.float16, 0.0, False),
+    "float16, chunks of the rank": (130, 64, 72, 136, torch.float16, 0.1, False),
     "float32": (70, 80, 48, 20, torch.float32, 0.0, False),
     "two groups of row blocks": (270, 40, 16, 5, torch.float32, 0.0, False),
     "nf4": (40, 72, 320, 16, torch.bfloat16, 0.0, True),

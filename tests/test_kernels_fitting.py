@@ -13,6 +13,7 @@ from lora_fast.kernels import configs, strips, ticketed_gemm
 from lora_fast.kernels.configs import GemmConfig, StripConfig
 from lora_fast.kernels.dropout import Dropout
 from lora_fast.kernels.fitting import descent, drops_to_smaller, recording_drops
+from lora_fast.kernels.scaling import Shrunk
 from triton.runtime.errors import OutOfResources
 
 from bench import stub_driver
@@ -116,7 +117,7 @@ def test_strips_drop_to_what_the_device_has():
     config = StripConfig(64, 512, num_warps=8, num_stages=4)
     x, dS = torch.zeros(256, 512, dtype=BF16), torch.zeros(256, 16, dtype=BF16)
     with stub_driver.recording(90) as log:
-        strips.grad_shrink(x, dS, torch.float32, Dropout(), config=config)
+        strips.grad_shrink(x, Shrunk(dS), torch.float32, Dropout(), config=config)
     (launch,) = log.launches
     assert launch.kernel.shared_bytes <= 227 * 1024
     assert launch.kernel.num_stages < config.num_stages

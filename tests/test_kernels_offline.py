@@ -69,13 +69,25 @@ DROPOUT = replace(PLAIN, name="bf16-dropout", dropout_p=0.1)
 # A in bfloat16, and as many ranks as leave a product running into the next iteration.
 DROPOUT_R32 = Case("bf16-dropout-r32", R=32, dropout_p=0.1)
 DORA = replace(PLAIN, name="bf16-dora", gains="g")
+FP16 = replace(PLAIN, name="fp16", dtype=torch.float16)
+FP16_R64 = replace(FP16, name="fp16-r64", R=64)
+FP16_DROPOUT = replace(FP16, name="fp16-dropout", dropout_p=0.1)
 ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains="bdg")
 CASES: dict[int, list[Case]] = {
-    80: [R64, R100, replace(FP32, name="fp32-r64", R=64), DORA],
+    80: [FP16, FP16_R64, FP16_DROPOUT, R64, R100, replace(FP32, name="fp32-r64", R=64), DORA],
     89: [R100, FP32, DROPOUT],
-    90: [R100, replace(FP32, name="fp32-r100", R=100), ALL_FACTORS, DORA, DROPOUT_R32],
-    100: [R64, FP32, DROPOUT, DORA],
-    120: [R100, replace(FP32, name="fp32-r64", R=64)],
+    90: [
+        FP16,
+        FP16_R64,
+        FP16_DROPOUT,
+        R100,
+        replace(FP32, name="fp32-r100", R=100),
+        ALL_FACTORS,
+        DORA,
+        DROPOUT_R32,
+    ],
+    100: [FP16, FP16_R64, FP16_DROPOUT, R64, FP32, DROPOUT, DORA],
+    120: [FP16, R100, replace(FP32, name="fp32-r64", R=64)],
 }
 
 

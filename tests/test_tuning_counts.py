@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="reads the launches of the compiler's JIT"
 )
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCH = 90
 ALL = Needs(x=True, A=True, B=True)
 
@@ -63,11 +63,11 @@ def _launches(monkeypatch, call) -> list[Any]:
     return launches
 
 
-@pytest.mark.parametrize("adapter", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP32), (FP16, FP32)], ids=str)
 @pytest.mark.parametrize("R", [16, 64, 200])
 @pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True, B=True)], ids=str)
-def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, adapter, needs):
-    x, dY, f = _operands(2048, 1536, 4096, R, BF16, adapter)
+def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, dtypes, needs):
+    x, dY, f = _operands(2048, 1536, 4096, R, *dtypes)
     forward = _launches(monkeypatch, lambda: triton_ops.forward(x, f, needs))
     saved = triton_ops.Saved(x.new_empty(2048, R))
     backward = _launches(monkeypatch, lambda: triton_ops.backward(dY, x, saved, f, needs))
@@ -80,10 +80,12 @@ def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, adapter, need
         assert sum(work.flops for work in counted) == sum(p.flops for p in passes), op
 
 
-@pytest.mark.parametrize(("M", "R"), [(2048, 16), (2048, 64), (16, 16)])
+@pytest.mark.parametrize(
+    ("M", "R", "dtype"), [(2048, 16, BF16), (2048, 64, BF16), (2048, 16, FP16), (16, 16, BF16)]
+)
 @pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True)], ids=str)
-def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, M, R, needs):
-    (x, dY, q), (_, dK, k) = (_operands(M, N, 4096, R, BF16, FP32) for N in (1536, 512))
+def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, M, R, dtype, needs):
+    (x, dY, q), (_, dK, k) = (_operands(M, N, 4096, R, dtype, FP32) for N in (1536, 512))
     fs, wanted, S = [q, k], [needs, needs], x.new_empty(M, 2 * R)
     forward = _launches(monkeypatch, lambda: triton_ops.forward_group(x, fs))
     backward = _launches(

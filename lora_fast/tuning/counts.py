@@ -6,6 +6,7 @@ Vectors of N or R elements are left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,9 +67,9 @@ class _Fused(_Counts):
             if configs.shares_shrink(self.M):
                 made = self.R if i == 0 else 0
             if made:
-                found.append(self._shrink(self.K, made))
+                found.append(self._shrink(self.K, made, self._S(made)))
             y = self.M * N * self.e * (2 if self.q.needs[i].g else 1)
-            found += [*decoding, self._gemm(self.K, N, R, W, y, 0 if made else 1)]
+            found += [*decoding, self._gemm(self.K, N, R, W, y, 0 if made else 1, self._S(R))]
         return found
 
     def backward(self) -> list[Work]:
@@ -81,19 +82,19 @@ class _Fused(_Counts):
                 needs_dS and outer and strips.projection_pays(N, R, self.q.dtype, self._strip(R))
             )
             if outer or sums:
-                found += self._strips(N, R, outer, projects, need.B)
+                found += self._strips(N, R, outer, projects, need.B, self._S)
                 if need.g:
                     found.append(Work(0, self.M * N * self.e, 0))
             if needs_dS or need.x:
                 if needs_dS:
-                    dS = self._sum(N, R) if projects else self._shrink(N, R)
+                    dS = self._sum(N, R) if projects else self._shrink(N, R, self._dS(R))
                     found.append(replace(dS, launches=first))
                 if need.x:
                     decoding, W = self._operand(N, weight)
                     dX, launches = first * self.M * self.K * self.e, 0 if needs_dS else first
-                    found += [*decoding, self._gemm(N, self.K, R, W, dX, launches)]
+                    found += [*decoding, self._gemm(N, self.K, R, W, dX, launches, self._dS(R))]
         if any(need.A for need in self.q.needs):
-            found += self._strips(self.K, self.R, True, False, True)
+            found += self._strips(self.K, self.R, True, False, True, self._dS)
         return found
 
     def _operand(self, N: int, weight: torch.dtype | tuple[int, bool]) -> tuple[list[Work], int]:
@@ -103,22 +104,35 @@ class _Fused(_Counts):
             return [], N * self.K // 2
         return self.dense(N, weight), N * self.K * self.e
 
-    def _shrink(self, K: int, R: int) -> Work:
+    def _S(self, R: int) -> int:
+        """Bytes of S [M, R]."""
+        return self.M * R * self.e
+
+    def _dS(self, R: int) -> int:
+        """Bytes of dS [M, R]; in float16 it is float32, with the largest of each tile of rows."""
+        if self.q.dtype != torch.float16:
+            return self._S(R)
+        rows = configs.pick_gemm(self.M, self.q.dtype, self.arch).BLOCK_S
+        return 4 * R * (self.M + _cdiv(self.M, rows))
+
+    def _shrink(self, K: int, R: int, S: int) -> Work:
         """S [M, R] from x [M, K], or dS from dY; it shares the launch of the GEMM after it."""
         M, e = self.M, self.e
-        return Work(2 * M * K * R, M * K * e + R * K * self.adapter + M * R * e)
+        return Work(2 * M * K * R, M * K * e + R * K * self.adapter + S)
 
     def _sum(self, N: int, R: int) -> Work:
         blocks = _cdiv(N, self._strip(R).BLOCK_L)
-        return Work(0, blocks * self.M * R * 4 + self.M * R * self.e)
+        return Work(0, blocks * self.M * R * 4 + self._dS(R))
 
-    def _gemm(self, K: int, N: int, R: int, W: int, y: int, launches: int) -> Work:
+    def _gemm(self, K: int, N: int, R: int, W: int, y: int, launches: int, S: int) -> Work:
         M, e = self.M, self.e
-        low_rank = M * R * e + N * R * self.adapter
+        low_rank = S + N * R * self.adapter
         return Work(2 * M * N * (K + R), M * K * e + W + low_rank + y, launches)
 
-    def _strips(self, L: int, R: int, outer: bool, projects: bool, grad: bool) -> list[Work]:
-        """Walks over X [M, L], one for each chunk of the rank."""
+    def _strips(
+        self, L: int, R: int, outer: bool, projects: bool, grad: bool, narrow: Callable[[int], int]
+    ) -> list[Work]:
+        """Walks over X [M, L], one for each chunk of the rank; narrow: the bytes of S, or of dS."""
         M, e, config = self.M, self.e, self._strip(R)
         blocks, chunks = _cdiv(L, config.BLOCK_L), _cdiv(R, _CHUNK) if outer else 1
         ranges, _ = configs.row_ranges(M, blocks * chunks, config.BLOCK_M)
@@ -130,7 +144,7 @@ class _Fused(_Counts):
                 moved += L * width * self.adapter + blocks * M * width * 4
                 flops += 2 * M * L * width
             if outer:
-                moved += M * width * e + ranges * L * width * 4
+                moved += narrow(width) + ranges * L * width * 4
                 flops += 2 * M * L * width
             if outer and chunk == chunks - 1:
                 moved += ranges * L * R * 4 + (L * R * self.adapter if grad else 0)

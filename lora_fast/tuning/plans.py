@@ -11,7 +11,7 @@ where composed reads and writes the M · N of y once more: that pays for N > K o
 to be one matrix: every frozen W would be stored in rows of K + R, R of them rewritten each step,
 and no checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above A,
 and dY beside dS. There are no candidates for strips, the launches of dB and dA: one read of dY or x
-waits for memory whatever its tiles, and their sums have the same order everywhere (configs.py).
+waits for memory whatever its tiles, and timing must not decide the order of sums (configs.py).
 """
 
 from __future__ import annotations
