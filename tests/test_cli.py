@@ -20,6 +20,7 @@ import pytest
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
+from rich.table import Table
 from tiny_runs import (
     library_logging,
     metrics_of,
@@ -32,7 +33,7 @@ from tiny_runs import (
 
 import lora_fast
 from lora_fast.cli import console as terminal_module
-from lora_fast.cli.console import Terminal, duration
+from lora_fast.cli.console import Terminal, duration, print_whole
 from lora_fast.cli.errors import explain, one_line
 from lora_fast.training import run as run_module
 from lora_fast.training import trainer as trainer_module
@@ -336,6 +337,25 @@ class TestTerminal:
             raise ValueError("no")
         assert "✓ One" in file.getvalue()
         assert "Two" not in file.getvalue()
+
+    def test_a_note_comes_after_the_tick_of_what_is_over(self) -> None:
+        terminal, file = self.shown(force_terminal=False)
+        with terminal:
+            terminal.stage("One")
+            terminal.done()
+            terminal.note("said")
+            terminal.stage("Two")
+            terminal.done(well=False)
+            terminal.note("failed")
+        assert [line[:6] for line in file.getvalue().splitlines()] == ["✓ One ", "! said", "! fail"]
+
+    def test_a_table_is_whole_on_a_narrow_terminal(self) -> None:
+        file = io.StringIO()
+        table = Table("a long title", "another one of them")
+        table.add_row("prompt tuning of all", "495.032 ± 0.722")
+        print_whole(Console(file=file, width=20), table)
+        assert "prompt tuning of all" in file.getvalue() and "495.032 ± 0.722" in file.getvalue()
+        assert len({len(line) for line in file.getvalue().splitlines()}) == 1
 
     def test_markup_of_others_is_text(self) -> None:
         terminal, file = self.shown(force_terminal=False)

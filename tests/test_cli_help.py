@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from tiny_runs import library_logging, run_cli, save_llama
+from tiny_runs import library_logging, run_cli, save_llama, sentiment_rows, write_jsonl
 
 from lora_fast.cli.app import app, main
 from lora_fast.cli.help import definitions
@@ -84,16 +84,23 @@ def test_commands_end_well_whatever_the_encoding(
     encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_llama(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "60")
+    write_jsonl(tmp_path / "data.jsonl", ({"text": row["text"]} for row in sentiment_rows()))
+    options = ["--model", "llama", "--task", "causal-lm", "--data", "data.jsonl", "--steps", "1"]
     for words in (
-        ["plan", str(tmp_path / "llama"), "--max-length", "16"],
-        ["doctor", "--no-kernels", "--model", str(tmp_path / "llama")],
-        ["tune", str(tmp_path / "llama"), "--dry-run"],
+        ["train", *options, "--quantize", "none", "--out", "run"],
+        ["merge", "llama", "run", "merged"],
+        ["compare", *options, "--quantize", "none", "--methods", "lora,layernorm", "--out", "all"],
+        ["plan", "llama", "--max-length", "16"],
+        ["doctor", "--no-kernels", "--model", "llama"],
+        ["tune", "llama", "--dry-run"],
     ):
-        stream = Narrow(encoding)
+        out, err = Narrow(encoding), Narrow(encoding)
         with library_logging(), monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
             with pytest.raises(SystemExit) as end:
                 main(words)
-        assert end.value.code == 0, words
-        assert stream.text.count("\n") > 2
+        assert (end.value.code, err.text) == (0, ""), words
+        assert out.text.endswith("\n")

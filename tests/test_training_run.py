@@ -369,6 +369,15 @@ def test_notes_what_trains_in_full(bert_config: TrainConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("cpu_kind")
+def test_a_rank_that_is_no_low_one_is_told(bert_config: TrainConfig, tmp_path: Path) -> None:
+    notes = Notes()
+    run(replace(bert_config, r=100, steps=1), tmp_path / "out", notes)
+    assert notes.said == [
+        "--r 100 is more than the smaller side of 13 of 13 layers (from 64): a lower rank can hold "
+        "every update of them"
+    ]
+
+
 def test_early_stopping_goes_back_to_the_best(bert_config: TrainConfig, tmp_path: Path) -> None:
     # Far too high a rate: the loss on what is held back is best early on.
     config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)

@@ -10,11 +10,14 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.status import Status
+from rich.table import Table
 
 ARM_TITLES = {"stock": "stock PEFT", "lora_fast": "lora_fast"}
 LOG_LINES = 10
+WIDEST = 1000
 
 
 class Terminal:
@@ -93,6 +96,10 @@ class Terminal:
         """Take the bar away."""
         self._stop_progress()
 
+    def done(self, *, well: bool = True) -> None:
+        """Tick off what is running, or let it go where it did not end well."""
+        self._close(done=well)
+
     def _close(self, *, done: bool) -> None:
         self._stop_progress()
         self._stop_status()
@@ -110,6 +117,13 @@ class Terminal:
         if self._status is not None:
             self._status.stop()
             self._status = None
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table at its own width: on a narrower terminal lines wrap, and nothing is cut."""
+    options = console.options.update(max_width=WIDEST)
+    table.width = Measurement.get(console, options, table).maximum
+    console.print(table, crop=False)
 
 
 def duration(seconds: float) -> str:

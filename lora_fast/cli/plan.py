@@ -168,6 +168,8 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
 
     from lora_fast.planning import cards
 
+    from .console import print_whole
+
     s = found.settings
     console.print(
         f"[bold]{escape(found.model)}[/]: {found.parameters / 1e9:.3g}B parameters, "
@@ -184,7 +186,7 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
             bar = "█" * round(BAR * size / found.total)
             table.add_row(name, human(size), bar)
     table.add_row("[bold]total[/]", f"[bold]{human(found.total)}[/]", "")
-    console.print(table)
+    print_whole(console, table)
     if found.paged:
         console.print(f"optimizer state that may be paged to the host: {human(found.paged)}")
     if found.activations is not None:

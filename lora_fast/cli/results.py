@@ -13,7 +13,7 @@ from rich.table import Table
 from lora_fast.training.comparison_table import SCORE_TITLES, caption, table
 from lora_fast.training.run import Outcome
 
-from .console import ARM_TITLES
+from .console import ARM_TITLES, print_whole
 
 BASELINE_TITLES = {
     "majority": "majority class",
@@ -26,8 +26,8 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     """Print the scores, the costs, the fused layers and where everything is."""
     found = outcome.metrics
     console.print()
-    console.print(score_table(found))
-    console.print(cost_table(found))
+    print_whole(console, score_table(found))
+    print_whole(console, cost_table(found))
     console.print(fused_line(found))
     for reason, count in found["fused"]["fallback_calls"].items():
         console.print(f"  [yellow]plain PEFT path, {count:,} calls: {escape(reason)}[/]")
@@ -48,7 +48,7 @@ def show_comparison(console: Console, found: dict[str, Any], out: Path) -> None:
     for row in rows:
         shown.add_row(*map(escape, row) if len(row) == len(head) else (row[0], "failed"))
     console.print()
-    console.print(shown)
+    print_whole(console, shown)
     console.print(f"  [dim]{caption(found)}[/]")
     for name, scores in found["baselines"].items():
         text = ", ".join(

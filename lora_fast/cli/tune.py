@@ -115,6 +115,8 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
 
     from lora_fast.tuning.warm_up import base_of
 
+    from .console import print_whole
+
     table = Table(box=None, pad_edge=False)
     for title in ("layers", "in", "out", "times"):
         table.add_column(title, justify="left" if title == "layers" else "right")
@@ -124,7 +126,7 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
             sizes = (str(base.in_features), str(base.out_features), str(layers.alike[path]))
             table.add_row(escape(_dotted(f"{path}.{name}")), *sizes)
     console.print(f"[bold]{escape(model)}[/]: forward and backward for {_listed(tokens)} rows of")
-    console.print(table)
+    print_whole(console, table)
 
 
 def _time(console: Console, layers: Replica, tokens: list[int]) -> None:

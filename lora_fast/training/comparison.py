@@ -79,6 +79,9 @@ class OnlySteps(Silent):
     def trained(self) -> None:
         self.observer.trained()
 
+    def done(self, *, well: bool = True) -> None:
+        self.observer.done(well=well)
+
 
 def chosen_methods(names: str | None) -> list[str]:
     """Return the methods named in ``a,b,c``, each once, in that order; all of them for None.
@@ -148,9 +151,11 @@ def compare_methods(
             row = _run_method(
                 config_for(config, name), floor, material, seeds, out, observer, place
             )
+            observer.done()
         except Interrupted as stop:
             raise Interrupted(out, None) from stop
         except Exception as error:  # the next method is not to suffer from this one
+            observer.done(well=False)
             observer.note(f"{METHODS[name].title}: {_reason(error, out)}")
             row = {"title": METHODS[name].title, "error": _reason(error, out)}
         found["methods"][name] = row

@@ -26,6 +26,9 @@ class Observer(Protocol):
     def trained(self) -> None:
         """The training announced last has ended or stopped."""
 
+    def done(self, *, well: bool = True) -> None:
+        """The part that was announced last has ended, ``well`` or not; no other begins yet."""
+
 
 class Silent:
     """An observer that ignores everything."""
@@ -43,3 +46,5 @@ class Silent:
     ) -> None: ...
 
     def trained(self) -> None: ...
+
+    def done(self, *, well: bool = True) -> None: ...

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import lora_fast
+from lora_fast.reporting import adapted_layers
 
 from .config import TrainConfig
 from .data import LengthGroupedOrder
@@ -41,6 +42,22 @@ def facts(setting: Experiment) -> list[tuple[str, str]]:
         ("Method", f"{method_of(config).title}: {options}{trainable:,} parameters to train"),
         ("Run", f"{setting.steps:,} steps of {step_size} examples, learning rate {config.lr:g}"),
     ]
+
+
+def rank_note(setting: Experiment) -> str | None:
+    """Return what to say of a rank that is no low one: more than a layer has inputs or outputs."""
+    config = setting.config
+    layers: list[Any] = [
+        layer for _, layer in adapted_layers(setting.model) if hasattr(layer, "lora_A")
+    ]
+    sides = [min(layer.in_features, layer.out_features) for layer in layers]
+    wide = sum(config.r is not None and config.r > side for side in sides)
+    if not wide:
+        return None
+    return (
+        f"--r {config.r:,} is more than the smaller side of {wide} of {len(sides)} layers (from "
+        f"{min(sides):,}): a lower rank can hold every update of them"
+    )
 
 
 def method_options(config: TrainConfig) -> dict[str, str]:
