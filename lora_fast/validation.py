@@ -22,6 +22,8 @@ def check_adapted_linear(
         raise _not_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension [..., K], got a scalar")
+    if x.device.type == "meta":
+        raise ValueError("x must be on a device that computes, got meta: count with fake tensors")
     if not isinstance(weight, NF4Weight):
         if getattr(weight, "quant_state", None) is not None:
             raise TypeError(

@@ -48,7 +48,7 @@ WRONG = {
 # have, which a comparison tells in the row of the method.
 RIGHT = {
     ("dropout", "zero"), ("warmup", "zero"), ("seed", "zero"),
-    *(("out", kind) for kind in ("word", "negative", "zero", "nan", "infinite", "two lines")),
+    *(("out", kind) for kind in ("word", "negative", "zero", "nan", "infinite")),
 }  # fmt: skip
 IN_ROWS = ("compare", "target_modules")
 
@@ -136,6 +136,12 @@ def test_an_empty_word_is_never_ignored(
     assert run_cli(*words) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: (--[a-z-]+|an argument) must not be empty\n", said), said
+
+
+def test_a_value_of_several_lines_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", "--out", "a\nb"], ["train", "--out=a\nb"]):
+        assert run_cli(*words) == 2
+        assert capsys.readouterr().err == "error: --out must be one line, got 'a\\nb'\n"
 
 
 def test_target_modules_that_no_method_takes_are_not_ignored(

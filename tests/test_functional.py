@@ -357,6 +357,7 @@ X, W, A, B = torch.randn(3, 6), torch.randn(5, 6), torch.randn(2, 6), torch.rand
         (ValueError, "dropout_seed must lie in", {"dropout_seed": -1}),
         (ValueError, "weight must have N ≥ 1 and K ≥ 1", {"x": X[:, :0], "weight": W[:, :0]}),
         (TypeError, "dropout_p must be a number", {"dropout_p": "0.1"}),
+        (ValueError, "x must be on a device that computes, got meta", {"x": X.to("meta")}),
         (ValueError, "weight must be on x's device cpu, got meta", {"weight": W.to("meta")}),
         (ValueError, "A must be on x's device cpu, got meta", {"A": A.to("meta")}),
     ],

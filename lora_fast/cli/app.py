@@ -65,9 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. Wrong usage is told in one line, without a traceback."""
     prepare_streams()
     words = sys.argv[1:] if arguments is None else arguments
-    empty = empty_word(words)
-    if empty is not None:
-        print(f"error: {empty} must not be empty", file=sys.stderr)
+    wrong = wrong_word(words)
+    if wrong is not None:
+        print(one_line(f"error: {wrong}"), file=sys.stderr)
         sys.exit(EXIT_USAGE)
     try:
         status = app(words, prog_name="lora-fast", standalone_mode=False)
@@ -87,18 +87,20 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def empty_word(words: list[str]) -> str | None:
-    """Return the option, or the place, whose value is given and is empty; None without any.
+def wrong_word(words: list[str]) -> str | None:
+    """Return what is wrong with a value, whatever its option: it is empty, or has several lines.
 
-    An empty value means a variable of a script that is not set, never a default.
+    An empty one means a variable of a script that is not set, never a default. None if all is well.
     """
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if word.startswith("--") and equals and not value.strip():
-            return name
-        if not word.strip():
+        if not (word.startswith("--") and equals):
             before = words[index - 1] if index else ""
-            return before if before.startswith("-") else "an argument"
+            name, value = before if before.startswith("-") else "an argument", word
+        if not value.strip():
+            return f"{name} must not be empty"
+        if len(value.splitlines()) > 1:
+            return f"{name} must be one line, got {value!r}"
     return None
 
 
