@@ -125,7 +125,7 @@ def test_wrong_usage(
     [
         (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
-        (["--data", "unlabelled.jsonl"], "unlabelled.jsonl, line 1: 'label' must be"),
+        (["--data", "unlabelled.jsonl"], "unlabelled.jsonl, line 1: has no 'label'"),
         (["--model", "./absent"], "cannot load the model ./absent: no such folder"),
         (["--model", "unreadable"], "cannot load the model unreadable: "),
         (
