@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fast import functional, set_backend, torch_products
 from lora_fast.functional import Member, adapted_linears
 
+# Before --cpu-kind puts another in its place.
+from lora_fast.torch_products import native_dtypes as native_dtypes_of_this_cpu
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -26,7 +29,7 @@ def _torch_backend():
 
 def test_this_cpu_multiplies_what_it_has_instructions_for() -> None:
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert torch_products.native_dtypes() == ((BF16,) if supported else ())
+    assert native_dtypes_of_this_cpu() == ((BF16,) if supported else ())
 
 
 @pytest.mark.parametrize("native", NATIVE_DTYPES.values(), ids=list(NATIVE_DTYPES))

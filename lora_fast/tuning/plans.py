@@ -4,7 +4,7 @@ Candidates of one operation, forward or backward:
 
     fused       the Triton kernels, with the configuration that configs.py picks or another one;
                 an NF4 weight is decoded by a launch of its own (workspace) or inside the GEMM
-    composed    products by cuBLAS, S · outᵀ added in place: no slower than a user without us
+    composed    products by cuBLAS, that with W on top of S · outᵀ: no slower than a user without us
 
 There is no "augmented K", [x | S] [W | Q]ᵀ as one cuBLAS product. It copies x [M, K] beside S,
 where composed reads and writes the M · N of y once more: that pays for N > K only. But [W | Q] has
