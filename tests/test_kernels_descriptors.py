@@ -161,16 +161,16 @@ def _results(config, device, case) -> list[torch.Tensor]:
     A, B = (_matrix(*shape, torch.float32).to(device) for shape in ((16, K), (N, 16)))
     g, none, options = _matrix(1, N)[0].to(device), (None,) * 3, {"config": config}
     y, S, _ = ticketed_gemm.forward(x, W, None, A, B, *none, 2.0, Dropout(), **options)
-    scaled = ticketed_gemm.grad_input(
+    gained = ticketed_gemm.grad_input(
         dY, W, None, A, B, None, None, g, 2.0, Dropout(), wants_dX=True, **options
     )
     layers = [(dY, W, None, A, B, 2.0), (dY[:, :64], W[:64], None, A, B[:64], 1.0)]
-    sums = [
-        dX_or_dS
+    summed = [
+        ticketed_gemm.grad_input_group(group, Dropout(), wants_dX=True, **options)
         for group in (layers, layers[:1] * (MOST_LAYERS + 1))
-        for dX_or_dS in ticketed_gemm.grad_input_group(group, Dropout(), wants_dX=True, **options)
     ]
-    return [y, S, *scaled, *sums]
+    gradients = [t for dX, dS in (gained, *summed) for t in (dX, dS.values)]
+    return [y, S, *gradients]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from lora_fast.kernels import configs, fitting, strips, ticketed_gemm
 from lora_fast.kernels.dropout import NO_DROPOUT
+from lora_fast.kernels.scaling import Shrunk
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -214,7 +215,7 @@ def _strips(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
         def step() -> object:
             before, configs._STRIP_CTAS = configs._STRIP_CTAS, ctas
             try:
-                return _parts(o), strips.grad_shrink(o.x, o.dS, _DTYPE, NO_DROPOUT)
+                return _parts(o), strips.grad_shrink(o.x, Shrunk(o.dS), _DTYPE, NO_DROPOUT)
             finally:
                 configs._STRIP_CTAS = before
 
