@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from accuracy import assert_all_accurate, assert_same_bits, orders
+from four_bit_formula import bitsandbytes_decodes_by_it
 from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners import ia3
 from peft.tuners.ia3 import Linear4bit as IA3Linear4bit
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import lora_fast
 
+bitsandbytes_decodes_by_it()
 K, HIDDEN, N = 24, 40, 20
 # A variant of LoRA that PEFT has from 0.20 on, as an argument of LoraConfig.
 HAS_MICA, MICA = hasattr(variants, "MiCALinearVariant"), {"init_lora_weights": "mica"}

@@ -8,7 +8,7 @@ import bitsandbytes.functional as bnbf
 import pytest
 import torch
 from accuracy import assert_same_bits
-from four_bit_formula import formula
+from four_bit_formula import bitsandbytes_decodes_by_it, formula
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -94,6 +94,16 @@ def test_nothing_of_bitsandbytes_decodes(monkeypatch: pytest.MonkeyPatch) -> Non
     weight = NF4Weight(packed, state)
     assert_same_bits(weight.dequantize(), formula(packed, state, state.dtype), name="W")
     assert weight.absmax().shape == state.absmax.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_the_yardstick_of_other_tests_decodes_by_the_formula(dtype: torch.dtype) -> None:
+    """What stock models with the layers of lora_models are made of, on every CPU."""
+    bitsandbytes_decodes_by_it()
+    packed, state = quantised(33, 96, 64, True)
+    state.dtype = dtype
+    found = bnbf.dequantize_4bit(packed.view(-1, 1), state)
+    assert_same_bits(found, formula(packed, state, dtype), name="W")
 
 
 @pytest.mark.parametrize("kind", CODES)
