@@ -145,7 +145,7 @@ def test_doctor_and_train_say_so_before_anything_is_read(no_driver, capsys, tmp_
         problems = diagnose(kernels=False).problems
         assert [bool(re.match(NO_DRIVER, problem)) for problem in problems] == [True]
         for command in ("train", "compare"):
-            assert run_cli(command, "--data", "absent.jsonl") == 1
+            assert run_cli(command, "--data", "absent.jsonl") == 2
             assert re.fullmatch(f"error: {NO_DRIVER}.*\n", capsys.readouterr().err)
     assert diagnose(kernels=False).problems == ()
 
