@@ -1,9 +1,9 @@
 """The equation as one torch.autograd.Function.
 
 Saved for backward, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where B, b or d
-trains, V = (y − bias) / g where g trains. Dropout keeps its seed and a copy of x, which the caller
-may change in place, as PEFT's lets him; the torch backend its mask as well, one byte an element. An
-NF4 weight stays packed and is decoded again.
+trains, V = (y − bias) / g where g trains. Dropout keeps its seed; on the torch backend a copy of x,
+which the caller may change in place as with PEFT, and the mask, one byte an element. An NF4 weight
+stays packed and is decoded again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .backend import Backend
+from .backend import Backend, uses_triton
 from .factors import Constants, Factors, Gradients, Needs, Saved
 from .nf4 import NF4Weight
 
@@ -67,7 +67,7 @@ class AdaptedLinear(torch.autograd.Function):
         y, saved = forward(x, f, needs, backend)
         nf4 = isinstance(weight, NF4Weight)
         ctx.save_for_backward(
-            saved_input(x, constants, needs),
+            saved_input(x, constants, needs, backend),
             *saved,
             None if nf4 else weight,
             bias,
@@ -111,7 +111,7 @@ class AdaptedLinearGroup(torch.autograd.Function):
         trains_A, trains_B = any(need.A for need in needs), any(need.B for need in needs)
         needs_mask = trains_A or ctx.needs_input_grad[0]
         ctx.save_for_backward(
-            saved_input(x, constants[0], Needs(A=trains_A)),
+            saved_input(x, constants[0], Needs(A=trains_A), backend),
             S if trains_B else None,
             mask if needs_mask else None,
             *vectors,
@@ -154,16 +154,19 @@ class AdaptedLinearGroup(torch.autograd.Function):
         return (None if dX is None else dX.view(ctx.x_shape), None, None, None, *found)
 
 
-def saved_input(x: Tensor, constants: Constants, needs: Needs) -> Tensor | None:
+def saved_input(x: Tensor, constants: Constants, needs: Needs, backend: Backend) -> Tensor | None:
     """x as the gradients of A and W read it, None if neither trains.
 
     PEFT's layers save what dropout makes of x, or the rows of an adapter's samples, and do not mind
-    when x is changed in place afterwards; where they save x itself, autograd raises.
+    when x is changed in place afterwards; where they save x itself, autograd raises. The torch
+    backend saves a copy there. The kernels share x with the model, as without dropout: a copy would
+    cost a pass over x and M × K elements a layer, and autograd raises where x was changed.
     """
     if not (needs.A or needs.weight):
         return None
     owned = constants.dropout_p > 0.0 or constants.rank_spans is not None
-    return x.clone() if owned and not needs.weight else x
+    copies = owned and not needs.weight and not uses_triton(x.device, backend)
+    return x.clone() if copies else x
 
 
 def is_recording() -> bool:

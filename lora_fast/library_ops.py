@@ -255,7 +255,7 @@ def apply(
     enabled = torch.is_grad_enabled()
     needs = [enabled and t is not None and t.requires_grad for t in (x, flat.data, *vectors)]
     constants = Constants(scaling, dropout_p, 0, rank_spans)
-    saved = autograd.saved_input(x, constants, Needs(*needs))
+    saved = autograd.saved_input(x, constants, Needs(*needs), get_backend())
     # The operator saves its input: the copy, where there is one.
     x = x if saved is None else saved
     y, *_ = adapted_linear(

@@ -57,12 +57,41 @@ SHAPES = (
 )
 
 
+class _Attention(nn.Module):
+    """q, k and v of one x, and o: what a group is found by is the source of a forward."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        mixed = _between(self.shape.q_width, q, k, v)
+        return _between(self.shape.hidden, self.o_proj(mixed))
+
+
+class _Mlp(nn.Module):
+    """gate and up of one h, and down."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, h: Tensor) -> Tensor:
+        gate = self.gate_proj(h)
+        up = self.up_proj(h)
+        y: Tensor = self.down_proj(_between(self.shape.intermediate, gate, up))
+        return y
+
+
 class Linears(nn.Module):
     """x [1, M, hidden] through the linears in the order and with the inputs of a decoder layer."""
 
     def __init__(self, shape: Shape, weight: str, device: str) -> None:
         super().__init__()
-        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        self.self_attn, self.mlp = _Attention(shape), _Mlp(shape)
         self.shape = shape
         for path, (N, K) in shape.linears.items():
             parent, name = path.split(".")
@@ -70,15 +99,10 @@ class Linears(nn.Module):
             getattr(self, parent).add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        attention: Any = self.self_attn
-        q = attention.q_proj(x)
         if not self.shape.intermediate:
+            q: Tensor = self.self_attn.q_proj(x)
             return q
-        mixed = _between(self.shape.q_width, q, attention.k_proj(x), attention.v_proj(x))
-        h = _between(self.shape.hidden, attention.o_proj(mixed))
-        mlp: Any = self.mlp
-        inner = _between(self.shape.intermediate, mlp.gate_proj(h), mlp.up_proj(h))
-        y: Tensor = mlp.down_proj(inner)
+        y: Tensor = self.mlp(self.self_attn(x))
         return y
 
 
