@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 
 from bench.offline import __main__ as command
 from bench.offline import (
+    band,
     contestants,
     counting,
     layers,
@@ -187,6 +188,8 @@ KEPT: dict[str, Any] = {
             "loops": [{"mma": 4, "integer": 96}],
         }
     ],
+    "bands": [{"layer": "L", "who": "lora_fast", "e": 0.85, "over_frozen": {"H100": 1.2}}],
+    "whole_layers": [{"layer": "L", "who": "lora_fast", "saved_bytes": 1}],
 }
 
 
@@ -315,7 +318,21 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     kept = command._load(command.RESULTS / command.FILE)
     text = (command.RESULTS / "tables.md").read_text()
     assert tables.targets(kept["counts"], kept.get("launches", []), kept["kernels"]) in text
-    assert tables.summary(kept["counts"]) in text
-    assert tables.summary(kept["counts"]) in (Path(__file__).parents[1] / "README.md").read_text()
+    assert tables.summary(kept["counts"], kept["bands"]) in text
+    short = tables.in_short(kept["counts"], kept["bands"], kept["whole_layers"])
+    assert short in text
+    assert short in (Path(__file__).parents[1] / "README.md").read_text()
     for name in {row["layer"] for row in kept["counts"]}:
         assert tables._layer(kept["counts"], name) in text
+
+
+def test_a_slower_triton_slows_what_triton_multiplies() -> None:
+    h100 = BY_ARCH[90]
+    product = Operation("ticketed_gemm", int(h100.flops), 0, 0)
+    strips = Operation("strips", 0, int(h100.bytes), 0)
+    both = [product, strips]
+    at_once = band.seconds("lora_fast", both, h100, 1.0)
+    assert at_once == pytest.approx(h100.total(both))
+    slower = band.seconds("lora_fast", both, h100, 0.5)
+    assert slower - at_once == pytest.approx(h100.seconds(product))
+    assert band.seconds("unsloth", both, h100, 0.5) == pytest.approx(at_once)

@@ -16,8 +16,18 @@ from lora_fast.kernels import configs
 from triton.runtime.jit import JITFunction
 
 from bench.offline import __main__ as command
-from bench.offline import contestants, counting, layers, machine_code, regression, variants
+from bench.offline import (
+    band,
+    contestants,
+    counting,
+    layers,
+    machine_code,
+    regression,
+    variants,
+    whole_layer,
+)
 from bench.offline.contestants import Case
+from bench.offline.rooflines import BY_ARCH
 
 pytestmark = pytest.mark.offline
 
@@ -122,3 +132,20 @@ def _gemm_configs(arch: int) -> list[configs.GemmConfig]:
 def _tile(values: Any) -> tuple[int, ...]:
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_L", "BLOCK_K", "num_warps", "num_stages")
     return tuple(values[name] for name in names if name in values)
+
+
+def test_a_whole_layer_saves_what_is_kept(kept: dict[str, Any]) -> None:
+    assert whole_layer.rows() == kept["whole_layers"]
+
+
+@pytest.mark.pinned
+def test_the_names_of_the_products_are_those_of_the_launches(kept: dict[str, Any]) -> None:
+    """At e = 0.85 a linear takes 1 / e of its products' time, but for the low rank's launches."""
+    case = counting.MAIN
+    frozen = contestants.stock(case, "frozen")
+    step, _ = contestants.LoraFast(case).step(case, 90)
+    h100 = BY_ARCH[90]
+    slow = band.seconds("lora_fast", step.operations, h100, band.SLOW)
+    (row,) = (r for r in kept["bands"] if (r["layer"], r["who"]) == (case.shape.name, "lora_fast"))
+    assert row["over_frozen"]["H100"] == round(slow / h100.total(frozen.operations), 4)
+    assert slow - h100.total(step.operations) > 0.15 * h100.total(frozen.operations)

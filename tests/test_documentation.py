@@ -145,3 +145,20 @@ def test_tests_of_the_checklist_exist() -> None:
             functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         else:
             assert name in functions, name
+
+
+VARIABLE = re.compile(r"\bLORA_FAST_[A-Z_]+\b")
+
+
+def test_the_page_of_variables_has_every_one_and_no_other() -> None:
+    sources = [
+        path
+        for folder in ("kernels", "lora_fast", "bench", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    read = {name for path in sources for name in VARIABLE.findall(path.read_text())}
+    page = (ROOT / "docs" / "variables.md").read_text()
+    rows = re.findall(r"^\| `(LORA_FAST_\w+)`", page, re.MULTILINE)
+    assert sorted(rows) == sorted(read)
+    for other in PAGES:
+        assert set(VARIABLE.findall(other.read_text())) <= read, other

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import counting, regression, tables, tasks
+from . import band, counting, regression, tables, tasks, whole_layer
 from .counting import EVERYTHING, FAST, MAIN
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "offline"
@@ -73,9 +73,11 @@ def _about() -> dict[str, str]:
 
 
 def _keep(new: dict[str, Any], folder: Path) -> None:
+    """Write ``new``, completed by what --check has no use for, as results, tables and pictures."""
     folder.mkdir(parents=True, exist_ok=True)
+    new = {**new, "bands": band.rows(), "whole_layers": whole_layer.rows()}
     _write(folder / FILE, new)
-    text = tables.everything(*(new[part] for part in tasks.PARTS), counting.breakdown(MAIN, 90))
+    text = tables.everything(new, counting.breakdown(MAIN, 90))
     (folder / "tables.md").write_text(text)
     print(text)
     try:
@@ -95,6 +97,8 @@ def _write(path: Path, results: dict[str, Any]) -> None:
         "counts": _lines(counts),
         "launches": _lines(results["launches"]),
         "kernels": _lines(results["kernels"]),
+        "bands": _lines(results["bands"]),
+        "whole_layers": _lines(results["whole_layers"]),
     }
     body = ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items())
     path.write_text("{\n" + body + "\n}\n")

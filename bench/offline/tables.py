@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .counting import MAIN
+from .band import SLOW
+from .counting import MAIN, MODELLED
 from .layers import SHAPES
 from .rooflines import ATTAINED_BYTES, ATTAINED_FLOPS, ROOFLINES
 
@@ -15,13 +16,16 @@ LINEAR, LAYER = SHAPES[0].name, SHAPES[1].name
 _CLASSES = ("mma", "tensor_memory", "shared", "global", "convert", "float", "shuffle", "integer")
 
 
-def everything(counts: Rows, launches: Rows, kernels: Rows, breakdown: Rows) -> str:
-    """All tables of one run."""
+def everything(results: dict[str, Rows], breakdown: Rows) -> str:
+    """All tables of one run; ``results`` by part (tasks.PARTS)."""
+    counts, launches, kernels = (results[part] for part in ("counts", "launches", "kernels"))
     parts = [
         "# Counted and modelled, not measured",
         _assumptions(),
-        "## In short: bfloat16, M = 8192, r = 16, forward + backward",
-        summary(counts),
+        "## In short: one Llama-3-8B layer, bfloat16, M = 8192, r = 16, forward + backward",
+        in_short(counts, results["bands"], results["whole_layers"]),
+        "## Every device: bfloat16, M = 8192, r = 16, forward + backward",
+        summary(counts, results["bands"]),
         "## Targets",
         targets(counts, launches, kernels),
     ]
@@ -33,23 +37,69 @@ def everything(counts: Rows, launches: Rows, kernels: Rows, breakdown: Rows) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def summary(counts: Rows) -> str:
+def in_short(counts: Rows, bands: Rows, whole_layers: Rows) -> str:
+    """The README's table: the linears of a dense decoder layer, times on an H100 from e = 1 down
+    to ``band.SLOW``; the slowest first, ours last."""
+    saved = {row["who"]: row["saved_bytes"] for row in whole_layers}
+    lines = []
+    for who in _IN_SHORT:
+        (row,) = (
+            row
+            for row in _select(counts, LAYER, "dense", 0.0)
+            if row["who"] == who and row["arch"] in (None, 90)
+        )
+        cells = (
+            _NAMES[who],
+            str(row["launches_forward"] + row["launches_backward"]),
+            f"{row['extra_bytes'] / 1e9:.1f} GB",
+            f"{row['saved_bytes'] / 1e6:.0f} MB",
+            f"{saved[who] / 1e6:.0f} MB" if who in saved else "–",
+            _band(row["over_frozen"], bands, LAYER, who, "H100", digits=2),
+        )
+        lines.append(tuple(f"**{cell}**" for cell in cells) if who == "lora_fast" else cells)
+    head = ("", "launches", "HBM traffic over frozen", "saved by the linears")
+    return _table((*head, "saved by the layer", "time over frozen, H100"), lines)
+
+
+_IN_SHORT = ("peft", "unsloth", "lorafusion", "lora_fast")
+_NAMES = {
+    "peft": "PEFT, bfloat16 adapters",
+    "unsloth": "Unsloth (model of its graph)",
+    "lorafusion": "LoRAFusion (model of its graph)",
+    "lora_fast": "lora_fast",
+}
+
+
+def _band(
+    times: dict[str, float], bands: Rows, layer: str, who: str, device: str, *, digits: int
+) -> str:
+    """The modelled time at e = 1 and, where it depends on e, at the lowest e that was modelled."""
+    slow = [r["over_frozen"][device] for r in bands if (r["layer"], r["who"]) == (layer, who)]
+    return " – ".join(f"{time:.{digits}f}" for time in (times[device], *slow))
+
+
+def summary(counts: Rows, bands: Rows) -> str:
     """Everybody's launches, bytes and modelled times, for a dense linear and a decoder layer."""
     lines = []
     for layer in (LINEAR, LAYER):
         for who, rows in _by(_select(counts, layer, "dense", 0.0), "who"):
-            first, times = _merged(rows)
+            first, _ = _merged(rows)
+            known = {name: time for row in rows for name, time in row["over_frozen"].items()}
+            times = [
+                _band(known, bands, layer, who, r.name, digits=3) if r.name in known else "-"
+                for r in ROOFLINES
+            ]
             lines.append(
                 (
                     layer,
-                    who,
+                    f"{who} (model)" if who in MODELLED else who,
                     str(first["launches_forward"] + first["launches_backward"]),
                     f"{first['extra_bytes'] / 1e6:.0f}",
                     f"{first['saved_bytes'] / 1e6:.0f}",
                     *times,
                 )
             )
-    head = ("", "", "launches", "extra MB", "kept MB")
+    head = ("", "", "launches", "HBM MB over frozen", "saved for backward, MB")
     return _table((*head, *(r.name for r in ROOFLINES)), lines)
 
 
@@ -69,7 +119,9 @@ def _assumptions() -> str:
         "Launches, bytes, FLOPs and saved bytes are counted. Times over the frozen layer are "
         "modelled: each launch takes the longer of its products and its memory traffic, at "
         f"{ATTAINED_FLOPS:.0%} and {ATTAINED_BYTES:.0%} of the peaks; nothing overlaps, launches "
-        f"cost nothing, Triton multiplies as fast as cuBLAS. Peaks: {devices}."
+        f"cost nothing. Triton multiplies as fast as cuBLAS (e = 1); a range ends at e = {SLOW}, "
+        "where a product in Triton takes 1 / e of cuBLAS's time. Unsloth and LoRAFusion are models "
+        f"of their graphs. Peaks: {devices}."
     )
 
 
@@ -103,7 +155,7 @@ def _targets_of_counts(counts: Rows) -> list[_Target]:
     found = []
     if linear:
         extra = linear["extra_bytes"] / 1e6
-        found.append(_at_most("linear: extra MB over frozen", 230, extra, f"{extra:.1f}"))
+        found.append(_at_most("linear: HBM MB over frozen", 230, extra, f"{extra:.1f}"))
         for direction, limit in (("forward", 1), ("backward", 3)):
             count = linear[f"launches_{direction}"]
             found.append(_at_most(f"linear: launches {direction}", limit, count))
@@ -115,7 +167,7 @@ def _targets_of_counts(counts: Rows) -> list[_Target]:
         extra, time = layer["extra_bytes"] / 1e9, layer["over_frozen"]["H100"]
         launches = layer["launches_forward"] + layer["launches_backward"]
         found += [
-            _at_most("Llama-3-8B layer: extra GB over frozen", 1.1, extra, f"{extra:.2f}"),
+            _at_most("Llama-3-8B layer: HBM GB over frozen", 1.1, extra, f"{extra:.2f}"),
             _at_most("Llama-3-8B layer: launches", 26, launches),
             _at_most(
                 "Llama-3-8B layer: modelled time over frozen, H100", 1.03, time, f"{time:.3f}"
@@ -219,7 +271,7 @@ def _layer(counts: Rows, layer: str) -> str:
                         *times,
                     )
                 )
-    head = ("W", "p", "who", "launches", "TFLOP", "compulsory MB", "MB", "extra MB", "saved MB")
+    head = ("W", "p", "who", "launches", "TFLOP", "compulsory MB", "MB", "over frozen", "saved MB")
     return _table((*head, *(f"time {r.name}" for r in ROOFLINES)), lines)
 
 
@@ -251,7 +303,7 @@ def _sizes(counts: Rows) -> str:
                 f"{peft['over_frozen']['H100']:.3f}",
             )
         )
-    head = ("layer", "M", "r", "W", "extra MB", "PEFT's", "time over frozen, H100", "PEFT's")
+    head = ("layer", "M", "r", "W", "MB over frozen", "PEFT's", "time over frozen, H100", "PEFT's")
     return _table(head, lines)
 
 
