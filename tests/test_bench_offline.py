@@ -336,3 +336,20 @@ def test_a_slower_triton_slows_what_triton_multiplies() -> None:
     slower = band.seconds("lora_fast", both, h100, 0.5)
     assert slower - at_once == pytest.approx(h100.seconds(product))
     assert band.seconds("unsloth", both, h100, 0.5) == pytest.approx(at_once)
+
+
+def test_the_picture_of_a_training_step_has_the_counted_numbers() -> None:
+    root = Path(__file__).parents[1]
+    picture = (root / "docs" / "training_step.svg").read_text()
+    kept = command._load(command.RESULTS / command.FILE)
+    of_main = tables._select(kept["counts"], tables.LINEAR, "dense", 0.0)
+    for who, name in (("peft", "PEFT"), ("lora_fast", "lora_fast")):
+        row = next(row for row in of_main if row["who"] == who and row["arch"] in (None, 90))
+        launches = row["launches_forward"] + row["launches_backward"]
+        assert f">{name}: {launches} launches, {row['bytes'] / MB:.0f} MB<" in picture
+    each = [
+        f">{op.bytes / MB:.0f} MB<" for op in contestants.stock(counting.MAIN, "peft").operations
+    ]
+    assert re.findall(r">\d+ MB<", picture) == each
+    ours = re.findall(r", (\d+) MB<", picture[picture.index("lora_fast: 4") :])
+    assert sum(map(int, ours[1:])) == pytest.approx(int(ours[0]), abs=2)
