@@ -141,14 +141,15 @@ def layer_paths(
     from .planning.settings import QUANTIZERS
     from .planning.states import nf4_layers
     from .reporting import adapted_layers, report
-    from .skeleton import imagined, load_config, skeleton
+    from .skeleton import default_task, imagined, load_config, skeleton
 
     if quantize not in QUANTIZERS:
         raise ValueError(f"quantize must be one of {', '.join(QUANTIZERS)}, got {quantize!r}")
-    base = skeleton(load_config(model), "causal-lm" if adapter is None else None, torch.bfloat16)
+    config = load_config(model)
+    base = skeleton(config, default_task(config) if adapter is None else None, torch.bfloat16)
     quantised = nf4_layers(base) if quantize == "nf4" else {}
     names = {name for name, layer in base.named_modules() if id(layer) in _ids(quantised)}
-    wrapped = _wrapped(model, base, adapter, method, target_modules)
+    wrapped = _wrapped(model, base, adapter, method, target_modules, default_task(config))
     found: Counter[tuple[str, str, str | None]] = Counter()
     example: dict[tuple[str, str, str | None], str] = {}
     with imagined(wrapped) as fake:
@@ -163,7 +164,12 @@ def layer_paths(
 
 
 def _wrapped(
-    name: str, base: Any, adapter: str | None, method: str, target_modules: str | None
+    name: str,
+    base: Any,
+    adapter: str | None,
+    method: str,
+    target_modules: str | None,
+    task: str | None,
 ) -> nn.Module:
     if adapter is not None:
         from .export.adapter_files import adapt, adapter_config
@@ -173,7 +179,8 @@ def _wrapped(
     from .planning.memory import adapted
     from .planning.settings import Settings
 
-    built: nn.Module = adapted(name, base, Settings(method=method, target_modules=target_modules))
+    settings = Settings(method=method, target_modules=target_modules, task=task)
+    built: nn.Module = adapted(name, base, settings)
     return built
 
 

@@ -88,20 +88,47 @@ def skeleton(config: Any, task: str | None = None, dtype: torch.dtype | None = N
         return kind.from_config(config, dtype=dtype or torch.float32, trust_remote_code=False)
 
 
+def default_task(config: Any) -> str | None:
+    """The task of ``lora-fast train`` that suits a config: causal-lm where its architecture is one
+    or is not named, else classification; None where transformers has it for neither."""
+    own = _architecture(config)
+    names = _class_names(config)
+    if own in names.get("causal-lm", ()) or (not own and "causal-lm" in names):
+        return "causal-lm"
+    return "classification" if "classification" in names else None
+
+
 def _auto_class(config: Any, task: str | None) -> Any:
     import transformers
 
-    own = (getattr(config, "architectures", None) or [""])[0]
-    for name, kind in AUTO_CLASSES.items():
+    own, names = _architecture(config), _class_names(config)
+    chosen = task if task in names else None
+    if task is None:
+        chosen = next((name for name, classes in names.items() if own in classes), None)
+    if chosen is None:
+        raise ValueError(
+            f"model must be one that transformers has for {task or 'its architecture'}, "
+            f"got {config.model_type} ({own or 'no architecture'})"
+        )
+    return getattr(transformers, AUTO_CLASSES[chosen])
+
+
+def _architecture(config: Any) -> str:
+    return str((getattr(config, "architectures", None) or [""])[0])
+
+
+def _class_names(config: Any) -> dict[str, list[str]]:
+    """The classes that transformers has for this kind of config, by task."""
+    import transformers
+
+    found = {}
+    for task, kind in AUTO_CLASSES.items():
         auto = getattr(transformers, kind, None)
-        found = None if auto is None else auto._model_mapping.get(type(config), None)
-        names = [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,)) if cls]
-        if names and (name == task or (task is None and own in names)):
-            return auto
-    raise ValueError(
-        f"model must be one that transformers has for {task or 'its architecture'}, "
-        f"got {config.model_type} ({own or 'no architecture'})"
-    )
+        classes = None if auto is None else auto._model_mapping.get(type(config), None)
+        names = classes if isinstance(classes, tuple) else (classes,)
+        if any(names):
+            found[task] = [cls.__name__ for cls in names if cls]
+    return found
 
 
 @contextmanager

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runs import library_logging, metrics_of, run_cli, save_bert, sentiment_rows, write_jsonl
+from tiny_runs import (
+    library_logging,
+    metrics_of,
+    run_cli,
+    save_bert,
+    save_llama,
+    sentiment_rows,
+    write_jsonl,
+)
 
 from lora_fast.cli.console import Terminal
 from lora_fast.training import comparison
@@ -62,6 +70,20 @@ def test_a_failed_method_gives_an_exit_code(
     monkeypatch.setattr(comparison, "train_arm", fails)
     assert run_cli("compare", *tiny, "--methods", "probe", "--out", "out") == 1
     assert "linear probe failed: RuntimeError: broken" in capsys.readouterr().out
+
+
+def test_a_method_that_cannot_apply_is_a_row_and_no_failure(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path
+) -> None:
+    save_llama(tmp_path / "llama")  # has no biases
+    options = [*tiny, "--model", str(tmp_path / "llama"), "--quantize", "none"]
+    assert run_cli("compare", *options, "--methods", "bitfit,probe", "--out", "out") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "BitFit does not apply: --method bitfit: the model must have biases" in shown
+    rows = json.loads(Path("out/compare.json").read_text())["methods"]
+    assert list(rows["bitfit"]) == ["title", "not_applicable"]
+    assert "| BitFit | does not apply: --method bitfit" in Path("out/compare.md").read_text()
+    assert run_cli("compare", *options, "--methods", "bitfit", "--out", "alone") == 1
 
 
 def test_ctrl_c_says_what_is_kept(

@@ -152,7 +152,7 @@ def test_the_command_shows_one_screen(
     assert [row[1] for row in rows] == list(compile_check._layers())
     assert rows[3][2].strip() == "nf4_decode 0 K, ticketed_gemm 227 K, strips 227 K  9.9 s"
     (layers,) = lines[found[4] + 1 : found[5]]
-    assert layers == "  14 × lora.Linear on bfloat16: fused (model.layers.0.self_attn.q_proj)"
+    assert layers == "  14 × lora.Linear on nf4: fused (model.layers.0.self_attn.q_proj)"
 
 
 @pytest.mark.parametrize(

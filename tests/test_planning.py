@@ -165,7 +165,8 @@ def close(planned: int, measured: int, what: str) -> None:
     assert abs(planned - measured) <= TOLERANCE * measured, f"{what}: {planned} for {measured}"
 
 
-SHAPE = {"batch_size": BATCH, "max_length": LENGTH}
+BATCHES = {"batch_size": BATCH, "max_length": LENGTH}
+SHAPE = {**BATCHES, "quantize": "none", "task": "causal-lm"}
 CASES = [
     Settings(method="lora", dtype="float32", **SHAPE),
     Settings(method="lora", dtype="bfloat16", r=4, **SHAPE),
@@ -219,7 +220,7 @@ def test_of_dropout_the_kernels_keep_nothing(method: str) -> None:
 
 
 def test_a_classifier_is_planned() -> None:
-    settings = Settings(task="classification", dtype="float32", **SHAPE)
+    settings = Settings(dtype="float32", **{**SHAPE, "task": "classification"})
     planned = plan(BERT, advise=False, **vars(settings))
     model = real_model(BERT, settings)
     saved, _ = step(model, settings)
@@ -235,8 +236,8 @@ def test_nf4_takes_the_bytes_that_bitsandbytes_takes(tmp_path: Path) -> None:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         ),
     ).requires_grad_(False)
-    planned = plan(tmp_path, quantize="nf4", dtype="float32", advise=False, **SHAPE)
-    loaded = plan(quantised, dtype="float32", **SHAPE)
+    planned = plan(tmp_path, quantize="nf4", dtype="float32", advise=False, **BATCHES)
+    loaded = plan(quantised, dtype="float32", **BATCHES)
     # The table of the scales' 256 codes is one for all layers as they are quantised, and each
     # layer's own as it is loaded: a kilobyte, which only a layer as small as these can feel.
     codes = sum(1024 for m in quantised.modules() if type(m).__name__ == "Linear4bit")
@@ -252,7 +253,7 @@ def test_an_adapted_model_is_planned_as_it_is() -> None:
     settings = Settings(dtype="float32", **SHAPE)
     planned = plan(LLAMA, advise=False, **vars(settings))
     model = real_model(LLAMA, settings)
-    found = plan(model, dtype="float32", **SHAPE)
+    found = plan(model, dtype="float32", **BATCHES)
     assert found.parts == planned.parts
     assert all(p.device.type == "cpu" and type(p) is nn.Parameter for p in model.parameters())
     step(model, settings)
@@ -297,7 +298,8 @@ def seven_billion(method: str, **settings: Any) -> float:
     totals = []
     for layers in (2, 3):
         config = LlamaConfig(num_hidden_layers=layers)  # the defaults are those of Llama-2-7B
-        found = plan(config, method=method, gradient_checkpointing=True, advise=False, **settings)
+        options = {"quantize": "none", "batch_size": 1, "gradient_checkpointing": True, **settings}
+        found = plan(config, method=method, advise=False, **options)
         totals.append(found.total)
     return (totals[1] + 29 * (totals[1] - totals[0])) / 1e9
 
@@ -378,9 +380,17 @@ def test_configs_that_cannot_be_found_are_refused(
 def test_a_quantised_checkpoint_is_planned_as_such() -> None:
     stored = LlamaConfig(**LLAMA.to_diff_dict())
     stored.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    found = plan(stored, advise=False, dtype="float32", **SHAPE)
-    assert found.parts == plan(LLAMA, quantize="nf4", advise=False, dtype="float32", **SHAPE).parts
+    in_four_bits = plan(LLAMA, quantize="nf4", advise=False, dtype="float32", **BATCHES)
+    for quantize in (None, "none"):
+        found = plan(stored, advise=False, dtype="float32", quantize=quantize, **BATCHES)
+        assert found.parts == in_four_bits.parts and not found.notes
     assert stored.use_cache is LLAMA.use_cache and stored.quantization_config
-    stored.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match="must be dense or in bitsandbytes' 4 bits, got gptq"):
-        plan(stored)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "mxfp4", "fp8"])
+def test_of_a_checkpoint_in_another_format_a_plain_copy_is_planned(kind: str) -> None:
+    stored = LlamaConfig(**LLAMA.to_diff_dict())
+    stored.quantization_config = {"quant_method": kind}
+    found = plan(stored, advise=False, **BATCHES)
+    assert found.parts == plan(LLAMA, advise=False, **BATCHES).parts
+    assert f"stored in {kind}" in found.notes[0]

@@ -45,7 +45,8 @@ def compare(
 ) -> None:
     """Train every method on the same data, model and seeds, and show what each costs and gives.
 
-    Every method runs with its own defaults; what does not work has the reason in its row.
+    Every method runs with its own defaults. One that this model or data has no place for has the
+    reason in its row; the exit code is 1 where one failed, or none was trained.
     """
     with one_line_errors(out or RUNS, debug=debug, interruption=_interruption):
         given = {f.name: context.params[f.name] for f in fields(TrainConfig) if f.name in _SHARED}
@@ -92,7 +93,7 @@ def _compare(
     overwrite: bool,
     debug: bool,
 ) -> bool:
-    """Run the comparison, show its table, and return whether any method failed."""
+    """Run the comparison, show its table, and return whether any method failed, or all are out."""
     from .console import Terminal, quiet_libraries
 
     terminal = Terminal()
@@ -107,7 +108,8 @@ def _compare(
         wanted = chosen_methods(methods)
         found = compare_methods(config, wanted, seeds, folder, terminal)
     show_comparison(terminal.console, found, folder)
-    return any("error" in row for row in found["methods"].values())
+    rows = found["methods"].values()
+    return any("error" in row for row in rows) or all("not_applicable" in row for row in rows)
 
 
 def _interruption(stop: BaseException, out: Path) -> str:

@@ -18,6 +18,8 @@ from rich.table import Table
 ARM_TITLES = {"stock": "stock PEFT", "lora_fast": "lora_fast"}
 LOG_LINES = 10
 WIDEST = 1000
+# Seconds without a sign of life.
+PATIENCE = 2.0
 
 
 class Terminal:
@@ -117,6 +119,35 @@ class Terminal:
         if self._status is not None:
             self._status.stop()
             self._status = None
+
+
+class Working:
+    """Says on stderr what takes time: one line that goes away, and in a log, once two seconds have
+    passed, a line for each stage that begins."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, stderr=True)
+        self._status: Status | None = None
+        self._began: float | None = None
+
+    def __enter__(self) -> Working:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def told(self, stage: str) -> None:
+        """Show the stage that begins."""
+        now = time.monotonic()
+        self._began = now if self._began is None else self._began
+        if self._console.is_terminal:
+            if self._status is None:
+                self._status = self._console.status("", spinner_style="cyan")
+                self._status.start()
+            self._status.update(f"{escape(stage)} …")
+        elif now - self._began > PATIENCE:
+            self._console.print(f"  {escape(stage)} …")
 
 
 def print_whole(console: Console, table: Table) -> None:

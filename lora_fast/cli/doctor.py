@@ -35,7 +35,12 @@ MethodOption = Annotated[
     typer.Option(metavar="NAME", help="Or as lora-fast train would.", rich_help_panel=MODEL),
 ]
 QuantizeOption = Annotated[
-    str, typer.Option(metavar="nf4|none", help="Its frozen weights.", rich_help_panel=MODEL)
+    str,
+    typer.Option(
+        metavar="nf4|none",
+        help="Its frozen weights: nf4, as lora-fast train.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Arch = Annotated[
     str | None,
@@ -49,7 +54,7 @@ def doctor(
     model: Model = None,
     adapter: AdapterOption = None,
     method: MethodOption = "lora",
-    quantize: QuantizeOption = "none",
+    quantize: QuantizeOption = "nf4",
     target_modules: opt.TargetModules = None,
     arch: Arch = None,
     kernels: Kernels = True,
@@ -63,15 +68,16 @@ def doctor(
     with one_line_errors(Path(), debug=debug, interruption=lambda *_: "interrupted"):
         from rich.console import Console
 
-        from .console import quiet_libraries
+        from .console import Working, quiet_libraries
 
         if not debug:
             quiet_libraries()
         from lora_fast.doctor import diagnose
 
-        console = Console(highlight=False, stderr=as_json)
+        console = Console(highlight=False)
         try:
-            with console.status("Looking …", spinner_style="cyan") as status:
+            with Working() as working:
+                working.told("Looking")
                 found = diagnose(
                     model=model,
                     adapter=adapter,
@@ -80,7 +86,7 @@ def doctor(
                     target_modules=target_modules,
                     arch=arch,
                     kernels=kernels,
-                    told=lambda stage: status.update(f"{stage} …"),
+                    told=working.told,
                 )
         except (ValueError, NotImplementedError) as error:
             raise TrainingError(first_line(error)) from error

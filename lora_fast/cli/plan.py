@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_fast.training import config
 from lora_fast.training.errors import TrainingError, first_line
 
 from . import options as opt
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 PLANNED = "Plan"
 BAR = 24
 SHOWN_CHANGES = 3
+# A part smaller than the total by more than this has no row of its own.
+NEGLIGIBLE = 100_000
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="FOLDER|config.json|HUB_ID", help="Only its config is read.")
@@ -33,8 +37,12 @@ PlanMethod = Annotated[
     ),
 ]
 PlanQuantize = Annotated[
-    str,
-    typer.Option(metavar="nf4|none", help="Frozen weights in 4 bits.", rich_help_panel=PLANNED),
+    str | None,
+    typer.Option(
+        metavar="nf4|none",
+        help="Frozen weights in 4 bits: nf4, as lora-fast train; full: none.",
+        rich_help_panel=PLANNED,
+    ),
 ]
 PlanDtype = Annotated[
     str,
@@ -44,12 +52,28 @@ PlanDtype = Annotated[
         rich_help_panel=PLANNED,
     ),
 ]
-PlanTask = Annotated[str, typer.Option(metavar="causal-lm|classification", rich_help_panel=PLANNED)]
-PlanBatch = Annotated[int, typer.Option(help="Examples per batch.", rich_help_panel=PLANNED)]
+PlanTask = Annotated[
+    str | None,
+    typer.Option(
+        metavar="causal-lm|classification",
+        help="causal-lm where the architecture is one, else classification.",
+        rich_help_panel=PLANNED,
+    ),
+]
+PlanBatch = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Examples per batch: {config.BATCH_SIZE['causal-lm']}, "
+        f"classification {config.BATCH_SIZE['classification']}.",
+        rich_help_panel=PLANNED,
+    ),
+]
 PlanLength = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of an example: 2048, or all that the model takes.", rich_help_panel=PLANNED
+        help=f"Tokens of an example: {config.MAX_LENGTH['causal-lm']}, classification "
+        f"{config.MAX_LENGTH['classification']}, or all that the model takes.",
+        rich_help_panel=PLANNED,
     ),
 ]
 PlanOptim = Annotated[
@@ -84,13 +108,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def plan(
     model: ModelArgument,
     method: PlanMethod = "lora",
-    quantize: PlanQuantize = "none",
+    quantize: PlanQuantize = None,
     r: PlanRank = None,
     dropout: opt.Dropout = None,
     target_modules: opt.TargetModules = None,
     dtype: PlanDtype = "bfloat16",
-    task: PlanTask = "causal-lm",
-    batch_size: PlanBatch = 1,
+    task: PlanTask = None,
+    batch_size: PlanBatch = None,
     max_length: PlanLength = None,
     gradient_checkpointing: opt.GradientCheckpointing = False,
     optim: PlanOptim = "adamw_torch",
@@ -102,7 +126,8 @@ def plan(
 ) -> None:
     """Count the memory of a training step, part by part, before anything is loaded.
 
-    With --card or --memory, the exit code is 1 when it does not fit.
+    The defaults are those of lora-fast train on a GPU. With --card or --memory, the exit code is 1
+    when it does not fit.
     """
     settings = {
         "method": method,
@@ -113,7 +138,7 @@ def plan(
         "dtype": dtype,
         "task": task,
         "batch_size": batch_size,
-        **({} if max_length is None else {"max_length": max_length}),
+        "max_length": max_length,
         "gradient_checkpointing": gradient_checkpointing,
         "optim": optim,
         "fused": not stock,
@@ -136,7 +161,7 @@ def _plan(
     as_json: bool,
     debug: bool,
 ) -> bool:
-    from .console import quiet_libraries
+    from .console import Working, quiet_libraries
 
     if not debug:
         quiet_libraries()
@@ -147,7 +172,8 @@ def _plan(
     room = cards.card_bytes(card) if card else cards.parse_memory(memory) if memory else None
     import lora_fast
 
-    found = lora_fast.plan(model, **settings)
+    with Working() as working:
+        found = lora_fast.plan(model, told=working.told, **settings)
     fitting = room is None or cards.fits(found.total, room)
     if as_json:
         import json
@@ -172,19 +198,19 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
 
     s = found.settings
     console.print(
-        f"[bold]{escape(found.model)}[/]: {found.parameters / 1e9:.3g}B parameters, "
-        f"{found.trainable / 1e6:.4g}M train; {s.method}"
-        f"{f' r={s.rank}' if s.rank else ''}, batch {s.batch_size} × {s.max_length} tokens"
+        f"[bold]{escape(found.model)}[/]: {millions(found.parameters)} parameters, "
+        f"{millions(found.trainable)} train; {s.method}"
+        f"{f' r={s.rank}' if s.rank else ''}, {s.task or 'its own task'}, "
+        f"batch {s.batch_size} × {s.max_length} tokens"
         f"{', checkpointing' if s.gradient_checkpointing else ''}, {s.optim}"
     )
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="cyan")
-    for name, size in found.parts.items():
-        if size:
-            bar = "█" * round(BAR * size / found.total)
-            table.add_row(name, human(size), bar)
+    for name, size in visible(found.parts).items():
+        bar = "█" * round(BAR * size / found.total)
+        table.add_row(name, human(size), bar)
     table.add_row("[bold]total[/]", f"[bold]{human(found.total)}[/]", "")
     print_whole(console, table)
     if found.paged:
@@ -200,15 +226,25 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
     _show_room(console, found, room, place)
 
 
+def visible(parts: Mapping[str, int]) -> dict[str, int]:
+    """The parts that have a row: not a few bytes beside gigabytes; JSON has them all."""
+    total = sum(parts.values())
+    return {name: size for name, size in parts.items() if size and size >= total / NEGLIGIBLE}
+
+
 def _show_room(console: Console, found: MemoryPlan, room: int | None, place: str | None) -> None:
     from lora_fast.planning import cards
 
     if room is None:
         names = [name for name, size in cards.CARDS.items() if cards.fits(found.total, size << 20)]
-        console.print(f"fits on: {', '.join(names) or 'none of the cards in the table'}")
+        dtype = found.settings.dtype
+        shown = ", ".join(f"{name}{cards.caveat(name, dtype)}" for name in names)
+        console.print(f"fits on: {shown or 'none of the cards in the table'}")
     elif cards.fits(found.total, room):
         left = room - found.total - cards.RESERVE
-        console.print(f"[green]✓[/] fits on {place} ({human(room)}), {human(left)} to spare")
+        caveat = cards.caveat(str(place).lower(), found.settings.dtype)
+        room_left = f"({human(room)}), {human(left)} to spare"
+        console.print(f"[green]✓[/] fits on {place}{caveat} {room_left}")
     else:
         over = found.total + cards.RESERVE - room
         console.print(f"[red]✗[/] does not fit on {place} ({human(room)}): {human(over)} too much")
@@ -220,9 +256,14 @@ def _show_room(console: Console, found: MemoryPlan, room: int | None, place: str
         console.print(f"{label} {change.what} saves {human(change.saves)}{enough}")
 
 
+def millions(count: int) -> str:
+    """``8.03B``, ``41.9M``: a number of parameters, three digits."""
+    return f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+
+
 def human(size: int) -> str:
     """``1.23 GB``: decimal units, three digits."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return (
                 f"{size / scale:.3g} {unit}"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_fast.training.comparison_table import SCORE_TITLES, caption, table
+from lora_fast.training.comparison_table import SCORE_TITLES, caption, table, without_numbers
 from lora_fast.training.run import Outcome
 
 from .console import ARM_TITLES, print_whole
@@ -45,8 +45,9 @@ def show_comparison(console: Console, found: dict[str, Any], out: Path) -> None:
     shown = _table(head[0])
     for title in head[1:]:
         shown.add_column(title, justify="right")
-    for row in rows:
-        shown.add_row(*map(escape, row) if len(row) == len(head) else (row[0], "failed"))
+    for row, method in zip(rows, found["methods"].values(), strict=True):
+        why = without_numbers(method)
+        shown.add_row(*map(escape, row) if why is None else (row[0], why[0]))
     console.print()
     print_whole(console, shown)
     console.print(f"  [dim]{caption(found)}[/]")
@@ -56,8 +57,10 @@ def show_comparison(console: Console, found: dict[str, Any], out: Path) -> None:
         )
         console.print(f"  [dim]{BASELINE_TITLES[name]}: {text}[/]")
     for row in found["methods"].values():
-        if "error" in row:
-            console.print(f"[red]{escape(row['title'])} failed: {escape(row['error'])}[/]")
+        why = without_numbers(row)
+        if why is not None:
+            colour = "red" if "error" in row else "yellow"
+            console.print(f"[{colour}]{escape(row['title'])} {why[0]}: {escape(why[1])}[/]")
     console.print(f"\ncompare.json, compare.md, compare.png: [bold]{escape(str(out))}[/]")
 
 

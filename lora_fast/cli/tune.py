@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_fast.training.config import BATCH_SIZE, MAX_LENGTH
 from lora_fast.training.errors import TrainingError, first_line
 from lora_fast.training.methods import METHODS
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from lora_fast.tuning.replica import Replica
 
+TOKENS = str(BATCH_SIZE["causal-lm"] * MAX_LENGTH["causal-lm"])
 TuneMethod = Annotated[
     str,
     typer.Option(
@@ -30,7 +32,9 @@ TuneMethod = Annotated[
 Tokens = Annotated[
     str,
     typer.Option(
-        metavar="N,N", help="Rows of a batch, its size times its length; several to tune."
+        metavar="N,N",
+        help="Rows of a batch, its size times its length, several to tune; else those of lora-fast "
+        "train.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be timed, no more.")]
@@ -39,12 +43,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be time
 def tune(
     model: ModelArgument,
     method: TuneMethod = "lora",
-    quantize: PlanQuantize = "none",
+    quantize: PlanQuantize = None,
     r: PlanRank = None,
     dropout: opt.Dropout = None,
     target_modules: opt.TargetModules = None,
     dtype: PlanDtype = "bfloat16",
-    tokens: Tokens = "2048",
+    tokens: Tokens = TOKENS,
     dry_run: DryRun = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -76,16 +80,18 @@ def _tune(
     """Whether what was asked for was done."""
     from rich.console import Console
 
-    from .console import quiet_libraries
+    from .console import Working, quiet_libraries
 
     if not debug:
         quiet_libraries()
-    from lora_fast.tuning.replica import replica
+    with Working() as working:
+        working.told(f"Building {model} without its weights")
+        from lora_fast.tuning.replica import replica
 
+        layers = replica(model, **options)
     console = Console(highlight=False)
-    layers = replica(model, **options)
     _show(console, model, layers, tokens)
-    if dry_run:
+    if dry_run or not layers.alike:
         return True
     device = gpu()
     if device is None:
@@ -117,6 +123,13 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
 
     from .console import print_whole
 
+    for note in layers.notes:
+        console.print(f"[yellow]![/] {escape(note)}")
+    for reason, count in layers.plain.items():
+        console.print(f"[yellow]![/] {count} layers stay PEFT's: {escape(reason)}")
+    if not layers.alike:
+        console.print(f"[bold]{escape(model)}[/]: no layer of it runs fused: nothing to time")
+        return
     table = Table(box=None, pad_edge=False)
     for title in ("layers", "in", "out", "times"):
         table.add_column(title, justify="left" if title == "layers" else "right")

@@ -61,7 +61,7 @@ class Activations:
 def count_activations(
     model: nn.Module,
     *,
-    task: str,
+    task: str | None,
     batch_size: int,
     max_length: int,
     dtype: torch.dtype,
@@ -83,8 +83,9 @@ def count_activations(
         _use_fused_attention(fake)
         shape = (batch_size, max_length)
         batch = {"input_ids": torch.zeros(shape, dtype=torch.long)}
-        labels = shape if task == "causal-lm" else shape[:1]
-        batch["labels"] = torch.zeros(labels, dtype=torch.long)
+        if task is not None:
+            labels = shape if task == "causal-lm" else shape[:1]
+            batch["labels"] = torch.zeros(labels, dtype=torch.long)
         try:
             return _traced(fake, batch, dtype)
         except Exception as error:  # whatever a model's own code raises without values

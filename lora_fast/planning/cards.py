@@ -23,6 +23,8 @@ CARDS: dict[str, int] = {
     "b200": 183359,
     "mi300x": 196592,
 }
+# Below compute capability 8.0: no bfloat16, and none of the kernels.
+OLDER = frozenset({"t4"})
 # The CUDA context with its libraries, and what the allocator cannot hand out again.
 RESERVE = 1_000_000_000
 
@@ -55,3 +57,14 @@ def parse_memory(text: str, name: str = "memory", such_as: str = "24GB or 80GiB"
 def fits(total: int, memory: int) -> bool:
     """Whether a plan of `total` bytes, and the reserve, fit in `memory`."""
     return total + RESERVE <= memory
+
+
+def caveat(name: str, dtype: str) -> str:
+    """What to say behind the name of a card that the kernels are not for; else nothing."""
+    if name not in OLDER:
+        return ""
+    return (
+        " (with --dtype float16, without the kernels)"
+        if dtype == "bfloat16"
+        else (" (without the kernels)")
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from ..optional_packages import needed
 from ..training.methods import METHODS
 from .activations import Activations, count_activations
+from .experts import Experts, about_experts, expert_modules, experts_of
 from .settings import FULL, SHAPING, Settings
 from .states import decode_bytes, nf4_layers, optimizer_bytes, weight_bytes
 
@@ -83,17 +84,25 @@ class _Counted:
     master: int
     decode: int
     parameters: int
+    experts: Experts | None = None
 
 
-def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> MemoryPlan:
+def plan(
+    model_or_config: Any,
+    *,
+    advise: bool = True,
+    told: Callable[[str], None] = lambda stage: None,
+    **settings: Any,
+) -> MemoryPlan:
     """Count the bytes that training will need, before anything is loaded.
 
     `model_or_config`: a folder, a ``config.json``, a hub id, a transformers config; or a model,
     which is taken as it is, adapters and all. The keyword arguments are those of
     :class:`lora_fast.planning.Settings`; ``method``, ``quantize``, ``r``, ``dropout``,
     ``target_modules``, ``frequencies`` and ``virtual_tokens`` say how a config becomes a model that
-    trains, and must not be given with a model. A checkpoint in 4 bits is nf4. ``advise=False``
-    leaves out ``changes``, which take most of the time.
+    trains, and must not be given with a model. A checkpoint in bitsandbytes' 4 bits is nf4; of one
+    in another quantised format a copy without it is planned, with a note. ``advise=False`` leaves
+    out ``changes``, which take most of the time; ``told(stage)`` is called before what takes time.
 
     Nothing is allocated: parameters are counted on the meta device, activations by a forward pass
     on fake tensors.
@@ -107,22 +116,27 @@ def plan(model_or_config: Any, *, advise: bool = True, **settings: Any) -> Memor
         wrong = next((name for name in SHAPING if name in settings), None)
         if wrong:
             raise ValueError(f"{wrong} must not be given with a model, which is taken as it is")
+        given = given.complete(given.task or "causal-lm")
         counted = _count_model(model_or_config, given)
         return _planned(counted, given, *_trace(counted, given))
+    told("Reading the config")
     name, config = _config(model_or_config)
-    stored = _as_stored(config, given)
-    given, notes_on_length = _within_positions(config, stored, "max_length" in settings)
+    given, notes_on_config = settled(config, given)
+    told("Counting parameters")
     counted = _count(name, config, given)
+    told("Counting activations")
     traced, notes = _trace(counted, given)
-    found = _planned(counted, given, traced, (*notes_on_length, *notes))
+    without = about_left_out(counted.model, given)
+    found = _planned(counted, given, traced, (*notes_on_config, *without, *notes))
     if not advise:
         return found
     from .advice import changes
 
-    def replanned(other: Settings) -> MemoryPlan:
+    def replanned(what: str, other: Settings) -> MemoryPlan:
+        told(f"Trying {what}")
         return _replanned(config, counted, found, traced, other)
 
-    return replace(found, changes=changes(found, replanned))
+    return replace(found, changes=changes(found, counted.model, replanned))
 
 
 def _config(source: Any) -> tuple[str, Any]:
@@ -138,23 +152,33 @@ def _config(source: Any) -> tuple[str, Any]:
     return source.model_type, source
 
 
-def _as_stored(config: Any, settings: Settings) -> Settings:
-    """The settings for a checkpoint that is quantised itself."""
+def settled(config: Any, given: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings for a config, nothing of them left open, and what to say of that."""
+    from ..skeleton import default_task
+
     stored: Any = getattr(config, "quantization_config", None)
-    if stored is None:
-        return settings
-    options = stored if isinstance(stored, dict) else stored.to_dict()
-    if not options.get("load_in_4bit"):
-        kind = options.get("quant_method", "unknown")
-        raise ValueError(f"model must be dense or in bitsandbytes' 4 bits, got {kind}")
-    return replace(settings, quantize="nf4")
+    notes: list[str] = []
+    if stored is not None:
+        options = stored if isinstance(stored, dict) else stored.to_dict()
+        if options.get("load_in_4bit"):
+            given = replace(given, quantize="nf4")
+        else:
+            kind = options.get("quant_method", "an unknown format")
+            notes.append(
+                f"the checkpoint is stored in {kind}; this is for a copy in {given.dtype}, whose "
+                "config.json has no quantization_config"
+            )
+    open_length = given.max_length is None
+    given = given.complete(given.task or default_task(config))
+    given, more = _within_positions(config, given, not open_length)
+    return given, (*notes, *more)
 
 
 def _within_positions(config: Any, settings: Settings, given: bool) -> tuple[Settings, list[str]]:
     """The settings, with no more tokens than the model has positions for, unless they were given;
     and a note where they were."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not limit or settings.max_length <= limit:
+    if not isinstance(limit, int) or limit < 1 or (settings.max_length or 0) <= limit:
         return settings, []
     if not given:
         return replace(settings, max_length=limit), []
@@ -169,20 +193,25 @@ def _count(name: str, config: Any, settings: Settings) -> _Counted:
     base.config.use_cache = settings.method == "prefix"
     quantised = nf4_layers(base) if settings.quantize == "nf4" else {}
     own = {id(tensor) for tensor in [*base.parameters(), *base.buffers()]}
+    with_experts = list(expert_modules(base))
     model = adapted(name, base, settings)
     tensors = [*model.parameters(), *model.buffers()]
     trained = tuple(p for p in model.parameters() if p.requires_grad)
     added = [t for t in tensors if id(t) not in own]
+    experts = experts_of(with_experts, model)
+    apart = {id(t) for t in experts.weights} if experts else set()
+    frozen = (t for t in tensors if id(t) in own and id(t) not in apart)
     return _Counted(
         name=name,
         model=model,
-        weights=weight_bytes((t for t in tensors if id(t) in own), quantised),
+        weights=weight_bytes(frozen, quantised),
         adapters=sum(weight_bytes(added, {}).values()),
         trained=trained,
         extra_state=_extra_state(model, settings, quantised),
         master=sum(4 * p.numel() for p in trained if settings.method == FULL and p.itemsize < 4),
         decode=decode_bytes(model, quantised, dtype),
         parameters=sum(p.numel() for p in model.parameters()),
+        experts=experts,
     )
 
 
@@ -219,13 +248,24 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
 
     dtype = getattr(torch, settings.dtype)
     try:
-        options = {key: getattr(settings, key) for key in (*SHAPING, "task")}
-        run = TrainConfig(model=name, data="-", steps=100, **options | {"quantize": "none"})
+        options = {key: getattr(settings, key) for key in SHAPING} | {"quantize": "none"}
+        if settings.task is not None:
+            options["task"] = settings.task
+        run = TrainConfig(model=name, data="-", steps=100, **options)
         run = run.with_defaults(sum(p.numel() for p in base.parameters()))
         held = Base(name, base, _NoTokenizer(), dtype, torch.device("meta"))
-        return METHODS[settings.method].build(held, run, 100)
+        with torch.device("meta"):  # PEFT makes factors before it moves them
+            return METHODS[settings.method].build(held, run, 100)
     except TrainingError as error:
         raise ValueError(f"method {settings.method}: {error}") from error
+
+
+def about_left_out(model: nn.Module, settings: Settings) -> tuple[str, ...]:
+    """What to say of linear layers that a method for all of them leaves alone."""
+    from ..training.adapters import about_bypassed
+
+    about = about_bypassed(model) if settings.adapts_all_linear else None
+    return (about,) if about else ()
 
 
 class _NoTokenizer:
@@ -253,8 +293,8 @@ def _trace(counted: _Counted, s: Settings) -> tuple[Activations | None, tuple[st
         return count_activations(
             counted.model,
             task=s.task,
-            batch_size=s.batch_size,
-            max_length=s.max_length,
+            batch_size=s.batch_size or 1,
+            max_length=s.max_length or 1,
             dtype=getattr(torch, s.dtype),
             fused=s.fused,
         ), ()
@@ -271,6 +311,11 @@ def _planned(
         wide = [torch.empty(p.shape, device="meta") for p in counted.trained]
         state, paged = optimizer_bytes(wide, s.optim)
     parts = {f"weights, {kind}": size for kind, size in counted.weights.items()}
+    if counted.experts is not None:
+        for kind, size in weight_bytes(counted.experts.weights, {}).items():
+            parts[f"weights of experts, {kind}"] = size
+        about = about_experts(counted.experts, s.dtype, quantised=s.quantize == "nf4")
+        notes = (about, *notes)
     parts["adapters"] = counted.adapters
     parts["gradients"] = sum(p.numel() * p.itemsize for p in counted.trained)
     if counted.master:
@@ -298,12 +343,13 @@ def _replanned(
 ) -> MemoryPlan:
     """The plan for other settings; what a change leaves alone is not counted again."""
     before = now.settings
-    if (s.method, s.r, s.quantize) != (before.method, before.r, before.quantize):
+    shaping = [name for name in SHAPING if getattr(s, name) != getattr(before, name)]
+    if shaping:
         counted = _count(counted.name, config, s)
-    if s.method != before.method:
+    if "method" in shaping or "target_modules" in shaping:
         traced, _ = _trace(counted, s)
     elif traced is not None and s.batch_size != before.batch_size:
-        traced = traced.scaled(s.batch_size / before.batch_size)
+        traced = traced.scaled((s.batch_size or 1) / (before.batch_size or 1))
     elif s.max_length != before.max_length:
         traced, _ = _trace(counted, s)
     return _planned(counted, s, traced)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
     from .models import Base
 
+ALL_LINEAR = "all-linear"
 CLASSIFICATION_HEADS = ("classifier", "score")
 # AdaLoRA starts with half as many directions again (Zhang et al. 2023, section 4) and has reached
 # its budget when a fifth of the steps is left.
@@ -204,7 +205,7 @@ def target_modules(model: nn.Module, wanted: str) -> str | list[str]:
     Raises:
         TrainingError: a name matches no module, or one that is not a linear layer.
     """
-    if wanted == "all-linear":
+    if wanted == ALL_LINEAR:
         return wanted
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if not names:
@@ -235,7 +236,37 @@ def _lora_options(base: Base, config: TrainConfig) -> dict[str, Any]:
 
 
 def _targets(base: Base, config: TrainConfig) -> str | list[str]:
-    return target_modules(base.model, config.target_modules or "all-linear")
+    wanted = config.target_modules or ALL_LINEAR
+    without_effect = bypassed(base.model) if wanted == ALL_LINEAR else []
+    if not without_effect:
+        return target_modules(base.model, wanted)
+    kept = {*without_effect, *CLASSIFICATION_HEADS}
+    output = base.model.get_output_embeddings()
+    linear = ((n, m) for n, m in base.model.named_modules() if _is_linear(m) and m is not output)
+    return sorted({name.rpartition(".")[2] for name, _ in linear} - kept)
+
+
+def about_bypassed(model: nn.Module) -> str | None:
+    """Return a line about what all-linear leaves out of `model`; None if it is nothing."""
+    names = bypassed(model)
+    if not names:
+        return None
+    multiplied = "the model multiplies with their weights itself"
+    return f"all-linear leaves out {', '.join(names)}: {multiplied}"
+
+
+def bypassed(model: nn.Module) -> list[str]:
+    """Return the names of linear layers that all-linear leaves out: the code of their parent
+    multiplies with their weights itself, so that an adapter around them would change nothing."""
+    from lora_fast.weight_reads import multiplies_by_itself
+
+    found = {
+        name
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if _is_linear(layer) and multiplies_by_itself(parent, name)
+    }
+    return sorted(found)
 
 
 def _wrap(base: Base, config: TrainConfig, kind: Any, **options: Any) -> Any:

@@ -21,10 +21,10 @@ import torch
 from lora_fast import report
 
 from . import models
-from .comparison_table import SCORE_TITLES, Result, facts, markdown
+from .comparison_table import SCORE_TITLES, Result, facts, markdown, without_numbers
 from .config import TrainConfig, option_name
 from .data import load_rows
-from .errors import Interrupted, TrainingError, explain_write_failure, first_line
+from .errors import Interrupted, RunFailure, TrainingError, explain_write_failure, first_line
 from .events import Observer, Silent
 from .experiment import Experiment
 from .folder import COMPARISON_FILE
@@ -122,7 +122,8 @@ def compare_methods(
 ) -> Result:
     """Train every method with every seed and return what ``compare.json`` holds.
 
-    The file is rewritten after every method. A method that fails has the reason in its row.
+    The file is rewritten after every method. A method that fails has the reason in its row, as
+    ``error``, and one that this model or data has no place for as ``not_applicable``.
 
     Raises:
         TrainingError: the data or the base model cannot be used at all.
@@ -157,7 +158,7 @@ def compare_methods(
         except Exception as error:  # the next method is not to suffer from this one
             observer.done(well=False)
             observer.note(f"{METHODS[name].title}: {_reason(error, out)}")
-            row = {"title": METHODS[name].title, "error": _reason(error, out)}
+            row = {"title": METHODS[name].title, _outcome(error): _reason(error, out)}
         found["methods"][name] = row
         _save(found, out)
     return found
@@ -316,6 +317,11 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
+def _outcome(error: Exception) -> str:
+    applies = not isinstance(error, TrainingError) or isinstance(error, RunFailure)
+    return "error" if applies else "not_applicable"
+
+
 def _reason(error: Exception, out: Path) -> str:
     if isinstance(error, TrainingError):
         return str(error)
@@ -334,7 +340,7 @@ def _save(found: Result, out: Path) -> None:
     """Write the numbers, the table and the picture."""
     write_json(found, out / COMPARISON_FILE)
     (out / TABLE_FILE).write_text(markdown(found), encoding="utf-8")
-    rows = [row for row in found["methods"].values() if "error" not in row]
+    rows = [row for row in found["methods"].values() if without_numbers(row) is None]
     if rows:
         score = found["scores"][-1]
         shown = [{**row, "scores": row["scores"][score]} for row in rows]

@@ -52,8 +52,9 @@ def table(found: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def _row(row: Result, scores: list[str]) -> list[str]:
-    if "error" in row:
-        return [row["title"], f"failed: {row['error']}"]
+    why = without_numbers(row)
+    if why is not None:
+        return [row["title"], ": ".join(why)]
     memory = row["memory_bytes"]
     fused = f"{row['fused_layers']} of {row['adapted_layers']}" if row["adapted_layers"] else "–"
     return [
@@ -64,6 +65,14 @@ def _row(row: Result, scores: list[str]) -> list[str]:
         fused,
         *(spread(row["scores"][name]) for name in scores),
     ]
+
+
+def without_numbers(row: Result) -> tuple[str, str] | None:
+    """Return what became of a method that has no numbers, and why; None for one that has."""
+    for key, what in (("error", "failed"), ("not_applicable", "does not apply")):
+        if key in row:
+            return what, row[key]
+    return None
 
 
 def spread(values: list[float]) -> str:

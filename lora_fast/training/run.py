@@ -26,7 +26,7 @@ from .folder import RunFolder
 from .inputs import changed, inputs_of
 from .json_files import finite
 from .methods import method_of
-from .summary import arm_summary, comparison_summary, facts, rank_note, run_summary
+from .summary import arm_summary, comparison_summary, facts, notes, run_summary
 from .trainer import Arm, check_optimizer, total_steps, train_arm
 from .weights import capture, restore
 
@@ -82,8 +82,7 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
     setting = _set_up(config, rows, observer)
     for name, text in facts(setting):
         observer.fact(name, text)
-    wide = rank_note(setting)
-    for text in [*rows.notes, *([wide] if wide else [])]:
+    for text in [*rows.notes, *notes(setting)]:
         observer.note(text)
     folder.record["pad_token_id"] = setting.base.tokenizer.pad_token_id
     folder.begin(inputs, list(other))

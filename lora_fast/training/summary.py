@@ -12,6 +12,7 @@ import torch
 import lora_fast
 from lora_fast.reporting import adapted_layers
 
+from .adapters import ALL_LINEAR, about_bypassed
 from .config import TrainConfig
 from .data import LengthGroupedOrder
 from .effective_rank import summarise
@@ -44,7 +45,14 @@ def facts(setting: Experiment) -> list[tuple[str, str]]:
     ]
 
 
-def rank_note(setting: Experiment) -> str | None:
+def notes(setting: Experiment) -> list[str]:
+    """Return what to say of the adapter before it trains."""
+    everywhere = setting.config.target_modules == ALL_LINEAR
+    left_out = about_bypassed(setting.base.model) if everywhere else None
+    return [text for text in (_rank_note(setting), left_out) if text]
+
+
+def _rank_note(setting: Experiment) -> str | None:
     """Return what to say of a rank that is no low one: more than a layer has inputs or outputs."""
     config = setting.config
     layers: list[Any] = [

@@ -6,6 +6,7 @@ one of each. They are found on a skeleton, which has no memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from .. import four_bit
 from ..acceleration import accelerate
 from ..optional_packages import needed
-from ..planning.memory import adapted
+from ..peft_layers import FusedForward
+from ..planning.memory import about_left_out, adapted, settled
 from ..planning.settings import Settings
 from ..planning.states import nf4_layers
-from ..reporting import adapted_layers
+from ..reporting import adapted_layers, report
 from ..skeleton import load_config, skeleton
 from ..training.methods import METHODS
-from .warm_up import kind_of
+from .warm_up import base_of, kind_of
 
 # As transformers initialises linear layers.
 _SPREAD = 0.02
@@ -29,12 +31,19 @@ _SPREAD = 0.02
 class Replica(nn.Module):
     """Layers by the path of their parent, on the meta device until :meth:`materialise`.
 
-    ``alike``: how many parents of the model have the same adapted layers, by path.
+    ``alike``: how many parents of the model have the same adapted layers, by path. ``plain``: how
+    many layers stay PEFT's, by the reason. ``notes``: what to say of the config.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, notes: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self.notes = notes
         accelerate(model)  # what is computed together is read in the forward of the real parents
+        self.plain = Counter(
+            _why_not(model.get_submodule(layer.name), layer.obstacle)
+            for layer in report(model).layers
+            if not _can_be_fused(model.get_submodule(layer.name))
+        )
         self.alike: dict[str, int] = {}
         known: dict[Any, str] = {}
         for path, children in _by_parent(model).items():
@@ -63,7 +72,7 @@ def replica(
     model: str,
     *,
     method: str,
-    quantize: str,
+    quantize: str | None,
     r: int | None,
     dropout: float | None,
     target_modules: str | None,
@@ -71,17 +80,12 @@ def replica(
 ) -> Replica:
     """The layers that `method` adapts in the model of a folder, a config.json or a hub id.
 
-    The options are those of ``lora-fast plan``. Raises ValueError for a method without fused
-    layers, for DoRA on NF4, and what planning raises.
+    The options are those of ``lora-fast plan``; of None, its defaults. Raises ValueError for a
+    method without fused layers, for DoRA on NF4, and what planning raises.
     """
     fused = [name for name, row in METHODS.items() if row.fused]
     if method not in fused:
         raise ValueError(f"method must be one with fused layers: {', '.join(fused)}; got {method}")
-    if method == "dora" and quantize == "nf4":
-        raise ValueError(
-            "quantize must be none for method dora, whose norms PEFT takes from loaded weights; "
-            "call lora_fast.warm_up on the loaded model"
-        )
     config = load_config(model)
     settings = Settings(
         method=method,
@@ -91,20 +95,39 @@ def replica(
         target_modules=target_modules,
         dtype=dtype,
     )
-    base = skeleton(config, dtype=getattr(torch, dtype))
-    if quantize == "nf4":
+    settings, notes = settled(config, settings)
+    if method == "dora" and settings.quantize == "nf4":
+        raise ValueError(
+            "quantize must be none for method dora, whose norms PEFT takes from loaded weights; "
+            "call lora_fast.warm_up on the loaded model"
+        )
+    base = skeleton(config, settings.task, getattr(torch, dtype))
+    if settings.quantize == "nf4":
         _in_four_bits(base, getattr(torch, dtype))
-    return Replica(adapted(model, base, settings))
+    wrapped = adapted(model, base, settings)
+    return Replica(wrapped, (*notes, *about_left_out(wrapped, settings)))
 
 
 def _by_parent(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Adapted layers by the path of their parent, with slashes for dots, and their own name."""
     found: dict[str, dict[str, Any]] = {}
     for path, layer in adapted_layers(model):
-        if hasattr(layer, "get_base_layer") or hasattr(layer, "base_layer"):
+        if _can_be_fused(layer):
             parent, _, name = path.removeprefix("base_model.model.").rpartition(".")
             found.setdefault(parent.replace(".", "/") or "model", {})[name] = layer
     return found
+
+
+def _can_be_fused(layer: Any) -> bool:
+    """Whether the layer is one of ours, around what will be a linear layer once it is loaded."""
+    base = base_of(layer) if isinstance(layer, FusedForward) else None
+    return type(base) is nn.Linear or four_bit.is_four_bit(base)
+
+
+def _why_not(layer: Any, obstacle: str | None) -> str:
+    if isinstance(layer, FusedForward) or obstacle is None:  # the obstacle is the meta device
+        return f"base layer is {type(base_of(layer)).__name__}"
+    return obstacle
 
 
 def _in_four_bits(base: Any, dtype: torch.dtype) -> None:

@@ -1,0 +1,53 @@
+"""The experts of a mixture: weights that are parameters of their module, and no layers.
+
+``--quantize nf4`` and ``--target-modules`` speak of linear layers; what becomes of the experts is
+said by :func:`about_experts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Experts:
+    """``weights`` are their frozen parameters, in ``modules`` modules; ``trained`` is how many
+    parameters PEFT's wrappers around them train."""
+
+    weights: tuple[Tensor, ...]
+    modules: int
+    trained: int
+
+
+def expert_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that hold weights [experts, N, K], or transposed ones."""
+    for module in model.modules():
+        count = getattr(module, "num_experts", None)
+        if any(p.dim() == 3 and p.shape[0] == count for p in module.parameters(recurse=False)):
+            yield module
+
+
+def experts_of(modules: Iterable[nn.Module], adapted: Any) -> Experts | None:
+    """What became of expert `modules` of the base in the model that trains; None without any."""
+    modules = list(modules)
+    if not modules:
+        return None
+    weights = tuple(p for module in modules for p in module.parameters(recurse=False))
+    wrappers = [m for m in adapted.modules() if type(m).__name__ == "ParamWrapper"]
+    factors = {id(p): p for m in wrappers for n, p in m.named_parameters() if "lora_" in n}
+    trained = sum(p.numel() for p in factors.values() if p.requires_grad)
+    return Experts(weights, len(modules), trained)
+
+
+def about_experts(experts: Experts, dtype: str, *, quantised: bool) -> str:
+    """One line: how many parameters they are, and what of the settings does not reach them."""
+    size = sum(w.numel() for w in experts.weights) / 1e9
+    line = f"experts: {size:.3g}B parameters in {experts.modules} modules, no linear layers; "
+    line += f"they stay {dtype}, " + ("which --quantize nf4 does not change, " if quantised else "")
+    if experts.trained:
+        return line + f"and PEFT's own code trains {experts.trained / 1e6:.4g}M parameters on them"
+    return line + "and are not adapted"
