@@ -281,7 +281,7 @@ def test_a_resumed_run_keeps_its_options(
 ) -> None:
     TrainConfig(r=4, lr=0.5).save(Path("."))
     code, error = failure(capsys, "train", "--resume", "--out", ".", "--r", "4", "--lr", "0.1")
-    assert (code, error) == (2, "error: --resume goes on with --lr 0.5, got --lr 0.1")
+    assert (code, error) == (2, "error: --resume continues with --lr 0.5, got --lr 0.1")
 
 
 def test_a_run_shows_its_scores_and_where_it_is(

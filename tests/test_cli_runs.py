@@ -259,7 +259,7 @@ def test_numbers_are_not_reused_and_resume_takes_the_last_run(
     TrainConfig().save(Path("runs/9"))
     TrainConfig(lr=0.5).save(Path("runs/10"))  # and 11 has a comparison in it, or nothing
     assert run_cli("train", "--resume", "--lr", "0.1") == 2
-    assert "--resume goes on with --lr 0.5" in capsys.readouterr().err
+    assert "--resume continues with --lr 0.5" in capsys.readouterr().err
     made: list[bool] = []
 
     def stop(*_: object) -> None:

@@ -35,11 +35,11 @@ app = typer.Typer(
 )
 SUMMARIES: dict[Callable[..., None], str] = {
     train: "Fine-tune a model.",
-    compare: "Every method on the same data.",
-    plan: "The memory of a run.",
-    merge: "An adapter into its base.",
-    tune: "Time what is fastest here.",
-    doctor: "Is anything broken?",
+    compare: "Train every method on the same data.",
+    plan: "Memory that a run needs.",
+    merge: "Merge an adapter into its base.",
+    tune: "Find the fastest kernels for this GPU.",
+    doctor: "Check the installation.",
 }
 for command, summary in SUMMARIES.items():
     app.command(cls=Command, short_help=summary, context_settings=HELP)(command)
@@ -62,7 +62,7 @@ def root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit. Wrong usage is told in one line, without a traceback."""
+    """Run the command line and exit. Wrong usage ends with one line, without a traceback."""
     prepare_streams()
     words = sys.argv[1:] if arguments is None else arguments
     wrong = wrong_word(words)
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
 def wrong_word(words: list[str]) -> str | None:
     """Return what is wrong with a value, whatever its option: it is empty, or has several lines.
 
-    An empty one means a variable of a script that is not set, never a default. None if all is well.
+    An empty value means an unset variable of a script, never a default. None if the value is fine.
     """
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")

@@ -43,10 +43,10 @@ def compare(
     overwrite: opt.Overwrite = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Train every method on the same data, model and seeds, and show what each costs and gives.
+    """Train every method on the same data, model and seeds, and compare cost and quality.
 
-    Every method runs with its own defaults. One that this model or data has no place for has the
-    reason in its row; the exit code is 1 where one failed, or none was trained.
+    Every method runs with its own defaults. The row of one that does not apply to this model or data
+    gives the reason; the exit code is 1 if one failed, or none was trained.
     """
     with one_line_errors(out or RUNS, debug=debug, interruption=_interruption):
         given = {f.name: context.params[f.name] for f in fields(TrainConfig) if f.name in _SHARED}
@@ -115,6 +115,6 @@ def _compare(
 def _interruption(stop: BaseException, out: Path) -> str:
     done = compared_methods(out)
     if not done:
-        return "interrupted before the first method was finished"
+        return "interrupted before the first method finished"
     path = out / COMPARISON_FILE
     return f"interrupted; {path} and the table beside it have the {len(done)} finished"

@@ -95,11 +95,11 @@ class Terminal:
             self.console.print(f"  step {step}/{self._total} · {numbers} · lr {learning_rate:.1e}")
 
     def trained(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._stop_progress()
 
     def done(self, *, well: bool = True) -> None:
-        """Tick off what is running, or let it go where it did not end well."""
+        """Tick off what is running, or remove it if it failed."""
         self._close(done=well)
 
     def _close(self, *, done: bool) -> None:
@@ -151,7 +151,7 @@ class Working:
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Print a table at its own width: on a narrower terminal lines wrap, and nothing is cut."""
+    """Print a table at its own width: a narrower terminal wraps lines and cuts nothing."""
     options = console.options.update(max_width=WIDEST)
     table.width = Measurement.get(console, options, table).maximum
     console.print(table, crop=False)
@@ -165,7 +165,7 @@ def duration(seconds: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars, advice and warnings of the libraries below. Call before a run."""
+    """Silence the progress bars, advice and warnings of other libraries. Call before a run."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

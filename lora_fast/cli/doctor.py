@@ -1,4 +1,4 @@
-"""``lora-fast doctor``: what is here, what compiles, and which path the layers of a model take."""
+"""``lora-fast doctor``: what is installed, what compiles, and which path a model's layers take."""
 
 from __future__ import annotations
 
@@ -22,31 +22,39 @@ Model = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER|config.json|HUB_ID",
-        help="Say which path each layer would take; only the config is read.",
+        help="Show which path each layer would take; only the config is read.",
         rich_help_panel=MODEL,
     ),
 ]
 AdapterOption = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help="Adapted as this adapter is.", rich_help_panel=MODEL),
+    typer.Option(metavar="FOLDER", help="With this adapter.", rich_help_panel=MODEL),
 ]
 MethodOption = Annotated[
     str,
-    typer.Option(metavar="NAME", help="Or as lora-fast train would.", rich_help_panel=MODEL),
+    typer.Option(
+        metavar="NAME",
+        help="Or with an adapter as lora-fast train makes it.",
+        rich_help_panel=MODEL,
+    ),
 ]
 QuantizeOption = Annotated[
     str,
     typer.Option(
         metavar="nf4|none",
-        help="Its frozen weights: nf4, as lora-fast train.",
+        help="Storage of the frozen weights: nf4, as lora-fast train.",
         rich_help_panel=MODEL,
     ),
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(metavar="sm_80 … sm_120", help="Compile for this GPU: the one here, else sm_90."),
+    typer.Option(
+        metavar="sm_80 … sm_120", help="Compile for this GPU (default: the one here, else sm_90)."
+    ),
 ]
-Kernels = Annotated[bool, typer.Option(help="Compile the kernels: under a minute, once.")]
+Kernels = Annotated[
+    bool, typer.Option(help="Compile the kernels, which takes up to a minute once.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

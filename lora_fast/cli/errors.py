@@ -37,9 +37,9 @@ def one_line_errors(
     """End the command with one line for whatever goes wrong inside; ``debug`` adds the traceback.
 
     ``out`` is the folder that the command writes to. ``interruption`` returns the line for a
-    command that was stopped; without it, how to resume training.
+    command that was stopped; by default it says how to resume training.
 
-    The exit code is 2 for input that is wrong, 1 for what failed, 130 for Ctrl-C.
+    The exit code is 2 for wrong input, 1 for a failure, 130 for Ctrl-C.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def one_line_errors(
 
 
 def explain(error: Exception, out: Path) -> TrainingError:
-    """Return an error whose one line tells what happened and, where known, what to do."""
+    """Return an error whose one line says what happened and, if known, what to do."""
     if isinstance(error, TrainingError):
         return error
     if isinstance(error, MissingPackageError):
@@ -101,7 +101,7 @@ def _end(line: str, code: int, debug: bool) -> None:
 def one_line(text: str) -> str:
     """Return a message as one line of printable characters, its middle left out if it is long.
 
-    Input of any kind is quoted in messages: names with line breaks, or of thousands of letters.
+    Messages quote input of any kind, such as names with line breaks or thousands of letters.
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(shown) <= LONGEST:

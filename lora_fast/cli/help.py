@@ -1,4 +1,4 @@
-"""``--help`` with every option whole, whatever the width of the terminal."""
+"""``--help`` that shows every option in full at any width of the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INDENT, GAP = 2, 2
 
 
 class WholeWidth:
-    """Help that is as wide as the terminal, within reason."""
+    """Help as wide as the terminal, within limits."""
 
     def get_help(self, ctx: Any) -> str:
         """Return the help page."""
@@ -29,7 +29,7 @@ class Commands(WholeWidth, TyperGroup):
 
 
 class Command(WholeWidth, TyperCommand):
-    """A command whose help lists its options panel by panel; long ones have a line of their own."""
+    """A command whose help lists its options panel by panel; a long one gets its own line."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then every panel with its options."""
@@ -40,7 +40,7 @@ class Command(WholeWidth, TyperCommand):
                 kind = OPTIONS if parameter.param_type_name == "option" else "Arguments"
                 panel = getattr(parameter, "rich_help_panel", None) or kind
                 panels.setdefault(panel, []).append(record)
-        # What belongs to no panel, --help and --json, comes last.
+        # Options without a panel, --help and --json, come last.
         for name in sorted(panels, key=lambda name: name == OPTIONS):
             formatter.write(f"\n{name}:\n{definitions(panels[name], formatter.width)}")
 

@@ -1,4 +1,4 @@
-"""``lora-fast merge``: a base model and an adapter become one model."""
+"""``lora-fast merge``: merge an adapter into its base model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from . import options as opt
 from .errors import one_line_errors
 
 Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="Folder or hub id, 16-bit, float32 or 4-bit.")
+    str,
+    typer.Argument(metavar="BASE", help="Base model: folder or hub id; 16-bit, float32 or 4-bit."),
 ]
-Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of lora-fast or PEFT.")]
+Adapter = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="Adapter folder written by lora-fast or PEFT.")
+]
 MergedOut = Annotated[
-    Path, typer.Argument(metavar="OUT", help="A new folder, apart from BASE and ADAPTER.")
+    Path, typer.Argument(metavar="OUT", help="A new folder, outside BASE and ADAPTER.")
 ]
 MergedDtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", metavar="bfloat16|float16|float32", help="Of the result: that of the base."
+        "--dtype",
+        metavar="bfloat16|float16|float32",
+        help="Data type of the result (default: the base's).",
     ),
 ]
 ShardSize = Annotated[
     str,
-    typer.Option(
-        metavar="SIZE", help="Of a file, and so of the memory that is needed: 5GB, 500MiB."
-    ),
+    typer.Option(metavar="SIZE", help="Largest file, and so the memory needed: 5GB, 500MiB."),
 ]
 Replace = Annotated[
     bool,
@@ -49,9 +52,9 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and write the result, shard by shard.
 
-    OUT appears when it is complete: a merge that is stopped leaves what was there.
+    OUT appears once it is complete; an interrupted merge leaves OUT as it was.
 
-    One that is killed leaves .OUT.merging beside it, which the next merge into OUT deletes.
+    A killed merge leaves .OUT.merging beside OUT, which the next merge into OUT deletes.
     """
     with one_line_errors(
         out, debug=debug, interruption=lambda *_: f"interrupted; {out} holds no half model"

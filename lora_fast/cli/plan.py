@@ -1,4 +1,4 @@
-"""``lora-fast plan``: the memory of a run, before anything is loaded."""
+"""``lora-fast plan``: the memory that a run needs, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PlanMethod = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="As in lora-fast train, or full (16-bit: with a float32 master copy).",
+        help="Method of lora-fast train, or full (16-bit: with a float32 master copy).",
         rich_help_panel=PLANNED,
     ),
 ]
@@ -48,7 +48,7 @@ PlanDtype = Annotated[
     str,
     typer.Option(
         metavar="bfloat16|float16|float32",
-        help="Of the weights and of the computation; adapters are float32.",
+        help="Dtype of weights and computation; adapters are float32.",
         rich_help_panel=PLANNED,
     ),
 ]
@@ -71,8 +71,8 @@ PlanBatch = Annotated[
 PlanLength = Annotated[
     int | None,
     typer.Option(
-        help=f"Tokens of an example: {config.MAX_LENGTH['causal-lm']}, classification "
-        f"{config.MAX_LENGTH['classification']}, or all that the model takes.",
+        help=f"Tokens per example (default {config.MAX_LENGTH['causal-lm']}; classification "
+        f"{config.MAX_LENGTH['classification']}; at most the model's limit).",
         rich_help_panel=PLANNED,
     ),
 ]
@@ -87,7 +87,9 @@ PlanOptim = Annotated[
 PlanRank = Annotated[int | None, typer.Option("--r", help="Rank.", rich_help_panel=PLANNED)]
 StockPeft = Annotated[
     bool,
-    typer.Option("--stock", help="Stock PEFT instead of lora_fast.", rich_help_panel=PLANNED),
+    typer.Option(
+        "--stock", help="Plan for stock PEFT instead of lora_fast.", rich_help_panel=PLANNED
+    ),
 ]
 Card = Annotated[
     str | None,
@@ -100,7 +102,9 @@ Card = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Or its memory: 24GB, 80GiB.", rich_help_panel="Fits on"),
+    typer.Option(
+        metavar="SIZE", help="Or the GPU's memory: 24GB, 80GiB.", rich_help_panel="Fits on"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -127,7 +131,7 @@ def plan(
     """Count the memory of a training step, part by part, before anything is loaded.
 
     The defaults are those of lora-fast train on a GPU. With --card or --memory, the exit code is 1
-    when it does not fit.
+    if it does not fit.
     """
     settings = {
         "method": method,
@@ -188,7 +192,7 @@ def _plan(
 
 
 def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str | None) -> None:
-    """Print the parts, what they fit on and what would help."""
+    """Print the parts, the cards they fit on and the changes that would help."""
     from rich.markup import escape
     from rich.table import Table
 

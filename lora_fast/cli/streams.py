@@ -1,4 +1,4 @@
-"""What is printed arrives whatever the encoding of the stream: what it lacks, in other letters."""
+"""Printing to streams of any encoding: characters that one lacks are replaced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import sys
 
 REPLACEMENTS = "lora_fast.replacements"
-# What the commands print beyond ASCII, and what stands for it.
+# Characters beyond ASCII that the commands print, and their replacements.
 ASCII = {
     "✓": "+", "✗": "x", "…": "...", "–": "-", "—": "-", "·": "-", "×": "x", "±": "+/-",
     "│": "|", "─": "-", "━": "-", "╸": "-", "╺": "-", "█": "#", "┃": "|", "→": "->", "≤": "<=",

@@ -55,7 +55,7 @@ def train(
     overwrite: opt.Overwrite = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Fine-tune a model with one of fifteen methods, fused where lora_fast covers it.
+    """Fine-tune a model with one of fifteen methods, fused where lora_fast supports it.
 
     Without options: QLoRA of a small pretrained model on built-in text, offline, in minutes.
     """
@@ -72,9 +72,9 @@ def train(
 def refuse_other_options(
     context: typer.Context, given: TrainConfig, stored: TrainConfig
 ) -> dict[str, str]:
-    """Check that a resumed run is not asked to become another one.
+    """Check that a resumed run keeps its options.
 
-    Returns what it is to be made of, as far as that was given anew: the data, the base model.
+    Returns the inputs that were given again: the data, the base model.
 
     Raises:
         TrainingError: an option on the command line differs from the one the run began with.
@@ -90,7 +90,7 @@ def refuse_other_options(
             moved[field.name] = asked
         elif asked != began:
             option = option_name(field.name)
-            raise TrainingError(f"--resume goes on with {option} {began}, got {option} {asked}")
+            raise TrainingError(f"--resume continues with {option} {began}, got {option} {asked}")
     return moved
 
 

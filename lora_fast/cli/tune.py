@@ -1,4 +1,4 @@
-"""``lora-fast tune``: time what a model will launch, before it is trained."""
+"""``lora-fast tune``: time the kernels that a model will launch, before it trains."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ TuneMethod = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help=f"One whose layers run fused: {', '.join(n for n, m in METHODS.items() if m.fused)}.",
+        help=f"Fine-tuning method: {', '.join(n for n, m in METHODS.items() if m.fused)}.",
     ),
 ]
 Tokens = Annotated[
     str,
     typer.Option(
         metavar="N,N",
-        help="Rows of a batch, its size times its length, several to tune; else those of lora-fast "
-        "train.",
+        help="Rows of a batch (size times length), one or more numbers; default: those of "
+        "lora-fast train.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be timed, no more.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be timed and stop.")]
 
 
 def tune(
@@ -54,8 +54,8 @@ def tune(
 ) -> None:
     """Time every way to compute each kind of layer of a model, on this GPU, and keep the fastest.
 
-    Runs with LORA_FAST_AUTOTUNE=1 then start with what was found. One layer of each kind is made,
-    with random weights: the model itself is not loaded.
+    Runs with LORA_FAST_AUTOTUNE=1 then start from these choices. One layer of each kind is built
+    with random weights; the model itself is not loaded.
     """
     options = {
         "method": method,
@@ -77,7 +77,7 @@ def tune(
 def _tune(
     model: str, options: dict[str, Any], tokens: list[int], *, dry_run: bool, debug: bool
 ) -> bool:
-    """Whether what was asked for was done."""
+    """Whether anything was timed, or was to be."""
     from rich.console import Console
 
     from .console import Working, quiet_libraries
@@ -96,7 +96,7 @@ def _tune(
     device = gpu()
     if device is None:
         console.print(
-            "[yellow]![/] no GPU that lora_fast has kernels for: nothing was timed, nothing kept. "
+            "[yellow]![/] no GPU that lora_fast has kernels for: nothing was timed or stored. "
             "Run this command on the machine that trains."
         )
         return False
@@ -106,7 +106,7 @@ def _tune(
 
 
 def gpu() -> torch.device | None:
-    """The GPU whose timings are wanted; None without one."""
+    """The GPU to time; None without one."""
     import torch
 
     from lora_fast.backend import uses_triton
@@ -181,4 +181,4 @@ def _listed(tokens: list[int]) -> str:
 
 
 def _kept(stop: BaseException, out: Path) -> str:
-    return "interrupted; what was timed so far is kept"
+    return "interrupted; the timings so far are stored"
