@@ -160,7 +160,7 @@ def test_options_may_be_corrected_until_there_is_something_to_lose(
     capsys.readouterr()
     assert run_cli("train", "--resume", "--out", out) == 0
     again = capsys.readouterr().out
-    assert "The run in out is finished" in again
+    assert "The run in out has finished" in again
     assert again.endswith(shown[shown.index("10 held-out examples") :])
     assert contents(out) == before
 
@@ -248,7 +248,7 @@ def test_two_cannot_share_a_folder(
     monkeypatch.setattr(run_module, "load_rows", second)
     assert run_cli("train", *tiny, "--out", "out") == 130
     error = capsys.readouterr().err
-    assert error.startswith("error: another process is writing out at this moment")
+    assert error.startswith("error: another process is writing to out")
 
 
 def test_numbers_are_not_reused_and_resume_takes_the_last_run(

@@ -150,5 +150,5 @@ def test_target_modules_that_no_method_takes_are_not_ignored(
     monkeypatch.chdir(inputs)
     arguments = [*TRAINED, "--methods", "probe,bitfit", "--target-modules", "query"]
     assert run_cli("compare", *arguments) == 2
-    assert "--target-modules means nothing to --methods probe,bitfit" in capsys.readouterr().err
+    assert "--target-modules is not used by --methods probe,bitfit" in capsys.readouterr().err
     shutil.rmtree("runs", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A base with other weights than an adapter was trained on is told, and merged all the same."""
+"""Merging notes a base whose weights differ from those that the adapter was trained on."""
 
 from __future__ import annotations
 

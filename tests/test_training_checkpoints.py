@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whatever ended it."""
+"""The checkpoint that a run resumes from, however it ended."""
 
 from __future__ import annotations
 

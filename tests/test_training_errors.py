@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from lora_fast.training.errors import explain_write_failure, first_line
 
 OUT = Path("runs/1")
-CUT_OFF = "could not write a file in runs/1 to its end: is the disk full?"
+CUT_OFF = "could not finish writing a file in runs/1: is the disk full?"
 FULL = "no space left on the disk that holds runs/1"
 
 

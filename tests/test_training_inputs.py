@@ -127,12 +127,14 @@ def test_other_inputs_are_refused_until_they_are_asked_for(
     error = capsys.readouterr().err
     assert error == (
         f"error: --{name} {other}: {what}; put the old ones back, or repeat --{name} beside "
-        "--resume to go on all the same\n"
+        "--resume to continue anyway\n"
     )
     assert (cut / "run.json").read_bytes() == before
 
     assert run_cli("train", "--resume", "--out", cut, f"--{name}", other) == 0
-    assert f"! Going on with another --{name}: {what}" in " ".join(capsys.readouterr().out.split())
+    assert f"! Continuing with another --{name}: {what}" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert metrics_of(cut)["resumed"] == [{"step": 2, "changed": [f"--{name}"]}]
     assert f"Resumed at step 2 with another --{name}." in (cut / "README.md").read_text()
     assert stored_record(cut)["resumed"] == metrics_of(cut)["resumed"]
@@ -156,7 +158,7 @@ def test_a_checkpoint_that_is_cut_off_is_named_and_the_one_before_counts(
     optimizer.write_bytes(optimizer.read_bytes()[:-40])
     assert run_cli("train", "--resume", "--out", cut) == 0
     shown = capsys.readouterr().out
-    assert "! checkpoint-2 is not whole (optimizer.pt): going on from step 1" in shown
+    assert "! checkpoint-2 is incomplete (optimizer.pt): continuing from step 1" in shown
     assert losses(cut) == losses(begun / "whole")
 
 

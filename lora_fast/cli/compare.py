@@ -45,7 +45,7 @@ def compare(
 ) -> None:
     """Train every method on the same data, model and seeds, and compare cost and quality.
 
-    Every method runs with its own defaults. The row of one that does not apply to this model or data
+    Every method runs with its own defaults. The row of one that does not fit this model or data
     gives the reason; the exit code is 1 if one failed, or none was trained.
     """
     with one_line_errors(out or RUNS, debug=debug, interruption=_interruption):
@@ -93,7 +93,7 @@ def _compare(
     overwrite: bool,
     debug: bool,
 ) -> bool:
-    """Run the comparison, show its table, and return whether any method failed, or all are out."""
+    """Run the comparison, show its table, and return whether any method failed, or none applied."""
     from .console import Terminal, quiet_libraries
 
     terminal = Terminal()

@@ -122,8 +122,8 @@ class Terminal:
 
 
 class Working:
-    """Says on stderr what takes time: one line that goes away, and in a log, once two seconds have
-    passed, a line for each stage that begins."""
+    """Shows progress on stderr: one line that disappears; in a log, after two seconds, a line for
+    each stage that begins."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, stderr=True)

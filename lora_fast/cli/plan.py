@@ -56,15 +56,15 @@ PlanTask = Annotated[
     str | None,
     typer.Option(
         metavar="causal-lm|classification",
-        help="causal-lm where the architecture is one, else classification.",
+        help="Default: causal-lm if the architecture is one, else classification.",
         rich_help_panel=PLANNED,
     ),
 ]
 PlanBatch = Annotated[
     int | None,
     typer.Option(
-        help=f"Examples per batch: {config.BATCH_SIZE['causal-lm']}, "
-        f"classification {config.BATCH_SIZE['classification']}.",
+        help=f"Examples per batch (default {config.BATCH_SIZE['causal-lm']}; "
+        f"classification {config.BATCH_SIZE['classification']}).",
         rich_help_panel=PLANNED,
     ),
 ]
@@ -231,7 +231,7 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
 
 
 def visible(parts: Mapping[str, int]) -> dict[str, int]:
-    """The parts that have a row: not a few bytes beside gigabytes; JSON has them all."""
+    """The parts that get a row: no few bytes beside gigabytes; JSON has all of them."""
     total = sum(parts.values())
     return {name: size for name, size in parts.items() if size and size >= total / NEGLIGIBLE}
 

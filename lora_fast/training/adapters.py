@@ -1,7 +1,7 @@
-"""The model that trains, for each method: PEFT around the base, or the base with a part let free.
+"""The model that trains, for each method: PEFT around the base, or the base with a part unfrozen.
 
-What trains is float32 whatever the base's dtype: the optimizer's master copy and the adapter are
-one. On classification the head trains with every method.
+What trains is float32 whatever the base's dtype, so the optimizer needs no separate master copy.
+For classification the head trains with every method.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ def ia3(base: Base, config: TrainConfig, steps: int) -> Any:
 
 
 def fourierft(base: Base, config: TrainConfig, steps: int) -> Any:
-    """Return FourierFT (Gao et al. 2024), its spectrum zero at the start: the base's function.
+    """Return FourierFT (Gao et al. 2024) with a zero spectrum at the start: the base's function.
 
     The update of W is s·Re(ifft2(F)), whose entries fall with the size of W for the same F; the
-    paper's s = 150 is for 768 × 768 and is kept in proportion to the model's width squared.
+    paper's s = 150 is for 768 × 768 and is scaled with the model's width squared.
     """
     from peft import FourierFTConfig
 
@@ -159,12 +159,12 @@ def layernorm(base: Base, config: TrainConfig, steps: int) -> Any:
 
 
 def prompt(base: Base, config: TrainConfig, steps: int) -> Any:
-    """Return prompt tuning (Lester et al. 2021), its embeddings those of random words at first."""
+    """Return prompt tuning (Lester et al. 2021), initialised with embeddings of random words."""
     from peft import PromptTuningConfig
 
     if hasattr(base.model, "score"):
-        # A decoder's classifier reads the last position, and cannot see padding once PEFT has
-        # turned the tokens into embeddings: what is padded must be the front.
+        # A decoder's classifier reads the last position and cannot see padding once PEFT has
+        # turned the tokens into embeddings: padding must be on the left.
         base.tokenizer.padding_side = "left"
     options = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": config.virtual_tokens}
     return _wrap(base, config, PromptTuningConfig, **options)
@@ -194,7 +194,7 @@ def bitfit(base: Base, config: TrainConfig, steps: int) -> Any:
 
 
 def probe(base: Base, config: TrainConfig, steps: int) -> Any:
-    """Return the base, frozen, with its head training."""
+    """Return the frozen base with its head training."""
     base.model.requires_grad_(False)
     return _let_head_train(base)
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: what it trained, its card, ``metrics.json`` and pictures."""
+"""The files that a run writes: trained weights, the card, ``metrics.json`` and pictures."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def save_artefacts(
     arms: dict[str, Arm],
     layers: Report,
 ) -> None:
-    """Write what was trained, the tokenizer, the card, the layer report, pictures and metrics.
+    """Write the trained weights, the tokenizer, the card, the layer report, pictures and metrics.
 
-    The adapter is in PEFT's format where PEFT has the method. ``weights.safetensors`` holds what
-    trained in the base itself (BitFit, linear probe), or the frozen weights that Delta-LoRA moved:
-    the weights as they are, not their change, since a 16-bit or NF4 weight is rounded at every
-    step. ``metrics.json`` comes last and in one piece: where it is, the rest is complete.
+    The adapter is in PEFT's format if PEFT has the method. ``weights.safetensors`` holds trained
+    parameters of the base itself (BitFit, linear probe), or the frozen weights that Delta-LoRA
+    moved: the weights themselves, not their change, since a 16-bit or NF4 weight is rounded at
+    every step. ``metrics.json`` is written last and atomically: if it exists, the rest is complete.
 
     Raises:
-        TrainingError: a file is in the way that the run has not written.
+        TrainingError: a file that the run has not written is in the way.
         OSError: the folder cannot be written.
     """
     out = Path(os.path.abspath(folder.path))
@@ -68,7 +68,7 @@ def _save_model(place: Path, setting: Experiment) -> None:
 
 
 def model_card(setting: Experiment, summary: dict[str, Any], arm: Arm, out: Path) -> str:
-    """Return the README: what was trained, its scores, and code that loads it."""
+    """Return the README: what was trained, its scores, and the code that loads it."""
     config, base, method = setting.config, setting.base, method_of(setting.config)
     scores = summary["results"]["lora_fast"]["held_out"]
     resumed = "".join(
@@ -105,7 +105,7 @@ Task: {config.task}. Data: {config.located().data}: {data}.
 def loading_code(setting: Experiment, out: Path) -> str:
     """Return Python that loads the base model and what was trained, and predicts with it.
 
-    transformers and PEFT suffice, but for ``weights.safetensors``, which may hold NF4.
+    transformers and PEFT suffice, except for ``weights.safetensors``, which may hold NF4.
     """
     config, base, method = setting.config, setting.base, method_of(setting.config)
     kind = "SequenceClassification" if config.task == "classification" else "CausalLM"

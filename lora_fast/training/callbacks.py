@@ -1,4 +1,4 @@
-"""What happens between the steps of transformers' Trainer: progress, clocks, Ctrl-C, divergence."""
+"""Callbacks of transformers' Trainer: progress, clocks, Ctrl-C, divergence."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ WARMUP_STEPS = 2
 class StepClock(TrainerCallback, ExportableState):
     """Measures every optimizer step, without checkpoints and logging, and counts its tokens.
 
-    ``stored`` is what a checkpoint holds of the steps before, by all processes that made them;
-    ``began`` are the numbers of the steps behind which one of them began.
+    ``stored`` is what a checkpoint holds of earlier steps, from all processes that ran them;
+    ``began`` are the numbers of finished steps at which one of these processes started.
     """
 
     def __init__(self, stored: dict[str, Any] | None = None) -> None:
@@ -68,7 +68,7 @@ class StepClock(TrainerCallback, ExportableState):
 
 
 class CallCounter(TrainerCallback, ExportableState):
-    """Lets the counts of the layers' fused and plain calls go on where a checkpoint left them."""
+    """Continues the counts of the layers' fused and plain calls from a checkpoint."""
 
     def __init__(self, model: Any, stored: dict[str, Any]) -> None:
         self._calls: dict[str, Any] = {
@@ -87,7 +87,7 @@ class CallCounter(TrainerCallback, ExportableState):
 
 
 class Progress(TrainerCallback):
-    """Tells an observer about every step, and stops a run whose loss is no longer a number."""
+    """Tells an observer about every step, and stops a run whose loss is no longer finite."""
 
     def __init__(self, arm: str, observer: Observer, clock: StepClock) -> None:
         self.arm = arm
@@ -113,10 +113,10 @@ class Progress(TrainerCallback):
 
 
 class RankAllocation(TrainerCallback):
-    """Lets AdaLoRA's allocator see the gradients of every step and move its budget.
+    """Shows AdaLoRA's allocator the gradients of every step and lets it move its budget.
 
-    Between two allocations a pruned direction may grow again, and PEFT saves without it: at the
-    end of training it is pruned once more, so that what is scored is what is saved.
+    Between two allocations a pruned direction may grow again, and PEFT saves without it. So it is
+    pruned once more at the end of training, and the scores are those of the saved adapter.
     """
 
     def on_optimizer_step(
@@ -135,14 +135,14 @@ class RankAllocation(TrainerCallback):
 
 
 def early_stopping(patience: int, stored: dict[str, Any]) -> EarlyStoppingCallback:
-    """Return transformers' early stopping, its count as ``stored`` in the checkpoint, if any."""
+    """Return transformers' early stopping, its count restored from the checkpoint, if any."""
     callback = EarlyStoppingCallback(early_stopping_patience=patience)
     callback.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
     return callback
 
 
 class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint where the run is now: its folder may have moved since."""
+    """Finds the best checkpoint in the run's current folder, which may have moved since."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         best = state.best_model_checkpoint
@@ -177,7 +177,7 @@ def stop_on_signals(request: StopRequest, observer: Observer) -> Iterator[None]:
         if request.asked:
             raise KeyboardInterrupt
         request.ask()
-        observer.note("Stopping after this step; once more to stop at once.")
+        observer.note("Stopping after this step; press Ctrl-C again to stop at once.")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, handle) for number in numbers]

@@ -1,8 +1,8 @@
 """Conversations as tokens, and which of them are the assistant's.
 
-A template with ``{% generation %}`` says it. Of any other, the turns are found by what it writes
-of ever longer beginnings of the conversation: a turn of the assistant begins where the prompt for
-it ends, and ends where what is written up to it ends.
+A template with ``{% generation %}`` marks them. With any other, ever longer prefixes of the
+conversation are rendered: a turn of the assistant begins where the prompt for it ends, and ends
+where the text rendered up to and including it ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Message = dict[str, Any]
 
 
 class Conversations:
-    """Encodes conversations with one tokenizer; ``train_on`` is what is learned of them."""
+    """Encodes conversations with one tokenizer; ``train_on``: which turns are trained on."""
 
     def __init__(self, tokenizer: Any, train_on: str) -> None:
         self.tokenizer = tokenizer
@@ -33,10 +33,10 @@ class Conversations:
             )
 
     def encode(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a conversation, and which are to be learned.
+        """Return the tokens of a conversation, and which of them are trained on.
 
         Raises:
-            TrainingError: the template does not take it, or its turns cannot be found.
+            TrainingError: the template rejects it, or its turns cannot be found.
         """
         if self.train_on == "all":
             ids = self._tokens(self._render(row, row["messages"]))["input_ids"]
@@ -98,7 +98,7 @@ class Conversations:
     def _break_before(self, row: Row, before: str) -> int:
         """How many line breaks at the end of the prompt belong to the assistant's turn: 0 or 1.
 
-        Qwen 2.5's template writes the one behind the role in one piece with what is said.
+        Qwen 2.5's template emits the one after the role together with the content.
         """
         template = self.tokenizer.get_chat_template(tools=row.get("tools"))
         return int(before.endswith("\n") and SAID_WITH_BREAK.search(template) is not None)
@@ -132,9 +132,9 @@ class Conversations:
 def _end(text: str, start: int, after: str, message: Message, eos: str) -> int | None:
     """Where a turn that begins at `start` ends; `after` is what is written up to its end alone.
 
-    Some templates end every text with a token that is not there where another turn follows, and
-    some write a turn in another way once it is not the last: then what it says is looked for, and
-    behind it what closes it.
+    Some templates end every text with a token that is absent if another turn follows, and some
+    render a turn differently once it is not the last: then its content is searched for, and
+    after it the text that closes the turn.
     """
     open_end = after.removesuffix(eos)
     for candidate in (after, open_end):
@@ -160,7 +160,7 @@ def _cannot_tell(row: Row, index: int | None) -> TrainingError:
     where = f"{row.where}: " if row.where else ""
     which = "the assistant's turns" if index is None else f"message {index + 1}"
     return TrainingError(
-        f"{where}the chat template does not show where {which} begins and ends: learn the whole "
+        f"{where}the chat template does not show where {which} begins and ends: train on whole "
         "conversations with --train-on all, or mark the turns in the template with "
         "{% generation %}"
     )

@@ -1,4 +1,4 @@
-"""Finding the checkpoint to resume from, whatever ended the run before."""
+"""Finding the checkpoint to resume from, however the previous run ended."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS)
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the last complete checkpoint in ``folder``, None without one.
 
-    Trainer writes ``trainer_state.json`` last. A folder where it is absent or cut off belongs to a
-    run that was killed while it wrote, and the checkpoint before it counts.
+    Trainer writes ``trainer_state.json`` last. If it is absent or truncated, the run was killed
+    while it wrote, and the checkpoint before that one is used.
     """
     return next((path for path in _newest_first(folder) if damage(path) is None), None)
 
@@ -37,7 +37,7 @@ def damaged_checkpoints(folder: Path) -> dict[str, str]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return the file that is absent, cut off or spoilt in ``checkpoint``, None where all is well.
+    """Return the file that is absent, truncated or damaged in ``checkpoint``, None if all are fine.
 
     torch's files are archives with checksums; safetensors has the sizes of its tensors.
     """
@@ -67,7 +67,7 @@ def _is_whole(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _checked(path: Path, size: int, changed: int) -> bool:
-    """Whether the file of that size and time is whole: read once, however often it is asked for."""
+    """Whether the file of that size and time is complete; cached, so that it is read once."""
     if path.name == STATE:
         return "global_step" in json.loads(path.read_text())
     if path.suffix == ".safetensors":
@@ -96,7 +96,7 @@ def stored_state(checkpoint: Path | None) -> dict[str, Any]:
 
 
 def stored_attributes(checkpoint: Path | None, callback: str) -> dict[str, Any]:
-    """Return what ``checkpoint`` holds of a callback, by the name of its class."""
+    """Return the state of a callback in ``checkpoint``, by the name of its class."""
     found = stored_state(checkpoint).get("stateful_callbacks", {}).get(callback, {})
     attributes: dict[str, Any] = (found[0] if isinstance(found, list) else found).get(
         "attributes", {}

@@ -1,4 +1,4 @@
-"""Every method on the same data, model and seeds: what each costs, and how good it gets.
+"""Every method on the same data, model and seeds: what each costs, and how well it does.
 
 The time of a step (forward, backward, optimizer, rank allocation) is given as a ratio to the
 *frozen floor*: forward and backward of the same base without any adapter, frozen, with the
@@ -54,7 +54,7 @@ SCORES = {"classification": ("accuracy", "f1", "roc_auc"), "causal-lm": ("loss",
 
 @dataclass(frozen=True)
 class Floor:
-    """The base without any adapter, frozen; ``resident`` is what it takes on the GPU."""
+    """The base without any adapter, frozen; ``resident``: the bytes that it takes on the GPU."""
 
     model: Any
     resident: int
@@ -100,7 +100,7 @@ def chosen_methods(names: str | None) -> list[str]:
 
 
 def config_for(config: TrainConfig, method: str) -> TrainConfig:
-    """Return ``config`` for another method, without the options that mean nothing to it."""
+    """Return ``config`` for another method, without the options that it does not use."""
     foreign: dict[str, Any] = {
         name: None for name in METHOD_OPTIONS if name not in METHODS[method].options
     }
@@ -108,13 +108,11 @@ def config_for(config: TrainConfig, method: str) -> TrainConfig:
 
 
 def _check_taken(config: TrainConfig, methods: list[str]) -> None:
-    """Check that each option of methods that was given means something to one of them."""
+    """Check that at least one method uses each option of methods that was given."""
     for name in METHOD_OPTIONS:
         given = getattr(config, name)
         if given is not None and not any(name in METHODS[method].options for method in methods):
-            raise TrainingError(
-                f"{option_name(name)} means nothing to --methods {','.join(methods)}"
-            )
+            raise TrainingError(f"{option_name(name)} is not used by --methods {','.join(methods)}")
 
 
 def compare_methods(
@@ -127,7 +125,7 @@ def compare_methods(
 
     Raises:
         TrainingError: the data or the base model cannot be used at all.
-        Interrupted: the user stopped; the file has the methods that were finished.
+        Interrupted: the user stopped; the file holds the methods that finished.
     """
     _check_taken(config, methods)
     check_machine(config)
@@ -155,7 +153,7 @@ def compare_methods(
             observer.done()
         except Interrupted as stop:
             raise Interrupted(out, None) from stop
-        except Exception as error:  # the next method is not to suffer from this one
+        except Exception as error:  # one failure must not stop the other methods
             observer.done(well=False)
             observer.note(f"{METHODS[name].title}: {_reason(error, out)}")
             row = {"title": METHODS[name].title, _outcome(error): _reason(error, out)}
@@ -165,11 +163,11 @@ def compare_methods(
 
 
 def _shared(config: TrainConfig, base: models.Base, methods: list[str]) -> TrainConfig:
-    """The options of all methods: the examples are cut so that the longest prompt fits as well."""
+    """The options of all methods: examples are truncated so that the longest prompt fits too."""
     chosen = complete(config, base)
     limits = [chosen.max_length or 1]
     for name in methods:
-        with suppress(TrainingError):  # told in the row of the method
+        with suppress(TrainingError):  # reported in the row of the method
             limits.append(complete(config_for(config, name), base).max_length or 1)
     return replace(
         config,
@@ -235,10 +233,10 @@ def _run_method(
 
 
 def _setting(config: TrainConfig, material: Material) -> Experiment:
-    """A fresh base with the method's model around it, running fused where it can."""
+    """A fresh base with the method's model around it, fused where that is supported."""
     base = models.load_base(config, material.rows.labels)
     setting = assemble(complete(config, base), base, material)
-    # One checkpoint, at the end: nothing goes on from it.
+    # One checkpoint, at the end: nothing is resumed from it.
     setting = replace(setting, config=replace(setting.config, save_every=_save_every(setting)))
     run_fused(setting.model)
     return setting
@@ -249,7 +247,7 @@ def _save_every(setting: Experiment) -> int | None:
 
 
 def _costs(setting: Experiment, floor: Floor, work: Path) -> Result:
-    """What a step costs. Training goes on for the steps that are timed."""
+    """What a step costs. Training continues during the timed steps."""
     layers = report(setting.model)
     trainable, total = parameter_counts(setting.model)
     setting.model.train()
@@ -285,7 +283,7 @@ def _stepper(setting: Experiment, work: Path) -> Any:
     args = training_arguments(config, work, setting.steps, dtype)
     optimizer = method.optimize(model, args, config, setting.steps, method.head_rate)
     device = setting.base.device
-    # A step in the middle of AdaLoRA's allocation, which most of a run's steps are.
+    # A step in the middle of AdaLoRA's allocation, like most steps of a run.
     allocation = model.peft_config["default"].tinit + 1 if method.allocates_rank else 0
 
     def step(batch: Batch) -> None:
@@ -302,7 +300,7 @@ def _stepper(setting: Experiment, work: Path) -> Any:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
-    """A folder for checkpoints that is gone afterwards."""
+    """A temporary folder for checkpoints."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     try:
@@ -330,7 +328,7 @@ def _reason(error: Exception, out: Path) -> str:
 
 
 def _begin(found: Result, out: Path) -> None:
-    """Make the folder that of this comparison; the files of one before go."""
+    """Claim the folder for this comparison and delete the files of an earlier one."""
     for name in (TABLE_FILE, PICTURE_FILE):
         (out / name).unlink(missing_ok=True)
     write_json(found, out / COMPARISON_FILE)

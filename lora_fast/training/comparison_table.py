@@ -45,7 +45,7 @@ def caption(found: Result) -> str:
 
 
 def table(found: Result) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of the table, as text; a failed method has its reason."""
+    """Return the head and the rows of the table, as text; a failed method shows its reason."""
     head = ["method", "trained", "step", "memory", "fused"]
     head += [SCORE_TITLES[name] for name in found["scores"]]
     return head, [_row(row, found["scores"]) for row in found["methods"].values()]

@@ -20,9 +20,9 @@ QUANTIZERS = ("nf4", "none")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONFIG_FILE = "run.json"
-# Where run.json keeps what a run writes down beside its options.
+# The key of run.json under which a run records facts beside its options.
 RECORD = "record"
-# Options that name what a run is made of.
+# Options that name the inputs of a run.
 INPUTS = ("model", "data", "eval_data")
 
 BUILTIN_STEPS = 300
@@ -46,8 +46,8 @@ POSITIVE_INTEGERS = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of one run. None means: chosen by :meth:`with_defaults`, see there; an option
-    that the method does not take stays None.
+    """The options of one run. None: chosen by :meth:`with_defaults`; an option that the method
+    does not use stays None.
 
     Raises:
         TrainingError: an option is outside its range, or two of them contradict each other.
@@ -117,7 +117,7 @@ class TrainConfig:
         check_options(self)
 
     def with_defaults(self, parameters: int) -> TrainConfig:
-        """Return the same run with what is None chosen: of steps and epochs one, else everything.
+        """Return the same run with every None replaced by a default; of steps and epochs one stays.
 
         ``parameters`` is the size of the base model, which the learning rate depends on.
         """
@@ -139,7 +139,7 @@ class TrainConfig:
         )
 
     def located(self) -> TrainConfig:
-        """Return the same run with absolute paths, so that it can go on from any folder."""
+        """Return the same run with absolute paths, so that it can be resumed from any folder."""
         names = {name: getattr(self, name) for name in INPUTS}
         paths: dict[str, Any] = {
             name: absolute(value) if name == "model" else os.path.abspath(value)

@@ -1,4 +1,4 @@
-"""The examples of a run: files and the built-in task, split, put in order and padded."""
+"""The examples of a run, from files or the built-in task: split, ordered and padded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS_PER_MEGABATCH = 50
 @dataclass(frozen=True)
 class Rows:
     """Raw examples of a run. ``labels`` are the class names in the order of their ids; ``notes``
-    what the user should know of them."""
+    what the user should know about them."""
 
     train: list[Row]
     held_out: list[Row]
@@ -34,7 +34,7 @@ class Rows:
 
 
 def load_rows(config: TrainConfig) -> Rows:
-    """Return the run's examples, the held-out ones apart.
+    """Return the run's examples, training and held-out ones.
 
     Raises:
         TrainingError: a file is missing, unreadable or too small, or a line is malformed.
@@ -65,7 +65,7 @@ def split_rows(rows: list[Row], seed: int, source: str) -> tuple[list[Row], list
     """Hold out a tenth, at least one. Rows with the same text stay on the same side.
 
     Raises:
-        TrainingError: all rows of ``source`` have one text, or there is one alone.
+        TrainingError: all rows of ``source`` have the same text, or there is only one row.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -91,7 +91,7 @@ def split_rows(rows: list[Row], seed: int, source: str) -> tuple[list[Row], list
 
 
 def _moved_back(group: list[Row], held_out: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Of few large groups, let the last train."""
+    """If there are few large groups, move the last one to the training side."""
     return group, held_out[: -len(group)]
 
 
@@ -126,8 +126,8 @@ class LengthGroupedOrder(Sampler[int]):
     """A shuffled order whose batches hold examples of similar length, a function of (seed, epoch).
 
     ``batch_size`` is that of an optimizer step, all its accumulated batches together.
-    Nothing is drawn from torch's global generator: a resumed run sees the very order of an
-    uninterrupted one, and stock PEFT sees the order that lora_fast sees.
+    Nothing is drawn from torch's global generator, so a resumed run sees the same order as an
+    uninterrupted one, and stock PEFT the same order as lora_fast.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:

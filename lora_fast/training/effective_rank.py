@@ -1,4 +1,4 @@
-"""How many directions an update really has: effective and stable rank of B A, layer by layer.
+"""Effective and stable rank of B A, layer by layer: how many directions an update really uses.
 
 The singular values of B[N,R] A[R,K] are those of the R × R product of the triangular factors of B
 and Aᵀ (two thin QR decompositions): the N × K product is never formed.
@@ -110,9 +110,9 @@ def low_rank_products(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def summarise(history: list[tuple[int, Ranks]]) -> dict[str, Any] | None:
-    """Return what ``metrics.json`` holds: the means over layers by step, and the layers at the end.
+    """Return the entry of ``metrics.json``: means over layers by step, and each layer at the end.
 
-    None where nothing was recorded.
+    None if nothing was recorded.
     """
     if not history:
         return None

@@ -1,4 +1,4 @@
-"""Examples as token ids and labels, and what became of those that are not whole."""
+"""Examples as token ids and labels, with counts of those truncated or left out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Example = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples to learn or to score. ``cut`` of them are shorter than they were, and ``left_out``
-    counts those that are none, by the reason."""
+    """Examples to train on or to score. ``cut`` of them were truncated; ``left_out`` counts the
+    dropped ones by reason."""
 
     examples: list[Example]
     cut: int = 0
@@ -32,7 +32,7 @@ def encode(rows: list[Row], tokenizer: Any, config: TrainConfig) -> Encoded:
     """Return token ids (and labels) of every row, cut to ``config.max_length`` tokens.
 
     Raises:
-        TrainingError: no row has a token to learn, or a conversation does not fit the template.
+        TrainingError: no row has a token to train on, or the template rejects a conversation.
     """
     if config.task == "classification":
         return _encode_pairs(rows, tokenizer, config.max_length)
@@ -42,9 +42,9 @@ def encode(rows: list[Row], tokenizer: Any, config: TrainConfig) -> Encoded:
 def count_examples(
     sides: dict[str, Encoded], config: TrainConfig, *, chats: bool, whole_model: bool
 ) -> dict[str, Any]:
-    """Return what became of the examples, as ``metrics.json`` keeps it.
+    """Return how the examples were used, as ``metrics.json`` records it.
 
-    ``whole_model``: they may be as long as the model takes, and no longer.
+    ``whole_model``: the limit on their length is the model's.
     """
     left_out: Counter[str] = Counter()
     for side in sides.values():
@@ -63,7 +63,7 @@ def count_examples(
 
 
 def describe_examples(counts: dict[str, Any]) -> str:
-    """Return a line that says how many examples there are, what was left out and what was cut."""
+    """Return a line with the number of examples, how many were left out and how many truncated."""
     text = f"{counts['train']:,} examples to train"
     if counts["validation"]:
         text += f", {counts['validation']:,} to stop by"

@@ -1,4 +1,4 @@
-"""What a user did or met that stops a run: one line each, never a traceback."""
+"""Errors that stop a run: one line each, never a traceback."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _CUT_OFF = ("PytorchStreamWriter failed writing file", "unexpected pos")
 
 
 class TrainingError(Exception):
-    """A run cannot start or go on, for a reason that the message gives in one line.
+    """A run cannot start or continue, for a reason that the message gives in one line.
 
-    ``exit_code``: 2, as for any wrong usage; 1 where what was asked for was right, and failed.
+    ``exit_code``: 2 for wrong usage; 1 for a correct request that failed.
     """
 
     exit_code = 2
 
 
 class RunFailure(TrainingError):
-    """What was asked for was right, and failed all the same."""
+    """A correct request that failed."""
 
     exit_code = 1
 
@@ -40,7 +40,7 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message that says something."""
+    """Return the first non-empty line of an exception's message."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
@@ -48,14 +48,14 @@ def first_line(error: BaseException) -> str:
 def explain_write_failure(error: BaseException, folder: Path) -> TrainingError | None:
     """Return an error with one line if ``error`` means that ``folder`` cannot be written.
 
-    safetensors wraps the operating system's error in its text, and torch.save loses it: what is
-    left there says only that the file could not be written to its end.
+    safetensors wraps the operating system's error in its text, and torch.save loses it: its
+    message says only that the file was not written completely.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _NO_SPACE):
         return RunFailure(f"no space left on the disk that holds {folder}")
     if any(text in str(error) for text in _CUT_OFF):
-        return RunFailure(f"could not write a file in {folder} to its end: is the disk full?")
+        return RunFailure(f"could not finish writing a file in {folder}: is the disk full?")
     if number == errno.EFBIG:
         return RunFailure(f"cannot write {folder}: {os.strerror(number)}")
     if number in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
@@ -67,16 +67,16 @@ def explain_write_failure(error: BaseException, folder: Path) -> TrainingError |
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first names of a list, and how many more there are."""
+    """Return the first names of a list and the number of others."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_utf8(option: str, name: str) -> None:
-    """Check that a name can be written into files, whatever bytes the file system takes.
+    """Check that a name can be written into files, whatever bytes the file system accepts.
 
     Raises:
-        TrainingError: it is no UTF-8.
+        TrainingError: it is not UTF-8.
     """
     try:
         name.encode()

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it. The command line draws it; tests record it."""
+"""Events that a run reports. The command line displays them; tests record them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class Observer(Protocol):
         """Something the user should know, in one line."""
 
     def fact(self, name: str, text: str) -> None:
-        """What the run is about to do, in a word and a line."""
+        """A property of the run: its name and one line of text."""
 
     def training(self, arm: str, first_step: int, total_steps: int) -> None:
-        """The training of ``arm`` begins behind ``first_step`` finished steps."""
+        """The training of ``arm`` begins after ``first_step`` finished steps."""
 
     def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         """An optimizer step is done; ``loss`` is its mean over the batch."""
 
     def trained(self) -> None:
-        """The training announced last has ended or stopped."""
+        """The most recent training has ended or was stopped."""
 
     def done(self, *, well: bool = True) -> None:
-        """The part that was announced last has ended, ``well`` or not; no other begins yet."""
+        """The most recent part has ended, ``well`` or not; no other has begun."""
 
 
 class Silent:

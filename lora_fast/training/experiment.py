@@ -16,8 +16,9 @@ from .models import Base
 class Experiment:
     """Model, data and options. ``config`` has no unknowns; ``model`` is the one that trains.
 
-    ``steps`` is the number of optimizer steps. ``validation`` is what early stopping looks at,
-    taken from the training examples; empty without it. ``counts`` is what became of the examples.
+    ``steps`` is the number of optimizer steps. ``validation`` holds the examples for early
+    stopping, taken from the training examples; empty without it. ``counts``: how the examples were
+    used.
     """
 
     config: TrainConfig

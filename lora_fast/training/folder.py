@@ -1,4 +1,4 @@
-"""The folder of a run: held by one process, and a run only once training has begun in it."""
+"""The folder of a run: locked by one process, and a run only once training has begun in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUNS = Path("runs")
 METRICS_FILE = "metrics.json"
 COMPARISON_FILE = "compare.json"
 STAGING = ".saving"
-# What every run writes when it ends, beside its tokenizer's files, whose names differ.
+# Files that every run writes when it ends; its tokenizer's files, whose names vary, come on top.
 ARTEFACTS = (
     METRICS_FILE,
     "README.md",
@@ -37,17 +37,18 @@ ARTEFACTS = (
     "loss.png",
     "effective_rank.png",
 )
-# By these options run.json is told from any other file of that name.
+# Options that distinguish run.json from any other file of that name.
 MARKS = frozenset({"model", "data", "task", "method"})
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
 class RunFolder:
-    """A run's folder and options. ``resumed``: the folder holds the run already.
+    """A run's folder and options. ``resumed``: the folder already holds the run.
 
-    ``moved`` are inputs of a resumed run (``data``, ``eval_data``, ``model``) that were given anew.
-    ``record`` is what ``run.json`` holds beside the options: ``inputs``, what the run was made of;
-    ``resumed``, the steps at which it went on with other ones; ``files``, all it has written.
+    ``moved``: inputs of a resumed run (``data``, ``eval_data``, ``model``) that were given again.
+    ``record`` is what ``run.json`` holds beside the options: ``inputs``, digests of the run's
+    inputs; ``resumed``, the steps at which it continued with changed ones; ``files``, all that it
+    has written.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class RunFolder:
         self._begun = False
 
     def results(self) -> dict[str, Any] | None:
-        """Return ``metrics.json`` of a run that is resumed although it is finished, else None."""
+        """Return ``metrics.json`` of a run that is resumed although it has finished, else None."""
         path = self.path / METRICS_FILE
         if not self.resumed or not path.exists():
             return None
@@ -69,9 +70,9 @@ class RunFolder:
         return found
 
     def begin(self, inputs: dict[str, Any], changed: list[str]) -> None:
-        """Make the folder that of this run: its options go in, the run before goes out.
+        """Claim the folder for this run: write its options and delete the previous run.
 
-        ``changed`` names the inputs of a resumed run that are other ones now.
+        ``changed`` names the inputs of a resumed run that differ now.
         """
         if not self.resumed:
             self._clear()
@@ -85,16 +86,16 @@ class RunFolder:
         self._begun = not self.resumed
 
     def give_up(self) -> None:
-        """Leave no run where the one that began has saved nothing that it could go on from."""
+        """Remove the run if it has saved nothing that it could be resumed from."""
         if self._begun and not holds_run(self.path):
             self._clear()
 
     @contextmanager
     def publishing(self) -> Iterator[Path]:
-        """A folder to write files to, which then become those of the run, ``metrics.json`` last.
+        """A folder to write files to; they then move into the run's, ``metrics.json`` last.
 
         Raises:
-            TrainingError: a file of that name is there that the run has not written.
+            TrainingError: a file of that name exists that the run has not written.
         """
         staging = self.path / STAGING
         shutil.rmtree(staging, ignore_errors=True)
@@ -116,7 +117,7 @@ class RunFolder:
         if there:
             raise TrainingError(
                 f"{self.path} holds {some(there)}, which this run has not written: move it away "
-                f"and go on with: lora-fast train --resume --out {self.path}"
+                f"and continue with: lora-fast train --resume --out {self.path}"
             )
 
     def _save(self) -> None:
@@ -130,7 +131,7 @@ class RunFolder:
             shutil.rmtree(self.path / CHECKPOINTS / arm, ignore_errors=True)
         with suppress(OSError):  # absent, or it holds checkpoints of others
             (self.path / CHECKPOINTS).rmdir()
-        # Last: a run whose removal was cut off is still one that can be replaced.
+        # Last: a run whose removal was interrupted can still be replaced.
         (self.path / CONFIG_FILE).unlink(missing_ok=True)
 
 
@@ -143,14 +144,14 @@ def open_run(
     overwrite: bool,
     moved: Mapping[str, str] = EMPTY,
 ) -> Iterator[RunFolder]:
-    """Hold ``out``, or the next free ``runs/N``, for a run with the options in ``config``.
+    """Lock ``out``, or the next free ``runs/N``, for a run with the options in ``config``.
 
-    Resuming, the options are those stored in ``out``, or in the last run in ``runs``, but for the
-    inputs in ``moved``. A run that ends before it has saved anything leaves the folder as if it had
-    never begun. Files that no run has written are never touched.
+    When resuming, the options are those stored in ``out``, or in the last run in ``runs``, except
+    for the inputs in ``moved``. A run that ends before it has saved anything leaves the folder as
+    it was. Files that no run has written are never touched.
 
     Raises:
-        TrainingError: ``out`` holds another run, or what is no run; none to resume; or is in use.
+        TrainingError: ``out`` holds another run, or other files, or no run to resume; or is in use.
         Interrupted: for KeyboardInterrupt.
         OSError: ``out`` cannot be written.
     """
@@ -191,12 +192,12 @@ def _check_place(folder: RunFolder) -> None:
 
 @contextmanager
 def open_comparison(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
-    """Hold ``out``, or the next free ``runs/N``, for a comparison.
+    """Lock ``out``, or the next free ``runs/N``, for a comparison.
 
-    One that ends before its first method has ended leaves the folder as if it had never begun.
+    One that ends before its first method has finished leaves the folder as it was.
 
     Raises:
-        TrainingError: ``out`` holds another comparison, or what is none, or is in use.
+        TrainingError: ``out`` holds another comparison, or other files, or is in use.
         Interrupted: for KeyboardInterrupt.
         OSError: ``out`` cannot be written.
     """
@@ -227,7 +228,7 @@ def compared_methods(out: Path) -> list[str] | None:
 
 
 def _refuse_files(path: Path, kind: str) -> None:
-    """Check that ``path`` is empty, and say what stands in the way of a new ``kind`` if it is not.
+    """Check that ``path`` is empty, or name the files in the way of a new ``kind``.
 
     Raises:
         TrainingError: there is something in it.
@@ -249,7 +250,7 @@ def is_run(out: Path) -> bool:
 
 
 def stored_record(out: Path) -> dict[str, Any]:
-    """Return what the run in ``out`` has written down beside its options."""
+    """Return what the run in ``out`` has recorded beside its options."""
     try:
         found = json.loads((out / CONFIG_FILE).read_text()).get(RECORD)
     except (OSError, ValueError, AttributeError):
@@ -260,7 +261,7 @@ def stored_record(out: Path) -> dict[str, Any]:
 def holds_run(out: Path) -> bool:
     """Whether ``out`` holds a run with something to lose: a checkpoint, or results.
 
-    One that was killed before its first checkpoint can be resumed, and replaced as well.
+    A run killed before its first checkpoint can be resumed or replaced.
     """
     saved = (out / METRICS_FILE).exists() or latest_step(out) is not None
     return saved and (out / CONFIG_FILE).exists()
@@ -274,12 +275,12 @@ def last_run() -> Path:
 
 @contextmanager
 def held(out: Path | None) -> Iterator[Path]:
-    """Make ``out``, or the next free ``runs/N``, and let no other process write there meanwhile.
+    """Make ``out``, or the next free ``runs/N``, and keep other processes from writing there.
 
     Folders that were made here and are empty in the end are removed again.
 
     Raises:
-        TrainingError: another process holds it.
+        TrainingError: another process has locked it.
         Interrupted: for KeyboardInterrupt, with the last step that was saved.
         OSError: it cannot be written.
     """
@@ -297,7 +298,7 @@ def held(out: Path | None) -> Iterator[Path]:
 
 
 def _made(out: Path | None) -> tuple[Path, list[Path]]:
-    """The folder, and which of it and its parents were not there before, innermost first."""
+    """The folder, and which of it and its parents were created, innermost first."""
     if out is not None:
         absent = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
@@ -305,7 +306,7 @@ def _made(out: Path | None) -> tuple[Path, list[Path]]:
     while True:
         out = RUNS / str(max(_numbers(), default=0) + 1)
         absent = [path for path in (out, RUNS) if not path.exists()]
-        with suppress(FileExistsError):  # another process was quicker: the next number
+        with suppress(FileExistsError):  # another process was quicker: try the next number
             out.mkdir(parents=True)
             return out, absent
 
@@ -316,7 +317,7 @@ def _numbers() -> list[int]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, whatever ends it."""
+    """Hold a lock that ends with this process, however it ends."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     if fcntl is None:
@@ -327,9 +328,7 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise RunFailure(
-            f"another process is writing {folder} at this moment: choose another --out"
-        ) from None
+        raise RunFailure(f"another process is writing to {folder}: choose another --out") from None
     except OSError:
         pass  # some network file systems have no locks
     try:

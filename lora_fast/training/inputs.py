@@ -1,4 +1,4 @@
-"""What a run is made of, its examples and its base model, told again when it is resumed."""
+"""Digests of a run's inputs, its examples and its base model, which resuming compares."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Inputs = dict[str, Any]
 def inputs_of(config: TrainConfig, rows: Rows) -> Inputs:
     """Return a digest of each input by the name of its option, as ``run.json`` keeps them.
 
-    Examples count as they were read, not as the bytes of their file. A base whose weights are not
-    in safetensors, or not here, has None.
+    Examples are digested as they were parsed, not as the bytes of their file. None for a base whose
+    weights are not in safetensors, or not on this machine.
     """
     sides = {"data": rows.train, "eval_data": rows.held_out}
     if config.eval_data is None:
@@ -34,9 +34,9 @@ def inputs_of(config: TrainConfig, rows: Rows) -> Inputs:
 
 
 def changed(before: Inputs, now: Inputs, config: TrainConfig, given: set[str]) -> dict[str, str]:
-    """Return which inputs are other ones than ``before``, by option, and what differs.
+    """Return the inputs that differ from ``before``, by option, and what differs.
 
-    Those in ``given`` were given on purpose when the run was resumed.
+    Those in ``given`` were given explicitly when the run was resumed.
 
     Raises:
         TrainingError: an input has changed that was not given, or the labels have.
@@ -60,7 +60,7 @@ def changed(before: Inputs, now: Inputs, config: TrainConfig, given: set[str]) -
         if name not in given:
             raise TrainingError(
                 f"{option}: {what}; put the old ones back, or repeat {option_name(name)} beside "
-                "--resume to go on all the same"
+                "--resume to continue anyway"
             )
         found[option_name(name)] = what
     return found

@@ -1,4 +1,4 @@
-"""JSON files that are there as a whole or not at all."""
+"""JSON files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write ``value``, with None for NaN and infinity, in one piece, whatever interrupts it."""
+    """Write ``value`` atomically, with None for NaN and infinity."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
 
 
 def finite(value: Any) -> Any:
-    """Return ``value`` with every NaN and infinity, which JSON does not have, as None."""
+    """Return ``value`` with None for NaN and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

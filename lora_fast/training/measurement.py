@@ -1,4 +1,4 @@
-"""What a training step costs: bytes saved for backward, and time beside another way to run it."""
+"""Costs of a training step: bytes saved for backward, and time relative to another path."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def saved_activation_bytes(model: nn.Module, batch: Batch, dtype: torch.dtype) -
     """Return the bytes that a forward pass keeps alive for backward.
 
     Counted with ``torch.autograd.graph.saved_tensors_hooks``: whole storages, each once, without
-    those that live anyway (parameters, buffers, quantisation constants, the batch itself).
+    those that exist anyway (parameters, buffers, quantisation constants, the batch itself).
     """
-    # Storages are kept, not only counted: a freed one could lend its address to the next.
+    # Keep the storages, not only their sizes: a freed one could pass its address to the next.
     permanent = {s.data_ptr() for s in _permanent_storages(model, batch)}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -58,8 +58,8 @@ def interleaved_step_times(
 ) -> StepTimes:
     """Time forward and backward of each batch with stock PEFT and with lora_fast, turn by turn.
 
-    Both see the same batches within the same seconds, in alternating order, so that a change of
-    the machine's load hits both. The model ends accelerated; its parameters do not change.
+    Both see the same batches within the same seconds, in alternating order, so a change in the
+    machine's load affects both. The model ends accelerated; its parameters do not change.
     """
     kinds = ("stock", "lora_fast")
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -84,10 +84,10 @@ def interleaved_step_times(
 
 
 def freeze(model: Any) -> Any:
-    """Make ``model`` the floor of fine-tuning: all of it frozen, its input asking for a gradient.
+    """Make ``model`` the floor of fine-tuning: all of it frozen, its input requires a gradient.
 
     Forward and backward then compute every layer's output and the gradient of its input, and
-    nothing else: what any method pays that changes the model from its first layer on.
+    nothing else. Any method that changes the model from its first layer on pays that.
     """
     model.requires_grad_(False)
     model.enable_input_require_grads()
@@ -114,7 +114,7 @@ def interleaved_ratio(
 
 
 def peak_memory(step: Callable[[Batch], None], batch: Batch) -> int:
-    """Return the most bytes that the GPU had allocated during one step.
+    """Return the peak of bytes allocated on the GPU during one step.
 
     Raises:
         ValueError: the batch is not on a GPU.
@@ -136,7 +136,7 @@ def forward_backward(model: Any, batch: Batch, dtype: torch.dtype) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

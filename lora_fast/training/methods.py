@@ -1,7 +1,7 @@
 """Every method of ``--method``: what it is, which options it takes, and how it is built.
 
-A method is a row of ``METHODS``. Its ``options`` are those of the command line that mean something
-to it, with their defaults; any other of ``METHOD_OPTIONS`` is refused, never ignored.
+A method is a row of ``METHODS``. Its ``options`` are the command line options that it uses, with
+their defaults; any other of ``METHOD_OPTIONS`` is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Method:
 
     ``rates`` are peak learning rates for base models below 1B, below 20B and from 20B parameters;
     ``source`` says where they come from. ``head_rate`` bounds the rate of a classification head
-    where the method's own rate would be too much for it. ``build`` returns the model that trains,
+    if the method's own rate would be too high for it. ``build`` returns the model that trains,
     given the base, the options and the number of steps; ``optimize`` its optimizer.
-    ``fused``: its layers are among those that :func:`lora_fast.accelerate` covers.
+    ``fused``: :func:`lora_fast.accelerate` covers its layers.
     ``peft``: PEFT's own format holds what it trains. ``changes_weights``: it moves the weights
     below the adapter, too. ``allocates_rank``: PEFT's allocator takes part in every step.
-    ``refused`` says why an option that others take means nothing here.
+    ``refused`` says why the method does not take an option that others take.
     """
 
     title: str
@@ -80,7 +80,7 @@ def check_options(config: TrainConfig) -> None:
     """Check that the method takes every option that was given.
 
     Raises:
-        TrainingError: it does not.
+        TrainingError: it does not take one of them.
     """
     method = method_of(config)
     for name in METHOD_OPTIONS:

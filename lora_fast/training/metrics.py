@@ -1,4 +1,4 @@
-"""How good a model is on held-out examples, and what it has to beat."""
+"""Scores on held-out examples, and the baselines to beat."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> Scor
 def evaluate_causal_lm(
     model: nn.Module, examples: list[Example], collator: Collator, dtype: torch.dtype
 ) -> Scores:
-    """Return the mean negative log-likelihood of a learnable token in nats, and its exponential."""
+    """Return the mean negative log-likelihood per trained token in nats, and its exponential."""
     total, tokens = 0.0, 0
     for _, batch in _batches(model, examples, collator, EVAL_BATCH // 8):
         with torch.no_grad(), compute_context(batch["input_ids"].device, dtype):
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-        # A prompt's virtual tokens have logits of their own, in front.
+        # A prompt's virtual tokens have logits of their own, which come first.
         logits = logits[:, -batch["labels"].shape[1] : -1]
         labels = batch["labels"][:, 1:]
         total += nn.functional.cross_entropy(
@@ -97,8 +97,7 @@ def linear_probe(
 ) -> Scores:
     """Return the scores of logistic regression on the frozen model's mean token states.
 
-    The features are of the very inputs that the adapter is trained on, for at most
-    ``PROBE_EXAMPLES`` of them.
+    The features are those of the inputs that the adapter trains on, of at most ``PROBE_EXAMPLES``.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -118,7 +117,7 @@ def linear_probe(
 
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return autocast to ``dtype`` where it is a 16-bit type, else a context that does nothing."""
+    """Return autocast to ``dtype`` if it is a 16-bit type, else a context that does nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -138,7 +137,7 @@ def _mean_states(
 def _batches(
     model: nn.Module, examples: list[Example], collator: Collator, size: int
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield (indices, batch) in eval mode, the longest first: memory runs out at once or never."""
+    """Yield (indices, batch) in eval mode, longest first: out of memory at once or never."""
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     training = model.training

@@ -32,7 +32,7 @@ class Base:
     """A loaded base model.
 
     ``new_modules``, beside the classification head, have no weights in the checkpoint: they train
-    in full and are saved. ``skipped`` is what NF4 left alone, None for bitsandbytes' own choice.
+    in full and are saved. ``skipped``: modules not quantised, None for bitsandbytes' own choice.
     """
 
     name: str
@@ -84,7 +84,7 @@ def load_tokenizer(name: str) -> Any:
     except Exception as error:  # unreadable files surface as many kinds of error
         raise TrainingError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # Where the files are absent, transformers may make up a tokenizer that knows no word.
+        # Without these files transformers may build a tokenizer with an empty vocabulary.
         raise TrainingError(f"cannot load the tokenizer of {name}: it has no vocabulary")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -96,7 +96,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_base(config: TrainConfig, labels: list[str]) -> Base:
-    """Load the base model in the run's dtype, on the GPU where there is one, in NF4 if asked to.
+    """Load the base model in the run's dtype, on the GPU if there is one, in NF4 if asked to.
 
     Raises:
         TrainingError: it cannot be loaded, or has no linear layers to quantise.
@@ -120,7 +120,7 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
         needed("bitsandbytes", "--quantize nf4")
     model, new_modules = _load(name, config, options, skipped if quantize else None)
     if quantize and any(is_four_bit(model.get_submodule(module)) for module in new_modules):
-        # Random weights must not be frozen in 4 bits: nobody could load them again.
+        # Random weights must not be quantised: the checkpoint does not hold them.
         skipped = [*(skipped or _output_layer(model)), *new_modules]
         model, new_modules = _load(name, config, options, skipped)
     if quantize and not any(map(is_four_bit, model.modules())):
@@ -157,7 +157,7 @@ def choose_device_and_dtype(name: str) -> tuple[torch.device, torch.dtype]:
 
 
 def position_limit(base: Base) -> int:
-    """Return how many tokens the model and its tokenizer take."""
+    """Return how many tokens the model and its tokenizer accept."""
     positions = getattr(base.model.config, "max_position_embeddings", None) or 2**31
     return int(min(positions, base.tokenizer.model_max_length))
 

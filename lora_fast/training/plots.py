@@ -17,7 +17,7 @@ def plot_losses(
 ) -> None:
     """Draw training loss over steps: each step faint, a running mean on top of it.
 
-    ``best_step`` is marked: the one whose weights are kept.
+    ``best_step`` is marked: the step whose weights are saved.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -25,7 +25,7 @@ def plot_losses(
         losses = curves["lora_fast"]
         steps = range(1, len(losses) + 1)
         axes.plot(steps, losses, color=OUR_COLOUR, alpha=0.25, linewidth=1)
-        # Beside another curve: wide and light enough to be seen below it.
+        # Wide and light, so that it shows below the other curve.
         width, alpha = (5.0, 0.45) if "stock" in curves else (1.8, 1.0)
         means = running_mean(losses)
         axes.plot(steps, means, OUR_COLOUR, linewidth=width, alpha=alpha, label="lora_fast")

@@ -1,4 +1,4 @@
-"""The lines of a jsonl file, each field checked: what is wrong is told with file, line and column.
+"""Lines of a jsonl file with every field checked; errors give file, line and column.
 
 A classification line holds ``text``, optionally ``text_pair``, and ``label``; a causal-lm line
 holds ``text``, or ``messages`` for the tokenizer's chat template and optionally their ``tools``.
@@ -13,15 +13,15 @@ from typing import Any
 
 from .errors import TrainingError, first_line
 
-# What a message may have beside its role and content, and chat templates know.
+# Fields beside role and content that chat templates know.
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")
 ONE_LINE = 60
 
 
 class Row(dict[str, Any]):
-    """One example as it was read. ``where`` is its file and line, ``unused`` what it has besides.
+    """One example as it was read. ``where``: its file and line; ``unused``: its other fields.
 
-    Both are no part of the example: equal ones are equal wherever they stand.
+    Neither is part of the example, so equal examples compare equal wherever they come from.
     """
 
     where: str = ""
@@ -177,7 +177,7 @@ def _label(row: dict[str, Any]) -> str | int:
 
 
 def _unicode(text: str, name: str) -> str:
-    """The text, which must be one: JSON can escape half of a character."""
+    """The text, checked to be Unicode: JSON can escape half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -33,9 +33,9 @@ from .weights import capture, restore
 
 @dataclass(frozen=True)
 class Material:
-    """The data of a run, encoded, and what has to be beaten on them.
+    """The encoded data of a run, and the baselines to beat.
 
-    ``counts`` is what became of the examples, see :func:`.encoding.count_examples`.
+    ``counts``: how the examples were used, see :func:`.encoding.count_examples`.
     """
 
     rows: Rows
@@ -48,9 +48,9 @@ class Material:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: what ``metrics.json`` holds, and the report on the adapted layers.
+    """A finished run: the contents of ``metrics.json``, and the report on the adapted layers.
 
-    ``report`` is None of a run that had been finished before.
+    ``report`` is None if the run had already finished before.
     """
 
     out: Path
@@ -59,9 +59,9 @@ class Outcome:
 
 
 def run_training(folder: RunFolder, observer: Observer) -> Outcome:
-    """Train, evaluate and save. An arm with checkpoints in the folder goes on from its last one.
+    """Train, evaluate and save. An arm with checkpoints in the folder resumes from its last one.
 
-    A run that is finished stays as it is.
+    A finished run stays as it is.
 
     Raises:
         TrainingError: the data, the model or an option does not allow it.
@@ -70,7 +70,7 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
     config, out = folder.config, folder.path
     finished = folder.results()
     if finished is not None:
-        observer.note(f"The run in {out} is finished: nothing is left to train.")
+        observer.note(f"The run in {out} has finished: nothing is left to train.")
         return Outcome(out, finished, None)
     check_machine(config)
     observer.stage("Reading the data")
@@ -78,7 +78,7 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
     inputs = inputs_of(config, rows)
     other = changed(folder.record.get("inputs", {}), inputs, config, set(folder.moved))
     for option, what in other.items():
-        observer.note(f"Going on with another {option}: {what}")
+        observer.note(f"Continuing with another {option}: {what}")
     setting = _set_up(config, rows, observer)
     for name, text in facts(setting):
         observer.fact(name, text)
@@ -111,7 +111,7 @@ def check_machine(config: TrainConfig) -> None:
     """Check, before anything is read, that the optimizer and the backend run on this machine.
 
     Raises:
-        TrainingError: one of them does not.
+        TrainingError: one of them does not run here.
     """
     device, _ = models.choose_device_and_dtype(config.dtype)
     check_optimizer(config.optim, device)
@@ -123,7 +123,7 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def read_material(config: TrainConfig, rows: Rows, base: models.Base) -> Material:
-    """Encode the examples, set some apart for early stopping, and score the baselines.
+    """Encode the examples, reserve some for early stopping, and score the baselines.
 
     ``config`` has no unknowns.
 
@@ -183,7 +183,7 @@ def complete(config: TrainConfig, base: models.Base) -> TrainConfig:
     """Return the options without unknowns, for this model.
 
     Raises:
-        TrainingError: ``--max-length`` is more than the model takes.
+        TrainingError: ``--max-length`` is more than the model accepts.
     """
     chosen = config.with_defaults(models.base_parameters(base.model))
     limit = _room(chosen, base)
@@ -198,12 +198,12 @@ def complete(config: TrainConfig, base: models.Base) -> TrainConfig:
 
 
 def _room(config: TrainConfig, base: models.Base) -> int:
-    """How many tokens of an example the model takes."""
+    """How many tokens of an example the model accepts."""
     return models.position_limit(base) - (config.virtual_tokens or 0)
 
 
 def run_fused(model: Any) -> None:
-    """Let what lora_fast covers run fused; methods without adapted layers stay as they are."""
+    """Accelerate the layers that lora_fast supports, if the method has adapted layers."""
     if next(adapted_layers(model), None) is not None:
         accelerate(model)
 

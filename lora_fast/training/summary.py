@@ -29,7 +29,7 @@ Summary = dict[str, Any]
 
 
 def facts(setting: Experiment) -> list[tuple[str, str]]:
-    """Return what a run is about to do, by name: model, data, method, run."""
+    """Return the properties of a run, by name: model, data, method, run."""
     config, base = setting.config, setting.base
     trainable, total = parameter_counts(setting.model)
     size = f"{(total - trainable) / 1e6:,.0f}M"
@@ -53,7 +53,7 @@ def notes(setting: Experiment) -> list[str]:
 
 
 def _rank_note(setting: Experiment) -> str | None:
-    """Return what to say of a rank that is no low one: more than a layer has inputs or outputs."""
+    """Return a note on a rank that exceeds the smaller side of some layers."""
     config = setting.config
     layers: list[Any] = [
         layer for _, layer in adapted_layers(setting.model) if hasattr(layer, "lora_A")
@@ -69,7 +69,7 @@ def _rank_note(setting: Experiment) -> str | None:
 
 
 def method_options(config: TrainConfig) -> dict[str, str]:
-    """Return the options that make the method what it is, by name, as text."""
+    """Return the options that define the method, by name, as text."""
     shown = [name for name in method_of(config).options if name not in ("optim", "target_modules")]
     given = {name: getattr(config, name) for name in shown}
     return {
@@ -80,10 +80,10 @@ def method_options(config: TrainConfig) -> dict[str, str]:
 
 
 def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Summary:
-    """Return one arm's results. Call it while the model still runs as in that arm.
+    """Return one arm's results. Call it while the model still computes as in that arm.
 
     ``step_seconds`` is the median optimizer step, ``tokens_per_second`` counts tokens that are not
-    padding; both are of all steps, whichever process made them. ``saved_activation_bytes`` is None
+    padding; both cover all steps, whichever process ran them. ``saved_activation_bytes`` is None
     with gradient checkpointing, which hides its tensors from the count.
     """
     saved = None
@@ -106,7 +106,7 @@ def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Su
 def run_summary(
     setting: Experiment, layers: lora_fast.Report, results: dict[str, Summary]
 ) -> Summary:
-    """Return everything about a run but the comparison of its arms."""
+    """Return everything about a run except the comparison of its arms."""
     trainable, total = parameter_counts(setting.model)
     return {
         "lora_fast": lora_fast.__version__,
@@ -181,6 +181,6 @@ def _device(base: Base) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of what computed; of bitsandbytes where it was there."""
+    """Versions of the libraries that computed; of bitsandbytes if it was there."""
     modules = (sys.modules.get(name) for name in ("torch", "transformers", "peft", "bitsandbytes"))
     return {module.__name__: str(module.__version__) for module in modules if module is not None}

@@ -1,4 +1,4 @@
-"""One arm of a run: transformers' Trainer over a model, with our order, clocks and stops."""
+"""One arm of a run: transformers' Trainer with our order of examples, clocks and stops."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 @dataclass(frozen=True)
 class Arm:
-    """What the training of one arm, ``stock`` or ``lora_fast``, gave.
+    """The results of training one arm, ``stock`` or ``lora_fast``.
 
-    ``losses`` is per step, ``ranks`` the effective ranks by step; ``best_step`` is the one that
-    early stopping went back to, ``planned`` the number of steps it was to have.
+    ``losses`` is per step, ``ranks`` the effective ranks by step; ``best_step`` is the step that
+    early stopping restored, ``planned`` the number of steps that were planned.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Arm:
     planned: int = 0
 
     def course(self) -> str:
-        """How many steps it had, and where early stopping came in."""
+        """How many steps ran, and what early stopping did."""
         done = len(self.losses)
         text = f"{done:,} steps"
         if done < self.planned:
@@ -74,9 +74,9 @@ class Arm:
 
 
 class OrderedTrainer(Trainer):
-    """Trainer with the batches of :class:`LengthGroupedOrder`, whose log has unrounded losses.
+    """Trainer with the batches of :class:`LengthGroupedOrder` and unrounded losses in its log.
 
-    A checkpoint holds what training changed, whatever the method, and nothing else of the model.
+    A checkpoint holds what training changed, whatever the method, and no other part of the model.
     """
 
     _step_loss: float | torch.Tensor = 0.0
@@ -89,7 +89,7 @@ class OrderedTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the loss as it is: transformers before 5.0 rounds it to four digits."""
+        """Log the unrounded loss: transformers before 5.0 rounds it to four digits."""
         if "loss" in logs:
             logs["loss"] = float(self._step_loss)
             self._step_loss = 0.0
@@ -110,7 +110,7 @@ class OrderedTrainer(Trainer):
             restore(self.model, Path(resume_from_checkpoint) / WEIGHTS)
         except ValueError as error:
             raise TrainingError(
-                f"cannot go on from step {step_of(Path(resume_from_checkpoint))}: "
+                f"cannot resume from step {step_of(Path(resume_from_checkpoint))}: "
                 f"{first_line(error)}"
             ) from error
 
@@ -134,7 +134,7 @@ def train_arm(
     checkpoint = latest_checkpoint(folder)
     for damaged, lack in damaged_checkpoints(folder).items():
         instead = f"from step {step_of(checkpoint)}" if checkpoint else "from the beginning"
-        observer.note(f"{damaged} is not whole ({lack}): going on {instead}")
+        observer.note(f"{damaged} is incomplete ({lack}): continuing {instead}")
     if checkpoint is not None and _has_ended(checkpoint, setting):
         return _told(_finished_arm(name, setting, checkpoint), observer)
     request, ranks = StopRequest(), EffectiveRanks()
@@ -259,7 +259,7 @@ def check_optimizer(name: str | None, device: torch.device) -> None:
     """Check that transformers has the optimizer and that the device can run it.
 
     Raises:
-        TrainingError: it has not, or cannot.
+        TrainingError: either is not the case.
     """
     if name is None:
         return
@@ -279,7 +279,7 @@ def total_steps(config: TrainConfig, examples: int) -> int:
 
 
 def _has_ended(checkpoint: Path, setting: Experiment) -> bool:
-    """Whether the training that wrote ``checkpoint`` had come to its end, or to its early stop."""
+    """Whether the training that wrote ``checkpoint`` had finished, or stopped early."""
     if step_of(checkpoint) >= setting.steps:
         return True
     count = stored_attributes(checkpoint, EARLY).get("early_stopping_patience_counter", 0)
@@ -287,10 +287,10 @@ def _has_ended(checkpoint: Path, setting: Experiment) -> bool:
 
 
 def _finished_arm(name: str, setting: Experiment, checkpoint: Path) -> Arm:
-    """Take over the weights, the curve and the counts of a training that had ended before."""
+    """Restore the weights, the curve and the counts of a training that had already ended."""
     state = stored_state(checkpoint)
     best = state.get("best_model_checkpoint")
-    # By name: the folder of the run may have moved since.
+    # By name, since the folder of the run may have moved.
     source = checkpoint.with_name(Path(best).name) if best else checkpoint
     restore(setting.model, source / WEIGHTS)
     history = stored_attributes(checkpoint, EffectiveRanks.__name__).get("history", [])
@@ -307,7 +307,7 @@ def _finished_arm(name: str, setting: Experiment, checkpoint: Path) -> Arm:
 
 
 def _resumed_counts(model: Any, checkpoint: Path | None) -> tuple[StepClock, CallCounter]:
-    """The clock, and the counts of the model's layers, as ``checkpoint`` has them."""
+    """The clock, and the counts of the model's layers, restored from ``checkpoint``."""
     return (
         StepClock(stored_attributes(checkpoint, StepClock.__name__)),
         CallCounter(model, stored_attributes(checkpoint, CallCounter.__name__)),

@@ -1,4 +1,4 @@
-"""What training changed, as tensors: for checkpoints, for a second arm, and for other programs.
+"""The tensors that training changed: for checkpoints, a second arm and other programs.
 
 An NF4 weight is stored as bitsandbytes stores it in a state dict: its packed bytes under its own
 name, its constants below it (``….weight.absmax``, …).
@@ -27,7 +27,7 @@ Read = Callable[[str], Tensor]
 
 
 def capture(model: nn.Module, *, frozen: bool) -> Tensors:
-    """Return copies of all that a training step may change, by name.
+    """Return copies of everything that a training step may change, by name.
 
     That is every parameter that trains, the state of AdaLoRA's rank allocator and, with
     ``frozen``, the frozen weights below LoRA layers, which Delta-LoRA moves.
@@ -43,8 +43,8 @@ def restore(model: nn.Module, tensors: Tensors | Path) -> None:
     """Put back what :func:`capture` returned, in place: the tensors, or the file that holds them.
 
     Raises:
-        ValueError: a tensor is not of this model or has another shape, or one that trains is
-            missing; the model is then unchanged.
+        ValueError: a tensor does not belong to this model or has another shape, or one that
+            trains is missing; the model is then unchanged.
     """
     with _opened(tensors) as (shapes, read, source):
         state = {name: s for name, s in shapes.items() if not name.startswith(ALLOCATOR)}
@@ -101,7 +101,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 @contextmanager
 def _opened(tensors: Tensors | Path) -> Iterator[tuple[Shapes, Read, str]]:
-    """Shapes, and a way to the values: those of a file are read when they are wanted."""
+    """Shapes, and a function that returns values: those of a file are read on demand."""
     if not isinstance(tensors, Path):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         yield shapes, tensors.__getitem__, "the checkpoint"
@@ -129,7 +129,7 @@ def _load(model: nn.Module, shapes: Shapes, read: Read, source: str) -> None:
                 state = kind.from_dict(constants, device=parameter.device)
                 parameter.quant_state = state  # type: ignore[attr-defined]
     for module in model.modules():
-        # bitsandbytes keeps the state in the module as well, and trusts that one after a move.
+        # bitsandbytes also keeps the state in the module, and uses that one after a move.
         if getattr(module, "quant_state", None) is not None:
             module.quant_state = module.weight.quant_state  # type: ignore[union-attr]
 
