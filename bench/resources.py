@@ -96,7 +96,7 @@ def of_cubin(cubin: bytes, arch: int, threads: int, shared_bytes: int) -> Resour
     """Resources of the one kernel in a cubin. ``shared_bytes``: what its launch asks for."""
     usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", _cuobjdump(cubin, "-res-usage")))
     registers = int(usage["REG"])
-    instructions = sass.parse(_cuobjdump(cubin, "-sass"))
+    instructions = sass.parse(sass_of(cubin))
     return Resources(
         registers=registers,
         local_bytes=int(usage["STACK"]) + int(usage["LOCAL"]),
@@ -107,6 +107,11 @@ def of_cubin(cubin: bytes, arch: int, threads: int, shared_bytes: int) -> Resour
         mma=Counter(i.base for i in instructions if i.is_mma),
         hot_loops=sass.hot_loops(instructions),
     )
+
+
+def sass_of(cubin: bytes) -> str:
+    """The machine code of a cubin, as cuobjdump prints it."""
+    return _cuobjdump(cubin, "-sass")
 
 
 def of_amdgcn(assembly: str, threads: int, shared_bytes: int, arch: str) -> Resources:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import conftest
 import pytest
 import torch
 
@@ -29,16 +28,9 @@ from bench.offline import (
 from bench.offline.contestants import Case
 from bench.offline.rooflines import BY_ARCH
 
-pytestmark = pytest.mark.offline
+pytestmark = [pytest.mark.offline, pytest.mark.usefixtures("allocating_as_users_do")]
 
 ONE_LINEAR = dataclasses.replace(counting.FAST, shapes=layers.SHAPES[:1])
-
-
-@pytest.fixture(autouse=True)
-def _allocating_as_users_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fills new memory with NaN in tests would be counted as launches."""
-    for owner, name in conftest.ALLOCATORS:
-        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,9 @@
     python -m bench.offline                  count everything, print it, keep it in --out
     python -m bench.offline --check          count again and compare with what is kept; 1 if worse
     python -m bench.offline --check --fast   the same for the main cases on one device: seconds
+    python -m bench.offline --case linear,8192,16,nf4 --arch 90
+                                             one case alone: LAYER,M,R,WEIGHT[,P]; keeps nothing,
+                                             with --check it is compared
 
 Kept are results.json, tables.md, bars.png and roofline.png.
 """
@@ -15,8 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import band, counting, regression, tables, tasks, whole_layer
+from . import band, counting, one_case, regression, tables, tasks, whole_layer
+from .contestants import Case
 from .counting import EVERYTHING, FAST, MAIN
+from .rooflines import BY_ARCH
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "offline"
 FILE = "results.json"
@@ -24,12 +29,21 @@ FILE = "results.json"
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
-    selection = FAST if options.fast else EVERYTHING
     kept = _load(options.out / FILE) if options.check else None
+    if options.case is not None:
+        found = one_case.count(options.case, options.arch)
+        print(one_case.text(options.case, options.arch, found))
+        return 0 if kept is None else _compared({"about": _about(), **found}, kept)
+    selection = FAST if options.fast else EVERYTHING
     new = {"about": _about(), **tasks.count(selection, options.jobs)}
     if kept is None:
         _keep(new, options.out)
         return 0
+    return _compared(new, kept)
+
+
+def _compared(new: dict[str, Any], kept: dict[str, Any]) -> int:
+    """The exit code: 1 where something is worse than what is kept, after a line for each."""
     worse = regression.regressions(new, kept)
     if new["about"] != kept["about"]:
         print(f"note: counted with {new['about']}, kept with {kept['about']}")
@@ -37,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"worse: {line}")
     changed = regression.differences(new, kept)
     if changed and not worse:
-        print(f"note: {changed} rows differ and none is worse; run without --check to keep them")
+        print(f"note: {changed} rows differ and none is worse; python -m bench.offline keeps them")
     fresh = regression.not_kept(new, kept)
     if fresh:
         print(f"note: {len(fresh)} kernels are not kept yet: {', '.join(fresh)}")
@@ -56,10 +70,21 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="the main cases on sm_90 alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the kept results")
+    parser.add_argument("--case", type=_case, help=f"one case, {one_case.FORM}")
+    parser.add_argument("--arch", type=int, default=90, help="of --case (default 90)")
     options = parser.parse_args(arguments)
+    if options.arch not in BY_ARCH:
+        parser.error(f"--arch must be one of {', '.join(map(str, BY_ARCH))}, got {options.arch}")
     if options.fast and not options.check and options.out == RESULTS:
         parser.error("--fast must come with --check or --out, or it would replace the full results")
     return options
+
+
+def _case(text: str) -> Case:
+    try:
+        return one_case.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _about() -> dict[str, str]:

@@ -33,7 +33,7 @@ def everything(results: dict[str, Rows], breakdown: Rows) -> str:
         parts += [f"## {name}, M = 8192, r = 16, forward + backward", _layer(counts, name)]
     parts += ["## lora_fast at other sizes", _sizes(counts)]
     parts += [f"## Where the bytes come from: {MAIN}, sm_90", _breakdown(breakdown)]
-    parts += ["## Machine code", _kernels(kernels)]
+    parts += ["## Machine code", kernel_table(kernels)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,7 +58,7 @@ def in_short(counts: Rows, bands: Rows, whole_layers: Rows) -> str:
         )
         lines.append(tuple(f"**{cell}**" for cell in cells) if who == "lora_fast" else cells)
     head = ("", "launches", "HBM traffic over frozen", "saved by the linears")
-    return _table((*head, "saved by the layer", "time over frozen, H100"), lines)
+    return table((*head, "saved by the layer", "time over frozen, H100"), lines)
 
 
 _IN_SHORT = ("peft", "unsloth", "lorafusion", "lora_fast")
@@ -100,7 +100,7 @@ def summary(counts: Rows, bands: Rows) -> str:
                 )
             )
     head = ("", "", "launches", "HBM MB over frozen", "saved for backward, MB")
-    return _table((*head, *(r.name for r in ROOFLINES)), lines)
+    return table((*head, *(r.name for r in ROOFLINES)), lines)
 
 
 def _merged(rows: Rows) -> tuple[dict[str, Any], list[str]]:
@@ -135,7 +135,7 @@ def targets(counts: Rows, launches: Rows, kernels: Rows) -> str:
             *_targets_of_code(kernels),
         )
     ]
-    return _table(("target (sm_90, M = 8192, r = 16)", "limit", "counted", "met"), lines)
+    return table(("target (sm_90, M = 8192, r = 16)", "limit", "counted", "met"), lines)
 
 
 _Target = tuple[str, str, str, bool]
@@ -272,7 +272,7 @@ def _layer(counts: Rows, layer: str) -> str:
                     )
                 )
     head = ("W", "p", "who", "launches", "TFLOP", "compulsory MB", "MB", "over frozen", "saved MB")
-    return _table((*head, *(f"time {r.name}" for r in ROOFLINES)), lines)
+    return table((*head, *(f"time {r.name}" for r in ROOFLINES)), lines)
 
 
 def _by(rows: Rows, key: str) -> Iterable[tuple[str, Rows]]:
@@ -304,7 +304,7 @@ def _sizes(counts: Rows) -> str:
             )
         )
     head = ("layer", "M", "r", "W", "MB over frozen", "PEFT's", "time over frozen, H100", "PEFT's")
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _breakdown(rows: Rows) -> str:
@@ -312,10 +312,11 @@ def _breakdown(rows: Rows) -> str:
         (row["launch"], row["argument"], f"{row['read'] / 1e6:.2f}", f"{row['written'] / 1e6:.2f}")
         for row in rows
     ]
-    return _table(("launch: pass", "argument", "MB read", "MB written"), lines)
+    return table(("launch: pass", "argument", "MB read", "MB written"), lines)
 
 
-def _kernels(rows: Rows) -> str:
+def kernel_table(rows: Rows) -> str:
+    """What the compiler made of each kernel, one a line."""
     lines = []
     for row in rows:
         loop = {} if row["main_loop"] is None else row["loops"][row["main_loop"]]
@@ -340,7 +341,7 @@ def _kernels(rows: Rows) -> str:
         *("MMA", "instructions", "in main loop", *_CLASSES, "other"),
         *("issue cycles", "tensor cycles", "TB/s by issue"),
     )
-    return _table(head, lines)
+    return table(head, lines)
 
 
 _CYCLES = ("issue_cycles", "tensor_cycles", "issue_terabytes")
@@ -350,7 +351,8 @@ def _shown(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table, its columns aligned."""
     cells = [head, *lines]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     cells.insert(1, tuple("-" * width for width in widths))

@@ -88,27 +88,17 @@ def _candidates(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iter
     """What the tuner may time beside the configuration that is picked."""
     from lora_fast.kernels import configs
 
-    from lora_fast.tuning.plans import Plan
-
     for config in configs.other_gemms(8192, layers.DTYPE, arch):
-        plan = Plan(gemm=config)
-        log = _layer(arch, ranks[0], plan=plan)
-        yield Variant(log, ranks[0], note=plan.name.removeprefix("fused "))
+        yield of_tile(config, arch, ranks[0])
 
 
 def _others(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iterator[Variant]:
     """float32 models, DoRA's gain, ranks off 16, the norms of DoRA and merging."""
-    import lora_fast.triton_ops as ops
-
     R = ranks[0]
     yield Variant(_layer(arch, R, dtype=torch.float32), R, note="fp32 x")
     yield Variant(_layer(arch, R, gains="g"), R, note="g")
     yield Variant(_layer(arch, 100), 100)
-    W, A, B = _empty(WIDTH, WIDTH), _empty(R, WIDTH), _empty(WIDTH, R)
-    with stub_driver.recording(arch) as log:
-        ops.row_norms(W, A, B, 1.0)
-        ops.update_weight(W, W, A, B, None, None, None, 1.0)
-    yield Variant(log, R)
+    yield of_weights(arch, R)
 
 
 KINDS: dict[str, Make] = {
@@ -120,6 +110,31 @@ KINDS: dict[str, Make] = {
     "candidates": _candidates,
     "others": _others,
 }
+
+
+def of_case(case: Case, arch: int) -> Variant:
+    """The step of one case."""
+    return _counted(case, arch)
+
+
+def of_tile(config: Any, arch: int, R: int) -> Variant:
+    """The step of a dense layer of many rows with a tile of ticketed_gemm that is not the picked
+    one."""
+    from lora_fast.tuning.plans import Plan
+
+    plan = Plan(gemm=config)
+    return Variant(_layer(arch, R, plan=plan), R, note=plan.name.removeprefix("fused "))
+
+
+def of_weights(arch: int, R: int) -> Variant:
+    """The kernels that read W alone: DoRA's norms, and merging."""
+    import lora_fast.triton_ops as ops
+
+    W, A, B = _empty(WIDTH, WIDTH), _empty(R, WIDTH), _empty(WIDTH, R)
+    with stub_driver.recording(arch) as log:
+        ops.row_norms(W, A, B, 1.0)
+        ops.update_weight(W, W, A, B, None, None, None, 1.0)
+    return Variant(log, R)
 
 
 def _counted(case: Case, arch: int, note: str = "", **options: Any) -> Variant:
