@@ -21,7 +21,7 @@ def steady(device: torch.device) -> torch.device:
 
 def backend_name(device: torch.device) -> str:
     """The backend of lora_fast that computes on ``device``."""
-    from lora_fast.backend import uses_triton
+    from lora_fast.backends.choice import uses_triton
 
     return "triton" if uses_triton(device) else "torch"
 

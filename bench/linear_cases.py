@@ -140,7 +140,7 @@ def linear4bit(dense: nn.Linear) -> nn.Module:
     """NF4 with double quantisation of ``dense``, on its device; no bias."""
     import bitsandbytes as bnb
 
-    from lora_fast.four_bit_layout import forbid_packing
+    from lora_fast.four_bit.layout import forbid_packing
 
     layer = bnb.nn.Linear4bit(
         dense.in_features,

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver as triton_driver
 
-from lora_fast.compile_check import AbsentDevice, standing_in
+from lora_fast.doctor.compile_check import AbsentDevice, standing_in
 
 from . import resources
 

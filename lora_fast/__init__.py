@@ -12,7 +12,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__
 
 # An installed package holds lora_fast/kernels; in a checkout that folder is the repository's own.
 if not (Path(__file__).parent / "kernels").is_dir():
@@ -20,37 +20,37 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from . import functional, optim, reference, trainable
-    from .acceleration import accelerate, decelerate
-    from .backend import set_backend
-    from .callback import LoraFastCallback as LoraFastCallback
-    from .conversion import convert
-    from .dora import DoRALinear
-    from .modules import LoRALinear
+    from .acceleration.callback import LoraFastCallback as LoraFastCallback
+    from .acceleration.report import Report, report
+    from .acceleration.switch import accelerate, decelerate
+    from .acceleration.warm_up import warm_up
+    from .backends.choice import set_backend
+    from .files.peft_files import load_adapter, save_adapter
+    from .modules.conversion import convert
+    from .modules.dora import DoRALinear
+    from .modules.lora import LoRALinear
+    from .modules.vera import VeRALinear
     from .nf4 import NF4Weight
-    from .peft_files import load_adapter, save_adapter
     from .planning import MemoryPlan, plan
-    from .reporting import Report, report
-    from .tuning.warm_up import warm_up
-    from .vera import VeRALinear
 
 # Resolved on first use, so that `import lora_fast` loads neither Triton nor PEFT nor transformers.
 _LAZY = {
-    "DoRALinear": "dora",
+    "DoRALinear": "modules.dora",
     "LoRALinear": "modules",
-    "LoraFastCallback": "callback",
+    "LoraFastCallback": "acceleration.callback",
     "MemoryPlan": "planning",
     "NF4Weight": "nf4",
-    "Report": "reporting",
-    "VeRALinear": "vera",
-    "accelerate": "acceleration",
-    "convert": "conversion",
-    "decelerate": "acceleration",
-    "load_adapter": "peft_files",
+    "Report": "acceleration.report",
+    "VeRALinear": "modules.vera",
+    "accelerate": "acceleration.switch",
+    "convert": "modules.conversion",
+    "decelerate": "acceleration.switch",
+    "load_adapter": "files.peft_files",
     "plan": "planning",
-    "report": "reporting",
-    "save_adapter": "peft_files",
-    "set_backend": "backend",
-    "warm_up": "tuning.warm_up",
+    "report": "acceleration.report",
+    "save_adapter": "files.peft_files",
+    "set_backend": "backends.choice",
+    "warm_up": "acceleration.warm_up",
 }
 _LAZY_MODULES = ("functional", "optim", "reference", "trainable")
 
@@ -62,6 +62,7 @@ __all__ = [
     "NF4Weight",
     "Report",
     "VeRALinear",
+    "__version__",
     "accelerate",
     "convert",
     "decelerate",

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import library_ops
-from .autograd import (
+from .backends.choice import get_backend
+from .factors import Constants, Factors, Needs
+from .nf4 import NF4Weight
+from .operation import compiled_ops
+from .operation.autograd import (
     AdaptedLinear,
     AdaptedLinearGroup,
     forward,
@@ -17,10 +20,7 @@ from .autograd import (
     group_factors,
     is_recording,
 )
-from .backend import get_backend
-from .factors import Constants, Factors, Needs
-from .nf4 import NF4Weight
-from .validation import check_adapted_linear, check_dropout, check_rank_spans
+from .operation.validation import check_adapted_linear, check_dropout, check_rank_spans
 
 
 def adapted_linear(
@@ -67,9 +67,9 @@ def adapted_linear(
     if A is None:
         dropout_p = 0.0
     if torch.compiler.is_compiling():
-        seed = library_ops.seed_of(dropout_p, dropout_seed)
+        seed = compiled_ops.seed_of(dropout_p, dropout_seed)
         vectors = (bias, A, B, b, d, g)
-        return library_ops.apply(x, weight, vectors, scaling, dropout_p, seed, rank_spans)
+        return compiled_ops.apply(x, weight, vectors, scaling, dropout_p, seed, rank_spans)
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = _draw_seed(x.device)
     constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)
@@ -120,9 +120,9 @@ def adapted_linears(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.compiler.is_compiling():
-        seed = library_ops.seed_of(dropout_p, dropout_seed)
+        seed = compiled_ops.seed_of(dropout_p, dropout_seed)
         return tuple(
-            library_ops.apply(x, W, (bias, A, B, None, None, None), s, dropout_p, seed, None)
+            compiled_ops.apply(x, W, (bias, A, B, None, None, None), s, dropout_p, seed, None)
             for W, bias, A, B, s in members
         )
     if dropout_p > 0.0 and dropout_seed is None:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .four_bit_decoding import absmax_of, decode
-from .four_bit_layout import is_plain, plain_bytes, plain_state
+from .features import EQUAL_ABSMAX
+from .four_bit.decoding import absmax_of, decode
+from .four_bit.layout import is_plain, plain_bytes, plain_state
 from .optional_packages import needed
-from .versions import EQUAL_ABSMAX
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Absmax that share one themselves.

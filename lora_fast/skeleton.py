@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .four_bit_layout import plain_state
+from .four_bit.layout import plain_state
 from .optional_packages import needed
 
 # In the order in which a model's own class is looked for; tasks name one of them.
@@ -42,7 +42,7 @@ def load_config(name: str | Path) -> Any:
         ValueError: there is no such config, or it cannot be read.
     """
     AutoConfig = needed("transformers", "reading the config of a model").AutoConfig
-    from .hub import check_hub
+    from .files.model_source import check_hub
     from .training.models import resolve_model
 
     name = resolve_model(str(name))
@@ -141,8 +141,8 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
     """
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    from .backend import set_backend
-    from .base_linear import accepting
+    from .backends.choice import set_backend
+    from .base_layer.linear import accepting
     from .four_bit import is_four_bit
 
     with FakeTensorMode(), accepting(FakeTensor), set_backend("torch"), _without_tracebacks():

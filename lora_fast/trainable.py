@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .four_bit_layout import forbid_packing
+from .four_bit.layout import forbid_packing
 
 # torch.nn.LayerNorm and RMSNorm, LlamaRMSNorm, T5LayerNorm, Gemma3RMSNorm, …
 _NORMS = ("LayerNorm", "RMSNorm")

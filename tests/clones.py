@@ -88,4 +88,6 @@ def other_kernels_in(folder: Path) -> Path:
     info.mkdir()
     metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
     info.joinpath("METADATA").write_text(metadata)
+    # Or importlib.metadata does not know whose package this is, from Python 3.12 on.
+    info.joinpath("top_level.txt").write_text("kernels\n")
     return folder

@@ -194,7 +194,7 @@ def cpu_kind(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each call of the function of several layers computed."""
-    from lora_fast import dispatch
+    from lora_fast.operation import dispatch
 
     calls: list[int] = []
     forward = dispatch.forward_group

@@ -71,7 +71,7 @@ def _packed_product(
     """x Wᵀ of a packed W, in bfloat16 as bitsandbytes': from its codes and its absmax."""
     from four_bit_formula import formula
 
-    from lora_fast.four_bit_layout import plain_bytes, plain_state
+    from lora_fast.four_bit.layout import plain_bytes, plain_state
 
     assert out is None and state.packing_format_for_cpu
     W = formula(plain_bytes(B.data, state), plain_state(state), torch.bfloat16)

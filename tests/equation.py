@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from accuracy import assert_all_accurate, assert_same_bits, orders
 
-from lora_fast import NF4Weight, dispatch, functional, reference
+from lora_fast import NF4Weight, functional, reference
+from lora_fast.operation import dispatch
 
 FACTORS = ("x", "bias", "A", "B", "b", "d", "g")
 

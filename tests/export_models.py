@@ -13,8 +13,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from lora_fast.methods.table import METHODS
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.methods import METHODS
 from lora_fast.training.models import Base
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lora_fast
-from lora_fast import torch_products
+from lora_fast.backends import torch_products
 
 # What a CPU multiplies as it is: nothing, bfloat16 (AVX512-BF16, AMX), or what cuBLAS does, whose
 # products these are on a GPU.

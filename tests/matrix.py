@@ -34,7 +34,7 @@ TRITONS = {
     "3.9.0": "triton-3.9.0",
 }
 # The PTX executor does not know the matrix descriptors that Triton 3.5 makes for sm_100; what
-# Triton 3.9 makes for it is wrong, and refused (lora_fast/versions.py).
+# Triton 3.9 makes for it is wrong, and refused (lora_fast/features.py).
 LEFT_OUT = {"3.5.1": "not sm_100", "3.9.0": "not sm_100"}
 KERNELS = ("interpreter", "compiled")
 LIBRARY = ("peft", "qlora", "transformers")

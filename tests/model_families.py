@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from lora_fast.versions import installed
+from lora_fast.features import installed
 
 VOCABULARY = 64
 # What a config calls its sizes; each family takes those of its own.

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast
-from lora_fast import acceleration, peft_layers
-from lora_fast.four_bit_layout import forbid_packing
+from lora_fast import peft_layers
+from lora_fast.acceleration import switch
+from lora_fast.four_bit.layout import forbid_packing
 
 F32, BF16 = torch.float32, torch.bfloat16
 KINDS = ["dense", "nf4"]
@@ -378,7 +379,7 @@ def test_no_peft_no_acceleration_of_our_own_modules() -> None:
     model = lora_fast.convert(Mlp(), ["fc1"])
     assert lora_fast.accelerate(model) is model
     assert [type(m) for m in (model.fc1, model.fc2)] == [lora_fast.LoRALinear, nn.Linear]
-    assert next(acceleration.adapted_layers(model))[0] == "fc1"
+    assert next(switch.adapted_layers(model))[0] == "fc1"
 
 
 def test_single_layer_model_without_wrapper() -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from tiny_runs import library_logging, run_cli
 
-from lora_fast import backend, dispatch, set_backend, torch_ops
-from lora_fast.backend import get_backend, uses_triton
-from lora_fast.doctor import diagnose
+from lora_fast import set_backend
+from lora_fast.backends import choice, torch_ops
+from lora_fast.backends.choice import get_backend, uses_triton
+from lora_fast.doctor.diagnosis import diagnose
 from lora_fast.functional import adapted_linear
+from lora_fast.operation import dispatch
 
 
 @pytest.mark.parametrize(
@@ -22,13 +24,13 @@ from lora_fast.functional import adapted_linear
     [((8, 0), None, True), ((12, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
 )
 def test_auto_takes_triton_where_it_is_proven(monkeypatch, capability, hip, expected):
-    backend._kernels_run_on.cache_clear()
+    choice._kernels_run_on.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     with set_backend("auto"):
         assert uses_triton(torch.device("cuda", 0)) is expected
         assert not uses_triton(torch.device("cpu"))
-    backend._kernels_run_on.cache_clear()
+    choice._kernels_run_on.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -37,12 +39,12 @@ def test_auto_takes_triton_where_it_is_proven(monkeypatch, capability, hip, expe
      ("3.9.0", (9, 0), True), ("3.8.0", (10, 0), True)],
 )  # fmt: skip
 def test_what_triton_miscompiles_is_not_run(monkeypatch, version, capability, expected):
-    backend._kernels_run_on.cache_clear()
+    choice._kernels_run_on.cache_clear()
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     with set_backend("auto"):
         assert uses_triton(torch.device("cuda", 0)) is expected
-    backend._kernels_run_on.cache_clear()
+    choice._kernels_run_on.cache_clear()
 
 
 def test_what_triton_miscompiles_is_refused_where_it_was_chosen(monkeypatch):
@@ -51,12 +53,12 @@ def test_what_triton_miscompiles_is_refused_where_it_was_chosen(monkeypatch):
     with set_backend("triton"):
         for arch in (90, 120):
             with stub_driver.recording(arch):
-                backend.check_driver()
+                choice.check_driver()
         with (
             stub_driver.recording(100),
             pytest.raises(ValueError, match=r"must choose torch.* 3\.9"),
         ):
-            backend.check_driver()
+            choice.check_driver()
 
 
 def test_the_choice_decides():
@@ -69,7 +71,7 @@ def test_the_choice_decides():
 
 
 def test_triton_refuses_float64():
-    triton_ops = pytest.importorskip("lora_fast.triton_ops")
+    triton_ops = pytest.importorskip("lora_fast.backends.triton_ops")
     x = torch.randn(2, 4, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="x must be float32"):
         triton_ops.forward(x, dispatch.Factors(x), dispatch.Needs())
@@ -114,14 +116,14 @@ def test_a_driver_that_comes_later_is_found(no_driver, monkeypatch):
     target = SimpleNamespace(arch=90)
     active = SimpleNamespace(get_current_target=lambda: target)
     monkeypatch.setattr(sys.modules["triton.runtime.driver"].driver, "_active", active)
-    assert type(dispatch._routes("triton")).__module__ == "lora_fast.routes"
+    assert type(dispatch._routes("triton")).__module__ == "lora_fast.backends.routes"
 
 
 def test_the_interpreter_needs_no_driver(no_driver, monkeypatch):
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    backend.check_driver()
+    choice.check_driver()
 
 
 def test_a_driver_that_does_not_start_says_why(no_driver, monkeypatch):
@@ -132,7 +134,7 @@ def test_a_driver_that_does_not_start_says_why(no_driver, monkeypatch):
 
     monkeypatch.setattr(sys.modules["triton.runtime.driver"], "_create_driver", broken)
     with set_backend("auto"), pytest.raises(ValueError) as caught:
-        backend.check_driver()
+        choice.check_driver()
     assert str(caught.value) == (
         "LORA_FAST_BACKEND or set_backend must choose torch on this machine, got auto: "
         "Triton has no driver for it (Failed to find C compiler.)"
@@ -153,7 +155,7 @@ def test_doctor_and_train_say_so_before_anything_is_read(no_driver, capsys, tmp_
 def test_what_torch_keeps_for_a_thread_lives_as_long_as_it_is_used():
     """torch before 2.12 gives back a reference that it never took, once for each block."""
     with set_backend("torch"):
-        kept = torch._C._get_obj_in_tls(backend._KEY)
+        kept = torch._C._get_obj_in_tls(choice._KEY)
         for _ in range(3):
             with set_backend("triton"):
                 pass

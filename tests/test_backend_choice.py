@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_fast import dispatch, set_backend
-from lora_fast.backend import get_backend
+from lora_fast import set_backend
+from lora_fast.backends.choice import get_backend
 from lora_fast.functional import Member, adapted_linear, adapted_linears
+from lora_fast.operation import dispatch
 
 
 def test_a_block_restores_the_choice():
@@ -207,7 +208,7 @@ def test_a_backward_pass_uses_what_its_forward_used(operation, kind, backends_of
 
 
 def test_operators_leave_the_choice_alone(monkeypatch):
-    from lora_fast import autograd, library_ops
+    from lora_fast.operation import autograd, compiled_ops
 
     seen = []
     forward = autograd.forward
@@ -218,8 +219,8 @@ def test_operators_leave_the_choice_alone(monkeypatch):
 
     monkeypatch.setattr(autograd, "forward", spied)
     W, none = torch.randn(5, 4), (None,) * 6
-    flat = library_ops.FlatWeight.of(W)
-    library_ops.adapted_linear(
+    flat = compiled_ops.FlatWeight.of(W)
+    compiled_ops.adapted_linear(
         torch.randn(3, 4), *flat, *none, None, None, 1.0, 0.0, [False] * 8, "torch"
     )
     assert seen == [(get_backend(), "torch")]
@@ -287,7 +288,7 @@ def test_unknown_names_are_refused():
 
 
 def test_the_environment_is_read_and_checked():
-    code = "from lora_fast.backend import get_backend; print(get_backend())"
+    code = "from lora_fast.backends.choice import get_backend; print(get_backend())"
     root = str(Path(__file__).resolve().parents[1])
 
     def run(value: str) -> subprocess.CompletedProcess[str]:

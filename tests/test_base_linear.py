@@ -13,7 +13,7 @@ from lora_models import K, N, nf4_linear
 from torch import nn
 
 from lora_fast import NF4Weight, reference
-from lora_fast.base_linear import (
+from lora_fast.base_layer.linear import (
     adapted,
     base_obstacle,
     call_obstacle,

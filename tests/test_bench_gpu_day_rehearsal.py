@@ -153,7 +153,7 @@ def test_kernels_run_in_a_rehearsal() -> None:
     """With TRITON_INTERPRET=1, as the command sets it, kernels compute what is not timed."""
     launched: list[Any] = []
     with day(rehearse=True) as today, pytest.MonkeyPatch.context() as patch:
-        assert lora_fast.backend.get_backend() == today.fused == "triton"
+        assert lora_fast.backends.choice.get_backend() == today.fused == "triton"
         decode = nf4_decode.decode
         patch.setattr(nf4_decode, "decode", lambda *args: launched.append(args) or decode(*args))
         rows = [unit.run() for unit in (*linears.crossover(today)[:1], *plans.units(today)[-1:])]

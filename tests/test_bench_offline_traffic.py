@@ -1,4 +1,4 @@
-"""bench.cost_model, byte by byte, against what the kernels load and store in the interpreter."""
+"""bench.traffic, byte by byte, against what the kernels load and store in the interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_fast.kernels import configs, ticketed_gemm
 from triton.runtime import interpreter
 
 import lora_fast
-from bench import cost_model
+from bench import traffic
 from lora_fast.functional import Member, adapted_linear, adapted_linears
 
 pytestmark = pytest.mark.interpreter
@@ -191,7 +191,7 @@ def test_groups_of_layers_with_one_input_are_counted_too() -> None:
 
 def _compare(launches: list[Observed]) -> None:
     for launch in launches:
-        for number, modelled in enumerate(cost_model.traffic(launch)):
+        for number, modelled in enumerate(traffic.traffic(launch)):
             where = f"{launch.name} {modelled.name}"
             read = launch.distinct(launch.loads, number)
             # Which of the 256 entries a weight uses is a question of its data.
@@ -206,7 +206,7 @@ def _compare(launches: list[Observed]) -> None:
 def test_flops_are_those_of_the_equation() -> None:
     M, N, K, R = 64, 96, 128, 16
     launches = _step(M, N, K, R, torch.bfloat16, 0.0, False)
-    flops = sum(p.flops for launch in launches for p in cost_model.traffic(launch))
+    flops = sum(p.flops for launch in launches for p in traffic.traffic(launch))
     base, shrink, expand = 4 * M * N * K, 2 * M * K * R, 2 * M * N * R
     # x A, S B | dY B, dYᵀ S, dS A, dSᵀ x
     assert flops == base + 3 * shrink + 3 * expand
@@ -216,7 +216,7 @@ def test_what_the_model_does_not_know_is_refused() -> None:
     (launch, *_) = _step(64, 64, 64, 16, torch.bfloat16, 0.0, False)
     launch.arguments["extra_ptr"] = launch.arguments["y_ptr"]
     with pytest.raises(NotImplementedError, match=r"must learn what \['extra_ptr'\]"):
-        cost_model.traffic(launch)
+        traffic.traffic(launch)
     launch.name = "unheard_of"
     with pytest.raises(NotImplementedError, match="unheard_of"):
-        cost_model.traffic(launch)
+        traffic.traffic(launch)

@@ -10,6 +10,7 @@ import copy
 import io
 import itertools
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -158,8 +159,14 @@ def test_checkpointing(case: Case) -> None:
     expected = step(first, "none", case.rows)
     assert len(expected) > 8
     fused = copy_of(first, case.copied)
+    try:
+        theirs = step(stock, "none", case.rows), step(stock, case.checkpoint, case.rows)
+    except RuntimeError as error:
+        # transformers 4 does not make the inputs of BART's blocks require gradients.
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            step(fused, case.checkpoint, case.rows)
+        return
     actual = step(fused, case.checkpoint, case.rows)
-    theirs = step(stock, "none", case.rows), step(stock, case.checkpoint, case.rows)
     assert actual.keys() == expected.keys() == theirs[0].keys()
     for name, value in expected.items():
         without, under = theirs[0][name], theirs[1][name]

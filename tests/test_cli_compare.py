@@ -20,8 +20,8 @@ from tiny_runs import (
 )
 
 from lora_fast.cli.console import Terminal
+from lora_fast.methods.table import METHODS
 from lora_fast.training import comparison
-from lora_fast.training.methods import METHODS
 
 
 @pytest.fixture(autouse=True)

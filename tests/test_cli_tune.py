@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 
 pytest.importorskip("triton")
 import lora_fast
-from lora_fast import dispatch, routes, torch_ops
+from lora_fast.backends import routes, torch_ops
 from lora_fast.cli import tune
+from lora_fast.operation import dispatch
 from lora_fast.tuning import tuner
 from lora_fast.tuning.plans import (
     BACKWARD,

@@ -93,7 +93,10 @@ def test_own_modules() -> None:
     assert_compiles(model, compiled, (2, 3), (2, 5), (2, 9))
     # One graph for the first size, one for all others.
     assert counter.frame_count == 2
-    assert {"lora_fast.adapted_linear.default", "lora_fast.row_norms.default"} == operators(counter)
+    assert {
+        "lora_fast.adapted_linear.default",
+        "lora_fast.row_norms.default",
+    } == operators(counter)
     report = lora_fast.report(model)
     assert all(layer.compiled for layer in report.layers) and report.all_fused
     assert "+ compiled" in str(report)
@@ -174,11 +177,13 @@ def test_dropout_under_inductor() -> None:
         y.backward(dY)
         outputs.append(y.detach())
         base: Any = layer.base_layer
-        adapter = (dY * (y - base(x))).sum().detach()
+        terms = (dY * (y - base(x))).detach()
+        # y is a sum of K + 1 products, and each product of a term has y's rounding in it.
+        bound = torch.finfo(torch.float32).eps * (K + 1) * (dY * y).abs().sum().item()
         dX = x.grad - dY @ base.weight
         for factor, gradient in ((x, dX), (layer.lora_A, None), (layer.lora_B, None)):
             gradient = factor.grad if gradient is None else gradient
-            torch.testing.assert_close((factor * gradient).sum().detach(), adapter)
+            assert abs((factor * gradient).sum() - terms.sum()) <= bound < terms.sum().abs() / 100
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lora_fast
-from lora_fast import LoRALinear, conversion
+from lora_fast import LoRALinear
+from lora_fast.modules import conversion
 
 F32, BF16 = torch.float32, torch.bfloat16
 

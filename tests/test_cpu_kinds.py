@@ -8,7 +8,7 @@ import torch
 from cpu_kinds import KINDS, VARIABLE, bitsandbytes_packs, force_for_good, forced
 from cpu_kinds import _for_good as for_good
 
-from lora_fast import torch_products
+from lora_fast.backends import torch_products
 
 
 def packs() -> bool:

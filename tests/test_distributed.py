@@ -11,7 +11,7 @@ from lora_models import K, N, peft_model
 from torch import nn
 
 import lora_fast
-from lora_fast.versions import SHARDED_INTEGERS
+from lora_fast.features import SHARDED_INTEGERS
 
 # Layers whose own modules an engine has taken over run PEFT's code, and say why.
 FALLBACKS = {

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tiny_runs import run_cli, save_llama
 from transformers import AutoModelForCausalLM
 
-from lora_fast import compile_check, doctor
-from lora_fast.compile_check import KernelCheck, compile_kernels, parse_arch
-from lora_fast.doctor import diagnose
-from lora_fast.versions import SHARDED_INTEGERS
+from lora_fast.doctor import compile_check, diagnosis
+from lora_fast.doctor.compile_check import KernelCheck, compile_kernels, parse_arch
+from lora_fast.doctor.diagnosis import diagnose
+from lora_fast.features import SHARDED_INTEGERS
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-def paths(found: doctor.Diagnosis) -> dict[tuple[str, str, str | None], int]:
+def paths(found: diagnosis.Diagnosis) -> dict[tuple[str, str, str | None], int]:
     return {(path.kind, path.base, path.obstacle): path.count for path in found.layers}
 
 
@@ -81,7 +81,7 @@ def test_what_is_too_old_for_the_commands_alone_is_off(monkeypatch: pytest.Monke
 def test_a_feature_that_needs_more_is_off(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lora_fast.versions.installed", lambda package: (2, 11, 0))
+    monkeypatch.setattr("lora_fast.features.installed", lambda package: (2, 11, 0))
     found = diagnose(kernels=False)
     assert found.problems == () and SHARDED_INTEGERS.obstacle() in found.switched_off
     assert run_cli("doctor", "--no-kernels") == 0
@@ -140,7 +140,7 @@ def test_the_command_shows_one_screen(
 ) -> None:
     """40 lines of 80 columns, one for each kind of layer that is compiled."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(doctor, "compile_kernels", compiled)
+    monkeypatch.setattr(diagnosis, "compile_kernels", compiled)
     monkeypatch.chdir(llama.parent)
     assert run_cli("doctor", "--model", f"./{llama.name}") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -26,7 +26,7 @@ from transformers import (
 
 import lora_fast
 from lora_fast.export import merge_checkpoint
-from lora_fast.training.methods import METHODS
+from lora_fast.methods.table import METHODS
 from lora_fast.training.weights import base_weights, save_weights, trained, unwrapped
 
 TOKENS = torch.arange(12).reshape(2, 6) % 18

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_fast
 from lora_fast.export import merge_checkpoint
-from lora_fast.training.methods import METHODS
+from lora_fast.methods.table import METHODS
 from lora_fast.training.weights import base_weights, load_weights, save_weights, trained, unwrapped
 
 DESIGNED = (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from killing import kill, moments
 
-from lora_fast.export import whole_folder
-from lora_fast.export.whole_folder import WholeFolder
+from lora_fast.files import whole_folder
+from lora_fast.files.whole_folder import WholeFolder
 
 OLD = {"config.json": "old", "model.safetensors": "old", "merges.txt": "old"}
 NEW = {"config.json": "new", "model-00001-of-00002.safetensors": "new"}

@@ -12,10 +12,11 @@ from four_bit_formula import bitsandbytes_decodes_by_it, formula
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lora_fast import NF4Weight, four_bit_decoding
-from lora_fast.four_bit_decoding import CODES, decode
+from lora_fast import NF4Weight
+from lora_fast.features import EQUAL_ABSMAX
+from lora_fast.four_bit import decoding
+from lora_fast.four_bit.decoding import CODES, decode
 from lora_fast.nf4 import BLOCKSIZES
-from lora_fast.versions import EQUAL_ABSMAX
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -78,7 +79,7 @@ def test_any_shape(N: int, K: int, blocksize: int, nested: bool) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 64, 1000, 1 << 30])
 def test_any_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(four_bit_decoding, "_CHUNK", chunk)
+    monkeypatch.setattr(decoding, "_CHUNK", chunk)
     packed, state = quantised(33, 35, 64, True)
     expected = formula(packed, state, torch.bfloat16)
     assert_same_bits(decode(packed, state, torch.bfloat16), expected, name="W")
@@ -115,7 +116,7 @@ def test_the_codes_are_those_of_the_format(kind: str) -> None:
 def test_under_another_default_device_and_in_inference_mode() -> None:
     """The table is made once, whoever asks first."""
     packed, state = quantised(4, 32, 32, True)
-    four_bit_decoding._pairs.cache_clear()
+    decoding._pairs.cache_clear()
     with torch.device("meta"), torch.inference_mode():
         first = decode(packed, state, torch.float32)
     assert_same_bits(first, formula(packed, state, torch.float32), name="W")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import NF4Weight
-from lora_fast.four_bit_layout import forbid_packing, plain_bytes, resume_packing, suspend_packing
+from lora_fast.four_bit.layout import forbid_packing, plain_bytes, resume_packing, suspend_packing
 from lora_fast.optim import DeltaLoRA
 from lora_fast.planning.states import quantised_bytes
 from lora_fast.trainable import mark_layer_norm

@@ -22,7 +22,8 @@ from equation import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fast import NF4Weight, functional, set_backend, torch_ops
+from lora_fast import NF4Weight, functional, set_backend
+from lora_fast.backends import torch_ops
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BASE = Case(M=37, K=41, N=29, R=5)

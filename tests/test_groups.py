@@ -8,8 +8,9 @@ from accuracy import assert_all_accurate, assert_same_bits, orders
 from equation import lay_out
 from machines import interpreter, started
 
-from lora_fast import NF4Weight, dispatch, reference
+from lora_fast import NF4Weight, reference
 from lora_fast.functional import Member, adapted_linears
+from lora_fast.operation import dispatch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = ((72, 5), (40, 16), (136, 8))

@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineModeIsEnabled
 from tiny_runs import library_logging, run_cli, sentiment_rows, write_jsonl
 
-from lora_fast.hub import check_hub
+from lora_fast.files.model_source import check_hub
 
 UNREACHABLE = "it is not in the cache, and the hub does not answer"
 

@@ -29,7 +29,8 @@ from ptx_executor import GlobalRace
 from test_groups import check as check_group
 
 import lora_fast
-from lora_fast import dispatch, functional
+from lora_fast import functional
+from lora_fast.operation import dispatch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GAINS = ("x", "bias", "A", "B", "b", "d", "g")
@@ -258,7 +259,7 @@ def test_inputs_stay_and_a_second_backward_gives_the_same_bits(interpreted):
 
 def test_launches_change_the_device_only_when_they_have_to(monkeypatch):
     """Triton launches on the current device, which may be another."""
-    from lora_fast import triton_ops
+    from lora_fast.backends import triton_ops
 
     made = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -273,7 +274,7 @@ def test_launches_change_the_device_only_when_they_have_to(monkeypatch):
 def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
-    from lora_fast import triton_ops
+    from lora_fast.backends import triton_ops
 
     inside, launched = [], []
 

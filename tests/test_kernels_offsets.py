@@ -17,8 +17,9 @@ from bitsandbytes.functional import QuantState
 from lora_fast.kernels import nf4_decode
 
 import lora_fast
-from lora_fast import NF4Weight, dispatch
+from lora_fast import NF4Weight
 from lora_fast.functional import adapted_linear
+from lora_fast.operation import dispatch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # Linux's; Python names it from 3.13 on.

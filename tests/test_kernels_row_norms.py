@@ -7,7 +7,7 @@ import torch
 from accuracy import assert_accurate, orders
 
 from lora_fast import NF4Weight
-from lora_fast.row_norms import row_norms
+from lora_fast.base_layer.row_norms import row_norms
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [

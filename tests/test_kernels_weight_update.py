@@ -11,7 +11,7 @@ from accuracy import assert_accurate, assert_same_bits, orders
 from equation import lay_out
 
 import lora_fast
-from lora_fast import dispatch
+from lora_fast.operation import dispatch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -153,7 +153,7 @@ class TestTorchBackend:
         check(case)
 
     def test_row_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lora_fast import torch_ops
+        from lora_fast.backends import torch_ops
 
         monkeypatch.setattr(torch_ops, "_UPDATE_ELEMENTS", 500)
         for case in CASES:

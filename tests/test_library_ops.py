@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
-from lora_fast import functional, library_ops, set_backend
+from lora_fast import functional, set_backend
+from lora_fast.operation import compiled_ops
 
 CASE = Case(M=12, K=40, N=29, R=5, lead=(3, 4))
 EVERYTHING = replace(CASE, factors=FACTORS, p=0.3, spans=((0, 2), (1, 5), (2, 2)))
@@ -35,7 +36,7 @@ def _torch_backend():
 
 def arguments(o: Operands, backend: str = "torch") -> list[Any]:
     """Those of lora_fast::adapted_linear."""
-    flat = library_ops.FlatWeight.of(o.weight)
+    flat = compiled_ops.FlatWeight.of(o.weight)
     vectors = [o.tensors.get(name) for name in ("bias", "A", "B", "b", "d", "g")]
     operands = (o.tensors["x"], flat.data, *vectors)
     needs = [t is not None and t.requires_grad for t in operands]
@@ -48,14 +49,14 @@ def arguments(o: Operands, backend: str = "torch") -> list[Any]:
 def backward_arguments(o: Operands, backend: str = "torch") -> list[Any]:
     """Those of lora_fast::adapted_linear_backward, after a forward pass."""
     x, *rest = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(o, backend))
-    y, *saved = library_ops.adapted_linear(x, *rest)
+    y, *saved = compiled_ops.adapted_linear(x, *rest)
     return [torch.randn_like(y), x, *saved, *rest]
 
 
 def row_norms_arguments(o: Operands, backend: str = "torch") -> list[Any]:
     """Those of lora_fast::row_norms."""
     factors = (o.tensors[name].detach() for name in "AB")
-    return [*library_ops.FlatWeight.of(o.weight), *factors, 0.7, backend]
+    return [*compiled_ops.FlatWeight.of(o.weight), *factors, 0.7, backend]
 
 
 # {operator: what makes its arguments, and for which cases}
@@ -83,10 +84,10 @@ def test_every_registered_operator_is_checked() -> None:
         if name.startswith("lora_fast::")
     }
     assert registered == OPERATORS.keys()
-    root = Path(library_ops.__file__).resolve().parents[1]
+    root = Path(compiled_ops.__file__).resolve().parents[2]
     sources = [path for f in ("lora_fast", "kernels") for path in (root / f).rglob("*.py")]
     users = [path.name for path in sources if "torch.library" in path.read_text()]
-    assert users == ["library_ops.py"], "what other files register is not seen here"
+    assert users == ["compiled_ops.py"], "what other files register is not seen here"
 
 
 @calls
@@ -133,7 +134,7 @@ def test_the_bits_of_the_autograd_function(case: Case, monkeypatch: pytest.Monke
 
 def test_double_backward_raises() -> None:
     x, *rest = arguments(make(CASE))
-    y, *_ = library_ops.adapted_linear(x, *rest)
+    y, *_ = compiled_ops.adapted_linear(x, *rest)
     (dX,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="adapted_linear_backward"):
         dX.sum().backward()
@@ -143,5 +144,5 @@ def test_the_backend_is_that_of_the_trace() -> None:
     """Fakes and kernels must agree on what is saved, whatever is chosen when the graph runs."""
     x, *rest = arguments(make(replace(CASE, p=0.3)))
     with set_backend("triton"):
-        _, _, _, mask = library_ops.adapted_linear(x, *rest)
+        _, _, _, mask = compiled_ops.adapted_linear(x, *rest)
         assert mask.shape == (CASE.M, CASE.K)

@@ -1,4 +1,4 @@
-"""Folding adapters into a weight, in the bounds that lora_fast.merging states, and back."""
+"""Folding adapters into a weight, in the bounds that base_layer.merging states, and back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from accuracy import assert_same_bits
 from lora_models import nf4_linear
 from torch import Tensor, nn
 
-from lora_fast import LoRALinear, NF4Weight, dispatch
-from lora_fast.merging import LowRank, Subtraction, merge, merged_linear, overwrite_nf4
+from lora_fast import LoRALinear, NF4Weight
+from lora_fast.base_layer.merging import LowRank, Subtraction, merge, merged_linear, overwrite_nf4
+from lora_fast.operation import dispatch
 
 K, N = 48, 32
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -212,7 +213,7 @@ def test_tied_weights(keep: bool) -> None:
 def test_not_finite_is_refused(
     kind: str, keep: bool, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_fast.merging._TRIAL_ELEMENTS", 5 * K)
+    monkeypatch.setattr("lora_fast.base_layer.merging._TRIAL_ELEMENTS", 5 * K)
     base: Any = _linear(F32)
     base = nf4_linear(base) if kind == "nf4" else base
     weight, terms, before = base.weight, _terms(), base.weight.detach().clone()

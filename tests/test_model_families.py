@@ -11,6 +11,7 @@ from lora_models import accelerated_copy, compare, counted, lora_layers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
+from transformers.models.bert import modeling_bert as bert
 
 HIDDEN, LAYERS, TOKENS = 32, 2, 6
 
@@ -37,7 +38,10 @@ FAMILIES = {
     "phi": Family({}, 6, (3,)),
     "phi3": Family({"num_key_value_heads": 2, "pad_token_id": 0}, 4, ()),
     "gpt_neox": Family({}, 4, ()),
-    "bert": Family({"add_pooling_layer": False}, 6, (3,)),
+    # transformers 4 has one class for self- and cross-attention, where q may have another input.
+    "bert": Family(
+        {"add_pooling_layer": False}, 6, (3,) if hasattr(bert, "BertCrossAttention") else (2,)
+    ),
 }
 
 

@@ -23,7 +23,8 @@ from lora_models import (
 )
 from torch import Tensor, nn
 
-from lora_fast import LoRALinear, NF4Weight, dispatch, reference
+from lora_fast import LoRALinear, NF4Weight, reference
+from lora_fast.operation import dispatch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["dense", "nf4"]

@@ -14,8 +14,9 @@ from lora_models import K, Mlp, N, counted, nf4_linear, run
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast import DoRALinear, VeRALinear, dispatch
-from lora_fast.vera import VeRAProjections
+from lora_fast import DoRALinear, VeRALinear
+from lora_fast.modules.vera import VeRAProjections
+from lora_fast.operation import dispatch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 METHODS = {"dora": (DoRALinear, {"r": 5, "lora_alpha": 8}), "vera": (VeRALinear, {"r": 37})}

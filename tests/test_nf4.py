@@ -10,8 +10,8 @@ from accuracy import assert_same_bits
 from four_bit_formula import formula
 
 from lora_fast import NF4Weight
+from lora_fast.features import EQUAL_ABSMAX
 from lora_fast.nf4 import BLOCKSIZES
-from lora_fast.versions import EQUAL_ABSMAX
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,7 +73,7 @@ def test_a_weight_without_data_leaves_later_ones_alone(monkeypatch):
 
 def test_what_kills_the_process_is_refused(monkeypatch):
     """bitsandbytes below 0.49 divides by the largest distance of absmax from their mean: by 0."""
-    monkeypatch.setattr("lora_fast.versions.installed", lambda package: (0, 48, 2))
+    monkeypatch.setattr("lora_fast.features.installed", lambda package: (0, 48, 2))
     one_block, equal_blocks = torch.randn(4, 8), torch.ones(64, 96)
     for dense in (one_block, equal_blocks):
         with pytest.raises(NotImplementedError, match=r"double_quant must be False .*needs bits"):

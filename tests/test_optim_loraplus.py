@@ -12,8 +12,8 @@ from peft import VeraConfig, get_peft_model
 from torch import nn
 
 import lora_fast
+from lora_fast.features import installed
 from lora_fast.optim import loraplus_param_groups
-from lora_fast.versions import installed
 
 
 class Embedded(nn.Module):

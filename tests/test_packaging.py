@@ -143,7 +143,7 @@ def test_import_is_light_and_asks_nothing_of_a_gpu(checkout: Path) -> None:
         dir(lora_fast)
         print(sorted(set(sys.modules) - before), asked)
     """
-    assert run_python(code, checkout) == "['lora_fast'] []"
+    assert run_python(code, checkout) == "['lora_fast', 'lora_fast.version'] []"
 
 
 def test_dense_layers_load_nothing_but_lora_fast(checkout: Path) -> None:

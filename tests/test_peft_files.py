@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lora_fast
 from lora_fast import DoRALinear, LoRALinear, VeRALinear, load_adapter, save_adapter
-from lora_fast.four_bit_layout import forbid_packing
+from lora_fast.four_bit.layout import forbid_packing
 
 METHODS = ("lora", "dora", "vera")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

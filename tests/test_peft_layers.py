@@ -23,7 +23,8 @@ from lora_models import (
 )
 from torch import Tensor, nn
 
-from lora_fast import dispatch, reference
+from lora_fast import reference
+from lora_fast.operation import dispatch
 from lora_fast.peft_layers import lora_layers as fused_lora_layers
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -27,7 +27,7 @@ from lora_models import (
 from torch import Tensor
 
 import lora_fast
-from lora_fast.four_bit_layout import forbid_packing
+from lora_fast.four_bit.layout import forbid_packing
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["dense", "nf4"]

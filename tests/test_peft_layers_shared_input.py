@@ -24,7 +24,7 @@ from products import products_of
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast import autograd
+from lora_fast.operation import autograd
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import lora_fast
+from lora_fast.methods import table
 from lora_fast.optim import DeltaLoRA
 from lora_fast.planning import MemoryPlan, Settings, plan
 from lora_fast.planning.states import optimizer_bytes
-from lora_fast.training import methods
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.models import Base
 
@@ -106,8 +106,8 @@ def real_model(config: Any, settings: Settings) -> Any:
     options = {key: getattr(settings, key) for key in ("method", "task", "r", "dropout")}
     run = TrainConfig(model="tiny", data="-", quantize="none", steps=100, **options)
     held = Base("tiny", base, type("T", (), {})(), dtype, torch.device("cpu"))
-    model = methods.METHODS[settings.method].build(held, run.with_defaults(0), 100)
-    if settings.fused and methods.METHODS[settings.method].fused:
+    model = table.METHODS[settings.method].build(held, run.with_defaults(0), 100)
+    if settings.fused and table.METHODS[settings.method].fused:
         lora_fast.accelerate(model)
     return model.train()
 

@@ -20,9 +20,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from lora_fast.methods.table import METHODS
 from lora_fast.planning import plan
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.methods import METHODS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,

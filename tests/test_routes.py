@@ -16,9 +16,11 @@ from lora_fast.kernels.configs import GemmConfig
 
 import lora_fast
 from bench import stub_driver
-from lora_fast import NF4Weight, dispatch, routes, triton_ops
+from lora_fast import NF4Weight
+from lora_fast.backends import routes, triton_ops
+from lora_fast.backends.routes import Routes
 from lora_fast.factors import Factors, Needs, Saved
-from lora_fast.routes import Routes
+from lora_fast.operation import dispatch
 from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
 from lora_fast.tuning.tuner import Tuner
 

@@ -12,11 +12,12 @@ from equation import FACTORS, Case, check, make
 from machines import NATIVE_DTYPES, multiplying
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fast import functional, set_backend, torch_products
-from lora_fast.functional import Member, adapted_linears
+from lora_fast import functional, set_backend
+from lora_fast.backends import torch_products
 
 # Before --cpu-kind puts another in its place.
-from lora_fast.torch_products import native_dtypes as native_dtypes_of_this_cpu
+from lora_fast.backends.torch_products import native_dtypes as native_dtypes_of_this_cpu
+from lora_fast.functional import Member, adapted_linears
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

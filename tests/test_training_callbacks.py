@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_fast
+from lora_fast.errors import TrainingError
 from lora_fast.training.callbacks import (
     CallCounter,
     Progress,
@@ -21,7 +22,6 @@ from lora_fast.training.callbacks import (
     StopRequest,
     stop_on_signals,
 )
-from lora_fast.training.errors import TrainingError
 from lora_fast.training.events import Silent
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))

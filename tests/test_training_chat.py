@@ -10,8 +10,8 @@ import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lora_fast.errors import TrainingError
 from lora_fast.training.chat import Conversations
-from lora_fast.training.errors import TrainingError
 from lora_fast.training.rows import Row
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from tiny_runs import AtStep, interrupt, save_bert, save_llama, sentiment_rows, write_jsonl
 
+from lora_fast.errors import Interrupted, TrainingError
+from lora_fast.methods.table import METHODS
 from lora_fast.training import comparison
 from lora_fast.training.comparison import chosen_methods, compare_methods, config_for
 from lora_fast.training.comparison_table import caption, markdown, spread, table
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.errors import Interrupted, TrainingError
 from lora_fast.training.events import Silent
-from lora_fast.training.methods import METHODS
 
 
 @pytest.fixture(scope="module")

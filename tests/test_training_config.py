@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lora_fast.errors import TrainingError
 from lora_fast.training.config import CONFIG_FILE, TrainConfig
-from lora_fast.training.errors import TrainingError
 
 
 @pytest.mark.parametrize(

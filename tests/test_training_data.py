@@ -11,12 +11,12 @@ import torch
 from tiny_runs import save_bert, save_llama, sentiment_rows, write_jsonl
 from transformers import AutoTokenizer
 
+from lora_fast.errors import TrainingError
 from lora_fast.training import builtin_task
 from lora_fast.training.builtin_task import Pair
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.data import Collator, LengthGroupedOrder, load_rows, split_rows
 from lora_fast.training.encoding import IGNORED, encode
-from lora_fast.training.errors import TrainingError
 from lora_fast.training.rows import Row
 
 

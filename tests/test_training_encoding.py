@@ -8,6 +8,7 @@ import pytest
 from tiny_runs import save_bert, save_llama
 from transformers import AutoTokenizer
 
+from lora_fast.errors import TrainingError
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.encoding import (
     IGNORED,
@@ -16,7 +17,6 @@ from lora_fast.training.encoding import (
     describe_examples,
     encode,
 )
-from lora_fast.training.errors import TrainingError
 from lora_fast.training.rows import Row
 
 ANSWER = {"role": "assistant", "content": "blue"}

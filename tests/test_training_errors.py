@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from lora_fast.training.errors import explain_write_failure, first_line
+from lora_fast.errors import explain_write_failure, first_line
 
 OUT = Path("runs/1")
 CUT_OFF = "could not finish writing a file in runs/1: is the disk full?"

@@ -24,9 +24,9 @@ from tiny_runs import (
     write_jsonl,
 )
 
-from lora_fast.export.fingerprint import weights_fingerprint
+from lora_fast.errors import Interrupted
+from lora_fast.files.fingerprint import weights_fingerprint
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.errors import Interrupted
 from lora_fast.training.folder import stored_record
 
 

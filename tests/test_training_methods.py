@@ -23,10 +23,10 @@ from tiny_runs import (
     write_jsonl,
 )
 
+from lora_fast.errors import Interrupted, TrainingError
+from lora_fast.methods.table import METHOD_OPTIONS, METHODS
 from lora_fast.training import models
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.errors import Interrupted, TrainingError
-from lora_fast.training.methods import METHOD_OPTIONS, METHODS
 from lora_fast.training.run import Outcome
 from lora_fast.training.weights import base_weights
 

@@ -13,9 +13,9 @@ from tiny_runs import save_bert, save_llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lora_fast.errors import TrainingError
 from lora_fast.training import models
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.errors import TrainingError
 
 LABELS = ["no", "yes"]
 

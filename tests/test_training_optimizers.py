@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_runs import save_bert
 
+from lora_fast.methods.table import METHODS
 from lora_fast.optim import DeltaLoRA
 from lora_fast.training import models
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.methods import METHODS
 from lora_fast.training.trainer import training_arguments
 
 STEPS = 20

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_fast.training.errors import TrainingError
+from lora_fast.errors import TrainingError
 from lora_fast.training.rows import causal_row, classification_row, read_jsonl
 
 TALK = [{"role": "user", "content": "sky"}, {"role": "assistant", "content": "blue"}]

@@ -29,10 +29,10 @@ from tiny_runs import (
     write_jsonl,
 )
 
+from lora_fast.errors import Interrupted, TrainingError
 from lora_fast.training import models
 from lora_fast.training.checkpoints import WEIGHTS, latest_checkpoint, stored_state
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.errors import Interrupted, TrainingError
 from lora_fast.training.events import Silent
 from lora_fast.training.run import Outcome
 

@@ -12,7 +12,7 @@ from lora_models import Mlp, peft_model, quantised
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_fast.export.safe_files import TensorFiles
+from lora_fast.files.safe_files import TensorFiles
 from lora_fast.training.weights import (
     base_weights,
     capture,

@@ -1,6 +1,6 @@
 """The counted bytes and FLOPs of a plan, against the launches and operations that are really made.
 
-The kernels' launches are recorded and not compiled; bench.cost_model, which is tested against what
+The kernels' launches are recorded and not compiled; bench.traffic, which is tested against what
 they load and store, counts their bytes. PyTorch's operations run on meta tensors.
 """
 
@@ -16,9 +16,9 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from bench import cost_model, stub_driver
+from bench import stub_driver, traffic
 from bench.offline.operations import OperationCounter
-from lora_fast import torch_ops, triton_ops
+from lora_fast.backends import torch_ops, triton_ops
 from lora_fast.factors import Factors, Needs
 from lora_fast.tuning.counts import works
 from lora_fast.tuning.plans import (
@@ -74,7 +74,7 @@ def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, dtypes, needs
     for op, rows, launches in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
         asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
         counted = works(FUSED, asked, ARCH)
-        passes = [p for launch in launches for p in cost_model.traffic(launch)]
+        passes = [p for launch in launches for p in traffic.traffic(launch)]
         assert sum(work.launches for work in counted) == len(launches), op
         assert sum(work.bytes for work in counted) == sum(p.bytes for p in passes), op
         assert sum(work.flops for work in counted) == sum(p.flops for p in passes), op
@@ -94,7 +94,7 @@ def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, M, R,
     for op, rows, launches in ((FORWARD_GROUP, x, forward), (BACKWARD_GROUP, dY, backward)):
         asked = query(op, rows, fs, wanted if op == BACKWARD_GROUP else [Needs()] * 2, cublas=True)
         counted = works(FUSED, asked, ARCH)
-        passes = [p for launch in launches for p in cost_model.traffic(launch)]
+        passes = [p for launch in launches for p in traffic.traffic(launch)]
         assert sum(work.launches for work in counted) == len(launches), op
         assert sum(work.bytes for work in counted) == sum(p.bytes for p in passes), op
         assert sum(work.flops for work in counted) == sum(p.flops for p in passes), op

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 import lora_fast
-from lora_fast.tuning.replica import replica
-from lora_fast.tuning.warm_up import units, warm_up
+from lora_fast.acceleration.warm_up import units, warm_up
+from lora_fast.planning.replica import replica
 
 LLAMA = LlamaConfig(
     vocab_size=96,

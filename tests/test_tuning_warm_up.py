@@ -12,7 +12,7 @@ from lora_models import peft_model, quantised
 from torch import nn
 
 import lora_fast
-from lora_fast.tuning.warm_up import units, warm_up
+from lora_fast.acceleration.warm_up import units, warm_up
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PROJECTIONS = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -96,7 +96,7 @@ def test_nothing_of_the_model_changes(kind, training):
 
 
 def test_siblings_run_as_a_group(monkeypatch):
-    from lora_fast import dispatch
+    from lora_fast.operation import dispatch
 
     calls = []
     for name in ("forward", "backward", "forward_group", "backward_group"):

@@ -9,14 +9,14 @@ from peft import get_peft_model
 from torch import nn
 
 import lora_fast
-from lora_fast import versions
-from lora_fast.versions import FEATURES, SHARDED_INTEGERS, installed, switched_off
+from lora_fast import features
+from lora_fast.features import FEATURES, SHARDED_INTEGERS, installed, switched_off
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **found: tuple[int, ...] | None) -> None:
     """Let these be the versions of packages, None for one that is absent."""
-    known = versions.installed
-    monkeypatch.setattr(versions, "installed", lambda name: found.get(name, known(name)))
+    known = features.installed
+    monkeypatch.setattr(features, "installed", lambda name: found.get(name, known(name)))
 
 
 def test_versions_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +36,7 @@ def test_a_package_that_is_absent_has_no_version() -> None:
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 def test_a_feature_is_off_below_what_it_needs(
-    feature: versions.Feature, monkeypatch: pytest.MonkeyPatch
+    feature: features.Feature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     below = (*feature.needs[:-1], feature.needs[-1] - 1, 9)
     for version, is_on in ((feature.needs, True), ((99,), True), (None, True), (below, False)):
@@ -71,7 +71,7 @@ def test_the_report_tells_what_concerns_the_model(monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_traced_by_torch_compile_is_not_exported() -> None:
     def exporting(x: torch.Tensor) -> torch.Tensor:
-        return x + float(versions.is_exporting())
+        return x + float(features.is_exporting())
 
     x = torch.zeros(1)
     torch._dynamo.reset()
@@ -84,4 +84,4 @@ def test_what_is_traced_by_torch_compile_is_not_exported() -> None:
     for strict in (False, True):
         program = torch.export.export(Exported(), (x,), strict=strict)
         assert program.module()(x).item() == 1.0
-    assert not versions.is_exporting()
+    assert not features.is_exporting()

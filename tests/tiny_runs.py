@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from lora_fast.cli.app import main
-from lora_fast.four_bit_layout import forbid_packing
+from lora_fast.four_bit.layout import forbid_packing
 from lora_fast.training import metrics, models
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.data import Collator, load_rows

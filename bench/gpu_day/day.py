@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_fast.backend import Backend
+from lora_fast.backends.choice import Backend
 
 from .steps import STUB_ARCH
 

@@ -12,7 +12,7 @@ from lora_fast.kernels import configs
 import lora_fast
 from bench.linear_cases import DIRECTIONS, Case, Layer, build, fused_calls
 from bench.paired import Step
-from lora_fast.backend import Backend
+from lora_fast.backends.choice import Backend
 from lora_fast.tuning.plans import Plan
 
 from . import plans

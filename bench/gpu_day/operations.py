@@ -161,7 +161,7 @@ def _decoding(day: Day, N: int, K: int) -> dict[str, Any]:
 
 def _decoded(weight: lora_fast.NF4Weight, device: torch.device) -> Tensor:
     """W as our kernel decodes it; as bitsandbytes does on the torch backend."""
-    from lora_fast.backend import uses_triton
+    from lora_fast.backends.choice import uses_triton
 
     if not uses_triton(device):
         return weight.dequantize(_DTYPE)
@@ -171,7 +171,7 @@ def _decoded(weight: lora_fast.NF4Weight, device: torch.device) -> Tensor:
 
 
 def _row_norms(day: Day, N: int, K: int) -> dict[str, Any]:
-    from lora_fast import dispatch
+    from lora_fast.operation import dispatch
 
     W, A, B = _factors(day, N, K)
     makers: _Makers = {
@@ -183,7 +183,7 @@ def _row_norms(day: Day, N: int, K: int) -> dict[str, Any]:
 
 
 def _merging(day: Day, N: int, K: int) -> dict[str, Any]:
-    from lora_fast import dispatch
+    from lora_fast.operation import dispatch
 
     W, A, B = _factors(day, N, K)
     out = torch.empty_like(W)

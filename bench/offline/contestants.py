@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import cost_model, stub_driver
+from bench import stub_driver, traffic
 
 from . import layers, lorafusion_graph, machine_code, unsloth_graph
 from .operations import Operation, OperationCounter, SavedBytes, Step, dropout_as_on_cuda
@@ -124,7 +124,7 @@ def _ours(torch_step: Step, log: stub_driver.Log, arch: int) -> LoraFastStep:
     step.forward_launches = start + len(torch_step.forward)
     step.launches = len(log.launches) + len(torch_step.operations)
     for number, launch in enumerate(log.launches):
-        passes = cost_model.traffic(launch)
+        passes = traffic.traffic(launch)
         part = step.forward if number < start else step.backward
         part.append(
             Operation(
@@ -135,7 +135,7 @@ def _ours(torch_step: Step, log: stub_driver.Log, arch: int) -> LoraFastStep:
                 sum(machine_code.issue_seconds(launch, p.name, arch) for p in passes),
             )
         )
-        step.repeated_bytes += sum(p.bytes for p in passes) - cost_model.compulsory_bytes(passes)
+        step.repeated_bytes += sum(p.bytes for p in passes) - traffic.compulsory_bytes(passes)
         step.issued_bytes += sum(p.loaded.total() + p.stored.total() for p in passes)
     step.forward += torch_step.forward
     step.backward += torch_step.backward

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench import cost_model
+from bench import traffic
 
 from . import contestants, layers, machine_code, variants
 from .contestants import Case
@@ -129,7 +129,7 @@ def breakdown(case: Case, arch: int) -> list[dict[str, Any]]:
             "flops": part.flops,
         }
         for number, launch in enumerate(log.launches, 1)
-        for part in cost_model.traffic(launch)
+        for part in traffic.traffic(launch)
         for argument in sorted({*part.read, *part.written})
     ]
 

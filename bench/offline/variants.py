@@ -128,7 +128,7 @@ def of_tile(config: Any, arch: int, R: int) -> Variant:
 
 def of_weights(arch: int, R: int) -> Variant:
     """The kernels that read W alone: DoRA's norms, and merging."""
-    import lora_fast.triton_ops as ops
+    import lora_fast.backends.triton_ops as ops
 
     W, A, B = _empty(WIDTH, WIDTH), _empty(R, WIDTH), _empty(WIDTH, R)
     with stub_driver.recording(arch) as log:
@@ -162,7 +162,7 @@ def _layer(
     plan: Any = None,
 ) -> stub_driver.Log:
     """Forward and backward pass of a dense layer on the Triton backend."""
-    import lora_fast.triton_ops as ops
+    import lora_fast.backends.triton_ops as ops
     from lora_fast.factors import Factors, Needs
     from lora_fast.tuning.plans import FUSED
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import typer
 
+from lora_fast.errors import TrainingError
 from lora_fast.training.config import BUILTIN, TrainConfig
-from lora_fast.training.errors import TrainingError
 from lora_fast.training.folder import COMPARISON_FILE, RUNS, compared_methods, open_comparison
 
 from . import options as opt

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lora_fast.training.errors import RunFailure, TrainingError, first_line
+from lora_fast.errors import RunFailure, TrainingError, first_line
 
 from . import options as opt
 from .errors import one_line_errors

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_fast.errors import TrainingError, first_line
 from lora_fast.training import config
-from lora_fast.training.errors import TrainingError, first_line
 
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors

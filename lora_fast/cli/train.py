@@ -7,8 +7,8 @@ from pathlib import Path
 
 import typer
 
+from lora_fast.errors import TrainingError
 from lora_fast.training.config import INPUTS, TrainConfig, option_name
-from lora_fast.training.errors import TrainingError
 from lora_fast.training.folder import RUNS, last_run, open_run
 
 from . import options as opt

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..four_bit_decoding import decode
-from ..hub import check_hub
-from ..training.errors import first_line
-from .safe_files import Entry, TensorFiles, checkpoint_files
+from ..errors import first_line
+from ..files.model_source import check_hub
+from ..files.safe_files import Entry, TensorFiles, checkpoint_files
+from ..four_bit.decoding import decode
 
 CONFIG = "config.json"
 # What belongs to a tokenizer or processor and goes along; weights and cards do not.

@@ -3,7 +3,7 @@
     W' = round( g ⊙ (W + Σ s · (b ⊙ (B d)) A) )          bias' = g ⊙ bias + s · bias of B
 
 (IA)³ of feed-forward layers multiplies the columns of W instead of its rows. The products and sums
-are those of :mod:`lora_fast.merging`.
+are those of :mod:`lora_fast.base_layer.merging`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..merging import LowRank, add_low_rank
-from ..row_norms import row_norms
-from ..vera import VeRAProjections
-from .adapter_files import PREFIX
+from ..base_layer.merging import LowRank, add_low_rank
+from ..base_layer.row_norms import row_norms
+from ..files.adapter_files import PREFIX
+from ..modules.vera import VeRAProjections
 
 Read = Callable[[str], Tensor]
 NAME = "default"

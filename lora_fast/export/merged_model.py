@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import some
+from ..files.adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header
+from ..files.safe_files import Entry, TensorFiles, checkpoint_files
+from ..files.whole_folder import WholeFolder
 from ..skeleton import load_config, skeleton
-from ..training.errors import some
-from .adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header
 from .base_checkpoint import COMPANIONS, Weights, base_folder
 from .changes import Changes, changes_of
 from .model_writer import copy_files, write_shards
 from .origin import complete_classifier, other_base
-from .safe_files import Entry, TensorFiles, checkpoint_files
 from .ties import parted, shared_names, untied
-from .whole_folder import WholeFolder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLOATING = (*DTYPES.values(), torch.float64)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .safe_files import INDEX, Entry
+from ..files.safe_files import INDEX, Entry
 
 PATTERN = "model{suffix}.safetensors"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..hub import cached_folder
+from ..files.adapter_files import CONFIG
+from ..files.fingerprint import weights_fingerprint
+from ..files.model_source import cached_folder
+from ..files.safe_files import read_json
 from ..training.folder import stored_record
 from ..training.models import resolve_model
-from .adapter_files import CONFIG
-from .fingerprint import weights_fingerprint
-from .safe_files import read_json
 
 
 def other_base(adapter: Path, base: str, folder: Path) -> str | None:

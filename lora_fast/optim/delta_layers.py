@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base_linear import tensor_obstacle
+from ..base_layer.linear import tensor_obstacle
+from ..base_layer.merging import LowRank, add_low_rank, nf4_tensors, overwrite_nf4
 from ..four_bit import is_four_bit
-from ..merging import LowRank, add_low_rank, nf4_tensors, overwrite_nf4
-from ..modules import LoRALinear
+from ..modules.lora import LoRALinear
 from ..nf4 import NF4Weight
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

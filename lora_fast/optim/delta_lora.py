@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..four_bit_layout import forbid_packing
+from ..four_bit.layout import forbid_packing
 from .delta_layers import DeltaLayer, find_layers, tensors_of
 
 _KEY = "delta_lora"

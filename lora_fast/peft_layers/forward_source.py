@@ -50,9 +50,15 @@ def called_together(code: CodeType, module: nn.Module) -> list[Together]:
     return [f._replace(conditions=()) if f.children in whatever else f for f in decided]
 
 
+# Of exec and of `python -c`, whose source inspect takes for that of the other from Python 3.13 on.
+_NAMELESS = ("<string>", "<stdin>")
+
+
 @functools.cache
 def _function_of(code: CodeType) -> ast.FunctionDef:
     name = code.co_qualname.replace("<locals>.", "")
+    if code.co_filename in _NAMELESS:
+        raise Unreadable(f"no source of {name}")
     try:
         source = textwrap.dedent(inspect.getsource(code))
         function = ast.parse(source).body[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base_linear import CallCounts, environment_obstacle
+from ..base_layer.linear import CallCounts, environment_obstacle
 
 
 class FusedForward:

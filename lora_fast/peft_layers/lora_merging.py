@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base_linear import base_obstacle, module_obstacle, tensor_obstacle
+from ..base_layer.linear import base_obstacle, module_obstacle, tensor_obstacle
+from ..base_layer.merging import KeptWeight, LowRank, add_low_rank, merge
 from ..four_bit import is_four_bit
-from ..merging import KeptWeight, LowRank, add_low_rank, merge
 
 _KEPT = "_lora_fast_kept_weight"
 

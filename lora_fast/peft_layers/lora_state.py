@@ -10,7 +10,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..base_linear import base_obstacle, module_obstacle, tensor_obstacle, weight_of
+from ..base_layer.linear import base_obstacle, module_obstacle, tensor_obstacle, weight_of
 from ..functional import Member
 from .fused_forward import casts_input, rate_of, switched_off
 

@@ -11,7 +11,7 @@ import torch
 from peft.tuners import vera
 from torch import Tensor, nn
 
-from ..base_linear import (
+from ..base_layer.linear import (
     adapted,
     base_obstacle,
     call_obstacle,

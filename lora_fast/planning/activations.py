@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..acceleration import accelerate
-from ..reporting import adapted_layers
+from ..acceleration.report import adapted_layers
+from ..acceleration.switch import accelerate
 from ..skeleton import imagined
 
 ATTENTION = "lora_fast_fused"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..reporting import adapted_layers
+from ..acceleration.report import adapted_layers
 from .settings import FULL, Settings
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..methods.table import METHODS
 from ..optional_packages import needed
-from ..training.methods import METHODS
 from .activations import Activations, count_activations
 from .experts import Experts, about_experts, expert_modules, experts_of
 from .settings import FULL, SHAPING, Settings
@@ -242,8 +242,8 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
     if settings.method == FULL:
         return base
     needed("peft", f"method {settings.method}")
+    from ..errors import TrainingError
     from ..training.config import TrainConfig
-    from ..training.errors import TrainingError
     from ..training.models import Base
 
     dtype = getattr(torch, settings.dtype)
@@ -262,7 +262,7 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
 
 def about_left_out(model: nn.Module, settings: Settings) -> tuple[str, ...]:
     """What to say of linear layers that a method for all of them leaves alone."""
-    from ..training.adapters import about_bypassed
+    from ..methods.adapters import about_bypassed
 
     about = about_bypassed(model) if settings.adapts_all_linear else None
     return (about,) if about else ()

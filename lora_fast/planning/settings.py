@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..methods.table import METHODS
 from ..training.config import BATCH_SIZE, MAX_LENGTH
-from ..training.methods import METHODS
 
 FULL = "full"
 TASKS = ("causal-lm", "classification")

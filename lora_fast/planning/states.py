@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..four_bit import is_four_bit
-from ..four_bit_layout import plain_state
-from ..training.adapters import CLASSIFICATION_HEADS
+from ..four_bit.layout import plain_state
+from ..methods.adapters import CLASSIFICATION_HEADS
 
 # bitsandbytes: optimizers keep smaller tensors in 32 bits, blocks share an absmax, and only larger
 # tensors are paged.
@@ -39,7 +39,7 @@ def nf4_layers(model: Any) -> dict[int, nn.Module]:
 @functools.cache
 def nf4_bytes(N: int, K: int) -> int:
     """Bytes of an NF4 weight [N, K] with double quantisation, as bitsandbytes stores it."""
-    from ..merging import nf4_tensors
+    from ..base_layer.merging import nf4_tensors
     from ..nf4 import NF4Weight
 
     weight = NF4Weight.from_dense(torch.empty(N, K, dtype=torch.bfloat16, device="meta"))

@@ -8,11 +8,11 @@ from typing import Any
 
 from lora_fast import Report
 
+from ..files.json_files import write_json
+from ..methods.table import method_of
 from .encoding import describe_examples
 from .experiment import Experiment
 from .folder import METRICS_FILE, RunFolder
-from .json_files import write_json
-from .methods import method_of
 from .plots import plot_losses, plot_ranks
 from .summary import method_options
 from .trainer import Arm

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import TrainingError, first_line
+from ..errors import TrainingError, first_line
 from .rows import Row
 
 # {{ '\n' + message.content }}

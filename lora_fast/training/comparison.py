@@ -20,15 +20,16 @@ import torch
 
 from lora_fast import report
 
+from ..errors import Interrupted, RunFailure, TrainingError, explain_write_failure, first_line
+from ..files.json_files import write_json
+from ..methods.table import METHOD_OPTIONS, METHODS, method_of
 from . import models
 from .comparison_table import SCORE_TITLES, Result, facts, markdown, without_numbers
 from .config import TrainConfig, option_name
 from .data import load_rows
-from .errors import Interrupted, RunFailure, TrainingError, explain_write_failure, first_line
 from .events import Observer, Silent
 from .experiment import Experiment
 from .folder import COMPARISON_FILE
-from .json_files import write_json
 from .measurement import (
     Batch,
     forward_backward,
@@ -37,7 +38,6 @@ from .measurement import (
     peak_memory,
     saved_activation_bytes,
 )
-from .methods import METHOD_OPTIONS, METHODS, method_of
 from .metrics import compute_context
 from .models import parameter_counts
 from .plots import plot_comparison

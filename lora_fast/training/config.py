@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import TrainingError, check_utf8
-from .json_files import write_json
-from .methods import METHODS, check_options, method_of
+from ..errors import TrainingError, check_utf8
+from ..files.json_files import write_json
+from ..methods.table import METHODS, check_options, method_of
 
 BUILTIN = "builtin"
 TASKS = ("classification", "causal-lm")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from ..errors import TrainingError
 from . import builtin_task
 from .config import BUILTIN, TrainConfig
 from .encoding import IGNORED, Example
-from .errors import TrainingError
 from .rows import Row, causal_row, classification_row, read_jsonl
 
 HELD_OUT = 0.1

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import TrainingError
 from .chat import Conversations
 from .config import TrainConfig
-from .errors import TrainingError
 from .rows import Row
 
 IGNORED = -100

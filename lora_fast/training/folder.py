@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..errors import Interrupted, RunFailure, TrainingError, check_utf8, some
 from .checkpoints import ARMS, CHECKPOINTS, latest_step
 from .config import CONFIG_FILE, RECORD, TrainConfig
-from .errors import Interrupted, RunFailure, TrainingError, check_utf8, some
 
 try:
     import fcntl

@@ -6,12 +6,12 @@ import hashlib
 import json
 from typing import Any
 
-from lora_fast.export.fingerprint import weights_fingerprint
-from lora_fast.hub import cached_folder
+from lora_fast.files.fingerprint import weights_fingerprint
+from lora_fast.files.model_source import cached_folder
 
+from ..errors import TrainingError
 from .config import TrainConfig, option_name
 from .data import Rows
-from .errors import TrainingError
 from .models import resolve_model
 from .rows import Row
 

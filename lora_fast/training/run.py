@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 from lora_fast import Report, accelerate, report
-from lora_fast.backend import check_driver, uses_triton
-from lora_fast.reporting import adapted_layers
+from lora_fast.acceleration.report import adapted_layers
+from lora_fast.backends.choice import check_driver, uses_triton
 
+from ..errors import TrainingError
+from ..files.json_files import finite
+from ..methods.table import method_of
 from . import metrics, models
 from .artefacts import save_artefacts
 from .checkpoints import ARMS
 from .config import TrainConfig
 from .data import Collator, Rows, load_rows, split_rows
 from .encoding import Encoded, Example, count_examples, encode
-from .errors import TrainingError
 from .events import Observer
 from .experiment import Experiment
 from .folder import RunFolder
 from .inputs import changed, inputs_of
-from .json_files import finite
-from .methods import method_of
 from .summary import arm_summary, comparison_summary, facts, notes, run_summary
 from .trainer import Arm, check_optimizer, total_steps, train_arm
 from .weights import capture, restore

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 import lora_fast
-from lora_fast.reporting import adapted_layers
+from lora_fast.acceleration.report import adapted_layers
 
-from .adapters import ALL_LINEAR, about_bypassed
+from ..methods.adapters import ALL_LINEAR, about_bypassed
+from ..methods.table import method_of
 from .config import TrainConfig
 from .data import LengthGroupedOrder
 from .effective_rank import summarise
 from .encoding import describe_examples
 from .experiment import Experiment
 from .measurement import Batch, interleaved_step_times, saved_activation_bytes
-from .methods import method_of
 from .models import Base, parameter_counts
 from .trainer import Arm
 
@@ -170,7 +170,7 @@ def training_batches(setting: Experiment, count: int) -> list[Batch]:
 
 
 def _uses_triton(device: torch.device) -> bool:
-    from lora_fast.backend import uses_triton
+    from lora_fast.backends.choice import uses_triton
 
     return uses_triton(device)
 

@@ -12,6 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
+from ..errors import Interrupted, TrainingError, first_line
+from ..methods.table import method_of
 from .callbacks import (
     BestCheckpoint,
     CallCounter,
@@ -34,10 +36,8 @@ from .checkpoints import (
 from .config import TrainConfig
 from .data import LengthGroupedOrder
 from .effective_rank import EffectiveRanks, Ranks
-from .errors import Interrupted, TrainingError, first_line
 from .events import Observer
 from .experiment import Experiment
-from .methods import method_of
 from .weights import capture, restore, save_weights
 
 DEFAULT_CHECKPOINTS = 5

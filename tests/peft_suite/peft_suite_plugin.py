@@ -26,8 +26,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 import lora_fast
+from lora_fast.acceleration.report import adapted_layers
 from lora_fast.peft_layers import FUSED_CLASSES, FusedForward
-from lora_fast.reporting import adapted_layers
 
 METHODS = (peft.LoraConfig, peft.VeraConfig, peft.AdaLoraConfig, peft.IA3Config)
 # Their layers are convolutions, which no method of lora_fast covers.

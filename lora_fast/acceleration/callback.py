@@ -1,0 +1,67 @@
+"""Acceleration for runs of transformers' Trainer, and of trainers built on it, such as TRL's."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ..optional_packages import needed
+from .report import Report, adapted_layers, report
+from .switch import accelerate
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    TrainerCallback = needed("transformers", "LoraFastCallback").TrainerCallback
+
+logger = logging.getLogger("lora_fast.callback")  # as documented, wherever this file lies
+
+
+class LoraFastCallback(TrainerCallback):
+    """Accelerates the model of a Trainer when training starts, whatever the Trainer made of it.
+
+        SFTTrainer(model, peft_config=LoraConfig(), callbacks=[LoraFastCallback()], ...)
+
+    ``group_shared_inputs`` is that of :func:`lora_fast.accelerate`. The model stays accelerated
+    after training; checkpoints are PEFT's own, and a run may be resumed with or without it.
+
+    The main process logs :func:`lora_fast.report` at level INFO of the logger
+    ``lora_fast.callback``, at the start as a prediction and at the end with all calls counted; at
+    level WARNING when layers or calls fall back to PEFT's own forward, or when the model has no
+    adapted layer and stays as it is. Where nobody listens to INFO, as in a plain script, it prints
+    one line at the start instead, where Trainer prints its losses.
+
+    Raises TypeError if ``group_shared_inputs`` is not a bool.
+    """
+
+    def __init__(self, *, group_shared_inputs: bool = True) -> None:
+        if not isinstance(group_shared_inputs, bool):
+            raise TypeError(
+                f"group_shared_inputs must be a bool, got {type(group_shared_inputs).__name__}"
+            )
+        self.group_shared_inputs = group_shared_inputs
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if next(adapted_layers(model), None) is None:
+            logger.warning("the model has no adapted layers: nothing to accelerate")
+            return
+        accelerate(model, group_shared_inputs=self.group_shared_inputs)
+        found = report(model)
+        _log(found, state)
+        silent = found.all_fused and not logger.isEnabledFor(logging.INFO)
+        if silent and state.is_world_process_zero:
+            print(f"lora_fast: {len(found.layers)} adapted layers run fused")
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        found = report(model)
+        if found.layers:
+            _log(found, state)
+
+
+def _log(found: Report, state: Any) -> None:
+    if state.is_world_process_zero:
+        logger.log(logging.INFO if found.all_fused else logging.WARNING, "%s", found)

@@ -1,0 +1,187 @@
+"""Which adapted layers run fused, which do not, and why."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..base_layer.linear import CallCounts, describe, environment_obstacle, runs_own_forward
+from ..features import switched_off
+from ..modules.adapter_module import AdapterModule
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    ``obstacle``: why the next call would run the plain path, None if it would run fused (unless
+    its input rules that out). ``fused_calls`` and ``fallback_calls`` (by reason) count so far.
+    Calls inside torch.compile cannot be counted: ``compiled`` tells whether some of them ran fused,
+    and those that did not are one among the fallback calls. ``counted`` is False for a layer that
+    is of PEFT's own class, whose calls nothing sees.
+    ``siblings``: names of the layers beside it that share its input and are computed with it;
+    ``alone`` says what forbids that, None for a layer whose input is its own.
+    """
+
+    name: str
+    kind: str
+    base: str
+    obstacle: str | None
+    fused_calls: int
+    fallback_calls: dict[str, int]
+    compiled: bool
+    counted: bool = True
+    siblings: tuple[str, ...] = ()
+    alone: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.obstacle is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every adapted layer, in the order of ``model.named_modules()``. Prints as a table.
+
+    ``switched_off``: what the model cannot do with the installed versions, and why.
+    """
+
+    layers: tuple[LayerReport, ...]
+    switched_off: tuple[str, ...] = ()
+
+    @property
+    def fused_calls(self) -> int:
+        """Forward passes of a layer that ran fused outside torch.compile, over all layers."""
+        return sum(layer.fused_calls for layer in self.layers)
+
+    @property
+    def fallback_calls(self) -> dict[str, int]:
+        """Forward passes of a layer that ran the plain path, by reason, over all layers."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.fallback_calls)
+        return dict(total)
+
+    @property
+    def all_fused(self) -> bool:
+        """Whether there are layers, all would run fused, and no call so far did not."""
+        return bool(self.layers) and not self.fallback_calls and all(x.fused for x in self.layers)
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "base", "next call", "fused calls", "fallback calls")
+        rows = [header, *map(_row, self.layers)]
+        if any(layer.siblings or layer.alone for layer in self.layers):
+            together = ["computed with", *map(_siblings_in_words, self.layers)]
+            rows = [(*row, last) for row, last in zip(rows, together, strict=True)]
+        lines = _aligned(rows)
+        fused = sum(layer.fused for layer in self.layers)
+        slow = sum(self.fallback_calls.values())
+        lines.append(
+            f"{fused} of {len(self.layers)} adapted layers fused; "
+            f"{self.fused_calls} fused calls, {slow} fallback calls"
+        )
+        unseen = sum(not layer.counted for layer in self.layers)
+        if unseen:
+            lines[-1] += f"; calls of the {unseen} that stay PEFT's are not counted"
+        lines += [f"off: {reason}" for reason in self.switched_off]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Report on every adapted layer of `model`, PEFT's and lora_fast's, at any time.
+
+    Before the first call it predicts, from the present state of each layer, what the call would do.
+    PEFT's layers that :func:`lora_fast.accelerate` has not switched, or cannot, are listed as such.
+
+    Raises TypeError if `model` is not a Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    modules = dict(model.named_modules())
+    layers = tuple(
+        _layer_report(name, layer, modules[name.rpartition(".")[0]])
+        for name, layer in adapted_layers(model)
+    )
+    return Report(layers, switched_off(model) if layers else ())
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every layer of lora_fast and every adapter layer of PEFT in `model`."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    kinds = (AdapterModule,) if peft is None else (AdapterModule, peft.BaseTunerLayer)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
+
+
+def _layer_report(name: str, layer: Any, parent: nn.Module) -> LayerReport:
+    calls = getattr(layer, "_lora_fast_calls", None) or CallCounts()
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
+    siblings, alone = _siblings(layer, parent)
+    return LayerReport(
+        name=name,
+        kind=_kind(layer),
+        base=describe(base),
+        obstacle=environment_obstacle() or _obstacle(layer),
+        fused_calls=calls.fused,
+        fallback_calls=calls.by_reason(),
+        compiled=calls.compiled,
+        counted=hasattr(layer, "_lora_fast_calls"),
+        siblings=siblings,
+        alone=alone,
+    )
+
+
+def _obstacle(layer: Any) -> str | None:
+    if isinstance(layer, AdapterModule):
+        return layer.obstacle()
+    from .. import peft_layers
+
+    if isinstance(layer, peft_layers.FusedForward):
+        return layer.active()[1]
+    if type(layer) not in peft_layers.FUSED_CLASSES:
+        return f"{_kind(layer)} has no fused path"
+    if not runs_own_forward(layer):
+        return "forward of the layer replaced"
+    return "not accelerated"
+
+
+def _siblings(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:
+    if "lora_fast.peft_layers" not in sys.modules:
+        return (), None
+    from ..peft_layers.shared_input import siblings_of
+
+    return siblings_of(layer, parent)
+
+
+def _kind(layer: nn.Module) -> str:
+    """As PEFT's repr calls the layer: lora.Linear, lora.Embedding, adalora.SVDLinear, …"""
+    homes = (cls.__module__ for cls in type(layer).__mro__)
+    home = next((name for name in homes if name.startswith("peft.tuners.")), None)
+    return layer._get_name() if home is None else f"{home.split('.')[2]}.{layer._get_name()}"
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    slow = ", ".join(f"{count} × {reason}" for reason, count in layer.fallback_calls.items())
+    path = "fused" if layer.obstacle is None else f"fallback: {layer.obstacle}"
+    fused = f"{layer.fused_calls} + compiled" if layer.compiled else str(layer.fused_calls)
+    if not layer.counted:
+        fused, slow = "-", "not counted"
+    return (layer.name, layer.kind, layer.base, path, fused, slow or "0")
+
+
+def _siblings_in_words(layer: LayerReport) -> str:
+    return ", ".join(layer.siblings) or (f"none: {layer.alone}" if layer.alone else "none")
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,137 @@
+"""Compile, and where timing is on time, what a model will launch, before its first step does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.adapter_module import AdapterModule
+from .report import adapted_layers, report
+
+Progress = Callable[[int, int, str], None]
+
+
+class Unit(NamedTuple):
+    """Layers that are computed together: siblings that share their input, or one alone.
+
+    ``alike`` of them in the model are the same to the kernels; these are the first.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[Any, ...]
+    alike: int
+
+    def __str__(self) -> str:
+        parent = self.names[0].rpartition(".")[0]
+        leaves = ", ".join(name.rpartition(".")[2] for name in self.names)
+        return f"{parent}.{leaves}" if parent else leaves
+
+
+def warm_up(
+    model: nn.Module, tokens: int | Sequence[int] = 2048, *, progress: Progress | None = None
+) -> int:
+    """Compile every kernel that the fused layers of `model` launch with `tokens` rows of input.
+
+    `tokens`: rows of x, batch times length, or several such numbers; kernels differ between up to
+    16, up to 64 and more, and for NF4 weights where decoding them first pays off. With
+    LORA_FAST_AUTOTUNE=1 the candidates of each operation are timed as well. Layers that are alike
+    are run once, on copies: nothing of the model changes, and no random number is drawn.
+    ``progress(done, total, name)`` is called before each run. Returns the number of runs; layers
+    that would not run fused are left out.
+
+    Raises TypeError or ValueError for tokens that are not positive integers.
+    """
+    numbers = tokens if isinstance(tokens, Sequence) else (tokens,)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"tokens must be integers, got {type(number).__name__}")
+        if number < 1:
+            raise ValueError(f"tokens must be at least 1, got {number}")
+    runs = [(unit, M) for unit in units(model) for M in numbers]
+    for done, (unit, M) in enumerate(runs):
+        if progress is not None:
+            progress(done, len(runs), f"{unit}, {M} rows")
+        run(copy.deepcopy(list(unit.layers)), M, training=model.training)
+    return len(runs)
+
+
+def units(model: nn.Module) -> list[Unit]:
+    """The different units of `model`, in the order of its modules; only what would run fused."""
+    fused = {layer.name for layer in report(model).layers if layer.fused}
+    bundles: dict[int, list[tuple[str, Any]]] = {}
+    for name, layer in adapted_layers(model):
+        if name in fused:
+            group, _ = _group_of(layer) or (layer, 0)
+            bundles.setdefault(id(group), []).append((name, layer))
+    found: dict[Any, Unit] = {}
+    for bundle in bundles.values():
+        names, layers = zip(*bundle, strict=True)
+        kind = tuple(map(kind_of, layers))
+        known = found.get(kind)
+        found[kind] = known._replace(alike=known.alike + 1) if known else Unit(names, layers, 1)
+    return list(found.values())
+
+
+def run(layers: Sequence[Any], M: int, *, training: bool) -> None:
+    """Call siblings with the same x [1, M, K]: without gradients, and if training with those that
+    inner layers and the first layer need."""
+    base = base_of(layers[0])
+    device: torch.device = base.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        x = torch.randn(1, M, base.in_features, device=device).to(compute_dtype(base))
+        trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        if training and trained:
+            for needs_x in (True, False):
+                inputs = [x.detach().requires_grad_(needs_x)]
+                ys = _outputs([layer.train() for layer in layers], inputs[0])
+                wanted = [*trained, *(inputs if needs_x else [])]
+                grads = [torch.ones_like(y) for y in ys]
+                torch.autograd.grad(ys, wanted, grads, allow_unused=True)
+        with torch.no_grad():
+            _outputs([layer.eval() for layer in layers], x)
+
+
+def base_of(layer: Any) -> Any:
+    """The linear layer under an adapter of PEFT or of lora_fast."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
+
+
+def compute_dtype(base: Any) -> torch.dtype:
+    """The dtype of the activations around a layer: its weight's, or what 4-bit ones compute in."""
+    if base.weight.dtype.is_floating_point:
+        return base.weight.dtype
+    return base.compute_dtype or base.weight.quant_state.dtype
+
+
+def _outputs(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    if len(layers) == 1:
+        return [layers[0](x)]
+    from ..peft_layers.shared_input import outputs_together
+
+    return outputs_together(layers, x)
+
+
+def _group_of(layer: Any) -> tuple[Any, int] | None:
+    """The group of a PEFT layer, and its place in it; PEFT need not be installed."""
+    if isinstance(layer, AdapterModule):
+        return None
+    from ..peft_layers.shared_input import GROUP
+
+    return layer.__dict__.get(GROUP)
+
+
+def kind_of(layer: Any) -> tuple[Any, ...]:
+    """What the kernels of a layer depend on, beside the number of rows."""
+    dropouts = tuple(m.p for m in layer.modules() if isinstance(m, nn.Dropout))
+    return type(layer), dropouts, tuple(_tensors(layer))
+
+
+def _tensors(layer: nn.Module) -> Iterator[tuple[Any, ...]]:
+    for name, p in (*layer.named_parameters(), *layer.named_buffers()):
+        state = getattr(p, "quant_state", None)
+        quantised = None if state is None else (tuple(state.shape), state.blocksize, state.nested)
+        yield name, tuple(p.shape), p.dtype, p.requires_grad, quantised

@@ -1,0 +1,269 @@
+"""The operation as ``torch.library`` operators, which torch.compile traces without a graph break.
+
+    lora_fast::adapted_linear           y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
+    lora_fast::adapted_linear_backward  the gradients of what trains
+    lora_fast::row_norms                ‖W_i + s (B A)_i‖₂ of every row, for DoRA
+
+They call what the autograd.Function calls, with the same saved tensors. An NF4 weight is taken
+apart into its tensors and sizes, dropout's seed is a tensor on the CPU, so that a graph draws it
+and does not hold it as a constant, and what is not saved is an empty tensor. Eager code does
+without them: the dispatch of a custom operator costs more than that of an autograd.Function.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.choice import Backend, get_backend, uses_triton
+from ..factors import Constants, Factors, Needs, Saved
+from ..nf4 import NF4Weight
+from . import autograd, dispatch
+
+
+class FlatWeight(NamedTuple):
+    """W [N, K] in tensors and numbers: dense, or `data` packed as NF4 with bitsandbytes' state.
+
+    sizes: nothing, or [N, K, blocksize, that of the absmax values (0 unless they are quantised)].
+    """
+
+    data: Tensor
+    absmax: Tensor | None
+    code: Tensor | None
+    offset: Tensor | None
+    absmax2: Tensor | None
+    code2: Tensor | None
+    sizes: list[int]
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, weight: Tensor | NF4Weight) -> FlatWeight:
+        if isinstance(weight, Tensor):
+            return cls(weight, None, None, None, None, None, [], None)
+        state = weight.quant_state
+        second = state.state2 if state.nested else None
+        return cls(
+            weight.packed,
+            state.absmax,
+            state.code,
+            state.offset if state.nested else None,
+            None if second is None else second.absmax,
+            None if second is None else second.code,
+            [*state.shape, state.blocksize, 0 if second is None else second.blocksize],
+            state.dtype,
+        )
+
+    def shape(self) -> tuple[int, int]:
+        N, K = self.sizes[:2] if self.sizes else self.data.shape
+        return N, K
+
+    def weight(self) -> Tensor | NF4Weight:
+        if self.absmax is None:
+            return self.data
+        from bitsandbytes.functional import QuantState
+
+        N, K, blocksize, blocksize2 = self.sizes
+        second = None
+        if blocksize2:
+            second = QuantState(
+                absmax=self.absmax2, code=self.code2, blocksize=blocksize2, dtype=torch.float32
+            )
+        state = QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((N, K)),
+            code=self.code,
+            blocksize=blocksize,
+            quant_type="nf4",
+            dtype=self.dtype,
+            offset=self.offset,
+            state2=second,
+        )
+        return NF4Weight(self.data, state)
+
+
+_WEIGHT = (
+    "Tensor weight, Tensor? absmax, Tensor? code, Tensor? offset, Tensor? absmax2, Tensor? code2, "
+    "SymInt[] sizes, ScalarType? dtype"
+)
+
+
+class Operands(NamedTuple):
+    """What follows the weight among the arguments of forward and backward, in this order."""
+
+    bias: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    b: Tensor | None
+    d: Tensor | None
+    g: Tensor | None
+    seed: Tensor | None
+    rank_spans: Tensor | None
+    scaling: float
+    dropout_p: float
+    needs: list[bool]
+    backend: Backend
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        return self.bias, self.A, self.B, self.b, self.d, self.g
+
+    def factors(self, weight: Tensor | NF4Weight) -> Factors:
+        seed = 0 if self.seed is None else int(self.seed)
+        constants = Constants(self.scaling, self.dropout_p, seed, self.rank_spans)
+        return Factors(weight, self.bias, self.A, self.B, self.b, self.d, self.g, *constants)
+
+
+_OPERANDS = (
+    f"{_WEIGHT}, Tensor? bias, Tensor? A, Tensor? B, Tensor? b, Tensor? d, Tensor? g, "
+    "Tensor? seed, Tensor? rank_spans, float scaling, float dropout_p, bool[] needs, str backend"
+)
+
+_SAVED = "Tensor S, Tensor V, Tensor mask"
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[FlatWeight, Operands]:
+    length = len(FlatWeight._fields)
+    return FlatWeight(*arguments[:length]), Operands(*arguments[length:])
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    flat, operands = _split(arguments)
+    f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
+    y, saved = autograd.forward(x, f, needs, operands.backend)
+    return y, *(x.new_empty(0) if t is None else t for t in saved)
+
+
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    flat, operands = _split(arguments)
+    needs, (N, K), M = Needs(*operands.needs), flat.shape(), math.prod(x.shape[:-1])
+    S, V, mask = (x.new_empty(0) for _ in Saved._fields)
+    if needs.saves_S and operands.A is not None:
+        S = x.new_empty(M, operands.A.shape[0])
+    if needs.saves_V:
+        V = x.new_empty(M, N)
+    draws = operands.dropout_p > 0.0 and needs.saves_mask
+    if draws and not uses_triton(x.device, operands.backend):
+        mask = x.new_empty(M, K, dtype=torch.bool)
+    return x.new_empty(*x.shape[:-1], N), S, V, mask
+
+
+def _backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """The gradients that `needs` names, in its order."""
+    flat, operands = _split(arguments[3:])
+    # S, V and mask have two dimensions, what was not saved has one.
+    saved = Saved(*(t if t.dim() == 2 else None for t in arguments[:3]))
+    f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
+    grads = autograd.backward(dY, x, saved, f, needs, operands.backend)
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+def _fake_backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
+    flat, operands = _split(arguments[3:])
+    needs, factors = Needs(*operands.needs), (flat.data, *operands.vectors)
+    grads = [dY.new_empty(*dY.shape[:-1], flat.shape()[1])] if needs.x else []
+    wanted = zip(needs[1:], factors, strict=True)
+    return grads + [
+        factor.new_empty(factor.shape) for need, factor in wanted if need and factor is not None
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *arguments = inputs
+    _, *saved = output
+    operands = _split(tuple(arguments))[1]
+    ctx.mark_non_differentiable(*saved)
+    kept = [x if Needs(*operands.needs).saves_x else None, *saved]
+    ctx.save_for_backward(*kept, *(a for a in arguments if isinstance(a, Tensor)))
+    ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
+    ctx.tensors = [isinstance(a, Tensor) for a in arguments]
+
+
+def _autograd(ctx: Any, dY: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, S, V, mask, *tensors = ctx.saved_tensors
+    remaining = iter(tensors)
+    arguments = [
+        next(remaining) if is_tensor else a
+        for is_tensor, a in zip(ctx.tensors, ctx.arguments, strict=True)
+    ]
+    found = iter(adapted_linear_backward(dY, x, S, V, mask, *arguments))
+    needs = _split(tuple(arguments))[1].needs
+    dX, dW, *vectors = (next(found) if need else None for need in needs)
+    after_weight = [None] * (len(FlatWeight._fields) - 1)
+    after_vectors = [None] * (len(Operands._fields) - len(vectors))
+    return dX, dW, *after_weight, *vectors, *after_vectors
+
+
+def _row_norms(*arguments: Any) -> Tensor:
+    *flat, A, B, scaling, backend = arguments
+    weight = FlatWeight(*flat).weight()
+    return dispatch.row_norms(weight, A, B, scaling, backend)
+
+
+def _fake_row_norms(*arguments: Any) -> Tensor:
+    B = arguments[len(FlatWeight._fields) + 1]
+    return B.new_empty(B.shape[0], dtype=torch.float32)
+
+
+def _registered(name: str, schema: str, compute: Any, fake: Any) -> Any:
+    op = torch.library.custom_op(f"lora_fast::{name}", compute, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+adapted_linear_backward = _registered(
+    "adapted_linear_backward",
+    f"(Tensor dY, Tensor? x, {_SAVED}, {_OPERANDS}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+adapted_linear = _registered(
+    "adapted_linear",
+    f"(Tensor x, {_OPERANDS}) -> (Tensor y, {_SAVED})",
+    _forward,
+    _fake_forward,
+)
+adapted_linear.register_autograd(_autograd, setup_context=_setup_context)
+_row_norms_op = _registered(
+    "row_norms",
+    f"({_WEIGHT}, Tensor A, Tensor B, float scaling, str backend) -> Tensor",
+    _row_norms,
+    _fake_row_norms,
+)
+
+
+def seed_of(dropout_p: float, dropout_seed: int | None) -> Tensor | None:
+    """Dropout's seed; unless given, it is drawn in the graph, from torch's generator of the CPU."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(2**62, ()) if dropout_seed is None else torch.tensor(dropout_seed)
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    vectors: tuple[Tensor | None, ...],
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    rank_spans: Tensor | None,
+) -> Tensor:
+    """y of `lora_fast::adapted_linear`; `vectors` are bias, A, B, b, d and g."""
+    flat = FlatWeight.of(weight)
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and t is not None and t.requires_grad for t in (x, flat.data, *vectors)]
+    constants = Constants(scaling, dropout_p, 0, rank_spans)
+    saved = autograd.saved_input(x, constants, Needs(*needs), get_backend())
+    # The operator saves its input: the copy, where there is one.
+    x = x if saved is None else saved
+    y, *_ = adapted_linear(
+        x, *flat, *vectors, seed, rank_spans, scaling, dropout_p, needs, get_backend()
+    )
+    return y
+
+
+def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """‖W_i + s (B A)_i‖₂ [N] in float32, without a gradient."""
+    return _row_norms_op(*FlatWeight.of(weight), A, B, scaling, get_backend())

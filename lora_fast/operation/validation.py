@@ -1,0 +1,156 @@
+"""Checks of what users hand in; messages name the argument, what it must be and what it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nf4 import NF4Weight
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_adapted_linear(
+    x: Any, weight: Any, vectors: dict[str, Any], A: Any, B: Any, scaling: Any
+) -> None:
+    """Raise TypeError or ValueError unless the operands of the equation fit together."""
+    # Before every call: what is one comparison is made here, helpers only word the errors.
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
+        raise _not_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension [..., K], got a scalar")
+    if x.device.type == "meta":
+        raise ValueError("x must be on a device that computes, got meta: count with fake tensors")
+    if not isinstance(weight, NF4Weight):
+        if getattr(weight, "quant_state", None) is not None:
+            raise TypeError(
+                "weight must be a dense tensor or an NF4Weight, got a bitsandbytes Params4bit; "
+                "wrap it with NF4Weight.from_params4bit(weight)"
+            )
+        if not isinstance(weight, Tensor) or weight.dtype not in _FLOATING:
+            raise _not_floating("weight", weight)
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"weight must have shape [N, K], got {tuple(shape)}")
+    N, K = shape
+    if N == 0 or K == 0:
+        raise ValueError(f"weight must have N ≥ 1 and K ≥ 1, got {tuple(shape)}")
+    if x.shape[-1] != K:
+        raise ValueError(
+            f"x must have K = {K} features like weight [N, K] = {tuple(shape)}, "
+            f"got {tuple(x.shape)}"
+        )
+    if weight.device != x.device:
+        raise _elsewhere("weight", weight, x)
+    R = _check_low_rank(A, B, N, K, x)
+    for name, vector in vectors.items():
+        if vector is not None:
+            _check_vector(name, vector, R if name == "d" else N, x, needs_adapter=R is None)
+    check_scaling(scaling)
+
+
+def check_dropout(p: Any, seed: Any) -> None:
+    """Raise unless `p` is a probability and `seed` None or a non-negative integer below 2⁶³."""
+    if type(p) is not float or not 0.0 <= p <= 1.0:
+        check_probability("dropout_p", p)
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed must be an integer, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"dropout_seed must lie in [0, 2**63), got {seed}")
+
+
+def check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
+    """Raise unless `spans` is None or [samples, 2] int32 with equally many rows of x a sample."""
+    if spans is None:
+        return
+    if not isinstance(spans, Tensor) or spans.dtype != torch.int32:
+        kind = spans.dtype if isinstance(spans, Tensor) else type(spans).__name__
+        raise TypeError(f"rank_spans must be an int32 tensor, got {kind}")
+    if A is None:
+        raise ValueError("rank_spans must be None when there is no adapter (A and B are None)")
+    if spans.dim() != 2 or spans.shape[1] != 2:
+        raise ValueError(f"rank_spans must have shape [samples, 2], got {tuple(spans.shape)}")
+    rows = x.numel() // x.shape[-1]
+    if rows and (spans.shape[0] == 0 or rows % spans.shape[0]):
+        raise ValueError(
+            f"rank_spans must have a number of samples that divides the {rows} rows of x, "
+            f"got {spans.shape[0]}"
+        )
+    if spans.device != x.device:
+        raise _elsewhere("rank_spans", spans, x)
+
+
+def check_scaling(scaling: Any) -> None:
+    """Raise unless `scaling` is a finite number, or a tensor of one element without gradient."""
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling must be one number, got shape {tuple(scaling.shape)}")
+        if scaling.requires_grad:
+            raise ValueError(
+                "scaling must not require a gradient, got a tensor that does; a scaling that "
+                "trains is d = scaling.expand(R), or b = scaling.expand(N)"
+            )
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
+    # Not math.isfinite, which takes no number of torch.compile's.
+    elif not -math.inf < scaling < math.inf:
+        raise ValueError(f"scaling must be finite, got {scaling}")
+
+
+def check_probability(name: str, p: Any) -> None:
+    """Raise unless 0 ≤ p ≤ 1."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {p}")
+
+
+def _check_low_rank(A: Any, B: Any, N: int, K: int, x: Tensor) -> int | None:
+    if (A is None) != (B is None):
+        given, missing = ("A", "B") if B is None else ("B", "A")
+        raise ValueError(f"{missing} must be given when {given} is: the adapter is the product B A")
+    if A is None:
+        return None
+    for name, factor in (("A", A), ("B", B)):
+        if not isinstance(factor, Tensor) or factor.dtype not in _FLOATING:
+            raise _not_floating(name, factor)
+        if factor.dim() != 2:
+            raise ValueError(f"{name} must have two dimensions, got shape {tuple(factor.shape)}")
+        if factor.device != x.device:
+            raise _elsewhere(name, factor, x)
+    R = int(A.shape[0])
+    if R < 1:
+        raise ValueError(f"A must have rank R ≥ 1, got shape {tuple(A.shape)}")
+    if A.shape[1] != K:
+        raise ValueError(f"A must have shape [R, K] with K = {K}, got {tuple(A.shape)}")
+    if B.shape != (N, R):
+        raise ValueError(f"B must have shape [N, R] = ({N}, {R}), got {tuple(B.shape)}")
+    return R
+
+
+def _check_vector(
+    name: str, vector: Any, size: int | None, x: Tensor, *, needs_adapter: bool
+) -> None:
+    if not isinstance(vector, Tensor) or vector.dtype not in _FLOATING:
+        raise _not_floating(name, vector)
+    if needs_adapter and name in ("b", "d"):
+        raise ValueError(f"{name} must be None when there is no adapter (A and B are None)")
+    if vector.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}")
+    if vector.device != x.device:
+        raise _elsewhere(name, vector, x)
+
+
+def _not_floating(name: str, value: Any) -> TypeError:
+    if not isinstance(value, Tensor):
+        return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+
+
+def _elsewhere(name: str, value: Tensor | NF4Weight, x: Tensor) -> ValueError:
+    return ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
