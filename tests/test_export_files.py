@@ -81,7 +81,7 @@ BAD_ADAPTERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("no-json", lambda a: (a / "adapter_config.json").write_text("{"), "must hold JSON"),
     ("list", lambda a: (a / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
     ("unknown-type", lambda a: edit_config(a, peft_type="os.system"), "must name a peft_type"),
-    ("pissa", lambda a: edit_config(a, init_lora_weights="pissa"), "must belong to the base"),
+    ("pissa", lambda a: edit_config(a, init_lora_weights="pissa"), "to the unchanged base"),
     ("no-regex", lambda a: edit_config(a, target_modules="((("), "must fit the base model"),
     ("wrong-kind", lambda a: edit_config(a, target_modules=5), "must fit the base model"),
     ("bool-rank", lambda a: edit_config(a, r="four"), "must fit the base model"),

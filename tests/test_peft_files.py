@@ -248,7 +248,7 @@ BAD_FILES: list[tuple[Any, type[Exception], str]] = [
     (lambda f: change(f, rank_pattern={"(": 4}), ValueError, "must have ranks and alphas of PEFT"),
     (lambda f: change(f, alora_invocation_tokens=[1]), NotImplementedError, "alora_invocation"),
     (lambda f: change(f, lora_bias=True), NotImplementedError, "lora_bias must be False"),
-    (lambda f: change(f, init_lora_weights="pissa"), ValueError, "belong to the base as it is"),
+    (lambda f: change(f, init_lora_weights="pissa"), ValueError, "belong to the unchanged base"),
     (lambda f: (f / WEIGHTS).write_bytes(b"no tensors"), ValueError, "whole safetensors file"),
     (lambda f: (f / CONFIG).unlink(), ValueError, "must hold adapter_config.json"),
     (lambda f: (f / WEIGHTS).unlink(), ValueError, "must hold adapter_model.safetensors"),

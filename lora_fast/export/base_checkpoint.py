@@ -16,7 +16,7 @@ from ..files.safe_files import Entry, TensorFiles, checkpoint_files
 from ..four_bit.decoding import decode
 
 CONFIG = "config.json"
-# What belongs to a tokenizer or processor and goes along; weights and cards do not.
+# Files of a tokenizer or processor, which are copied; weights and cards are not.
 COMPANIONS = (
     "tokenizer*",
     "vocab*",
@@ -38,7 +38,7 @@ def base_folder(name: str) -> Path:
     """Return the folder of a base model, from the local cache or downloaded for a hub id.
 
     Raises:
-        ValueError: there is no such folder, and no such model can be had.
+        ValueError: there is no such folder, and the model cannot be downloaded.
     """
     from ..training.models import resolve_model
 
@@ -58,7 +58,7 @@ def base_folder(name: str) -> Path:
             found = snapshot_download(name, allow_patterns=patterns, local_files_only=local)
             checkpoint_files(Path(found))
             return Path(found)
-        except Exception as error:  # a name that is none, no connection, half a download
+        except Exception as error:  # an invalid name, no connection, an incomplete download
             problem = error
     assert problem is not None
     raise ValueError(
@@ -68,7 +68,7 @@ def base_folder(name: str) -> Path:
 
 
 class Weights:
-    """The tensors of a checkpoint, 4-bit ones decoded, by the names that `model` has for them.
+    """The tensors of a checkpoint, 4-bit ones decoded, by their names in `model`.
 
     ``header`` has the shape and dtype of each as :meth:`tensor` returns it; ``stored`` its name in
     the file. A weight that transformers would assemble from several tensors keeps its stored names
@@ -90,7 +90,7 @@ class Weights:
         self.header = {name: self._entry(key) for name, key in self.stored.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """The values of a tensor; of a 4-bit weight, what its format says that it stands for."""
+        """The values of a tensor; a 4-bit weight is decoded by the formula of its format."""
         key = self.stored[name]
         if key not in self._states:
             return self._files.tensor(key)
@@ -134,7 +134,7 @@ def _names(keys: Iterable[str], model: Any) -> tuple[dict[str, str], set[str]]:
 
 
 def _renamer(model: Any) -> Any:
-    """What transformers does to the names of a checkpoint of this kind of model as it loads it."""
+    """How transformers renames the tensors of a checkpoint when it loads this kind of model."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (

@@ -27,8 +27,8 @@ NAME = "default"
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """New values of one tensor: a weight gets ``term`` and gains, a bias ``shift`` and ``g``, and
-    ``value`` takes the place of what was there: of all of it, or of the ``rows`` given.
+    """New values of one tensor: a weight gets ``term`` and gains, a bias ``shift`` and ``g``;
+    ``value`` replaces the whole tensor, or the ``rows`` given.
 
     ``magnitude``: DoRA's m, divided by the norms of the rows. ``transposed``: the weight is stored
     as [K, N]. ``columns``: g [K] multiplies columns.
@@ -57,7 +57,7 @@ class Change:
         return merged.t().contiguous() if self.transposed else merged
 
     def equals(self, other: Change) -> bool:
-        """Whether both make the same of the same tensor."""
+        """Whether both change a tensor in the same way."""
         return _equal(self, other)
 
     def _weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,10 +84,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True)
 class Changes:
-    """By the name of the tensor in the base model: what makes its change when it is wanted.
+    """By the name of the tensor in the base model: a function that makes its change on demand.
 
     A name stands for one place in the model, and a change for that place alone, also where the base
-    has one tensor in several. ``replaced`` are the names whose whole value the adapter has, with
+    has one tensor in several. ``replaced`` are the names whose whole value the adapter holds, with
     their keys in its file. ``stored`` are tensors of the base, wherever it has them, that PEFT put
     into the file beside the adapter, with their keys.
     """
@@ -99,7 +99,7 @@ class Changes:
 
 def changes_of(model: Any, keys: set[str], read: Read) -> Changes:
     """What an adapter changes. `model` is PEFT's, on the meta device; `keys` are those of the
-    adapter's file, all of which belong to it; `read` reads one.
+    adapter's file, all of which belong to it; `read` reads one tensor.
 
     Raises:
         NotImplementedError: a kind of layer or variant that has no such formula.
@@ -129,8 +129,7 @@ def changes_of(model: Any, keys: set[str], read: Read) -> Changes:
 
 
 def _adapted(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every place with a layer of an adapter, or one that is trained with it, by its name in the
-    base model."""
+    """Every adapted layer, or one trained with the adapter, by its name in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -168,7 +167,7 @@ def _layer_changes(
     if make is None:
         raise NotImplementedError(
             f"{name}: {type(layer).__module__}.{type(layer).__name__} must be merged with PEFT's "
-            "merge_and_unload, there is no low-rank formula for it"
+            "merge_and_unload: there is no low-rank formula for it"
         )
     found: dict[str, Callable[[], Change]] = make(model, name, layer, get)
     return found
@@ -241,7 +240,7 @@ def _lora_embedding(
 
 
 def _adalora(model: Any, name: str, layer: Any, get: Read) -> dict[str, Callable[[], Change]]:
-    # The number of ranks from before the allocator cut any, as PEFT keeps it.
+    # The rank before the allocator pruned any direction, as PEFT stores it.
     scaling = float(layer.scaling[NAME]) / (model.peft_config[NAME].init_r + 1e-5)
 
     def weight() -> Change:
@@ -273,7 +272,7 @@ def _vera(
 
 @functools.lru_cache(maxsize=1)
 def _drawn(K: int, N: int, R: int, key: int) -> tuple[Tensor, Tensor]:
-    """The projections that a key stands for, where the file leaves them out."""
+    """The projections that PEFT draws from a key, if the file leaves them out."""
     drawn = VeRAProjections(K, N, R, projection_prng_key=key)
     return drawn.vera_A, drawn.vera_B
 

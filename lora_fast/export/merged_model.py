@@ -58,15 +58,15 @@ def merge_checkpoint(
 
     `base`: a folder or a hub id, 16-bit, float32 or 4-bit (bitsandbytes); 4-bit weights are decoded
     first. `adapter`: a folder with PEFT's LoRA, rsLoRA, DoRA, LoRA+, LoRA-FA, VeRA, AdaLoRA, (IA)³
-    or LayerNorm tuning, or what ``lora-fast train`` left of a method that trains weights of the
+    or LayerNorm tuning, or what ``lora-fast train`` wrote for a method that trains weights of the
     base (Delta-LoRA, BitFit, linear probing). `dtype`: bfloat16, float16 or float32, by default
     that of each tensor of the base. Tensors are read, merged and written shard by shard, at most
     `max_shard_size` at a time: bytes, or a size such as ``5GB`` or ``500MiB``.
 
-    `out` appears when it is complete; whatever stops the merge before leaves nothing there, and
-    merging again cleans up. With `overwrite`, `out` may hold a model, which is there until the new
-    one takes its place; nothing else is ever deleted. ``progress(done, total)`` is told bytes, and
-    ``note(line)`` what the user should know.
+    `out` appears once it is complete; an interrupted merge leaves nothing there, and merging again
+    cleans up. With `overwrite`, `out` may hold a model, which stays until the new one replaces it;
+    nothing else is ever deleted. ``progress(done, total)`` counts bytes, and ``note(line)`` gets
+    what the user should know.
 
     Weights that the base ties and that the adapter gives different values are written one by one,
     and the config says so: ``tie_word_embeddings`` is false then.
@@ -96,7 +96,7 @@ def merge_checkpoint(
 
 
 class _Merging:
-    """All that is known before a tensor is read: names, shapes, dtypes and what changes.
+    """Everything known before a tensor is read: names, shapes, dtypes and the changes.
 
     ``entries`` describes the files to write, by the names in them.
     """
@@ -152,10 +152,10 @@ class _Merging:
         return new.contiguous()
 
     def _old(self, name: str) -> Tensor:
-        """What the model that was adapted has there: tied places have one tensor."""
+        """The tensor of the adapted model before the merge: tied places share one."""
         group = self._same.get(name, (name,))
         tensor = self._stored(name, group)
-        # A file must not hold one storage twice, as places that were tied would have it.
+        # A file must not hold one storage twice, as formerly tied places would.
         return tensor.clone() if len(group) > 1 else tensor
 
     def _stored(self, name: str, group: tuple[str, ...]) -> Tensor:
@@ -167,7 +167,7 @@ class _Merging:
         return self._base.tensor(self._in_base(name))
 
     def _in_base(self, name: str) -> str:
-        """The name under which the base holds a tensor: tied ones are there once."""
+        """The name under which the base holds a tensor: tied ones are stored once."""
         same = self._same.get(name, (name,))
         return next((other for other in (name, *same) if other in self._base.header), name)
 
@@ -179,14 +179,14 @@ class _Merging:
         return Entry(shape, self._dtype or dtype)
 
     def _usual_dtype(self) -> torch.dtype:
-        """Of what is new, such as a classification head: the dtype of the largest tensor."""
+        """The dtype of new tensors, such as a classification head: that of the largest tensor."""
         largest = max(
             self._base.header.values(), key=lambda e: (e.dtype.is_floating_point, e.shape)
         )
         return largest.dtype
 
     def _untie(self) -> set[str]:
-        """Let the config say which places have values of their own now; returns their names."""
+        """Record in the config which places are no longer tied; returns their names."""
         names = parted(self._same, self._changes.makers)
         if not names:
             return names
@@ -194,8 +194,8 @@ class _Merging:
         if found is None:
             self.notes.append(
                 f"{some(sorted(names))} have values of their own now, for which the config of "
-                f"{self.config.model_type} has no option: transformers reads them as they are, "
-                "another program may take one for all"
+                f"{self.config.model_type} has no option: transformers reads them correctly, "
+                "another program may use one value for all"
             )
             return names
         self.config, alone = found
@@ -204,7 +204,7 @@ class _Merging:
 
     def _output_names(self, values: set[str], alone: set[str]) -> dict[str, str]:
         """{name in the files to write: name in the model}; names that only the base's files use
-        stay as they are, but for the prefix that a model with a head has before the rest."""
+        stay as they are, except for the prefix that a model with a head puts before the rest."""
         kept = [n for n in self._base.header if n in self._own or n in self._base.assembled]
         prefix = getattr(self.model, "base_model_prefix", "")
         found = {}
@@ -221,7 +221,7 @@ class _Merging:
             self.notes.append(f"left out, since the model has no such tensors: {some(absent)}")
 
     def _moved_values(self, path: Path) -> dict[str, Entry]:
-        """What the adapter's folder holds of the base itself, checked against the model."""
+        """Tensors of the base in the adapter's folder, checked against the model."""
         if self._moved is None:
             return {}
         for name, entry in self._moved.header.items():
@@ -279,7 +279,7 @@ def _shard_bytes(size: str | int) -> int:
 
 
 def _unquantised(config: Any, base: Path) -> None:
-    """Let the config speak of dense weights; what cannot be decoded is refused."""
+    """Remove the quantisation from the config; refuses one that cannot be decoded."""
     quantised: Any = getattr(config, "quantization_config", None)
     if quantised is None:
         return
@@ -294,7 +294,7 @@ def _unquantised(config: Any, base: Path) -> None:
 
 
 def _check_floating(weights: Weights, model: nn.Module, base: Path) -> None:
-    """Check that every parameter is stored in a type whose numbers are the weights."""
+    """Check that every parameter is stored in a floating-point type."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         entry = weights.header.get(name)
         if entry is None or not parameter.is_floating_point():
@@ -309,7 +309,7 @@ def _check_floating(weights: Weights, model: nn.Module, base: Path) -> None:
 
 def _adapter_files(adapter: Path, stack: ExitStack) -> dict[str, TensorFiles]:
     if (adapter / CONFIG).is_file() and not (adapter / WEIGHTS).is_file():
-        adapter_config(adapter)  # which says what is wrong
+        adapter_config(adapter)  # raises with the reason
     names = [name for name in (WEIGHTS, CHANGED) if (adapter / name).is_file()]
     if not names:
         raise ValueError(f"{adapter} must hold {CONFIG} with {WEIGHTS}, or {CHANGED}; got neither")
@@ -317,7 +317,7 @@ def _adapter_files(adapter: Path, stack: ExitStack) -> dict[str, TensorFiles]:
 
 
 def _model(config: Any, peft_config: Any, held: dict[str, TensorFiles], files: TensorFiles) -> Any:
-    """The skeleton of the model that was adapted: with a head, where the adapter brings one."""
+    """The skeleton of the adapted model: with a head if the adapter has one."""
     shapes = {
         key: entry.shape for tensors in held.values() for key, entry in tensors.header.items()
     }

@@ -1,4 +1,4 @@
-"""The files of a model: its weights in shards, JSON, and what is copied."""
+"""The files of a model: its weights in shards, JSON, and copied files."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def write_shards(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value`, readable."""
+    """Write `value`, indented."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_files(folder: Path, patterns: Iterable[str], to: Path) -> None:
-    """Copy the files of `folder` that match, and that are not there yet; links become files."""
+    """Copy matching files of `folder` that do not exist yet; links become files."""
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and not (to / path.name).exists():

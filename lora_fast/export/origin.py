@@ -1,4 +1,4 @@
-"""What the folder of an adapter says of its origin: its base model, its classes, its padding."""
+"""The origin of an adapter, from its folder: its base model, its classes, its padding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..training.models import resolve_model
 
 
 def other_base(adapter: Path, base: str, folder: Path) -> str | None:
-    """A line for a base, in `folder`, with other weights than the adapter was trained on.
+    """A line of warning if the base, in `folder`, is not the one the adapter was trained on.
 
-    What ``lora-fast train`` wrote down decides, or the weights of the base that the adapter names,
-    where they are here; else its name. None where nothing speaks against it.
+    Decided by what ``lora-fast train`` recorded, or by the weights of the base that the adapter
+    names if they are on this machine, else by its name. None if nothing contradicts.
     """
     named = read_json(adapter, CONFIG) if (adapter / CONFIG).is_file() else {}
     name = named.get("base_model_name_or_path")
@@ -53,8 +53,8 @@ def _inputs(adapter: Path) -> dict[str, Any]:
 
 
 def complete_classifier(config: Any, adapter: Path) -> None:
-    """Give the config of a classifier the names of its classes and its padding, where
-    ``lora-fast train`` wrote them down: without, it takes no batches and predicts LABEL_0."""
+    """Add class names and padding to the config of a classifier, if ``lora-fast train`` recorded
+    them: without, it accepts no batches and predicts LABEL_0."""
     data = _inputs(adapter).get("data")
     found = data.get("labels") if isinstance(data, dict) else None
     labels = found if isinstance(found, list) else []

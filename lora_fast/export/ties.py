@@ -1,4 +1,4 @@
-"""Weights that a model has in several places as one, and that an adapter makes different ones."""
+"""Tied weights that an adapter gives different values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Groups = Mapping[str, tuple[str, ...]]
 
 
 def shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For every parameter all the names that it has."""
+    """For every parameter all of its names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -24,7 +24,7 @@ def shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def parted(groups: Groups, makers: Mapping[str, Callable[[], Change]]) -> set[str]:
-    """The names whose parameter gets other values in one place than in another."""
+    """The names whose parameter gets different values in different places."""
     found: set[str] = set()
     for name in makers:
         group = groups.get(name, (name,))
@@ -60,7 +60,7 @@ def untied(
 
 
 def _reads_ties(module: nn.Module) -> bool:
-    """Whether the forward pass of a module computes something else where weights are tied."""
+    """Whether the forward pass of a module computes something else if weights are tied."""
     try:
         return TIED in inspect.getsource(type(module).forward)
     except (OSError, TypeError):

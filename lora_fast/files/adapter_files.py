@@ -13,7 +13,7 @@ from .safe_files import Entry, inside, read_json
 
 CONFIG, WEIGHTS, CHANGED = "adapter_config.json", "adapter_model.safetensors", "weights.safetensors"
 PREFIX = "base_model.model."
-# Initialisations that move the base weight away from what its checkpoint holds.
+# Initialisations that change the base weight relative to its checkpoint.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Header = Mapping[str, Entry]
@@ -25,7 +25,7 @@ def adapter_config(folder: Path) -> Any:
     Nothing that it names is imported: Megatron layers, whose module a config may name, are refused.
 
     Raises:
-        ValueError: there is no adapter, it is not in safetensors, or its config is not one.
+        ValueError: there is no adapter, it is not in safetensors, or its config is invalid.
     """
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -49,7 +49,7 @@ def adapter_config(folder: Path) -> Any:
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT takes the values as they are: anything may come of them
+    except Exception as error:  # PEFT does not check the values: any error may follow
         raise ValueError(f"{folder / CONFIG} must be a config of PEFT, got: {error}") from error
     config.auto_mapping = None
     _settle_initialisation(config, folder)
@@ -60,7 +60,7 @@ def _settle_initialisation(config: Any, folder: Path) -> None:
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith(MOVES_BASE):
         raise ValueError(
-            f"{folder / CONFIG}: the adapter must belong to the base as it is, got "
+            f"{folder / CONFIG}: the adapter must belong to the unchanged base, got "
             f"init_lora_weights {start!r}, which changes the base; save it with "
             "path_initial_model_for_weight_conversion"
         )
@@ -84,7 +84,7 @@ def adapt(skeleton: nn.Module, config: Any, folder: Path) -> Any:
         )
     try:
         return get_peft_model(skeleton, config)
-    except Exception as error:  # target_modules that are no regular expression, for one
+    except Exception as error:  # for example target_modules that are no regular expression
         raise ValueError(f"{folder / CONFIG} must fit the base model: {error}") from error
 
 
@@ -117,8 +117,8 @@ def expected_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """{key: shape} of the file that PEFT's `model` saves."""
     from peft import get_peft_model_state_dict
 
-    # AdaLoRA's file holds the directions that its pattern keeps, and PEFT would cut them out of
-    # tensors that are not there.
+    # AdaLoRA's file holds the directions that its pattern keeps; PEFT would select them from
+    # tensors that do not exist here.
     pattern = config.rank_pattern if config.peft_type == "ADALORA" else None
     if pattern is not None:
         config.rank_pattern = None
@@ -139,7 +139,7 @@ def expected_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _embeddings(model: Any) -> dict[str, tuple[int, ...]]:
-    """Weights that PEFT may store beside an adapter, as they are in the base."""
+    """Weights of the base that PEFT may store beside an adapter."""
     base, found = model.get_base_model(), {}
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]
     inner = {id(getattr(layer, "base_layer", layer)) for layer in layers if layer is not None}

@@ -1,4 +1,4 @@
-"""Which weights a folder holds, in a word that two copies of them share and others do not."""
+"""A digest of a folder's weights, which copies share and other weights do not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def weights_fingerprint(folder: Path) -> str | None:
             with path.open("rb") as file:
                 parts += _tensors(file, path.stat().st_size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # cut off, or no safetensors: whoever loads it says so
+        return None  # truncated, or no safetensors: loading it will report that
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest() if parts else None
 
 

@@ -1,4 +1,4 @@
-"""Files that others wrote, read with suspicion: safetensors and JSON, inside one folder."""
+"""Untrusted files, read with checks: safetensors and JSON inside one folder."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Entry(NamedTuple):
 def inside(folder: Path, name: str) -> Path:
     """Return the file `name` of `folder`.
 
-    Symbolic links may lead to the blobs of the same repository in Hugging Face's cache, else
-    nowhere outside `folder`.
+    Symbolic links may point to the blobs of the same repository in Hugging Face's cache, and
+    nowhere else outside `folder`.
 
     Raises:
         ValueError: `name` leads out of `folder`, or there is no such file.
@@ -79,12 +79,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 class TensorFiles:
-    """The tensors of some safetensors files: headers at once, each tensor when it is asked for.
+    """The tensors of some safetensors files: headers at once, each tensor on demand.
 
     A context manager; the files stay open, mapped, inside the block.
 
-    Raises ValueError for a file that is cut off or no safetensors, for a name in two files, and for
-    a type that torch does not have.
+    Raises ValueError for a file that is truncated or not safetensors, for a name in two files, and
+    for a type that torch does not have.
     """
 
     def __init__(self, folder: Path, names: list[str]) -> None:
@@ -136,7 +136,7 @@ def checkpoint_files(folder: Path) -> list[str]:
     """The safetensors files of a model in `folder`, in the order of its index.
 
     Raises:
-        ValueError: there are none, or the index is not one.
+        ValueError: there are none, or the index is invalid.
     """
     if (folder / INDEX).is_file():
         weight_map = read_json(folder, INDEX).get("weight_map")

@@ -1,12 +1,12 @@
-"""A model folder that is there as a whole or not at all, and that takes the place of nothing else.
+"""A model folder that is written completely or not at all, and that replaces nothing but a model.
 
-Everything is written to ``.NAME.merging`` beside the folder NAME, and gets that name when all is on
-the disk. A model that has the name until then changes places with it in one step, and is deleted as
-``.NAME.merging``. Where the system has no such step there are two, and ``.NAME.replaced`` is the
-old model in between. What a writer that was killed left behind, the next one deletes, or puts back.
-Locks, which end with the process, keep two writers apart.
+Everything is written to ``.NAME.merging`` beside the folder NAME, and renamed once all of it is on
+disk. An existing model of that name is exchanged with it in one step and deleted as
+``.NAME.merging``. If the system has no such step there are two, and ``.NAME.replaced`` is the old
+model in between. The next writer deletes, or restores, what a killed one left behind. Locks, which
+end with the process, keep two writers apart.
 
-Only what a model consists of is ever deleted: a folder with anything else in it is refused.
+Only files of a model are ever deleted: a folder with anything else in it is refused.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from .safe_files import INDEX, SINGLE
 
 WEIGHTS = (SINGLE, "model-?????-of-?????.safetensors")
 MODEL_FILES = (CONFIG, INDEX, *WEIGHTS, *COMPANIONS)
-# The last one is a file that safetensors had begun.
+# The last one is an unfinished file of safetensors.
 BEGUN = (*MODEL_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ".tmp??????")
 BESIDE = "what is left beside out must be nothing but a model"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 class WholeFolder:
-    """Context manager: ``path`` inside the block is where to write; at its end it becomes `out`.
+    """Context manager: write to ``path`` inside the block; at its end it becomes `out`.
 
-    Links in `out` are followed. `inputs` are folders to read from, by the names of the arguments
-    that they are: they stay apart from `out`.
+    Links in `out` are followed. `inputs` are folders to read from, by argument name: they must not
+    overlap with `out`.
 
     Raises:
-        ValueError: `out` is one of `inputs`, or in it, or around it; is a file or a mount point; or
-            must be replaced and has something in it that does not belong to a model.
-        FileExistsError: `out` has something in it, and must not be replaced.
+        ValueError: `out` is, contains or lies in one of `inputs`; is a file or a mount point; or
+            is to be replaced and holds something that does not belong to a model.
+        FileExistsError: `out` is not empty, and must not be replaced.
         BlockingIOError: another process is writing the same folder.
     """
 
@@ -63,7 +63,7 @@ class WholeFolder:
             undo.enter_context(self._locks)
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-            except FileNotFoundError as error:  # where the system makes the folders, as in /proc
+            except FileNotFoundError as error:  # for example in /proc
                 raise ValueError(
                     f"out must be where a folder can be made, got {self.out}"
                 ) from error
@@ -83,8 +83,8 @@ class WholeFolder:
                     return
                 for path in (*self.path.rglob("*"), self.path):
                     _flush(path)
-                replaces = self._replaces()  # again: a file may have come while this was written
-                if replaces:  # and will be deleted, which no other writer must do as well
+                replaces = self._replaces()  # again: a file may have appeared in the meantime
+                if replaces:  # the old model will be deleted, by this writer alone
                     self._locks.enter_context(_locked(self.out))
                 undo.pop_all()
             self._publish(replaces=replaces)
@@ -104,7 +104,7 @@ class WholeFolder:
             _delete(left)
 
     def _recover(self) -> None:
-        """End what a writer began that was killed while it replaced the model in `out`."""
+        """Finish what a writer began that was killed while it replaced the model in `out`."""
         if not self._old.exists():
             return
         with _locked(self._old):
@@ -115,7 +115,7 @@ class WholeFolder:
                 os.replace(self._old, self.out)
 
     def _replaces(self) -> bool:
-        """Whether there is a model in `out`, which may be replaced; raises if it may not."""
+        """Whether `out` holds a model to replace; raises if it must not be replaced."""
         if not self.out.exists():
             return False
         if not self.out.is_dir():
@@ -149,7 +149,7 @@ def _refuse_inputs(place: Path, inputs: dict[str, Path]) -> None:
 
 
 def _is_within(path: Path, folder: Path) -> bool:
-    """Whether `path`, there or not, is `folder` or lies in it, whatever links lead there."""
+    """Whether `path`, which need not exist, is or lies in `folder`, with links resolved."""
     real = Path(os.path.realpath(path))
     return folder.exists() and any(
         place.exists() and place.samefile(folder) for place in (real, *real.parents)
@@ -169,7 +169,7 @@ def _refuse_foreign(folder: Path, files: tuple[str, ...], wanted: str) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Delete the files of a model in `folder`; raises, before it does, if there are others."""
+    """Delete the files of a model in `folder`; raises first if there are other files."""
     _refuse_foreign(folder, BEGUN, BESIDE)
     for path in folder.iterdir():
         path.unlink()
@@ -181,7 +181,7 @@ def _delete(folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names in one step; False if the system or the disk has no such step.
+    """Exchange the names of two folders in one step; False if the system or disk cannot.
 
     Source: renameat2(2), RENAME_EXCHANGE.
     """
@@ -206,11 +206,11 @@ def _locked(folder: Path) -> Iterator[None]:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The writer before may just have given the folder another name, and let go of it.
+            # The previous writer may just have renamed the folder and released it.
             if os.stat(folder).st_ino != os.fstat(handle).st_ino:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
-            busy = f"another process is writing {folder.name} at this moment"
+            busy = f"another process is writing to {folder.name}"
             raise BlockingIOError(busy) from None
         yield
 

@@ -1,4 +1,4 @@
-"""What the training of adapters adds to an optimizer: LoRA+ groups and the Delta-LoRA wrapper."""
+"""Optimizer extensions for adapters: LoRA+ parameter groups and the Delta-LoRA wrapper."""
 
 from .delta_lora import DeltaLoRA
 from .loraplus import loraplus_param_groups

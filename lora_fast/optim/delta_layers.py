@@ -1,9 +1,9 @@
-"""The layers that Delta-LoRA updates: which they are, and one update of one weight.
+"""The layers that Delta-LoRA updates, and one update of one weight.
 
     W ← W_source + Σ_i c · s_i · (B_i A_i − B⁰_i A⁰_i)           (i over the active adapters)
 
-The difference is formed as (B − B⁰) A + B⁰ (A − A⁰), in float32: subtracting first is exact, so a
-small step of large factors does not drown in the rounding of their products.
+The difference is computed as (B − B⁰) A + B⁰ (A − A⁰), in float32: subtracting first is exact, so a
+small step of large factors is not lost in the rounding of their products.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ADAPTER_PREFIXES = ("lora_", "vera_")
 
 
 class Adapter(NamedTuple):
-    """One active adapter of a layer, as it is at this moment."""
+    """One active adapter of a layer in its current state."""
 
     A: Tensor
     B: Tensor
@@ -36,7 +36,7 @@ class Adapter(NamedTuple):
 
 
 class DeltaLayer:
-    """One adapted layer, what its factors were, and for W of few bits what W was.
+    """One adapted layer, its previous factors and, for a low-precision W, the initial W.
 
     ``anchor`` holds (A⁰, B⁰) of every adapter in float32. ``start`` is the weight that updates
     start from, None if they start from W itself.
@@ -60,7 +60,7 @@ class DeltaLayer:
 
     @property
     def rounds(self) -> bool:
-        """Whether W is so coarse that single updates are lost in it."""
+        """Whether W's precision is too low for single updates."""
         weight = self.weight
         return isinstance(weight, NF4Weight) or weight.dtype.itemsize < 4
 
@@ -96,7 +96,7 @@ class DeltaLayer:
         return [name for name in module.active_adapters if name in module.lora_A]
 
     def drop_anchor(self, keep_start: bool) -> None:
-        """Note the factors before a step; with `keep_start` only once, and W with them."""
+        """Record the factors before a step; with `keep_start` only once, together with W."""
         if keep_start:
             if self.start is None:
                 self.start, self.anchor = _copy(self.weight), self._factors()
@@ -148,8 +148,8 @@ def _difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, scaling: float | T
 def find_layers(model: nn.Module, trained: Iterable[nn.Parameter]) -> list[DeltaLayer]:
     """Every LoRA layer of `model` whose A or B is in `trained`, checked.
 
-    Raises ValueError or NotImplementedError that names the layer for what Delta-LoRA is not defined
-    for: dropout, variants of LoRA, other kinds of layers, merged adapters, shared or trained W.
+    Raises ValueError or NotImplementedError that names the layer where Delta-LoRA is undefined:
+    dropout, variants of LoRA, other kinds of layers, merged adapters, a shared or trained W.
     """
     ids = {id(p) for p in trained}
     owners = _owners(model)

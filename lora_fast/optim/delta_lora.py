@@ -21,18 +21,18 @@ class DeltaLoRA(torch.optim.Optimizer):
         W_{t+1} = W_t + c · s · (B_{t+1} A_{t+1} − B_t A_t)           from step `start_step` on
 
     W [N, K] dense or NF4 (bitsandbytes), A [R, K], B [N, R], s the adapter's own scaling (α/R); the
-    first `start_step` steps leave W alone. Nothing is added to the backward pass, and the step
-    costs one pass over each W. `model`'s layers are ``LoRALinear`` or PEFT's ``lora.Linear`` and
+    first `start_step` steps do not change W. The backward pass is unchanged, and each step adds one
+    pass over each W. `model`'s layers are ``LoRALinear`` or PEFT's ``lora.Linear`` and
     ``lora.bnb.Linear4bit``, accelerated or not. Learning rate schedulers, accelerate and
-    transformers' Trainer take the wrapper for the optimizer itself.
+    transformers' Trainer accept the wrapper in place of the optimizer.
 
-    One step moves W by far less than a 16-bit number or an NF4 code can resolve, and what every
-    step rounds away never adds up. But the differences telescope: as long as only `optimizer`
-    changes A and B, W_t = W_start + c · s · (B_t A_t − B_start A_start). With ``keep_start=True``
-    each update of a 16-bit or NF4 weight is formed from W_start, which stays in memory beside W (2
-    bytes a weight, 0.5 for NF4), so that W is one rounding away from the equation at any time.
-    With ``keep_start=False`` it is formed from W in place. A float32 or float64 W needs neither: it
-    is always updated in place. Measured for W ~ N(0, 0.02²) of 256 × 256, R = 16, s = 2, c = 0.5
+    One step moves W by far less than a 16-bit number or an NF4 code can resolve, and the rounding
+    losses do not cancel. But the differences telescope: as long as only `optimizer` changes A and
+    B, W_t = W_start + c · s · (B_t A_t − B_start A_start). With ``keep_start=True`` each update of
+    a 16-bit or NF4 weight is computed from W_start, which stays in memory beside W (2 bytes per
+    weight, 0.5 for NF4), so W is always one rounding away from the equation. With
+    ``keep_start=False`` it is computed from W in place. A float32 or float64 W needs neither: it is
+    always updated in place. Measured for W ~ N(0, 0.02²) of 256 × 256, R = 16, s = 2, c = 0.5
     and 300 steps of AdamW (``python -m bench.delta_lora_rounding``): how much of the update
     arrived, its projection on the exact one, and the error relative to the exact update
 
@@ -48,14 +48,14 @@ class DeltaLoRA(torch.optim.Optimizer):
         NF4, in place        0.00, error 1.0     0.01, error 1.0
         ===================  ==================  ==================
 
-    NF4 in place loses everything; even kept, an NF4 weight stays where it is until its update
-    reaches half the gap between codes (after 30 steps at lr 1e-4, 2% had arrived). Delta-LoRA is
-    at its best on a dense W.
+    NF4 in place loses everything; even with the start kept, an NF4 weight does not move until its
+    update reaches half the gap between codes (after 30 steps at lr 1e-4, 2% had arrived). A dense W
+    suits Delta-LoRA best.
 
-    ``state_dict()`` is that of `optimizer` and one entry more, with all that a resumed run needs to
-    go on bit for bit, W included: a checkpoint grows by the size of the adapted weights. Loading
-    it sets W, whatever weights the model had and in whatever order the two are loaded. W is part of
-    the trained model: save it, too; the adapter alone does not restore it.
+    ``state_dict()`` is that of `optimizer` plus one entry with all that a resumed run needs to
+    continue bitwise, W included: a checkpoint grows by the size of the adapted weights. Loading it
+    sets W, whatever weights the model had and in whichever order the two are loaded. W is part of
+    the trained model: save it as well; the adapter alone does not restore it.
 
     Raises TypeError or ValueError for arguments out of range, for a model without LoRA layers in
     `optimizer`, for dropout before an adapter, merged adapters, a W that is shared or trained;
@@ -110,7 +110,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and under "delta_lora" what W depends on; tensors are not
+        """The wrapped optimizer's, plus under "delta_lora" all that W depends on; tensors are not
         copied."""
         layers = {layer.name: _layer_state(layer) for layer in self._layers if layer.anchor}
         own = {"c": self.c, "start_step": self.start_step, "steps": self.steps, "layers": layers}
@@ -156,7 +156,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         self.optimizer.defaults = defaults
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler puts its own `step` on the instance, which cannot be pickled.
+        # A scheduler sets its own `step` on the instance, which cannot be pickled.
         return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def _keeps_start(self, layer: DeltaLayer) -> bool:

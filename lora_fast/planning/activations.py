@@ -1,10 +1,10 @@
-"""What a forward pass keeps for backward, counted on fake tensors.
+"""What a forward pass saves for backward, counted on fake tensors.
 
 The real forward pass of the real modules runs, under the autocast of training, with
 ``torch.autograd.graph.saved_tensors_hooks``: whole storages, each once, without parameters and the
-batch. The repeated blocks of the model tell what gradient checkpointing would keep instead: the
+batch. The repeated blocks of the model tell what gradient checkpointing would save instead: the
 inputs of all blocks, and the storages of one block at a time. Attention counts as one fused kernel
-that keeps no mask and no scores, which is what SDPA and FlashAttention are without padding.
+that saves no mask and no scores, which is what SDPA and FlashAttention are without padding.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes. ``blocks``: what each repeated block alone keeps; ``before`` and ``after``: everything
-    else but the logits, up to the end of the last block and behind it; ``boundaries``: inputs of
-    the blocks, but for what ``before`` has; ``recomputed``: what the largest block keeps beside
+    """Bytes. ``blocks``: saved by each repeated block alone; ``before`` and ``after``: everything
+    else except the logits, up to the end of the last block and after it; ``boundaries``: inputs of
+    the blocks not in ``before``; ``recomputed``: saved by the largest block in addition to
     them. ``logits``: see :func:`_logits_bytes`. ``widest``: the largest single storage of a block.
     """
 
@@ -46,12 +46,12 @@ class Activations:
     def kept(self, *, checkpointing: bool) -> int:
         """Bytes alive when the backward pass begins or, with checkpointing, at its peak."""
         if checkpointing:
-            # What lies behind the blocks is gone when the first of them is computed again.
+            # Storages after the blocks are freed before the first block is recomputed.
             return self.before + self.boundaries + max(self.recomputed, self.after)
         return self.before + sum(self.blocks) + self.after
 
     def scaled(self, factor: float) -> Activations:
-        """The same for `factor` times as many tokens, in a batch as long."""
+        """The same for `factor` times as many tokens, in a batch of the same length."""
         numbers = {
             name: int(factor * value) for name, value in vars(self).items() if name != "blocks"
         }
@@ -88,7 +88,7 @@ def count_activations(
             batch["labels"] = torch.zeros(labels, dtype=torch.long)
         try:
             return _traced(fake, batch, dtype)
-        except Exception as error:  # whatever a model's own code raises without values
+        except Exception as error:  # a model's own code may raise anything without values
             kind = type(getattr(fake, "base_model", fake)).__name__
             raise NotImplementedError(
                 f"activations must be countable without values, got {kind}: {_first(error)}"
@@ -96,7 +96,7 @@ def count_activations(
 
 
 def _keep_no_masks(model: nn.Module) -> None:
-    """Of a dropout mask the kernels keep the seed; they make it again where it is needed."""
+    """The kernels save a dropout mask as its seed and regenerate it in backward."""
     for _, layer in adapted_layers(model):
         for module in layer.modules():
             if isinstance(module, nn.Dropout):
@@ -105,8 +105,8 @@ def _keep_no_masks(model: nn.Module) -> None:
 
 @dataclass
 class _Record:
-    """Storages that were saved, by the place that saved them first: the index of a block, BEFORE
-    for what is outside of all but ahead of the end of the last, and AFTER."""
+    """Saved storages, by the place that saved them first: the index of a block, BEFORE (outside
+    all blocks, before the end of the last) and AFTER."""
 
     permanent: set[int]
     count: int
@@ -172,13 +172,13 @@ def _by_place(record: _Record) -> Activations:
 
 
 def _logits_bytes(logits: Tensor) -> int:
-    """The logits, a float32 copy (the log-softmax, kept) and another (its gradient)."""
+    """The logits, a float32 copy (the log-softmax, saved) and another (its gradient)."""
     return logits.untyped_storage().nbytes() + 2 * 4 * logits.numel()
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The modules that gradient checkpointing recomputes, one at a time."""
-    # Who hands in a model of transformers has imported it.
+    # A caller with a model of transformers has imported transformers.
     layers: Any = sys.modules.get("transformers.modeling_layers")
     kind = () if layers is None else layers.GradientCheckpointingLayer
     found = [m for m in model.modules() if isinstance(m, kind)]
@@ -189,7 +189,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _use_fused_attention(model: Any) -> None:
-    """Attention that asks for no mask: fake tensors cannot tell that there is no padding."""
+    """Attention without a mask: fake tensors cannot tell that there is no padding."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(inner, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or _has_prefix(model):
@@ -208,7 +208,7 @@ def _use_fused_attention(model: Any) -> None:
 
 
 def _has_prefix(model: Any) -> bool:
-    """Prefix tuning attends to more than the batch has, and so with a mask."""
+    """Whether prefix tuning is on, which attends beyond the batch and so needs a mask."""
     configs = getattr(model, "peft_config", {}).values()
     return any(config.peft_type == "PREFIX_TUNING" for config in configs)
 

@@ -1,4 +1,4 @@
-"""Which single change of the settings saves most."""
+"""The single change of the settings that saves most."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .settings import FULL, Settings
 if TYPE_CHECKING:
     from .memory import Change, MemoryPlan
 
-# A smaller rank is worth a look where adapters, gradients and optimizer state weigh this much.
+# A smaller rank is suggested if adapters, gradients and optimizer state weigh this much.
 ADAPTER_SHARE = 0.02
 
 

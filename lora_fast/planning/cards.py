@@ -25,7 +25,7 @@ CARDS: dict[str, int] = {
 }
 # Below compute capability 8.0: no bfloat16, and none of the kernels.
 OLDER = frozenset({"t4"})
-# The CUDA context with its libraries, and what the allocator cannot hand out again.
+# The CUDA context with its libraries, and fragmentation.
 RESERVE = 1_000_000_000
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -44,7 +44,7 @@ def card_bytes(name: str) -> int:
 def parse_memory(text: str, name: str = "memory", such_as: str = "24GB or 80GiB") -> int:
     """Bytes of a size such as ``24GB``, ``24GiB`` or ``24`` (GB).
 
-    ValueError: it is no size; says so of the argument `name`, with `such_as` for an example.
+    ValueError: it is no size; names the argument `name`, with `such_as` as an example.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].lower() if match else ""

@@ -1,4 +1,4 @@
-"""The plan: every part of the memory of a run, and what would make it smaller."""
+"""The plan: every part of the memory of a run, and the changes that would reduce it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class MemoryPlan:
 
     ``parts`` adds up to ``total``. weights: by storage, frozen and, for ``full``, trained ones.
     adapters: what the method adds. gradients and optimizer: of all that trains. master weights: the
-    float32 copy of a 16-bit ``full`` run. activations: kept
-    for backward, with or without checkpointing as asked; logits: they, their log-softmax and its
+    float32 copy of a 16-bit ``full`` run. activations: saved
+    for backward, with or without checkpointing; logits: with their log-softmax and its
     gradient.
     workspace: the buffer in which NF4 weights are decoded and two more of the largest activation,
-    the gradients that come and go in the backward pass. Not counted: the CUDA context and
+    the temporary gradients of the backward pass. Not counted: the CUDA context and
     fragmentation, for which :mod:`lora_fast.planning.cards` sets a reserve aside.
 
-    ``paged``: optimizer state that may move to the host, not in ``parts``. ``activations``: kept
+    ``paged``: optimizer state that may move to the host, not in ``parts``. ``activations``: saved
     bytes ``with_checkpointing`` and ``without``; None, with a note, for models that cannot be
     traced. ``changes``: what single changes would save, the best first.
     """

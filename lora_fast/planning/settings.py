@@ -1,4 +1,4 @@
-"""What is planned: the options of a run that decide about its memory."""
+"""The options of a run that determine its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIMIZERS = (
     "paged_adamw_8bit",
     "sgd",
 )
-# What makes a config into a model that trains; all but the first two are options of the method.
+# Options that turn a config into a model that trains; all but the first two are the method's.
 SHAPING = (
     "method",
     "quantize",
@@ -43,7 +43,7 @@ class Settings:
     ``batch_size`` and ``max_length`` are the task's if None: 8 × 1024, 32 × 256 for classification.
 
     A 16-bit ``full`` run keeps a float32 master copy of the weights beside its optimizer's float32
-    moments: 16 bytes a parameter. Adapters are float32 whatever the dtype. ``fused`` is the model
+    moments: 16 bytes per parameter. Adapters are float32 whatever the dtype. ``fused`` is the model
     under :func:`lora_fast.accelerate`, without it stock PEFT.
 
     Raises ValueError for an option out of range, or two that contradict each other.

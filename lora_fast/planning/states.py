@@ -23,8 +23,8 @@ MIN_8BIT_ELEMENTS, BLOCK_8BIT, MIN_PAGED_ELEMENTS = 4096, 256, 100_000
 def nf4_layers(model: Any) -> dict[int, nn.Module]:
     """The layers that loading in NF4 quantises, by the id of their weight.
 
-    They are the ``nn.Linear`` but for the output layer and classification heads, which transformers
-    and ``lora-fast train`` leave alone.
+    All ``nn.Linear`` except the output layer and classification heads, which transformers and
+    ``lora-fast train`` do not quantise.
     """
     output = model.get_output_embeddings()
     return {
