@@ -12,24 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from ..files.model_source import check_hub
-from ..files.safe_files import Entry, TensorFiles, checkpoint_files
+from ..files.safe_files import COMPANIONS, CONFIG, Entry, TensorFiles, checkpoint_files
 from ..four_bit.decoding import decode
 
-CONFIG = "config.json"
-# Files of a tokenizer or processor, which are copied; weights and cards are not.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-)
 _STATE = re.compile(r"^(.*weight)\.quant_state\.bitsandbytes__(\w+)$")
 _CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import some
 from ..files.adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_config, check_header
-from ..files.safe_files import Entry, TensorFiles, checkpoint_files
+from ..files.safe_files import COMPANIONS, Entry, TensorFiles, checkpoint_files
 from ..files.whole_folder import WholeFolder
 from ..skeleton import load_config, skeleton
-from .base_checkpoint import COMPANIONS, Weights, base_folder
+from .base_checkpoint import Weights, base_folder
 from .changes import Changes, changes_of
 from .model_writer import copy_files, write_shards
 from .origin import complete_classifier, other_base

@@ -22,10 +22,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import some
-from ..export.base_checkpoint import COMPANIONS, CONFIG
 from .adapter_files import CONFIG as ADAPTER_CONFIG
 from .adapter_files import WEIGHTS as ADAPTER_WEIGHTS
-from .safe_files import INDEX, SINGLE
+from .safe_files import COMPANIONS, CONFIG, INDEX, SINGLE
 
 WEIGHTS = (SINGLE, "model-?????-of-?????.safetensors")
 MODEL_FILES = (CONFIG, INDEX, *WEIGHTS, *COMPANIONS)
