@@ -139,13 +139,11 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
     lora_fast take them for ordinary ones. 4-bit layers appear as dense ones of the dtype that was
     quantised: what they keep for backward is the same.
     """
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
     from .backends.choice import set_backend
-    from .base_layer.linear import accepting
+    from .base_layer.obstacles import CountingMode
     from .four_bit import is_four_bit
 
-    with FakeTensorMode(), accepting(FakeTensor), set_backend("torch"), _without_tracebacks():
+    with CountingMode(), set_backend("torch"), _without_tracebacks():
         memo: dict[int, Any] = {}
         for module in model.modules():
             if is_four_bit(module):

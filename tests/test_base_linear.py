@@ -11,16 +11,16 @@ import torch
 from accuracy import assert_accurate, orders
 from lora_models import K, N, nf4_linear
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_fast import NF4Weight, reference
-from lora_fast.base_layer.linear import (
-    adapted,
+from lora_fast.base_layer.linear import adapted, describe, weight_shape
+from lora_fast.base_layer.obstacles import (
+    CountingMode,
     base_obstacle,
     call_obstacle,
-    describe,
     module_obstacle,
     tensor_obstacle,
-    weight_shape,
 )
 from lora_fast.functional import adapted_linear
 
@@ -58,6 +58,15 @@ def test_another_device_is_seen() -> None:
 )
 def test_tensors(tensor: Any, obstacle: str | None) -> None:
     assert tensor_obstacle(tensor, "x") == obstacle
+
+
+@pytest.mark.parametrize(
+    ("mode", "obstacle"), [(CountingMode, None), (FakeTensorMode, "x is FakeTensor")]
+)
+def test_fake_tensors_are_ordinary_where_bytes_are_counted(mode: Any, obstacle: str | None) -> None:
+    with mode():
+        for tensor in (torch.ones(2, 2), nn.Parameter(torch.ones(2, 2))):
+            assert tensor_obstacle(tensor, "x") == obstacle
 
 
 def test_layers_without_features() -> None:

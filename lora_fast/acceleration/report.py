@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..base_layer.linear import CallCounts, describe, environment_obstacle, runs_own_forward
+from ..base_layer.call_counts import CallCounts
+from ..base_layer.linear import describe
+from ..base_layer.obstacles import environment_obstacle, runs_own_forward
 from ..features import switched_off
 from ..modules.adapter_module import AdapterModule
 

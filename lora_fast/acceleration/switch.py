@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..base_layer.linear import CallCounts, runs_own_forward
+from ..base_layer.call_counts import CallCounts
+from ..base_layer.obstacles import runs_own_forward
 from ..four_bit.layout import resume_packing, suspend_packing
 from .report import adapted_layers
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..base_layer.linear import tensor_obstacle
+from ..base_layer.obstacles import tensor_obstacle
 from ..modules.vera import VeRALinear, VeRAProjections
 from ..optional_packages import needed
 from .adapter_files import WEIGHTS, Header, adapter_config

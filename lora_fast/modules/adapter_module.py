@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base_layer.linear import (
-    CallCounts,
-    adapted,
+from ..base_layer.call_counts import CallCounts
+from ..base_layer.linear import adapted
+from ..base_layer.merging import KeptWeight, LowRank, Subtraction, merge, merged_linear
+from ..base_layer.obstacles import (
     base_obstacle,
     call_obstacle,
     environment_obstacle,
     tensor_obstacle,
 )
-from ..base_layer.merging import KeptWeight, LowRank, Subtraction, merge, merged_linear
 from ..four_bit import is_four_bit
 from ..four_bit.layout import forbid_packing
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base_layer.linear import tensor_obstacle
 from ..base_layer.merging import LowRank, add_low_rank, nf4_tensors, overwrite_nf4
+from ..base_layer.obstacles import tensor_obstacle
 from ..four_bit import is_four_bit
 from ..modules.lora import LoRALinear
 from ..nf4 import NF4Weight

@@ -13,14 +13,8 @@ import torch
 from peft.tuners import adalora
 from torch import Tensor, nn
 
-from ..base_layer.linear import (
-    adapted,
-    base_obstacle,
-    call_obstacle,
-    module_obstacle,
-    tensor_obstacle,
-    weight_shape,
-)
+from ..base_layer.linear import adapted, weight_shape
+from ..base_layer.obstacles import base_obstacle, call_obstacle, module_obstacle, tensor_obstacle
 from .four_bit_classes import SVDLinear4bit
 from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base_layer.linear import CallCounts, environment_obstacle
+from ..base_layer.call_counts import CallCounts
+from ..base_layer.obstacles import environment_obstacle
 
 
 class FusedForward:

@@ -14,7 +14,8 @@ import torch
 from peft.tuners import ia3
 from torch import Tensor, nn
 
-from ..base_layer.linear import adapted, base_obstacle, call_obstacle, tensor_obstacle, weight_shape
+from ..base_layer.linear import adapted, weight_shape
+from ..base_layer.obstacles import base_obstacle, call_obstacle, tensor_obstacle
 from .four_bit_classes import IA3Linear4bit
 from .fused_forward import FusedForward, switched_off
 

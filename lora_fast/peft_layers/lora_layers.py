@@ -16,7 +16,8 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..base_layer.linear import adapted, call_obstacle, weight_of, weight_shape
+from ..base_layer.linear import adapted, weight_of, weight_shape
+from ..base_layer.obstacles import call_obstacle
 from ..base_layer.row_norms import row_norms
 from .four_bit_classes import LoRALinear4bit
 from .fused_forward import FusedForward

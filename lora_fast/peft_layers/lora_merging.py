@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base_layer.linear import base_obstacle, module_obstacle, tensor_obstacle
 from ..base_layer.merging import KeptWeight, LowRank, add_low_rank, merge
+from ..base_layer.obstacles import base_obstacle, module_obstacle, tensor_obstacle
 from ..four_bit import is_four_bit
 
 _KEPT = "_lora_fast_kept_weight"

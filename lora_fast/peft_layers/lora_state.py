@@ -10,7 +10,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..base_layer.linear import base_obstacle, module_obstacle, tensor_obstacle, weight_of
+from ..base_layer.linear import weight_of
+from ..base_layer.obstacles import base_obstacle, module_obstacle, tensor_obstacle
 from ..functional import Member
 from .fused_forward import casts_input, rate_of, switched_off
 

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base_layer.linear import adapted_together, runs_own_forward
+from ..base_layer.linear import adapted_together
+from ..base_layer.obstacles import runs_own_forward
 from .call_reader import Condition, Together, Unreadable
 from .forward_source import called_together, code_of_forward
 from .lora_state import State, fingerprint, is_plain, member_of
