@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import lora_fast  # noqa: E402 - needs the path
 from bench.paired import measure  # noqa: E402
-from lora_fast.training.models import resolve_model  # noqa: E402
+from lora_fast.files.model_source import resolve_model  # noqa: E402
 
 BATCH, LENGTH, RANK = 16, 128, 16
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -42,8 +42,7 @@ def load_config(name: str | Path) -> Any:
         ValueError: there is no such config, or it cannot be read.
     """
     AutoConfig = needed("transformers", "reading the config of a model").AutoConfig
-    from .files.model_source import check_hub
-    from .training.models import resolve_model
+    from .files.model_source import check_hub, resolve_model
 
     name = resolve_model(str(name))
     path = Path(name)

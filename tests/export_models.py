@@ -13,9 +13,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from lora_fast.methods.base_model import Base
 from lora_fast.methods.table import METHODS
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.models import Base
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, task: str = "causal-lm") -> Any:

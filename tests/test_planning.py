@@ -20,11 +20,11 @@ from transformers import (
 
 import lora_fast
 from lora_fast.methods import table
+from lora_fast.methods.base_model import Base
 from lora_fast.optim import DeltaLoRA
 from lora_fast.planning import MemoryPlan, Settings, plan
 from lora_fast.planning.states import optimizer_bytes
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.models import Base
 
 TOLERANCE = 0.05  # what planning promises
 VOCABULARY, BATCH, LENGTH = 96, 2, 24

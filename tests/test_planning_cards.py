@@ -6,15 +6,16 @@ import pytest
 import typer
 
 from lora_fast.cli.app import app
+from lora_fast.files.sizes import parse_memory
 from lora_fast.planning import cards
 
 
 def test_memory_is_read_as_it_is_written() -> None:
-    assert cards.parse_memory("24GB") == cards.parse_memory("24") == 24 * 10**9
-    assert cards.parse_memory("80 GiB") == 80 << 30
+    assert parse_memory("24GB") == parse_memory("24") == 24 * 10**9
+    assert parse_memory("80 GiB") == 80 << 30
     for text in ("", "-1GB", "24XB", "many", "0"):
         with pytest.raises(ValueError, match="memory must be a size"):
-            cards.parse_memory(text)
+            parse_memory(text)
     with pytest.raises(ValueError, match="card must be one of"):
         cards.card_bytes("voodoo2")
     assert cards.card_bytes("H100") == 81559 << 20

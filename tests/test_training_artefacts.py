@@ -14,11 +14,12 @@ import torch
 from lora_fast import Report
 from lora_fast.errors import TrainingError
 from lora_fast.files import json_files
+from lora_fast.files.run_files import stored_record
+from lora_fast.methods.base_model import Base
 from lora_fast.training import artefacts
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.data import Rows
-from lora_fast.training.folder import RunFolder, stored_record
-from lora_fast.training.models import Base
+from lora_fast.training.folder import RunFolder
 from lora_fast.training.trainer import Arm
 
 SUMMARY: dict[str, Any] = {

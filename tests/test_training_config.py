@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lora_fast.errors import TrainingError
-from lora_fast.training.config import CONFIG_FILE, TrainConfig
+from lora_fast.files.run_files import CONFIG_FILE
+from lora_fast.training.config import TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from tiny_runs import (
 
 from lora_fast.errors import Interrupted
 from lora_fast.files.fingerprint import weights_fingerprint
+from lora_fast.files.run_files import stored_record
 from lora_fast.training.config import TrainConfig
-from lora_fast.training.folder import stored_record
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ from cpu_kinds import force_for_good
 from test_training_run import assert_same_run
 from tiny_runs import run, save_bert, sentiment_rows, write_jsonl
 
-from lora_fast.training.config import CONFIG_FILE, TrainConfig
+from lora_fast.files.run_files import CONFIG_FILE
+from lora_fast.training.config import TrainConfig
 
 KILLS = 3
 

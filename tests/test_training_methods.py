@@ -24,7 +24,8 @@ from tiny_runs import (
 )
 
 from lora_fast.errors import Interrupted, TrainingError
-from lora_fast.methods.table import METHOD_OPTIONS, METHODS
+from lora_fast.methods.options import METHOD_OPTIONS
+from lora_fast.methods.table import METHODS
 from lora_fast.training import models
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.run import Outcome

@@ -13,6 +13,7 @@ import torch
 from tiny_runs import save_bert, save_llama, sentiment_rows
 from torch import nn
 
+from lora_fast.methods.base_model import Base
 from lora_fast.training import metrics, models
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.data import Collator
@@ -22,19 +23,19 @@ FLOAT = torch.float32
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> models.Base:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Base:
     folder = save_bert(tmp_path_factory.mktemp("bert"))
     return models.load_base(TrainConfig(model=str(folder), quantize="none"), ["0", "1"])
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> models.Base:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Base:
     folder = save_llama(tmp_path_factory.mktemp("llama"))
     config = TrainConfig(model=str(folder), data="d", task="causal-lm", quantize="none")
     return models.load_base(config, [])
 
 
-def encoded(base: models.Base, rows: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
+def encoded(base: Base, rows: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     config = TrainConfig(model="m", data="d", task=task, max_length=40)
     return encode(rows, base.tokenizer, config).examples
 
@@ -70,7 +71,7 @@ def test_majority() -> None:
     assert (found["accuracy"], found["roc_auc"]) == (0.75, 0.5)
 
 
-def test_logits_come_in_the_order_of_the_examples(bert: models.Base) -> None:
+def test_logits_come_in_the_order_of_the_examples(bert: Base) -> None:
     examples = encoded(bert, sentiment_rows(70), "classification")
     collator = Collator(bert.tokenizer)
     bert.model.train()
@@ -85,7 +86,7 @@ def test_logits_come_in_the_order_of_the_examples(bert: models.Base) -> None:
         torch.testing.assert_close(torch.from_numpy(found[index]), expected)
 
 
-def test_loss_of_a_classifier_is_the_model_s_own(bert: models.Base) -> None:
+def test_loss_of_a_classifier_is_the_model_s_own(bert: Base) -> None:
     examples = encoded(bert, sentiment_rows(20), "classification")
     collator = Collator(bert.tokenizer)
     found = metrics.evaluate_classification(bert.model, examples, collator, FLOAT)
@@ -95,7 +96,7 @@ def test_loss_of_a_classifier_is_the_model_s_own(bert: models.Base) -> None:
     assert set(found) == {"loss", "accuracy", "f1", "roc_auc"}
 
 
-def test_loss_of_a_language_model_is_per_learnable_token(llama: models.Base) -> None:
+def test_loss_of_a_language_model_is_per_learnable_token(llama: Base) -> None:
     rows = [{"text": "the sky is blue"}, {"text": "good"}, {"text": "the sea was very bad"}]
     examples = encoded(llama, rows, "causal-lm")
     examples[0]["labels"] = [IGNORED] * 3 + examples[0]["labels"][3:]
@@ -148,7 +149,7 @@ def test_the_probe_finds_what_is_linear_and_only_that() -> None:
     assert probe([0] * 60 + [1] * 60) == {}
 
 
-def test_sixteen_bit_evaluation_runs_under_autocast(tmp_path: Path, bert: models.Base) -> None:
+def test_sixteen_bit_evaluation_runs_under_autocast(tmp_path: Path, bert: Base) -> None:
     examples = encoded(bert, sentiment_rows(8), "classification")
     collator = Collator(bert.tokenizer)
     full = metrics.predict_logits(bert.model, examples, collator, FLOAT)

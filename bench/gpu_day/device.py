@@ -1,4 +1,4 @@
-"""The device: what it is, what it reaches, what its clocks do.
+"""The device: what it is, what its clocks do.
 
 python -m bench.gpu_day.device [--rehearse]   name and versions as one line of JSON
 """
@@ -20,7 +20,6 @@ from .steps import STUB_ARCH
 
 if TYPE_CHECKING:
     from .day import Day
-    from .run_units import Unit
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VERSIONS = ("triton", "bitsandbytes", "peft", "transformers", "liger_kernel", "unsloth")
@@ -109,46 +108,6 @@ def clocks_under(step: Any, day: Day) -> dict[str, str] | None:
         torch.cuda.synchronize(day.device)
     answers = read_nvidia_smi(process)
     return None if answers is None else dict(zip(_CLOCKS, answers, strict=False))
-
-
-def units(day: Day) -> list[Unit]:
-    """The device's own ceilings, which the report sets beside what operations reach."""
-    from .run_units import Unit
-
-    return [
-        Unit("bfloat16 product", lambda: _product(day)),
-        Unit("copy", lambda: _copy(day)),
-        Unit("launch", lambda: _launch(day)),
-    ]
-
-
-def _product(day: Day) -> dict[str, Any]:
-    from .timing import median_seconds
-
-    size = 32 if day.rehearsal else 8192
-    a, b = (torch.randn(size, size, device=day.device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = median_seconds(lambda: a @ b, day)
-    flops = 2 * size**3 / seconds
-    return {"size": size, "flops_per_second": flops, "summary": f"{flops / 1e12:.0f} TFLOP/s"}
-
-
-def _copy(day: Day) -> dict[str, Any]:
-    from .timing import median_seconds
-
-    source = torch.empty(2**10 if day.rehearsal else 2**31, dtype=torch.uint8, device=day.device)
-    source.random_()
-    target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), day)
-    moved = 2 * source.nbytes / seconds
-    return {"bytes_per_second": moved, "summary": f"{moved / 1e12:.2f} TB/s read and written"}
-
-
-def _launch(day: Day) -> dict[str, Any]:
-    from .timing import median_seconds
-
-    x = torch.zeros(1, device=day.device)
-    seconds = median_seconds(lambda: x.add_(1), day)
-    return {"seconds": seconds, "summary": f"{seconds * 1e6:.1f} µs for the smallest launch"}
 
 
 if __name__ == "__main__":

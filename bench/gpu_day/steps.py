@@ -25,7 +25,7 @@ class Step:
 
 STEPS = (
     Step("decisive", "decisive:units", 300, 120, "e of each route and tile, strips, host time"),
-    Step("ceilings", "device:units", 120, 90, "what the device reaches in a product and a copy"),
+    Step("ceilings", "ceilings:units", 120, 90, "what the device reaches in a product and a copy"),
     Step("tests", "commands:gpu_tests", 900, 900, "the suite's tests that need a GPU"),
     Step("accuracy", "accuracy:units", 600, 150, "errors against float64, beside eager PyTorch's"),
     Step("layers", "decoder_layers:long", 1200, 300, "whole decoder layers, 8192 tokens"),

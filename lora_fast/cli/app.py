@@ -11,8 +11,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: the command line needs more packages: pip install 'lora_fast[train]'")
 
-from lora_fast import __version__
-
+from .. import __version__
 from .compare import compare
 from .doctor import doctor
 from .errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, one_line

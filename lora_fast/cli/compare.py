@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer
 
-from lora_fast.errors import TrainingError
-from lora_fast.training.config import BUILTIN, TrainConfig
-from lora_fast.training.folder import COMPARISON_FILE, RUNS, compared_methods, open_comparison
-
+from ..errors import TrainingError
+from ..files.model_source import BUILTIN
+from ..training.config import TrainConfig
+from ..training.folder import COMPARISON_FILE, RUNS, compared_methods, open_comparison
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
 from .train import DEFAULT
@@ -100,8 +100,7 @@ def _compare(
     terminal.stage("Starting")
     if not debug:
         quiet_libraries()
-    from lora_fast.training.comparison import chosen_methods, compare_methods
-
+    from ..training.comparison import chosen_methods, compare_methods
     from .results import show_comparison
 
     with terminal, open_comparison(out, overwrite=overwrite) as folder:

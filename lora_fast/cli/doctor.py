@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_fast.errors import TrainingError, first_line
-
+from ..errors import TrainingError, first_line
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_fast.doctor.diagnosis import Diagnosis
+    from ..doctor.diagnosis import Diagnosis
 
 MODEL = "Layers of a model"
 Model = Annotated[
@@ -80,7 +79,7 @@ def doctor(
 
         if not debug:
             quiet_libraries()
-        from lora_fast.doctor.diagnosis import diagnose
+        from ..doctor.diagnosis import diagnose
 
         console = Console(highlight=False)
         try:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import typer
 
-from lora_fast.errors import (
+from ..errors import (
     Interrupted,
     RunFailure,
     TrainingError,
     explain_write_failure,
     first_line,
 )
-from lora_fast.optional_packages import MissingPackageError, absent_package
-from lora_fast.training.checkpoints import latest_step
+from ..optional_packages import MissingPackageError, absent_package
+from ..training.checkpoints import latest_step
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lora_fast.errors import RunFailure, TrainingError, first_line
-
+from ..errors import RunFailure, TrainingError, first_line
 from . import options as opt
 from .errors import one_line_errors
 
@@ -89,7 +88,7 @@ def _merge(
 
     if not debug:
         quiet_libraries()
-    from lora_fast.export import merge_checkpoint
+    from ..export import merge_checkpoint
 
     began = time.monotonic()
     console = Console(highlight=False)

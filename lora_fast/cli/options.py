@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lora_fast.methods.table import METHODS
-from lora_fast.training import config
+from ..methods.table import METHODS
+from ..training import config
 
 DATA = "Model and data"
 ADAPTER = "Adapter"

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_fast.errors import TrainingError, first_line
-from lora_fast.training import config
-
+from ..errors import TrainingError, first_line
+from ..training import config
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_fast.planning import MemoryPlan
+    from ..planning import MemoryPlan
 
 PLANNED = "Plan"
 BAR = 24
@@ -169,11 +168,12 @@ def _plan(
 
     if not debug:
         quiet_libraries()
-    from lora_fast.planning import cards
+    from ..files.sizes import parse_memory
+    from ..planning import cards
 
     if card is not None and memory is not None:
         raise TrainingError("--card and --memory must not be given together")
-    room = cards.card_bytes(card) if card else cards.parse_memory(memory) if memory else None
+    room = cards.card_bytes(card) if card else parse_memory(memory) if memory else None
     import lora_fast
 
     with Working() as working:
@@ -196,8 +196,7 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
     from rich.markup import escape
     from rich.table import Table
 
-    from lora_fast.planning import cards
-
+    from ..planning import cards
     from .console import print_whole
 
     s = found.settings
@@ -237,7 +236,7 @@ def visible(parts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _show_room(console: Console, found: MemoryPlan, room: int | None, place: str | None) -> None:
-    from lora_fast.planning import cards
+    from ..planning import cards
 
     if room is None:
         names = [name for name, size in cards.CARDS.items() if cards.fits(found.total, size << 20)]

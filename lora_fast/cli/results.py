@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_fast.training.comparison_table import SCORE_TITLES, caption, table, without_numbers
-from lora_fast.training.run import Outcome
-
+from ..training.comparison_table import SCORE_TITLES, caption, table, without_numbers
+from ..training.run import Outcome
 from .console import ARM_TITLES, print_whole
 
 BASELINE_TITLES = {

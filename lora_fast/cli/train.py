@@ -7,10 +7,9 @@ from pathlib import Path
 
 import typer
 
-from lora_fast.errors import TrainingError
-from lora_fast.training.config import INPUTS, TrainConfig, option_name
-from lora_fast.training.folder import RUNS, last_run, open_run
-
+from ..errors import TrainingError
+from ..training.config import INPUTS, TrainConfig, option_name
+from ..training.folder import RUNS, last_run, open_run
 from . import options as opt
 from .errors import one_line_errors
 
@@ -109,8 +108,7 @@ def _train(
     terminal.stage("Starting")
     if not debug:
         quiet_libraries()
-    from lora_fast.training.run import run_training
-
+    from ..training.run import run_training
     from .results import show_outcome
 
     opened = open_run(out, config, resume=resume, overwrite=overwrite, moved=moved)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_fast.errors import TrainingError, first_line
-from lora_fast.methods.table import METHODS
-from lora_fast.training.config import BATCH_SIZE, MAX_LENGTH
-
+from ..errors import TrainingError, first_line
+from ..methods.options import BATCH_SIZE, MAX_LENGTH
+from ..methods.table import METHODS
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
 from .plan import ModelArgument, PlanDtype, PlanQuantize, PlanRank
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from lora_fast.planning.replica import Replica
+    from ..planning.replica import Replica
 
 TOKENS = str(BATCH_SIZE["causal-lm"] * MAX_LENGTH["causal-lm"])
 TuneMethod = Annotated[
@@ -86,7 +85,7 @@ def _tune(
         quiet_libraries()
     with Working() as working:
         working.told(f"Building {model} without its weights")
-        from lora_fast.planning.replica import replica
+        from ..planning.replica import replica
 
         layers = replica(model, **options)
     console = Console(highlight=False)
@@ -109,7 +108,7 @@ def gpu() -> torch.device | None:
     """The GPU to time; None without one."""
     import torch
 
-    from lora_fast.backends.choice import uses_triton
+    from ..backends.choice import uses_triton
 
     device = torch.device("cuda")
     return device if torch.cuda.is_available() and uses_triton(device) else None
@@ -119,8 +118,7 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
     from rich.markup import escape
     from rich.table import Table
 
-    from lora_fast.acceleration.warm_up import base_of
-
+    from ..acceleration.warm_up import base_of
     from .console import print_whole
 
     for note in layers.notes:
@@ -145,8 +143,8 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
 def _time(console: Console, layers: Replica, tokens: list[int]) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lora_fast.acceleration.warm_up import warm_up
-    from lora_fast.tuning.tuner import tuner
+    from ..acceleration.warm_up import warm_up
+    from ..tuning.tuner import tuner
 
     tuner.times = True
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))

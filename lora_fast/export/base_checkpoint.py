@@ -25,7 +25,7 @@ def base_folder(name: str) -> Path:
     Raises:
         ValueError: there is no such folder, and the model cannot be downloaded.
     """
-    from ..training.models import resolve_model
+    from ..files.model_source import resolve_model
 
     path = Path(resolve_model(name))
     if path.is_dir():

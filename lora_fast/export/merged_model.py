@@ -270,7 +270,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _shard_bytes(size: str | int) -> int:
     if isinstance(size, str):
-        from ..planning.cards import parse_memory
+        from ..files.sizes import parse_memory
 
         return parse_memory(size, "max_shard_size", such_as="5GB")
     if size <= 0:

@@ -7,10 +7,9 @@ from typing import Any
 
 from ..files.adapter_files import CONFIG
 from ..files.fingerprint import weights_fingerprint
-from ..files.model_source import cached_folder
+from ..files.model_source import cached_folder, resolve_model
+from ..files.run_files import stored_record
 from ..files.safe_files import read_json
-from ..training.folder import stored_record
-from ..training.models import resolve_model
 
 
 def other_base(adapter: Path, base: str, folder: Path) -> str | None:

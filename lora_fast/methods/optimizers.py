@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from .options import MethodOptions
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
     from transformers import TrainingArguments
 
-    from ..training.config import TrainConfig
 
 HEAD_NAMES = frozenset({"classifier", "score", "modules_to_save"})
 DELTA_START = 0.1
@@ -19,7 +20,7 @@ DELTA_START = 0.1
 def plain(
     model: nn.Module,
     args: TrainingArguments,
-    config: TrainConfig,
+    config: MethodOptions,
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
@@ -38,12 +39,12 @@ def plain(
 def lora_plus(
     model: nn.Module,
     args: TrainingArguments,
-    config: TrainConfig,
+    config: MethodOptions,
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
     """Return ``--optim`` with B learning faster than A (Hayou et al. 2024, LoRA+)."""
-    from lora_fast.optim import loraplus_param_groups
+    from ..optim import loraplus_param_groups
 
     return _named(
         args, model, loraplus_param_groups(model, config.lr or 0.0, ratio=config.lr_ratio or 1.0)
@@ -53,7 +54,7 @@ def lora_plus(
 def lora_fa(
     model: Any,
     args: TrainingArguments,
-    config: TrainConfig,
+    config: MethodOptions,
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
@@ -69,12 +70,12 @@ def lora_fa(
 def delta_lora(
     model: nn.Module,
     args: TrainingArguments,
-    config: TrainConfig,
+    config: MethodOptions,
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
     """Return ``--optim`` wrapped so that W follows the change of B A (Zi et al. 2023)."""
-    from lora_fast.optim import DeltaLoRA
+    from ..optim import DeltaLoRA
 
     start = math.ceil(DELTA_START * steps) if config.delta_start is None else config.delta_start
     inner = plain(model, args, config, steps, head_rate)

@@ -7,33 +7,20 @@ their defaults; any other of ``METHOD_OPTIONS`` is refused, never ignored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from ..errors import TrainingError
 from . import adapters, optimizers
+from .base_model import Base
+from .options import METHOD_OPTIONS, MethodOptions
 
-if TYPE_CHECKING:
-    from ..training.config import TrainConfig
-    from ..training.models import Base
-
-METHOD_OPTIONS = (
-    "r",
-    "alpha",
-    "dropout",
-    "target_modules",
-    "optim",
-    "lr_ratio",
-    "delta_scale",
-    "delta_start",
-    "frequencies",
-    "virtual_tokens",
-)
 HEAD_RATE = 1e-3
 
-Build = Callable[["Base", "TrainConfig", int], Any]
-Optimize = Callable[[Any, Any, "TrainConfig", int, float | None], Any]
+Options = TypeVar("Options", bound=MethodOptions)
+Build = Callable[[Base, MethodOptions, int], Any]
+Optimize = Callable[[Any, Any, MethodOptions, int, float | None], Any]
 
 
 @dataclass(frozen=True)
@@ -71,36 +58,40 @@ class Method:
         return middle if parameters < 20e9 else large
 
 
-def method_of(config: TrainConfig) -> Method:
+def method_of(options: MethodOptions) -> Method:
     """Return the method of a run."""
-    return METHODS[config.method]
+    return METHODS[options.method]
 
 
-def check_options(config: TrainConfig) -> None:
+def check_options(options: MethodOptions) -> None:
     """Check that the method takes every option that was given.
 
     Raises:
         TrainingError: it does not take one of them.
     """
-    method = method_of(config)
+    method = method_of(options)
     for name in METHOD_OPTIONS:
-        if getattr(config, name) is None or name in method.options:
+        if getattr(options, name) is None or name in method.options:
             continue
         option = "--" + name.replace("_", "-")
         why = method.refused.get(name)
         raise TrainingError(
-            f"--method {config.method} takes no {option}" + (f": {why}" if why else "")
+            f"--method {options.method} takes no {option}" + (f": {why}" if why else "")
         )
-    if config.task == "causal-lm" and config.method == "probe":
+    if options.task == "causal-lm" and options.method == "probe":
         raise TrainingError("--method probe needs --task classification: it trains the head alone")
-    if config.gradient_checkpointing and config.method == "prefix":
+    if options.gradient_checkpointing and options.method == "prefix":
         raise TrainingError(
             "--method prefix cannot have --gradient-checkpointing: it needs a cache"
         )
-    if config.compare and not method.fused:
-        raise TrainingError(
-            f"--method {config.method} has no fused layers to --compare with PEFT's"
-        )
+
+
+def completed(options: Options, parameters: int) -> Options:
+    """The options with the method's defaults for what is None, the learning rate for a base model
+    of `parameters`."""
+    method = method_of(options)
+    absent = {name: v for name, v in method.options.items() if getattr(options, name) is None}
+    return replace(options, lr=options.lr or method.learning_rate(parameters), **absent)
 
 
 def _options(**changed: Any) -> Mapping[str, Any]:

@@ -12,7 +12,8 @@ at a time, gradient checkpointing, float32 adapters on all linear layers:
     QLoRA, r = 16       6 GB  2048 tokens; 3.3 GB are NF4, 0.5 GB the embeddings in bfloat16
 """
 
-from .memory import MemoryPlan, plan
+from .memory import plan
+from .memory_plan import MemoryPlan
 from .settings import Settings
 
 __all__ = ["MemoryPlan", "Settings", "plan"]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..acceleration.report import adapted_layers
+from .memory_plan import Change, MemoryPlan
 from .settings import FULL, Settings
-
-if TYPE_CHECKING:
-    from .memory import Change, MemoryPlan
 
 # A smaller rank is suggested if adapters, gradients and optimizer state weigh this much.
 ADAPTER_SHARE = 0.02
@@ -23,8 +20,6 @@ def changes(
 ) -> tuple[Change, ...]:
     """Every single change that saves bytes, the best first. `model` is the one that trains;
     ``replanned(what, settings)`` plans a change."""
-    from .memory import Change
-
     found = []
     for what, settings in _candidates(now, model):
         saved = now.total - replanned(what, settings).total

@@ -3,72 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..methods.table import METHODS
+from ..errors import TrainingError
+from ..methods.base_model import Base
+from ..methods.options import MethodOptions
+from ..methods.table import METHODS, completed
 from ..optional_packages import needed
 from .activations import Activations, count_activations
+from .advice import changes
 from .experts import Experts, about_experts, expert_modules, experts_of
+from .memory_plan import MemoryPlan
 from .settings import FULL, SHAPING, Settings
 from .states import decode_bytes, nf4_layers, optimizer_bytes, weight_bytes
-
-GB = 1e9
-
-
-@dataclass(frozen=True)
-class Change:
-    """One change of the settings, and the bytes that it would save."""
-
-    what: str
-    saves: int
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of a training step by part. Prints as a table; ``to_dict()`` is for machines.
-
-    ``parts`` adds up to ``total``. weights: by storage, frozen and, for ``full``, trained ones.
-    adapters: what the method adds. gradients and optimizer: of all that trains. master weights: the
-    float32 copy of a 16-bit ``full`` run. activations: saved
-    for backward, with or without checkpointing; logits: with their log-softmax and its
-    gradient.
-    workspace: the buffer in which NF4 weights are decoded and two more of the largest activation,
-    the temporary gradients of the backward pass. Not counted: the CUDA context and
-    fragmentation, for which :mod:`lora_fast.planning.cards` sets a reserve aside.
-
-    ``paged``: optimizer state that may move to the host, not in ``parts``. ``activations``: saved
-    bytes ``with_checkpointing`` and ``without``; None, with a note, for models that cannot be
-    traced. ``changes``: what single changes would save, the best first.
-    """
-
-    model: str
-    settings: Settings
-    parameters: int
-    trainable: int
-    parts: Mapping[str, int]
-    activations: Mapping[str, int] | None
-    paged: int = 0
-    changes: tuple[Change, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as what JSON can hold."""
-        return {**asdict(replace(self, parts=dict(self.parts))), "total": self.total}
-
-    def __str__(self) -> str:
-        rows = [*self.parts.items(), ("total", self.total)]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {size / GB:9.3f} GB" for name, size in rows]
-        return "\n".join([*lines, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -130,7 +82,6 @@ def plan(
     found = _planned(counted, given, traced, (*notes_on_config, *without, *notes))
     if not advise:
         return found
-    from .advice import changes
 
     def replanned(what: str, other: Settings) -> MemoryPlan:
         told(f"Trying {what}")
@@ -242,20 +193,16 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
     if settings.method == FULL:
         return base
     needed("peft", f"method {settings.method}")
-    from ..errors import TrainingError
-    from ..training.config import TrainConfig
-    from ..training.models import Base
 
     dtype = getattr(torch, settings.dtype)
     try:
-        options = {key: getattr(settings, key) for key in SHAPING} | {"quantize": "none"}
+        given = {key: getattr(settings, key) for key in SHAPING} | {"quantize": "none"}
         if settings.task is not None:
-            options["task"] = settings.task
-        run = TrainConfig(model=name, data="-", steps=100, **options)
-        run = run.with_defaults(sum(p.numel() for p in base.parameters()))
+            given["task"] = settings.task
+        options = completed(MethodOptions(**given), sum(p.numel() for p in base.parameters()))
         held = Base(name, base, _NoTokenizer(), dtype, torch.device("meta"))
         with torch.device("meta"):  # PEFT makes factors before it moves them
-            return METHODS[settings.method].build(held, run, 100)
+            return METHODS[settings.method].build(held, options, 100)
     except TrainingError as error:
         raise ValueError(f"method {settings.method}: {error}") from error
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..methods.options import BATCH_SIZE, MAX_LENGTH, QUANTIZERS, TASKS
 from ..methods.table import METHODS
-from ..training.config import BATCH_SIZE, MAX_LENGTH
 
 FULL = "full"
-TASKS = ("causal-lm", "classification")
 DTYPES = ("bfloat16", "float16", "float32")
-QUANTIZERS = ("none", "nf4")
 OPTIMIZERS = (
     "adamw_torch",
     "adamw_torch_fused",
@@ -93,7 +91,7 @@ class Settings:
 
     def complete(self, task: str | None) -> Settings:
         """The same run of `task`, with what is None chosen; None is a model of another task."""
-        like = task or TASKS[0]
+        like = task or "causal-lm"
         return replace(
             self,
             task=task,

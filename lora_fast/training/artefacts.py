@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_fast import Report
-
+from .. import Report
 from ..files.json_files import write_json
 from ..methods.table import method_of
 from .encoding import describe_examples

@@ -15,8 +15,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lora_fast.acceleration.report import adapted_layers
-
+from ..acceleration.report import adapted_layers
 from ..errors import RunFailure
 from .events import Observer
 from .measurement import synchronize

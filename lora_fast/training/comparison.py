@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from lora_fast import report
-
+from .. import report
 from ..errors import Interrupted, RunFailure, TrainingError, explain_write_failure, first_line
 from ..files.json_files import write_json
-from ..methods.table import METHOD_OPTIONS, METHODS, method_of
+from ..methods.base_model import Base
+from ..methods.options import METHOD_OPTIONS
+from ..methods.table import METHODS, method_of
 from . import models
 from .comparison_table import SCORE_TITLES, Result, facts, markdown, without_numbers
 from .config import TrainConfig, option_name
@@ -162,7 +163,7 @@ def compare_methods(
     return found
 
 
-def _shared(config: TrainConfig, base: models.Base, methods: list[str]) -> TrainConfig:
+def _shared(config: TrainConfig, base: Base, methods: list[str]) -> TrainConfig:
     """The options of all methods: examples are truncated so that the longest prompt fits too."""
     chosen = complete(config, base)
     limits = [chosen.max_length or 1]
@@ -178,7 +179,7 @@ def _shared(config: TrainConfig, base: models.Base, methods: list[str]) -> Train
     )
 
 
-def _opening(config: TrainConfig, base: models.Base, material: Material, seeds: int) -> Result:
+def _opening(config: TrainConfig, base: Base, material: Material, seeds: int) -> Result:
     cuda = base.device.type == "cuda"
     return {
         "model": base.title,

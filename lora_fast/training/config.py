@@ -11,25 +11,20 @@ from typing import Any
 
 from ..errors import TrainingError, check_utf8
 from ..files.json_files import write_json
-from ..methods.table import METHODS, check_options, method_of
+from ..files.model_source import BUILTIN
+from ..files.run_files import CONFIG_FILE, RECORD
+from ..methods.options import BATCH_SIZE, MAX_LENGTH, QUANTIZERS, TASKS, MethodOptions
+from ..methods.table import METHODS, check_options, completed, method_of
 
-BUILTIN = "builtin"
-TASKS = ("classification", "causal-lm")
 TRAIN_ON = ("assistant", "all")
-QUANTIZERS = ("nf4", "none")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CONFIG_FILE = "run.json"
-# The key of run.json under which a run records facts beside its options.
-RECORD = "record"
 # Options that name the inputs of a run.
 INPUTS = ("model", "data", "eval_data")
 
 BUILTIN_STEPS = 300
 BUILTIN_MAX_LENGTH = 64
 EPOCHS = {"classification": 3.0, "causal-lm": 1.0}
-BATCH_SIZE = {"classification": 32, "causal-lm": 8}
-MAX_LENGTH = {"classification": 256, "causal-lm": 1024}
 WARMUP = 0.06
 POSITIVE_INTEGERS = (
     "r",
@@ -45,7 +40,7 @@ POSITIVE_INTEGERS = (
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(MethodOptions):
     """The options of one run. None: chosen by :meth:`with_defaults`; an option that the method
     does not use stays None.
 
@@ -56,32 +51,16 @@ class TrainConfig:
     model: str = BUILTIN
     data: str = BUILTIN
     eval_data: str | None = None
-    task: str = "classification"
     train_on: str = "assistant"
-    method: str = "lora"
-    quantize: str = "nf4"
-    r: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    target_modules: str | None = None
-    lr_ratio: float | None = None
-    delta_scale: float | None = None
-    delta_start: int | None = None
-    frequencies: int | None = None
-    virtual_tokens: int | None = None
-    lr: float | None = None
     steps: int | None = None
     epochs: float | None = None
     batch_size: int | None = None
     grad_accum: int = 1
     max_length: int | None = None
-    gradient_checkpointing: bool = False
-    optim: str | None = None
     schedule: str = "cosine"
     warmup: float = WARMUP
     early_stopping: int | None = None
     dtype: str = "auto"
-    seed: int = 0
     save_every: int | None = None
     compare: bool = False
 
@@ -115,27 +94,25 @@ class TrainConfig:
                 "--eval-data needs --data FILE.jsonl: the built-in data has its own"
             )
         check_options(self)
+        if self.compare and not method_of(self).fused:
+            raise TrainingError(
+                f"--method {self.method} has no fused layers to --compare with PEFT's"
+            )
 
     def with_defaults(self, parameters: int) -> TrainConfig:
         """Return the same run with every None replaced by a default; of steps and epochs one stays.
 
         ``parameters`` is the size of the base model, which the learning rate depends on.
         """
-        method = method_of(self)
-        options = {
-            name: default for name, default in method.options.items() if getattr(self, name) is None
-        }
         builtin = self.data == BUILTIN
         undecided = self.steps is None and self.epochs is None
         length = BUILTIN_MAX_LENGTH if builtin else MAX_LENGTH[self.task]
         return replace(
-            self,
+            completed(self, parameters),
             steps=BUILTIN_STEPS if undecided and builtin else self.steps,
             epochs=EPOCHS[self.task] if undecided and not builtin else self.epochs,
-            lr=self.lr or method.learning_rate(parameters),
             batch_size=self.batch_size or BATCH_SIZE[self.task],
             max_length=self.max_length or length,
-            **options,
         )
 
     def located(self) -> TrainConfig:

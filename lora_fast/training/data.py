@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import Sampler
 
 from ..errors import TrainingError
+from ..files.model_source import BUILTIN
 from . import builtin_task
-from .config import BUILTIN, TrainConfig
+from .config import TrainConfig
 from .encoding import IGNORED, Example
 from .rows import Row, causal_row, classification_row, read_jsonl
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..methods.base_model import Base
 from .config import TrainConfig
 from .data import Collator, Rows
 from .encoding import Example
 from .metrics import Scores
-from .models import Base
 
 
 @dataclass(frozen=True)

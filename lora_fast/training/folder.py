@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import Interrupted, RunFailure, TrainingError, check_utf8, some
+from ..files.run_files import CONFIG_FILE, stored_record
 from .checkpoints import ARMS, CHECKPOINTS, latest_step
-from .config import CONFIG_FILE, RECORD, TrainConfig
+from .config import TrainConfig
 
 try:
     import fcntl
@@ -247,15 +248,6 @@ def is_run(out: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(stored, dict) and stored.keys() >= MARKS
-
-
-def stored_record(out: Path) -> dict[str, Any]:
-    """Return what the run in ``out`` has recorded beside its options."""
-    try:
-        found = json.loads((out / CONFIG_FILE).read_text()).get(RECORD)
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def holds_run(out: Path) -> bool:

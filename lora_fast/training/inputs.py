@@ -6,13 +6,11 @@ import hashlib
 import json
 from typing import Any
 
-from lora_fast.files.fingerprint import weights_fingerprint
-from lora_fast.files.model_source import cached_folder
-
 from ..errors import TrainingError
+from ..files.fingerprint import weights_fingerprint
+from ..files.model_source import cached_folder, resolve_model
 from .config import TrainConfig, option_name
 from .data import Rows
-from .models import resolve_model
 from .rows import Row
 
 Inputs = dict[str, Any]

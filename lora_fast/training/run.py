@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from lora_fast import Report, accelerate, report
-from lora_fast.acceleration.report import adapted_layers
-from lora_fast.backends.choice import check_driver, uses_triton
-
+from .. import Report, accelerate, report
+from ..acceleration.report import adapted_layers
+from ..backends.choice import check_driver, uses_triton
 from ..errors import TrainingError
 from ..files.json_files import finite
+from ..methods.base_model import Base
 from ..methods.table import method_of
 from . import metrics, models
 from .artefacts import save_artefacts
@@ -122,7 +122,7 @@ def check_machine(config: TrainConfig) -> None:
             raise TrainingError(str(error)) from error
 
 
-def read_material(config: TrainConfig, rows: Rows, base: models.Base) -> Material:
+def read_material(config: TrainConfig, rows: Rows, base: Base) -> Material:
     """Encode the examples, reserve some for early stopping, and score the baselines.
 
     ``config`` has no unknowns.
@@ -154,7 +154,7 @@ def read_material(config: TrainConfig, rows: Rows, base: models.Base) -> Materia
     return Material(rows, train, validation, held_out, counts, baselines)
 
 
-def assemble(config: TrainConfig, base: models.Base, material: Material) -> Experiment:
+def assemble(config: TrainConfig, base: Base, material: Material) -> Experiment:
     """Put the method's model around the base, its initial weights drawn from the run's seed.
 
     ``config`` has no unknowns.
@@ -179,7 +179,7 @@ def assemble(config: TrainConfig, base: models.Base, material: Material) -> Expe
     )
 
 
-def complete(config: TrainConfig, base: models.Base) -> TrainConfig:
+def complete(config: TrainConfig, base: Base) -> TrainConfig:
     """Return the options without unknowns, for this model.
 
     Raises:
@@ -197,7 +197,7 @@ def complete(config: TrainConfig, base: models.Base) -> TrainConfig:
     return replace(chosen, max_length=min(chosen.max_length or limit, limit))
 
 
-def _room(config: TrainConfig, base: models.Base) -> int:
+def _room(config: TrainConfig, base: Base) -> int:
     """How many tokens of an example the model accepts."""
     return models.position_limit(base) - (config.virtual_tokens or 0)
 
@@ -228,7 +228,7 @@ def _set_up(config: TrainConfig, rows: Rows, observer: Observer) -> Experiment:
 
 def _baselines(
     config: TrainConfig,
-    base: models.Base,
+    base: Base,
     train: list[Example],
     held_out: list[Example],
     collator: Collator,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import lora_fast
-from lora_fast.acceleration.report import adapted_layers
 
+from ..acceleration.report import adapted_layers
 from ..methods.adapters import ALL_LINEAR, about_bypassed
+from ..methods.base_model import Base
 from ..methods.table import method_of
 from .config import TrainConfig
 from .data import LengthGroupedOrder
@@ -20,7 +21,7 @@ from .effective_rank import summarise
 from .encoding import describe_examples
 from .experiment import Experiment
 from .measurement import Batch, interleaved_step_times, saved_activation_bytes
-from .models import Base, parameter_counts
+from .models import parameter_counts
 from .trainer import Arm
 
 TIMED_BATCHES = 4
@@ -170,7 +171,7 @@ def training_batches(setting: Experiment, count: int) -> list[Batch]:
 
 
 def _uses_triton(device: torch.device) -> bool:
-    from lora_fast.backends.choice import uses_triton
+    from ..backends.choice import uses_triton
 
     return uses_triton(device)
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_fast.files.safe_files import TensorFiles
-from lora_fast.four_bit.layout import forbid_packing
+from ..files.safe_files import TensorFiles
+from ..four_bit.layout import forbid_packing
 
 ALLOCATOR = "rank_allocator"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -62,7 +62,7 @@ def trained(model: nn.Module) -> Tensors:
 
 def base_weights(model: nn.Module) -> Tensors:
     """Return the frozen weight of every LoRA layer, by its name in ``model``."""
-    from lora_fast.acceleration.report import adapted_layers
+    from ..acceleration.report import adapted_layers
 
     found: Tensors = {}
     for name, layer in adapted_layers(model):

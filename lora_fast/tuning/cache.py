@@ -38,12 +38,12 @@ def versions(device: str) -> dict[str, str]:
     import torch
     import triton
 
-    import lora_fast
-    from lora_fast.kernels.descriptors import DESCRIBES
+    from ..kernels.descriptors import DESCRIBES
+    from ..version import __version__
 
     return {
         "device": device,
-        "lora_fast": lora_fast.__version__,
+        "lora_fast": __version__,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "descriptors": str(int(DESCRIBES)),

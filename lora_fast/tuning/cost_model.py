@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_fast.kernels.configs import SMALL_SHARED
-
+from ..kernels.configs import SMALL_SHARED
 from . import counts
 from .plans import COMPOSED, FUSED, Plan, Query
 from .rooflines import ATTAINED_BYTES, ATTAINED_FLOPS, BY_ARCH, Roofline

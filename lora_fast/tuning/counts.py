@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_fast.kernels import configs, strips
-
+from ..kernels import configs, strips
 from .plans import Plan, Query
 
 # Columns of the rank in one walk of strips over its rows.

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_fast.factors import Factors, Needs
-from lora_fast.kernels import configs
-from lora_fast.kernels.configs import GemmConfig
-from lora_fast.nf4 import NF4Weight
+from ..factors import Factors, Needs
+from ..kernels import configs
+from ..kernels.configs import GemmConfig
+from ..nf4 import NF4Weight
 
 SWITCHES = ("bias", "b", "d", "g", "dropout", "spans")
 FORWARD, BACKWARD = "forward", "backward"

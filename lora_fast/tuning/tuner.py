@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels import configs, fitting
-
+from ..kernels import configs, fitting
 from . import cost_model
 from .cache import Cache, versions
 from .plans import Plan, Query, candidates

@@ -1,0 +1,20 @@
+"""What a run of ``lora-fast train`` leaves in its folder for others to read: ``run.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "run.json"
+# The key under which a run records facts beside its options.
+RECORD = "record"
+
+
+def stored_record(out: Path) -> dict[str, Any]:
+    """Return what the run in ``out`` has recorded beside its options."""
+    try:
+        found = json.loads((out / CONFIG_FILE).read_text()).get(RECORD)
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
