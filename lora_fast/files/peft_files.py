@@ -45,6 +45,9 @@ def save_adapter(
 ) -> Path:
     """Write the adapter of a model made by :func:`lora_fast.convert` for PEFT; return `folder`.
 
+    Layers of a method that PEFT does not have are written as LoRA with the same change of W; that
+    file is for PEFT, and :func:`load_adapter` does not read it back.
+
     `folder` is new or empty, and appears when it is complete: ``adapter_config.json`` and
     ``adapter_model.safetensors``, which ``PeftModel.from_pretrained(base, folder)`` loads. Modules
     outside the adapters that train (``modules_to_save``) are saved as a whole.
@@ -56,8 +59,9 @@ def save_adapter(
     ``save_pretrained``); FileExistsError for a `folder` with something in it; NotImplementedError
     for parameters that are not in memory and for what PEFT's format cannot say: several methods,
     dropouts or projections in one model, a layer or a trained weight with several names, a scaling
-    that is neither α/R nor α/√R everywhere, parts of modules that train, and, with dropout or DoRA,
-    layers whose names PEFT takes for a mixture's experts.
+    that is neither α/R nor α/√R everywhere, a gain of a method that PEFT does not have, parts of
+    modules that train, and, with dropout or DoRA, layers whose names PEFT takes for a mixture's
+    experts.
     """
     needed("peft", "saving or loading an adapter in PEFT's format")
     from safetensors.torch import save_file
@@ -93,6 +97,11 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     """
     needed("peft", "saving or loading an adapter in PEFT's format")
     adapter, path = PeftAdapter(model), Path(folder)
+    if adapter.folded:
+        raise NotImplementedError(
+            "model must have layers that PEFT has, got some that are saved as LoRA; load the "
+            "folder with PEFT, or keep a state_dict()"
+        )
     merged = next((name for name, layer in adapter.layers.items() if layer.merged), None)
     if merged is not None:
         raise ValueError(f"model must be unmerged, got a merged layer at {merged!r}")

@@ -5,6 +5,9 @@ DoRA   .lora_magnitude_vector [N]
 VeRA   .vera_lambda_b [N], .vera_lambda_d [R]; once for all layers base_model.vera_A [R, K] and
        base_model.vera_B [N, R]
 base_model.model.<path>.<name> of modules that train as a whole
+
+A layer of another class, a method that PEFT does not have, is LoRA to PEFT wherever it has no gain:
+A, and s · b ⊙ B d in place of B.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ _PARAMETERS: dict[type, dict[str, str]] = {
 
 class PeftAdapter:
     """The adapter of `model`: its layers by their dotted names, their class, and the names of the
-    modules outside of them that train.
+    modules outside of them that train. ``folded``: layers stand for some that PEFT does not have.
 
     Raises ValueError for a model without adapted layers, NotImplementedError for what PEFT's format
     cannot say.
@@ -44,7 +47,9 @@ class PeftAdapter:
 
     def __init__(self, model: Any) -> None:
         self.model = _unwrapped(model)
-        self.layers = _layers(self.model)
+        layers = _layers(self.model)
+        self.layers = {name: _as_peft_has_it(layer) for name, layer in layers.items()}
+        self.folded = any(self.layers[name] is not layer for name, layer in layers.items())
         self.method = _method(self.layers)
         self.modules_to_save = _modules_to_save(self.model, self.layers)
 
@@ -134,9 +139,28 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
+def _as_peft_has_it(layer: Any) -> Any:
+    """The layer itself if PEFT has its class, else LoRA with the same change of W."""
+    if type(layer) in _PARAMETERS:
+        return layer
+    if layer.gain() is not None:
+        raise NotImplementedError(
+            f"PEFT's format must hold the adapter as LoRA, got {type(layer).__name__}, which has a "
+            "gain g: merge it, or save its state_dict()"
+        )
+    term = layer.low_rank()
+    A, B = term.A.detach(), term.B.detach().float() * term.scaling
+    B = B if term.d is None else B * term.d.detach().float()
+    B = B if term.b is None else B * term.b.detach().float().unsqueeze(1)
+    R, p = A.shape[0], layer.dropout_p()
+    lora = LoRALinear(layer.base_layer, r=R, lora_alpha=R, lora_dropout=p, dtype=A.dtype)
+    lora.lora_A, lora.lora_B = nn.Parameter(A), nn.Parameter(B.to(term.B.dtype))
+    return lora
+
+
 def _method(layers: dict[str, Any]) -> type:
     found = {type(layer) for layer in layers.values()}
-    if len(found) > 1 or not found <= _PARAMETERS.keys():
+    if len(found) > 1:
         names = ", ".join(sorted(kind.__name__ for kind in found))
         raise NotImplementedError(f"PEFT's format has one method for all layers, got {names}")
     return found.pop()

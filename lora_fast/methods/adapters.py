@@ -15,8 +15,11 @@ from .base_model import Base
 from .options import MethodOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
+    from ..modules.adapter_module import AdapterModule
 
 ALL_LINEAR = "all-linear"
 CLASSIFICATION_HEADS = ("classifier", "score")
@@ -215,6 +218,30 @@ def probe(base: Base, config: MethodOptions, steps: int) -> Any:
     """Return the frozen base with its head training."""
     base.model.requires_grad_(False)
     return _let_head_train(base)
+
+
+def own_layers(
+    base: Base, config: MethodOptions, adapt: Callable[[nn.Module], AdapterModule]
+) -> Any:
+    """Return the base with layers of lora_fast's own, for methods that PEFT does not have.
+
+    ``adapt`` is what :func:`lora_fast.convert` takes: a function of a linear layer.
+    """
+    from lora_fast import convert
+
+    heads = [name for name in CLASSIFICATION_HEADS if hasattr(base.model, name)]
+    try:
+        convert(
+            base.model,
+            _targets(base, config),
+            method=adapt,
+            modules_to_save=[*heads, *base.new_modules],
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise TrainingError(f"cannot adapt {base.name}: {first_line(error)}") from error
+    # Trainer refuses a quantised model unless it believes that an adapter trains.
+    base.model._hf_peft_config_loaded = True
+    return _in_float32(base.model)
 
 
 def target_modules(model: nn.Module, wanted: str) -> str | list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,15 @@ class AdapterModule(nn.Module):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self._undo: KeptWeight | Subtraction | KeptLayer | None = None
         self._lora_fast_calls = CallCounts()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, **arguments: Any) -> Self:
+        """Adapt an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+
+        `linear` becomes ``base_layer`` itself, not a copy, and is frozen. `arguments` are those of
+        the class. Raises TypeError or ValueError that names the argument.
+        """
+        return cls(linear, **arguments).train(linear.training)
 
     def low_rank(self) -> LowRank:
         """A [R, K], B [N, R], s, b [N] and d [R] of this moment."""

@@ -35,7 +35,7 @@ def convert(
     model: Model,
     target_modules: str | Iterable[str],
     *,
-    method: Literal["lora", "dora", "vera"] = "lora",
+    method: Literal["lora", "dora", "vera"] | Callable[[nn.Module], AdapterModule] = "lora",
     r: int | None = None,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
@@ -51,7 +51,9 @@ def convert(
 
     "lora" and "dora" take `r` (16), `lora_alpha` (32) and `use_rslora`; "vera" takes `r` (256) and
     `projection_prng_key`, from which the A and B that all its layers share are drawn; it has no
-    alpha. `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string,
+    alpha. A method of your own is a function of the linear layer that returns an AdapterModule,
+    such as ``partial(SVFTLinear.from_linear, r=4)``, and takes none of these options.
+    `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string,
     a regular expression for the whole dotted name; or "all-linear", every linear layer but the
     output head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit`` that
     the model calls; "all-linear" leaves others out, with a warning that names them.
@@ -69,13 +71,17 @@ def convert(
     _check_arguments(model, method, quantize)
     if method == "vera" and (lora_alpha is not None or use_rslora):
         raise ValueError('lora_alpha and use_rslora must not be given with method="vera"')
-    r = _RANKS[method] if r is None else r
+    if callable(method) and (r, lora_alpha, lora_dropout, use_rslora) != (None, None, 0.0, False):
+        raise ValueError("r, lora_alpha, lora_dropout and use_rslora must be given to `method`")
+    r = _RANKS.get(str(method), 16) if r is None else r
     lora_alpha = 32.0 if lora_alpha is None else lora_alpha
     check_lora_arguments(r, lora_alpha, lora_dropout, dtype)
     kept = _kept(model, modules_to_save)
     targets = _targets(model, target_modules, kept)
     adapt: Callable[[nn.Module], AdapterModule]
-    if method == "vera":
+    if callable(method):
+        adapt = method
+    elif method == "vera":
         projections = _projections(targets.values(), r, projection_prng_key, dtype)
         adapt = partial(
             VeRALinear.from_linear, r=r, vera_dropout=lora_dropout, projections=projections,
@@ -260,8 +266,11 @@ def _check_arguments(model: Any, method: Any, quantize: Any) -> None:
         raise ValueError(
             "model must contain its linear layers, got one layer; use LoRALinear.from_linear"
         )
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    if method not in _METHODS and not callable(method):
+        raise ValueError(
+            f"method must be one of {', '.join(_METHODS)} or a function of a linear layer, "
+            f"got {method!r}"
+        )
     if quantize not in _QUANTIZATIONS:
         raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}")
     peft = sys.modules.get("peft.tuners.tuners_utils")

@@ -58,8 +58,17 @@ def save_artefacts(
 
 def _save_model(place: Path, setting: Experiment) -> None:
     method = method_of(setting.config)
-    if method.peft:
+    if method.peft and hasattr(setting.model, "peft_config"):
         setting.model.save_pretrained(place, save_embedding_layers=False)
+    elif method.peft:
+        from lora_fast import save_adapter
+
+        files = save_adapter(
+            setting.model, place / "adapter", base_model_name_or_path=setting.base.name
+        )
+        for path in files.iterdir():
+            path.rename(place / path.name)
+        files.rmdir()
     if method.changes_weights:
         save_weights(unwrapped(base_weights(setting.model)), place / WEIGHTS_FILE)
     elif not method.peft:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lora_fast.modules.adapter_module import AdapterModule
+
 RECORDS = 10
 
 Ranks = dict[str, dict[str, float]]
@@ -90,12 +92,18 @@ def stable_rank(singular_values: Tensor) -> float:
 def low_rank_products(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield (layer, B with its row and column factors [N,R], A [R,K]) of PEFT's active adapters.
 
-    LoRA and its variants give B and A, AdaLoRA B·diag(Λ) and A, VeRA diag(b)·B·diag(d) and A.
+    LoRA and its variants give B and A, AdaLoRA B·diag(Λ) and A, VeRA and layers of lora_fast's own
+    diag(b)·B·diag(d) and A.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = (item for item in model.named_modules() if isinstance(item[1], BaseTunerLayer))
-    for name, layer in layers:
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdapterModule):
+            term = layer.low_rank()
+            B = term.B if term.d is None else term.B * term.d
+            yield name, B if term.b is None else term.b.unsqueeze(1) * B, term.A
+        if not isinstance(layer, BaseTunerLayer):
+            continue
         for adapter in layer.active_adapters:
             if adapter in getattr(layer, "vera_lambda_d", ()):
                 b, d = layer.vera_lambda_b[adapter], layer.vera_lambda_d[adapter]
