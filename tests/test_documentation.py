@@ -110,7 +110,8 @@ def test_every_reason_for_a_fallback_is_in_the_guide() -> None:
 def fallback_reasons() -> set[str]:
     """The fixed parts of what functions return that say why a layer cannot be fused."""
     package = ROOT / "lora_fast"
-    sources = [*(package / "peft_layers").glob("*.py"), package / "base_layer" / "linear.py"]
+    folders = ("peft_layers", "base_layer")
+    sources = [source for folder in folders for source in (package / folder).glob("*.py")]
     functions = [
         node
         for source in sources

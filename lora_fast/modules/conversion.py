@@ -267,10 +267,8 @@ def _check_arguments(model: Any, method: Any, quantize: Any) -> None:
             "model must contain its linear layers, got one layer; use LoRALinear.from_linear"
         )
     if method not in _METHODS and not callable(method):
-        raise ValueError(
-            f"method must be one of {', '.join(_METHODS)} or a function of a linear layer, "
-            f"got {method!r}"
-        )
+        known = ", ".join(_METHODS)
+        raise ValueError(f"method must be one of {known}, got {method!r}; or a function of a layer")
     if quantize not in _QUANTIZATIONS:
         raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}")
     peft = sys.modules.get("peft.tuners.tuners_utils")
