@@ -221,7 +221,10 @@ class _Launcher:
         )
 
     def _constexprs(self) -> dict[str, Any]:
-        names = list(self._src.signature)
-        return {
-            names[path[0]]: value for path, value in self._src.constants.items() if len(path) == 1
-        }
+        """By name, those of a tuple (the tile sizes of a launch) one by one."""
+        names, found = list(self._src.signature), {}
+        for path, value in self._src.constants.items():
+            if len(path) == 1:
+                is_tuple = hasattr(value, "_asdict")
+                found |= value._asdict() if is_tuple else {names[path[0]]: value}
+        return found

@@ -69,22 +69,30 @@ def traffic(launch: LaunchLike) -> list[Pass]:
         raise NotImplementedError(f"launch must be one of {sorted(_KERNELS)}, got {launch.name}")
     known, count = _KERNELS[launch.name]
     values = {**launch.arguments, **launch.constexprs}
-    given = [
-        *values.items(),
-        *(item for m in values.get("members", ()) for item in m._asdict().items()),
-    ]
+    given = [item for value in values.items() for item in spread(*value)]
     unknown = [name for name, value in given if name not in known and _is_set(value)]
     if unknown:
         raise NotImplementedError(
             f"bench/traffic.py must learn what {unknown} mean to {launch.name}"
         )
-    return count(_Values(values), launch.grid)
+    return count(_Values({**values, **dict(given)}), launch.grid)
 
 
 def compulsory_bytes(passes: list[Pass]) -> int:
     """Bytes of a launch whose passes shared a cache without limit: X, which they share, once."""
     x = [p.read["x_ptr"] for p in passes]
     return sum(p.bytes for p in passes) - sum(x) + max(x)
+
+
+def spread(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A value by its name, those of a tuple by theirs: the pointer to a gain b is gains.b."""
+    if name == "members":
+        return [item for member in value for item in member._asdict().items()]
+    if hasattr(value, "_asdict"):
+        if name.isupper():
+            return [*value._asdict().items()]
+        return [(f"{name}.{field}", part) for field, part in value._asdict().items()]
+    return [(name, value)]
 
 
 def _is_set(value: Any) -> bool:
@@ -121,8 +129,8 @@ def _cdiv(a: int, b: int) -> int:
 
 
 _GEMM_ARGUMENTS = _names(
-    "members num_partials s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold "
-    "M N num_chunks rows_per_sample stride_sm stride_ym IN_IS_B HAS_ADAPTER MAKES_S WRITES_Y "
+    "num_partials s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold "
+    "M N num_chunks rows_per_sample stride_sm stride_ym IS_GRAD "
     "DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION "
     "SHUFFLES MMA_SYNC PAIRS SETTLES "
     # the same X and W once more, where they have descriptors
@@ -130,20 +138,20 @@ _GEMM_ARGUMENTS = _names(
     # of each member
     "x_ptr w_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr partials_ptr in_ptr out_ptr "
     "scaling K R R_made first_r stride_xm stride_xk stride_wk stride_wn stride_in_l stride_in_r "
-    "stride_out_l stride_out_r IS_NF4 IS_NESTED BLOCKSIZE BLOCKSIZE2 SHARING"
+    "stride_out_l stride_out_r IS_NF4 BLOCKSIZE BLOCKSIZE2 SHARING"
 )
 
 
 def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     members = [_Values(member._asdict()) for member in v["members"]]
     passes = []
-    if v["MAKES_S"]:
+    if v["sync_ptr"] is not None:
         passes.append(Pass("sum" if members[0]["partials_ptr"] is not None else "shrink"))
         for member, partials in zip(members, v["num_partials"], strict=True):
             _producers(passes[0], v, member, partials)
         if v["largest_ptr"] is not None:
             passes[0].writes("largest_ptr", 4 * v.count("largest_ptr"))
-    if not v["WRITES_Y"]:
+    if v["y_ptr"] is None:
         return passes
     gemm = Pass("gemm")
     for member in members:
@@ -167,10 +175,10 @@ def _product(gemm: Pass, v: _Values, member: _Values) -> None:
     else:
         w = N * K * member.itemsize("w_ptr")
         gemm.reads("w_ptr", w, down * w)
-    if v["HAS_ADAPTER"]:
+    if v["s_ptr"] is not None:
         s, out = v.itemsize("s_ptr"), member.itemsize("out_ptr")
         gemm.flops += 2 * M * N * R
-        masks = v["DROPOUT"] and v["IN_IS_B"]
+        masks = v["DROPOUT"] and v["IS_GRAD"]
         gemm.reads("s_ptr", M * R * s, across * (v["MASK_PARTS"] if masks else 1) * M * R * s)
         gemm.reads("out_ptr", N * R * out, down * N * R * out)
 
@@ -184,7 +192,7 @@ def _packed_weight(gemm: Pass, v: _Values, member: _Values, across: int, down: i
     code = member.count("code_ptr") * member.itemsize("code_ptr")
     gemm.reads("absmax_ptr", blocks * absmax, shared * absmax)
     gemm.reads("code_ptr", code, tiles * code)
-    if member["IS_NESTED"]:
+    if member["offset_ptr"] is not None:
         outer, table = member.itemsize("absmax2_ptr"), member.itemsize("code2_ptr")
         gemm.reads("absmax2_ptr", _cdiv(blocks, member["BLOCKSIZE2"]) * outer, shared * outer)
         # Masked lanes look up entry 0.
@@ -212,9 +220,9 @@ def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> 
 
 
 _STRIP_ARGUMENTS = _names(
-    "x_ptr s_ptr largest_ptr B_ptr ds_ptr t_ptr grad_ptr sync_ptr scaling keep_scale seed_low "
-    "seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm stride_xl stride_sm "
-    "stride_vm stride_vl stride_bl stride_br stride_gl stride_gr SCALES PROJECTS OUTER GRAD "
+    "x_ptr s_ptr largest_ptr B_ptr partials.dS partials.T grads.factor sync_ptr scaling keep_scale "
+    "seed_low seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm "
+    "stride_xl stride_sm stride_vm stride_vl stride_bl stride_br stride_gl stride_gr IS_EXPAND "
     "DROPOUT PAIRS SETTLES BLOCK_M BLOCK_L BLOCK_R PRECISION"
 )
 
@@ -228,12 +236,12 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
         width = min(v["BLOCK_R"], R - chunk * v["BLOCK_R"])
         walk = Pass(f"walk {chunk}")
         walk.reads("x_ptr", M * L * x, M * L * x)
-        if v["PROJECTS"]:
+        if v["partials.dS"] is not None:
             factor = L * width * v.itemsize("B_ptr")
             walk.flops += 2 * M * L * width
             walk.reads("B_ptr", factor, ranges * factor)
-            walk.writes("ds_ptr", blocks * M * width * v.itemsize("ds_ptr"))
-        if v["OUTER"]:
+            walk.writes("partials.dS", blocks * M * width * v.itemsize("partials.dS"))
+        if v["partials.T"] is not None:
             S = M * width * v.itemsize("s_ptr")
             walk.flops += 2 * M * L * width
             walk.reads("s_ptr", S, blocks * S)
@@ -241,19 +249,19 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
                 # Ranges of rows begin with a tile of dS.
                 largest = 4 * width * _cdiv(M, v["tile_rows"])
                 walk.reads("largest_ptr", largest, blocks * largest)
-            walk.writes("t_ptr", ranges * L * width * v.itemsize("t_ptr"))
+            walk.writes("partials.T", ranges * L * width * v.itemsize("partials.T"))
         passes.append(walk)
-    if v["OUTER"]:
-        T = ranges * L * R * v.itemsize("t_ptr")
-        passes[-1].reads("t_ptr", T, T)
-        if v["GRAD"]:
-            passes[-1].writes("grad_ptr", L * R * v.itemsize("grad_ptr"))
+    if v["partials.T"] is not None:
+        T = ranges * L * R * v.itemsize("partials.T")
+        passes[-1].reads("partials.T", T, T)
+        if v["grads.factor"] is not None:
+            passes[-1].writes("grads.factor", L * R * v.itemsize("grads.factor"))
     return passes
 
 
 _DECODE_ARGUMENTS = _names(
     "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr w_ptr num_bytes num_elements "
-    "num_blocks BLOCKSIZE BLOCKSIZE2 IS_NESTED ROWS SHUFFLES"
+    "num_blocks BLOCKSIZE BLOCKSIZE2 ROWS SHUFFLES"
 )
 
 
@@ -265,7 +273,7 @@ def _nf4_decode(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     decode.reads("absmax_ptr", absmax, absmax)
     code = v.count("code_ptr") * v.itemsize("code_ptr")
     decode.reads("code_ptr", code, programs * code)
-    if v["IS_NESTED"]:
+    if v["offset_ptr"] is not None:
         outer, table = v.itemsize("absmax2_ptr"), v.itemsize("code2_ptr")
         decode.reads("absmax2_ptr", _cdiv(blocks, v["BLOCKSIZE2"]) * outer, blocks * outer)
         # Masked lanes of the last program look up entry 0.

@@ -48,15 +48,16 @@ def can_describe(matrix) -> bool:
     )
 
 
-def descriptors_of(operands, config, arch, is_grad):
-    """(X, W, X, W, …) for operands (X, W [N, K]) of each layer; Nones unless all can be described.
+def descriptors_of(layers, config, arch, is_grad):
+    """(X, W, X, W, …) of the layers' X and W [N, K]; Nones unless all can be described.
 
     Blocks of W are as they lie in memory, which the forward pass transposes. Before Hopper Triton
     would turn descriptors into pointers again, and not pipeline those.
     """
-    if not (DESCRIBES and config.descriptors) or (arch or 90) < 90 or len(operands) > MOST_LAYERS:
+    if not (DESCRIBES and config.descriptors) or (arch or 90) < 90 or len(layers) > MOST_LAYERS:
         return _NONE
     # An Nf4Operand is no tensor, and has nothing that TMA could read.
+    operands = [layer[:2] for layer in layers]
     if not all(hasattr(w, "stride") and can_describe(x) and can_describe(w) for x, w in operands):
         return _NONE
     x_block = [config.BLOCK_M, config.BLOCK_K]

@@ -11,6 +11,7 @@ are a margin of safety (Salmon et al., Parallel random numbers: as easy as 1, 2,
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,6 +67,15 @@ class Dropout:
 NO_DROPOUT = Dropout()
 
 
+class Words(NamedTuple):
+    """What a kernel draws the mask from (Dropout.words), and by what it multiplies the rest."""
+
+    seed_low: Any
+    seed_high: Any
+    threshold: Any
+    keep_scale: Any = 1.0
+
+
 def drops_pairs(dtype, arch):
     """Whether `drop` may take PAIRS: elements of 16 bits, on an NVIDIA GPU."""
     return dtype.itemsize == 2 and arch is not None
@@ -83,13 +93,13 @@ def _multiply(a: tl.constexpr, b):
 
 
 @triton.jit
-def _random_words(seed_low, seed_high, offs_m, first_l, BLOCK_L: tl.constexpr):
+def _random_words(words, offs_m, first_l, BLOCK_L: tl.constexpr):
     """Philox's words for a tile, [BLOCK_M, BLOCK_L / 8, 2, 2]: each serves two neighbours."""
     octets = (first_l // 8 + tl.arange(0, BLOCK_L // 8)).to(tl.uint32, bitcast=True)
     c0 = offs_m.to(tl.uint32, bitcast=True)[:, None] + tl.zeros([1, BLOCK_L // 8], tl.uint32)
     c1 = octets[None, :] + tl.zeros_like(c0)
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
-    k0, k1 = tl.cast(seed_low, tl.uint32), tl.cast(seed_high, tl.uint32)
+    k0, k1 = tl.cast(words.seed_low, tl.uint32), tl.cast(words.seed_high, tl.uint32)
     for _ in tl.static_range(_ROUNDS):
         high_0, low_0 = _multiply(0xD2511F53, c0)
         high_2, low_2 = _multiply(0xCD9E8D57, c2)
@@ -100,32 +110,30 @@ def _random_words(seed_low, seed_high, offs_m, first_l, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L: tl.constexpr):
+def keep_mask(words, offs_m, first_l, BLOCK_L: tl.constexpr):
     """True where dropout keeps element (m, l): where its 15 bits are not below the threshold.
 
     first_l must be a multiple of 8. The mask does not depend on how the matrix is cut into tiles.
     """
-    words = _random_words(seed_low, seed_high, offs_m, first_l, BLOCK_L)
+    random = _random_words(words, offs_m, first_l, BLOCK_L)
     # With − 1 a threshold of 2¹⁵, too, fits 32 bits.
-    limit = (tl.cast(threshold, tl.uint32) << 17) - 1
-    return tl.join(words << 17 > limit, words << 1 > limit).reshape(offs_m.shape[0], BLOCK_L)
+    limit = (tl.cast(words.threshold, tl.uint32) << 17) - 1
+    return tl.join(random << 17 > limit, random << 1 > limit).reshape(offs_m.shape[0], BLOCK_L)
 
 
 @triton.jit
-def drop(
-    x, seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr
-):
+def drop(x, words, offs_m, first_l, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr):
     """The tile x, zero where dropout does not keep it; PAIRS: two elements of 16 bits at once."""
     if PAIRS:
-        words = _random_words(seed_low, seed_high, offs_m, first_l, BLOCK_L)
-        halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+        random = _random_words(words, offs_m, first_l, BLOCK_L)
+        halves = tl.join(random.to(tl.uint16), (random >> 16).to(tl.uint16))
+        halves = halves.reshape(offs_m.shape[0], BLOCK_L)
+        thresholds = tl.cast(words.threshold, tl.uint32) * 0x10001
         return tl.inline_asm_elementwise(
-            _DROP_PAIR, "=r,r,r,r,r",
-            [x, halves.reshape(offs_m.shape[0], BLOCK_L), tl.cast(threshold, tl.uint32) * 0x10001],
-            x.dtype, True, 2,
-        )  # fmt: skip
+            _DROP_PAIR, "=r,r,r,r,r", [x, halves, thresholds], x.dtype, True, 2
+        )
     else:
-        keep = keep_mask(seed_low, seed_high, threshold, offs_m, first_l, BLOCK_L)
+        keep = keep_mask(words, offs_m, first_l, BLOCK_L)
         return tl.where(keep, x, 0.0)
 
 
@@ -137,7 +145,7 @@ def store_keep_mask(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_k = tl.program_id(1) * BLOCK_K
     offs_k = first_k + tl.arange(0, BLOCK_K)
-    keep = keep_mask(seed_low, seed_high, threshold, offs_m, first_k, BLOCK_K)
+    keep = keep_mask(Words(seed_low, seed_high, threshold), offs_m, first_k, BLOCK_K)
     inside = (offs_m < M)[:, None] & (offs_k < K)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(mask_ptr + offs, keep.to(tl.int8), mask=inside)

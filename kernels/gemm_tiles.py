@@ -4,6 +4,8 @@ The K-loops over the weights run one after the other into the same accumulator, 
 waits for its row block's flag.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -13,7 +15,8 @@ from .nf4_codes import load_codes
 from .nf4_tile import load_nf4_tile, packed_pointers
 from .scaling import tile_scale
 from .shrink_tiles import load_spans, times_gain
-from .tiles import FLAGS, load_factor, load_tile, tile_pointers
+from .sync_layout import FLAGS
+from .tiles import Matrix, load_factor, load_tile, load_vector, store_tile, tile_pointers
 
 # Rounds of waiting before a launch is aborted: each goes to the L2 cache and back, so it takes
 # seconds, and what producers do takes less than a millisecond.
@@ -25,17 +28,32 @@ _STUCK = tl.constexpr(
 _TRAP = tl.constexpr("{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p trap;\nmov.b32 $0, $1;\n}")
 
 
+_DESCRIBED = tl.constexpr(MOST_LAYERS)
+
+
+class Output(NamedTuple):
+    """y [M, N], V of the same shape or None, and the bias [N] or None; rows of y are whole."""
+
+    y_ptr: Any
+    v_ptr: Any
+    bias_ptr: Any
+    M: Any
+    N: Any
+    stride_ym: Any
+
+
 @triton.jit
 def _add_product(
     acc, member, x_desc, w_desc, block_m, block_n, g_ptr, M, N,
-    IN_IS_B: tl.constexpr, HAS_g: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
+    IS_GRAD: tl.constexpr, EVEN_K: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """acc + X W' of one member: the K-loop over its weight, dense or packed.
 
     Descriptors fill what lies outside of their matrices with zeros, so they need no masks.
     """
+    BLOCK_M: tl.constexpr = TILES.BLOCK_M
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N
+    BLOCK_K: tl.constexpr = TILES.BLOCK_K
     K = member.K
     IS_NF4: tl.constexpr = member.IS_NF4
     DESCRIBED: tl.constexpr = x_desc is not None
@@ -49,9 +67,9 @@ def _add_product(
     if not IS_NF4:
         w_ptrs = tile_pointers(member.w_ptr, offs_k, offs_n, member.stride_wk, member.stride_wn)
     else:
-        codes = load_codes(member.code_ptr, SHUFFLES)
-        offset = tl.load(member.offset_ptr) if member.IS_NESTED else 0.0
-        if IN_IS_B:
+        codes = load_codes(member.code_ptr, TARGET.SHUFFLES)
+        offset = tl.load(member.offset_ptr) if member.offset_ptr is not None else 0.0
+        if IS_GRAD:
             w_ptrs = packed_pointers(member.w_ptr, 0, block_n, member.stride_wk, BLOCK_K, BLOCK_N)
         else:
             w_ptrs = packed_pointers(member.w_ptr, block_n, 0, member.stride_wn, BLOCK_N, BLOCK_K)
@@ -66,17 +84,15 @@ def _add_product(
         if IS_NF4:
             # Rows and columns of the weight [N, K] as it lies in memory.
             w = load_nf4_tile(
-                w_ptrs, member.absmax_ptr, member.absmax2_ptr, member.code2_ptr, offset, codes,
-                k if IN_IS_B else block_n, block_n if IN_IS_B else k,
-                K if IN_IS_B else N, N if IN_IS_B else K,
-                member.stride_wk if IN_IS_B else member.stride_wn,
-                member.BLOCKSIZE, member.BLOCKSIZE2, member.IS_NESTED, member.SHARING,
-                SHUFFLES, MMA_SYNC,
-                EVEN_K and IN_IS_B, EVEN_K and not IN_IS_B, member.x_ptr.dtype.element_ty,
+                w_ptrs, member, offset, codes,
+                k if IS_GRAD else block_n, block_n if IS_GRAD else k,
+                K if IS_GRAD else N, N if IS_GRAD else K,
+                member.stride_wk if IS_GRAD else member.stride_wn,
+                EVEN_K and IS_GRAD, EVEN_K and not IS_GRAD, member.x_ptr.dtype.element_ty, TARGET,
             )  # fmt: skip
-            w = w if IN_IS_B else tl.trans(w)
+            w = w if IS_GRAD else tl.trans(w)
         elif DESCRIBED:
-            if IN_IS_B:
+            if IS_GRAD:
                 w = w_desc.load([k * BLOCK_K, block_n * BLOCK_N])
             else:
                 w = tl.trans(w_desc.load([block_n * BLOCK_N, k * BLOCK_K]))
@@ -84,26 +100,24 @@ def _add_product(
             w = tl.load(w_ptrs, mask=mask_n, other=0.0)
         else:
             w = tl.load(w_ptrs, mask=(offs_k < K - k * BLOCK_K)[:, None] & mask_n, other=0.0)
-        if HAS_g and IN_IS_B:
+        if g_ptr is not None and IS_GRAD:
             w = times_gain(w, g_ptr, k * BLOCK_K + offs_k, K)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w, acc, input_precision=TARGET.PRECISION)
         x_ptrs += tl.cast(member.stride_xk, tl.int64) * BLOCK_K
         w_ptrs += w_step
     return acc
 
 
 @triton.jit
-def _wait_for_S(
-    sync_ptr, block_m, num_chunks, M,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, TRAPS: tl.constexpr,
-):  # fmt: skip
+def _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES: tl.constexpr, TRAPS: tl.constexpr):
     """Acquire the flag of a row block, which counts its tiles of S that are stored.
 
     With TRAPS (PTX) the launch is aborted after MOST_ROUNDS. Not by tl.device_assert, which is for
     debugging: where a kernel calls anything, ptxas runs the wgmma of sm_90 one by one (C7510).
     """
     flag_ptr = sync_ptr + FLAGS + block_m
-    expected = tl.cdiv(tl.minimum(BLOCK_M, M - block_m * BLOCK_M), BLOCK_S) * num_chunks
+    rows = tl.minimum(TILES.BLOCK_M, M - block_m * TILES.BLOCK_M)
+    expected = tl.cdiv(rows, TILES.BLOCK_S) * num_chunks
     rounds = 0
     stored = tl.atomic_add(flag_ptr, 0, sem="acquire")
     while (stored < expected) & (rounds < MOST_ROUNDS):
@@ -118,32 +132,30 @@ def _wait_for_S(
 
 @triton.jit
 def _add_low_rank(
-    acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, u, M, N,
-    rows_per_sample, stride_sm,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_SPANS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    acc, members, num_partials, offs_m, offs_n, shrunk, gains, spans, u, M, N,
+    IS_GRAD: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """acc + u · Σ over members of S · outᵀ; u is None where S is an operand as it is."""
+    BLOCK_E: tl.constexpr = TILES.BLOCK_E
     dtype = members[0].x_ptr.dtype.element_ty
-    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     for i in tl.static_range(len(num_partials)):
         R = members[i].R
         first_r, stop_r = 0, R
-        if HAS_SPANS:
-            start, stop = load_spans(spans_ptr, offs_m, rows_per_sample, M, R)
+        if spans.ptr is not None:
+            start, stop = load_spans(spans, offs_m, M, R)
             first_r = tl.min(start, 0) // BLOCK_E * BLOCK_E
             stop_r = tl.max(stop, 0)
+        s_mat = Matrix(shrunk.ptr + members[i].first_r, shrunk.stride, 1, M, R)
+        out_mat = Matrix(members[i].out_ptr, members[i].stride_out_l, members[i].stride_out_r, N, R)
         for r in tl.range(first_r, stop_r, BLOCK_E, num_stages=1):
             offs_r = r + tl.arange(0, BLOCK_E)
-            S = load_tile(s_ptr + members[i].first_r, offs_m, offs_r, stride_sm, 1, M, R)
+            S = load_tile(s_mat, offs_m, offs_r)
             factor = load_factor(
-                members[i].out_ptr, b_ptr, d_ptr, members[i].scaling, offs_n, offs_r,
-                members[i].stride_out_l, members[i].stride_out_r, N, R,
-                not IN_IS_B, HAS_b, HAS_d, dtype,
-            )  # fmt: skip
+                out_mat, gains, members[i].scaling, offs_n, offs_r, not IS_GRAD, dtype
+            )
             if u is not None:
                 S = (S * u).to(dtype)
-            acc = tl.dot(S, tl.trans(factor), acc, input_precision=PRECISION)
+            acc = tl.dot(S, tl.trans(factor), acc, input_precision=TARGET.PRECISION)
     return acc
 
 
@@ -164,100 +176,88 @@ def _column_parts(acc, PARTS: tl.constexpr):
 
 @triton.jit
 def _store_masked(
-    acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr, u,
-    keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_SPANS: tl.constexpr,
-    BLOCK_E: tl.constexpr, MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    SHUFFLES: tl.constexpr,
+    acc, members, num_partials, block_m, block_n, shrunk, gains, out, spans, u, words, keep_scale,
+    IS_GRAD: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """acc + keep_scale · drop'(u · Σ over members of S · outᵀ), stored.
 
     What the mask drops needs an accumulator of its own: MASK_PARTS of the columns one after the
     other take the registers of one part.
     """
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    BLOCK_N: tl.constexpr = acc.shape[1] // MASK_PARTS
+    MASK_PARTS: tl.constexpr = TILES.MASK_PARTS
+    BLOCK_M: tl.constexpr = TILES.BLOCK_M
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N // MASK_PARTS
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     parts = _column_parts(acc, MASK_PARTS)
     for i in tl.static_range(MASK_PARTS):
         first_n = (block_n * MASK_PARTS + i) * BLOCK_N
         offs_n = first_n + tl.arange(0, BLOCK_N)
         low_rank = _add_low_rank(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_partials, block_m, offs_n,
-            s_ptr, b_ptr, d_ptr, spans_ptr, u, M, N, rows_per_sample, stride_sm,
-            IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_M, BLOCK_E, PRECISION,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), members, num_partials, offs_m, offs_n,
+            shrunk, gains, spans, u, out.M, out.N, IS_GRAD, TILES, TARGET,
         )  # fmt: skip
         rows = offs_m
-        if MASK_PARTS > 1 and SHUFFLES:
+        if MASK_PARTS > 1 and TARGET.SHUFFLES:
             # Or the compiler keeps what the parts have in common of their random words.
             rows = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [rows], tl.int32, False, 1)
-        keep = keep_mask(seed_low, seed_high, threshold, rows, first_n, BLOCK_N)
+        keep = keep_mask(words, rows, first_n, BLOCK_N)
         y = parts[i] + tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
-        y_ptrs = tile_pointers(y_ptr, offs_m, offs_n, stride_ym, 1)
-        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
+        store_tile(Matrix(out.y_ptr, out.stride_ym, 1, out.M, out.N), y, offs_m, offs_n)
 
 
 @triton.jit
 def consume(
-    block_m, block_n, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, largest_ptr,
-    b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low,
-    seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
-    HAS_SPANS: tl.constexpr, SAVES_V: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr, MASK_PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, DESCRIPTORS: tl.constexpr = MOST_LAYERS,
+    block_m, block_n, members, x_descs, w_descs, num_partials, num_chunks, shrunk, gains, out,
+    spans, words, sync_ptr,
+    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, TILES: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M × BLOCK_N tile of y."""
+    HAS_ADAPTER: tl.constexpr = shrunk.ptr is not None
     # Dropout masks the low-rank part of dX alone.
-    MASKS: tl.constexpr = DROPOUT and IN_IS_B and HAS_ADAPTER
+    MASKS_dX: tl.constexpr = DROPOUT and IS_GRAD and HAS_ADAPTER
+    BLOCK_M: tl.constexpr = TILES.BLOCK_M
+    BLOCK_N: tl.constexpr = TILES.BLOCK_N
+    M, N = out.M, out.N
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.static_range(len(num_partials)):  # more of them than descriptors have none
+    for i in tl.static_range(len(num_partials)):
+        # A group of more layers than have descriptors is read by pointers.
         acc = _add_product(
-            acc, members[i], x_descs[i % DESCRIPTORS], w_descs[i % DESCRIPTORS],
-            block_m, block_n, g_ptr, M, N, IN_IS_B, HAS_g, EVEN_K,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, SHUFFLES, MMA_SYNC,
+            acc, members[i], x_descs[i] if i < _DESCRIBED else None,
+            w_descs[i] if i < _DESCRIBED else None, block_m, block_n, gains.g, M, N,
+            IS_GRAD, EVEN_K, TILES, TARGET,
         )  # fmt: skip
-    if HAS_ADAPTER and MAKES_S:
-        _wait_for_S(sync_ptr, block_m, num_chunks, M, BLOCK_M, BLOCK_S, SHUFFLES)
-    u = None
-    SCALES: tl.constexpr = HAS_ADAPTER and largest_ptr is not None
+    if HAS_ADAPTER and sync_ptr is not None:
+        _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES, TARGET.SHUFFLES)
+    u, keep_scale = None, words.keep_scale
+    SCALES: tl.constexpr = HAS_ADAPTER and shrunk.largest is not None
     if SCALES:
         first_m = block_m * BLOCK_M
-        u, inverse = tile_scale(
-            largest_ptr, first_m, tl.minimum(first_m + BLOCK_M, M), BLOCK_S, stride_sm
-        )
-        if MASKS:
+        last_m = tl.minimum(first_m + BLOCK_M, M)
+        u, inverse = tile_scale(shrunk.largest, first_m, last_m, TILES.BLOCK_S, shrunk.stride)
+        if MASKS_dX:
             keep_scale = tl.cast(keep_scale, tl.float32) * inverse
         else:
             acc *= u
-    if MASKS:
+    if MASKS_dX:
         _store_masked(
-            acc, members, num_partials, block_m, block_n, s_ptr, b_ptr, d_ptr, y_ptr, spans_ptr, u,
-            keep_scale, seed_low, seed_high, threshold, M, N, rows_per_sample, stride_sm,
-            stride_ym, IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_E, MASK_PARTS, PRECISION, SHUFFLES,
+            acc, members, num_partials, block_m, block_n, shrunk, gains, out, spans, u, words,
+            keep_scale, IS_GRAD, TILES, TARGET,
         )  # fmt: skip
         return
     if HAS_ADAPTER:
         acc = _add_low_rank(
-            acc, members, num_partials, block_m, offs_n, s_ptr, b_ptr, d_ptr, spans_ptr, u, M, N,
-            rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_SPANS, BLOCK_M, BLOCK_E,
-            PRECISION,
+            acc, members, num_partials, offs_m, offs_n, shrunk, gains, spans, u, M, N,
+            IS_GRAD, TILES, TARGET,
         )  # fmt: skip
         if SCALES:
             acc *= inverse
-    if SAVES_V:
-        v_ptrs = tile_pointers(v_ptr, offs_m, offs_n, N, 1)
-        tl.store(v_ptrs, acc.to(v_ptr.dtype.element_ty), mask=mask)
-    if HAS_g and not IN_IS_B:
-        acc *= tl.load(g_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = tile_pointers(y_ptr, offs_m, offs_n, stride_ym, 1)
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    if out.v_ptr is not None:
+        store_tile(Matrix(out.v_ptr, N, 1, M, N), acc, offs_m, offs_n)
+    if gains.g is not None and not IS_GRAD:
+        acc *= load_vector(gains.g, offs_n, N)[None, :]
+    if out.bias_ptr is not None:
+        acc += load_vector(out.bias_ptr, offs_n, N)[None, :]
+    store_tile(Matrix(out.y_ptr, out.stride_ym, 1, M, N), acc, offs_m, offs_n)

@@ -30,15 +30,12 @@ _LANE_MODULO_16 = tl.constexpr("{\nmov.u32 $0, %laneid;\nand.b32 $0, $0, 15;\n}"
 
 
 @triton.jit
-def load_absmax(
-    absmax_ptr, absmax2_ptr, code2_ptr, offset, blocks, mask,
-    BLOCKSIZE2: tl.constexpr, IS_NESTED: tl.constexpr,
-):  # fmt: skip
+def load_absmax(packed, offset, blocks, mask):
     """float32 absmax of the quantisation blocks `blocks`; 0 where the mask is false."""
-    absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0)
-    if IS_NESTED:
-        code = tl.load(code2_ptr + absmax.to(tl.int32))
-        scale = tl.load(absmax2_ptr + blocks // BLOCKSIZE2, mask=mask, other=0.0)
+    absmax = tl.load(packed.absmax_ptr + blocks, mask=mask, other=0)
+    if packed.absmax2_ptr is not None:
+        code = tl.load(packed.code2_ptr + absmax.to(tl.int32))
+        scale = tl.load(packed.absmax2_ptr + blocks // packed.BLOCKSIZE2, mask=mask, other=0.0)
         absmax = tl.where(mask, code * scale + offset, 0.0)
     return absmax.to(tl.float32)
 

@@ -6,6 +6,8 @@ Byte i of the packed weight holds element 2i in its high nibble and 2i + 1 in it
 products are float32 and rounded once: every bit is that of the formula.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,21 +16,29 @@ from .configs import current_arch, pick_decode
 from .nf4_codes import load_absmax, load_codes, lookup_codes
 
 
+class Scales(NamedTuple):
+    """Where the absmax of a packed weight are."""
+
+    absmax_ptr: Any
+    absmax2_ptr: Any
+    code2_ptr: Any
+    BLOCKSIZE2: tl.constexpr
+
+
 @triton.jit
 def nf4_decode(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, w_ptr,
     num_bytes, num_elements, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
-    IS_NESTED: tl.constexpr, ROWS: tl.constexpr, SHUFFLES: tl.constexpr,
+    ROWS: tl.constexpr, SHUFFLES: tl.constexpr,
 ):  # fmt: skip
     """ROWS quantisation blocks: ROWS × BLOCKSIZE / 2 bytes → ROWS × BLOCKSIZE weights."""
     BYTES: tl.constexpr = BLOCKSIZE // 2
     # One absmax for each row of the tile, loaded and decoded once and not once for each byte.
     blocks = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    offset = tl.load(offset_ptr) if IS_NESTED else 0.0
+    offset = tl.load(offset_ptr) if offset_ptr is not None else 0.0
     absmax = load_absmax(
-        absmax_ptr, absmax2_ptr, code2_ptr, offset, blocks, blocks < num_blocks, BLOCKSIZE2,
-        IS_NESTED,
-    )  # fmt: skip
+        Scales(absmax_ptr, absmax2_ptr, code2_ptr, BLOCKSIZE2), offset, blocks, blocks < num_blocks
+    )
     first = tl.program_id(0).to(tl.int64) * ROWS
     # Four bytes a thread, and not 16, make the 16 bytes that it stores: loads and stores are both
     # coalesced, and nothing is moved between threads.
@@ -59,7 +69,7 @@ def decode(packed, quant_state, dtype):
         packed, quant_state.absmax, *nesting, quant_state.code, w,
         packed.numel(), w.numel(), num_blocks,
         BLOCKSIZE=blocksize, BLOCKSIZE2=int(state2.blocksize) if nested else 1,
-        IS_NESTED=nested, ROWS=rows, SHUFFLES=shuffles,
+        ROWS=rows, SHUFFLES=shuffles,
         num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return w

@@ -17,7 +17,7 @@ import triton.language as tl
 from .nf4_codes import load_absmax, lookup_codes
 
 # What `switches` says of a dense weight.
-_DENSE = {"IS_NF4": False, "IS_NESTED": False, "BLOCKSIZE": 1, "BLOCKSIZE2": 1, "SHARING": 1}
+_DENSE = {"IS_NF4": False, "BLOCKSIZE": 1, "BLOCKSIZE2": 1, "SHARING": 1}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Nf4Operand:
         return {
             "BLOCKSIZE": blocksize,
             "BLOCKSIZE2": int(state.state2.blocksize) if state.nested else 1,
-            "IS_NESTED": bool(state.nested),
             "SHARING": math.gcd(self.shape[1], blocksize, block_columns),
         }
 
@@ -67,17 +66,16 @@ def weight_arguments(w, config, is_grad):
 
 @triton.jit
 def decode_tile(
-    packed, codes, absmax, SHARING: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
+    packed, codes, absmax, SHARING: tl.constexpr, DTYPE: tl.constexpr, TARGET: tl.constexpr
+):
     """packed [ROWS, COLUMNS / 2], absmax [ROWS, COLUMNS / SHARING] → W [ROWS, COLUMNS]."""
     ROWS: tl.constexpr = packed.shape[0]
     COLUMNS: tl.constexpr = 2 * packed.shape[1]
-    high, low = lookup_codes(packed, codes, SHUFFLES)
+    high, low = lookup_codes(packed, codes, TARGET.SHUFFLES)
     # Joined before they are rounded: one conversion then rounds a pair into one register.
     w = tl.join(high, low).reshape(ROWS, COLUMNS // SHARING, SHARING) * absmax[:, :, None]
     w = w.to(DTYPE).reshape(ROWS, COLUMNS)
-    if MMA_SYNC:
+    if TARGET.MMA_SYNC:
         # A move that costs nothing and hides the bytes. Triton 3.7.1 would see that an operand
         # comes from 8-bit loads, choose mma.sync's layout for them, and so put one register move or
         # more for each product into the loop (A100: 580 instructions instead of 293).
@@ -97,18 +95,17 @@ def packed_pointers(
 
 @triton.jit
 def load_nf4_tile(
-    ptrs, absmax_ptr, absmax2_ptr, code2_ptr, offset, codes, row_block, column_block,
-    rows, columns, row_bytes, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
-    IS_NESTED: tl.constexpr, SHARING: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr,
-    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    ptrs, member, offset, codes, row_block, column_block, rows, columns, row_bytes,
+    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DTYPE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """W [ROWS, COLUMNS] in DTYPE, zero outside of [0, rows) × [0, columns).
+    """W [ROWS, COLUMNS] of a member in DTYPE, zero outside of [0, rows) × [0, columns).
 
     ptrs are the packed_pointers of the tile. From every multiple of SHARING on, as many neighbours
     share one absmax. EVEN_*: the tiles end where the matrix does.
     """
     ROWS: tl.constexpr = ptrs.shape[0]
     BYTES: tl.constexpr = ptrs.shape[1]
+    SHARING: tl.constexpr = member.SHARING
     offs_row = row_block * ROWS + tl.arange(0, ROWS)
     offs_byte = column_block * BYTES + tl.arange(0, BYTES)
     offs_shared = column_block * (2 * BYTES) + SHARING * tl.arange(0, 2 * BYTES // SHARING)
@@ -121,8 +118,6 @@ def load_nf4_tile(
     packed = tl.load(ptrs, mask=byte_mask, other=0)
     # Unsigned, so that dividing by a power of two is one shift; blocks can be counted in 32 bits.
     elements = offs_row.to(tl.uint64)[:, None] * columns + offs_shared.to(tl.uint64)[None, :]
-    blocks = (elements // BLOCKSIZE).to(tl.uint32)
-    absmax = load_absmax(
-        absmax_ptr, absmax2_ptr, code2_ptr, offset, blocks, mask, BLOCKSIZE2, IS_NESTED
-    )
-    return decode_tile(packed, codes, absmax, SHARING, SHUFFLES, MMA_SYNC, DTYPE)
+    blocks = (elements // member.BLOCKSIZE).to(tl.uint32)
+    absmax = load_absmax(member, offset, blocks, mask)
+    return decode_tile(packed, codes, absmax, SHARING, DTYPE, TARGET)

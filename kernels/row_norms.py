@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .configs import pick_row_norms, precision_of
-from .tiles import load_tile
+from .tiles import Matrix, load_tile
 
 
 @triton.jit
@@ -20,6 +20,8 @@ def row_norms(
 ):  # fmt: skip
     """The norms of BLOCK_N rows."""
     dtype = w_ptr.dtype.element_ty
+    w_mat = Matrix(w_ptr, stride_wn, stride_wk, N, K)
+    A_mat, B_mat = Matrix(A_ptr, K, 1, R, K), Matrix(B_ptr, R, 1, N, R)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -27,10 +29,10 @@ def row_norms(
         delta = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R)
-            B = load_tile(B_ptr, offs_n, offs_r, R, 1, N, R).to(dtype)
-            A = load_tile(A_ptr, offs_r, offs_k, K, 1, R, K).to(dtype)
+            B = load_tile(B_mat, offs_n, offs_r).to(dtype)
+            A = load_tile(A_mat, offs_r, offs_k).to(dtype)
             delta = tl.dot(B, A, delta, input_precision=PRECISION)
-        w = load_tile(w_ptr, offs_n, offs_k, stride_wn, stride_wk, N, K).to(tl.float32)
+        w = load_tile(w_mat, offs_n, offs_k).to(tl.float32)
         row = w + delta * tl.cast(scaling, tl.float32)
         total += tl.sum(row * row, axis=1)
     tl.store(norms_ptr + offs_n, tl.sqrt(total), mask=offs_n < N)

@@ -6,84 +6,99 @@ A launch with several members makes the S of all of them, side by side: every ro
 that counts the tiles of S that are stored.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .dropout import drop
 from .scaling import largest_finite, scaled_columns
-from .tiles import FLAGS, load_factor, load_tile, settled, sum_partials, tile_pointers
+from .sync_layout import FLAGS
+from .tiles import Matrix, load_factor, load_tile, load_vector, settled, store_tile, sum_partials
+
+
+class ShrunkPointers(NamedTuple):
+    """S or dS [M, ΣR] of all members, and the largest numbers of its tiles (scaling.Shrunk)."""
+
+    ptr: Any
+    largest: Any
+    stride: Any
+
+
+class Spans(NamedTuple):
+    """Columns [start, stop) of the rank that each sample of so many rows uses: [samples, 2]."""
+
+    ptr: Any
+    rows_per_sample: Any
 
 
 @triton.jit
 def times_gain(tile, g_ptr, offs_k, K):
     """diag(g) · tile, for a tile [BLOCK_K, …], rounded once more."""
-    gain = tl.load(g_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-    return (tile.to(tl.float32) * gain[:, None]).to(tile.dtype)
+    return (tile.to(tl.float32) * load_vector(g_ptr, offs_k, K)[:, None]).to(tile.dtype)
 
 
 @triton.jit
-def load_spans(spans_ptr, offs_m, rows_per_sample, M, R):
+def load_spans(spans, offs_m, M, R):
     """Columns start ≤ r < stop of the rank that each row uses; (R, 0) for those that use none."""
-    sample = offs_m // rows_per_sample
-    start = tl.load(spans_ptr + 2 * sample, mask=offs_m < M, other=0)
-    stop = tl.load(spans_ptr + 2 * sample + 1, mask=offs_m < M, other=0)
+    sample = offs_m // spans.rows_per_sample
+    start = tl.load(spans.ptr + 2 * sample, mask=offs_m < M, other=0)
+    stop = tl.load(spans.ptr + 2 * sample + 1, mask=offs_m < M, other=0)
     used = start < stop
     return tl.where(used, start, R), tl.where(used, stop, 0)
 
 
 @triton.jit
 def _shrink_tile(
-    member, b_ptr, d_ptr, g_ptr, keep_scale, seed_low, seed_high, threshold, offs_m, offs_r, M,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    member, gains, words, offs_m, offs_r, M,
+    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """S[m, r] = X[m, :] · in[:, r] in float32, with dropout on X or g on the factor."""
     dtype = member.x_ptr.dtype.element_ty
-    SCALES: tl.constexpr = IN_IS_B and dtype == tl.float16
+    SCALES: tl.constexpr = IS_GRAD and dtype == tl.float16
+    x_mat = Matrix(member.x_ptr, member.stride_xm, member.stride_xk, M, member.K)
+    in_mat = Matrix(member.in_ptr, member.stride_in_l, member.stride_in_r, member.K, member.R_made)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(0, tl.cdiv(member.K, BLOCK_K)):
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-        x = load_tile(member.x_ptr, offs_m, offs_k, member.stride_xm, member.stride_xk, M, member.K)
+        x = load_tile(x_mat, offs_m, offs_k)
         factor = load_factor(
-            member.in_ptr, b_ptr, d_ptr, 1.0, offs_k, offs_r,
-            member.stride_in_l, member.stride_in_r, member.K, member.R_made,
-            IN_IS_B, HAS_b, HAS_d, tl.float32 if SCALES else dtype,
-        )  # fmt: skip
+            in_mat, gains, 1.0, offs_k, offs_r, IS_GRAD, tl.float32 if SCALES else dtype
+        )
         if DROPOUT:
-            x = drop(x, seed_low, seed_high, threshold, offs_m, k * BLOCK_K, BLOCK_K, PAIRS)
-        if HAS_g:
-            factor = times_gain(factor, g_ptr, offs_k, member.K)
+            x = drop(x, words, offs_m, k * BLOCK_K, BLOCK_K, TARGET.PAIRS)
+        if IS_GRAD and gains.g is not None:
+            factor = times_gain(factor, gains.g, offs_k, member.K)
         if SCALES:
             operand, inverse = scaled_columns(factor, dtype)
-            acc += tl.dot(x, operand, input_precision=PRECISION) * inverse
+            acc += tl.dot(x, operand, input_precision=TARGET.PRECISION) * inverse
         else:
-            acc = tl.dot(x, factor, acc, input_precision=PRECISION)
-        if DROPOUT and SETTLES:
+            acc = tl.dot(x, factor, acc, input_precision=TARGET.PRECISION)
+        if DROPOUT and TARGET.SETTLES:
             acc = settled(acc)
     if DROPOUT:
-        acc *= tl.cast(keep_scale, tl.float32)
-    if IN_IS_B:
+        acc *= tl.cast(words.keep_scale, tl.float32)
+    if IS_GRAD:
         acc *= tl.cast(member.scaling, tl.float32)
     return acc
 
 
 @triton.jit
 def _store_chunk(
-    member, num_partials, first_r, tile, offs_m, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr,
-    spans_ptr, keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    member, num_partials, first_r, row_tile, offs_m, shrunk, gains, spans, words, M,
+    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Store BLOCK_S × BLOCK_R of a member's S, from column first_r of it on, and the largest |S| of
     each column where it is to be scaled."""
     SUMS_PARTIALS: tl.constexpr = member.partials_ptr is not None
+    BLOCK_R: tl.constexpr = TILES.BLOCK_R
+    BLOCK_S: tl.constexpr = TILES.BLOCK_S
     R = member.R_made
     offs_r = first_r + tl.arange(0, BLOCK_R)
     wanted = True
-    if HAS_SPANS:
-        start, stop = load_spans(spans_ptr, offs_m, rows_per_sample, M, R)
+    if spans.ptr is not None:
+        start, stop = load_spans(spans, offs_m, M, R)
         wanted = (tl.min(start, 0) < first_r + BLOCK_R) & (tl.max(stop, 0) > first_r)
     S = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
     if wanted:
@@ -93,44 +108,37 @@ def _store_chunk(
             )
         else:
             S = _shrink_tile(
-                member, b_ptr, d_ptr, g_ptr, keep_scale, seed_low, seed_high, threshold,
-                offs_m, offs_r, M, IN_IS_B, HAS_b, HAS_d, HAS_g and IN_IS_B,
-                DROPOUT and not IN_IS_B, PAIRS, SETTLES, BLOCK_S, BLOCK_K, BLOCK_R, PRECISION,
+                member, gains, words, offs_m, offs_r, M, IS_GRAD, DROPOUT and not IS_GRAD,
+                BLOCK_S, TILES.BLOCK_K, BLOCK_R, TARGET,
             )  # fmt: skip
-    if HAS_SPANS:
+    if spans.ptr is not None:
         columns = offs_r[None, :]
         S = tl.where((columns >= start[:, None]) & (columns < stop[:, None]), S, 0.0)
-    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    s_ptrs = tile_pointers(s_ptr + member.first_r, offs_m, offs_r, stride_sm, 1)
-    tl.store(s_ptrs, S.to(s_ptr.dtype.element_ty), mask=mask)
-    if largest_ptr is not None:
-        largest_ptrs = largest_ptr + tl.cast(tile, tl.int64) * stride_sm + member.first_r + offs_r
+    s_mat = Matrix(shrunk.ptr + member.first_r, shrunk.stride, 1, M, R)
+    store_tile(s_mat, S, offs_m, offs_r)
+    if shrunk.largest is not None:
+        row = tl.cast(row_tile, tl.int64) * shrunk.stride
+        largest_ptrs = shrunk.largest + row + member.first_r + offs_r
         tl.store(largest_ptrs, largest_finite(S, 0), mask=offs_r < R)
 
 
 @triton.jit
 def produce(
-    tile, chunk, members, num_partials, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr, spans_ptr,
-    sync_ptr,
-    keep_scale, seed_low, seed_high, threshold, M, rows_per_sample, stride_sm,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_SPANS: tl.constexpr, DROPOUT: tl.constexpr, PAIRS: tl.constexpr, SETTLES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr,
+    row_tile, chunk, members, num_partials, shrunk, gains, spans, words, sync_ptr, M,
+    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Store one chunk of the members' ranks for BLOCK_S rows, then raise their row block's flag."""
-    offs_m = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_m = row_tile * TILES.BLOCK_S + tl.arange(0, TILES.BLOCK_S)
     # Not len(members): Triton 3.6 fails on the length of a tuple that holds None.
     for i in tl.static_range(len(num_partials)):
-        chunks = tl.cdiv(members[i].R_made, BLOCK_R)
+        chunks = tl.cdiv(members[i].R_made, TILES.BLOCK_R)
         if (chunk >= 0) & (chunk < chunks):
             _store_chunk(
-                members[i], num_partials[i], chunk * BLOCK_R, tile, offs_m, s_ptr, largest_ptr,
-                b_ptr, d_ptr, g_ptr, spans_ptr, keep_scale, seed_low, seed_high, threshold, M,
-                rows_per_sample, stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT,
-                PAIRS, SETTLES, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+                members[i], num_partials[i], chunk * TILES.BLOCK_R, row_tile, offs_m, shrunk,
+                gains, spans, words, M, IS_GRAD, DROPOUT, TILES, TARGET,
             )  # fmt: skip
         chunk -= chunks
     # Every warp's part of S must be stored before one thread releases the flag.
     tl.debug_barrier()
-    tl.atomic_add(sync_ptr + FLAGS + tile * BLOCK_S // BLOCK_M, 1, sem="release")
+    block_m = row_tile * TILES.BLOCK_S // TILES.BLOCK_M
+    tl.atomic_add(sync_ptr + FLAGS + block_m, 1, sem="release")

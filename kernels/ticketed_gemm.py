@@ -16,8 +16,7 @@ add S · outᵀ to the same accumulator and store the tile once (gemm_tiles). Bo
 of X at the same time, so one of them finds them in the L2 cache. A producer waits for nobody and
 tickets are taken in start order, so there is no schedule in which it deadlocks.
 
-sync holds int32 zeros [ticket, finished, flag of row block 0, 1, …]; the CTA that finishes last
-leaves zeros behind.
+sync holds int32 zeros (sync_layout.py); the CTA that finishes last leaves zeros behind.
 """
 
 import functools
@@ -38,19 +37,18 @@ from .configs import (
     uses_mma_sync,
 )
 from .descriptors import descriptors_of
-from .dropout import drops_pairs
+from .dropout import NO_DROPOUT, Words, drops_pairs
 from .fitting import drops_to_smaller
-from .gemm_tiles import consume
+from .gemm_tiles import Output, consume
 from .nf4_tile import weight_arguments
 from .scaling import Shrunk, new_gradient
-from .shrink_tiles import produce
-from .tiles import FLAGS
+from .shrink_tiles import ShrunkPointers, Spans, produce
+from .sync_layout import FINISHED, FLAGS, TICKET
+from .tiles import NO_GAINS, Target
 from .workspace import debug_options, sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
-_VARYING = (
-    "num_partials", "M", "num_chunks", "rows_per_sample", "seed_low", "seed_high", "threshold",
-)  # fmt: skip
+_VARYING = ("M", "num_chunks", "rows_per_sample", "seed_low", "seed_high", "threshold")
 
 
 class Member(NamedTuple):
@@ -85,26 +83,38 @@ class Member(NamedTuple):
     stride_out_l: int
     stride_out_r: int
     IS_NF4: tl.constexpr
-    IS_NESTED: tl.constexpr
     BLOCKSIZE: tl.constexpr
     BLOCKSIZE2: tl.constexpr
     SHARING: tl.constexpr
 
 
+class Tiles(NamedTuple):
+    """A constant of a launch: how much of each dimension a tile of y takes (M, N; K and E in one
+    step) and a tile of S (S, R; K in one step)."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    BLOCK_E: int
+    BLOCK_S: int
+    GROUP_M: int
+    MASK_PARTS: int
+
+
 @triton.jit
-def _place_of(
-    ticket, M, N, num_chunks,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+def _place_of(ticket, M, N, num_chunks, TILES: tl.constexpr):
     """Of a ticket: whether it produces, its BLOCK_S rows or BLOCK_M rows, its chunk or BLOCK_N
     columns.
 
     Groups of GROUP_M row blocks follow each other: their columns of W sit in the L2 cache, and so
     do the rows of X that its producers and its GEMM tiles read.
     """
-    GROUP: tl.constexpr = GROUP_M * BLOCK_M
-    columns = tl.cdiv(N, BLOCK_N)
-    tickets = GROUP // BLOCK_S * num_chunks + GROUP_M * columns
+    BLOCK_M: tl.constexpr = TILES.BLOCK_M
+    BLOCK_S: tl.constexpr = TILES.BLOCK_S
+    GROUP: tl.constexpr = TILES.GROUP_M * BLOCK_M
+    columns = tl.cdiv(N, TILES.BLOCK_N)
+    tickets = GROUP // BLOCK_S * num_chunks + TILES.GROUP_M * columns
     group = ticket // tickets
     within = ticket % tickets
     rows = tl.minimum(M - group * GROUP, GROUP)
@@ -116,92 +126,84 @@ def _place_of(
     else:
         blocks = tl.cdiv(rows, BLOCK_M)
         across, down = (within - producers) % blocks, (within - producers) // blocks
-        across += group * GROUP_M
+        across += group * TILES.GROUP_M
     return produces, across, down
 
 
 @triton.jit
-def _take(
-    produces, across, down, members, x_descs, w_descs, num_partials, s_ptr, largest_ptr, b_ptr,
-    d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low, seed_high,
-    threshold, M, N, num_chunks, rows_per_sample, stride_sm, stride_ym,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
-    HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, MASK_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, PAIRS: tl.constexpr,
-    SETTLES: tl.constexpr,
+def _work_off(
+    ticket, members, num_partials, x_descs, w_descs, shrunk, gains, out, spans, words, sync_ptr,
+    num_chunks, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Produce S, or a tile of the output, at the place of the ticket."""
-    if not WRITES_Y or (MAKES_S and produces):
+    """Produce S, or a tile of the output, at the place of a ticket."""
+    produces, across, down = _place_of(ticket, out.M, out.N, num_chunks, TILES)
+    if out.y_ptr is None or (sync_ptr is not None and produces):
         produce(
-            across, down, members, num_partials, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr,
-            spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, rows_per_sample,
-            stride_sm, IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_SPANS, DROPOUT, PAIRS, SETTLES,
-            BLOCK_M, BLOCK_K, BLOCK_R, BLOCK_S, PRECISION,
+            across, down, members, num_partials, shrunk, gains, spans, words, sync_ptr, out.M,
+            IS_GRAD, DROPOUT, TILES, TARGET,
         )  # fmt: skip
     else:
         consume(
-            across, down, members, x_descs, w_descs, num_partials, num_chunks, s_ptr, largest_ptr,
-            b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr, keep_scale, seed_low,
-            seed_high, threshold, M, N, rows_per_sample, stride_sm, stride_ym,
-            IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, SAVES_V,
-            DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, BLOCK_S, MASK_PARTS, PRECISION,
-            SHUFFLES, MMA_SYNC,
+            across, down, members, x_descs, w_descs, num_partials, num_chunks, shrunk, gains, out,
+            spans, words, sync_ptr, IS_GRAD, DROPOUT, EVEN_K, TILES, TARGET,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def ticketed_gemm(
-    members, num_partials, s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr,
-    spans_ptr, sync_ptr, keep_scale, seed_low, seed_high, threshold, M, N, num_chunks,
-    rows_per_sample, stride_sm, stride_ym,
-    x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2, w_desc_2,
-    IN_IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADAPTER: tl.constexpr, MAKES_S: tl.constexpr,
-    HAS_SPANS: tl.constexpr, WRITES_Y: tl.constexpr, SAVES_V: tl.constexpr,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr, MASK_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, SHUFFLES: tl.constexpr, MMA_SYNC: tl.constexpr, PAIRS: tl.constexpr,
-    SETTLES: tl.constexpr,
+    members, num_partials, s_ptr, largest_ptr, gains, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
+    keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
+    stride_sm, stride_ym, x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2, w_desc_2,
+    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, TILES: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
-    IN_IS_B tells the two uses apart: False is the forward pass (in = A, out = B with its gains, g
-    on the output), True the input gradient (in = B with its gains, out = A, g on X). Gains, V and
-    spans are those of a launch with one member. x_desc_i and w_desc_i are tensor descriptors of
-    member i's X and W, those of all members or none.
+    IS_GRAD tells the two uses apart: the forward pass (in = A, out = B with its gains, g on the
+    output) and the input gradient (in = B with its gains, out = A, g on X). Gains, V and spans are
+    those of a launch with one member. What a launch has none of is None: without s_ptr there is no
+    low-rank branch, without sync_ptr S is there already, without y_ptr only S is wanted. x_desc_i
+    and w_desc_i are tensor descriptors of member i's X and W, those of all members or none.
     """
-    x_descs, w_descs = (x_desc_0, x_desc_1, x_desc_2), (w_desc_0, w_desc_1, w_desc_2)
+    MAKES_S: tl.constexpr = sync_ptr is not None
     ticket = tl.program_id(0)
     if MAKES_S:
-        ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
-    produces, across, down = _place_of(ticket, M, N, num_chunks, BLOCK_M, BLOCK_N, BLOCK_S, GROUP_M)
-    _take(
+        ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+    _work_off(
         # In Triton 3.5 an argument's inner tuples forget their constants at an `if`; sums do not.
-        produces, across, down, members + (), x_descs, w_descs, num_partials,  # noqa: RUF005
-        s_ptr, largest_ptr, b_ptr, d_ptr, g_ptr, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
-        keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
-        stride_sm, stride_ym,
-        IN_IS_B, HAS_b, HAS_d, HAS_g, HAS_BIAS, HAS_ADAPTER, MAKES_S, HAS_SPANS, WRITES_Y, SAVES_V,
-        DROPOUT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, BLOCK_S, MASK_PARTS,
-        PRECISION, SHUFFLES, MMA_SYNC, PAIRS, SETTLES,
+        ticket, members + (), num_partials,  # noqa: RUF005
+        (x_desc_0, x_desc_1, x_desc_2), (w_desc_0, w_desc_1, w_desc_2),
+        ShrunkPointers(s_ptr, largest_ptr, stride_sm), gains,
+        Output(y_ptr, v_ptr, bias_ptr, M, N, stride_ym), Spans(spans_ptr, rows_per_sample),
+        Words(seed_low, seed_high, threshold, keep_scale), sync_ptr, num_chunks,
+        IS_GRAD, DROPOUT, EVEN_K, TILES, TARGET,
     )  # fmt: skip
     if MAKES_S:
-        finished = tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel")
+        finished = tl.atomic_add(sync_ptr + FINISHED, 1, sem="acq_rel")
         if finished == tl.num_programs(0) - 1:
-            words = FLAGS + tl.cdiv(M, BLOCK_M)
+            words = FLAGS + tl.cdiv(M, TILES.BLOCK_M)
             for first in range(0, words, 128):
                 offs = first + tl.arange(0, 128)
                 tl.store(sync_ptr + offs, tl.zeros([128], tl.int32), mask=offs < words)
 
 
+class Layer(NamedTuple):
+    """What a launcher is given of a layer: X is x [M, K] in the forward pass, dY [M, N] in the
+    gradient; weight [N, K], A [R, K], B [N, R]; partials [J, M, R] are the parts of dS that the
+    strips kernel left, and without them the launch forms dS itself."""
+
+    X: Any
+    weight: Any
+    A: Any = None
+    B: Any = None
+    scaling: float = 1.0
+    partials: Any = None
+
+
 def forward(
-    x, weight, bias, A, B, b, d, g, scaling, dropout, rank_spans=None, *,
-    saves_V=False, S=None, made=None, config=None,
+    x, weight, A=None, B=None, scaling=1.0, *, bias=None, gains=NO_GAINS, dropout=NO_DROPOUT,
+    rank_spans=None, saves_V=False, S=None, made=None, config=None,
 ):  # fmt: skip
     """y [M, N], S [M, R] (None without an adapter) and V [M, N] (None unless saved) in one launch.
 
@@ -211,76 +213,55 @@ def forward(
     others get their columns as S and make none.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
-    in_factor = None
-    if A is not None and S is None:
-        in_factor = A.T
+    layer = Layer(x, weight, A if S is None else None, B, scaling)
+    if layer.A is not None:
         made = x.new_empty(x.shape[0], A.shape[0]) if made is None else made
         S = made[:, : B.shape[1]]
     V = torch.empty_like(y) if saves_V else None
     if config is None:
         # With g, V may be stored beside y.
         R = 0 if S is None else S.shape[1]
-        config = pick_gemm(x.shape[0], x.dtype, current_arch(), narrow=g is not None, R=R)
-    layer = (x, weight, None, in_factor, B, scaling)
-    shrink = Shrunk(S)
-    _launch(config, [layer], y, V, shrink, b, d, g, bias, dropout, rank_spans, is_grad=False)
+        config = pick_gemm(x.shape[0], x.dtype, current_arch(), narrow=gains.g is not None, R=R)
+    _launch(
+        config, [layer], y=y, V=V, shrunk=Shrunk(S), bias=bias, gains=gains, dropout=dropout,
+        rank_spans=rank_spans, is_grad=False,
+    )  # fmt: skip
     return y, S, V
 
 
 def grad_input(
-    dY, weight, partials, A, B, b, d, g, scaling, dropout, rank_spans=None, *,
-    wants_dX, config=None,
-):  # fmt: skip
-    """dX [M, K] (None unless wanted) and dS, a Shrunk, in one launch, for dY [M, N] and
-    weight [N, K].
+    layers, dropout=NO_DROPOUT, *, gains=NO_GAINS, rank_spans=None, wants_dX=True, config=None
+):
+    """dX [M, K] = Σ dY_i (g ⊙ W_i) + drop'(dS_i A_i) (None unless wanted) and dS, a Shrunk with the
+    dS_i side by side, in one launch.
 
-    partials [J, M, R] are the parts of dS that the strips kernel left; with None this launch
-    forms dS itself.
-    """
-    R = 0 if A is None else A.shape[0]
-    # With g, W is scaled on its way.
-    picks = {"narrow": g is not None, "masks": dropout.p > 0.0, "R": R}
-    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), **picks)
-    dX, dS = _results(wants_dX, dY, weight, R, config)
-    layer = (dY, weight, partials, B, None if A is None else A.T, scaling)
-    _launch(config, [layer], dX, None, dS, b, d, g, None, dropout, rank_spans, is_grad=True)
-    return dX, dS
-
-
-def grad_input_group(layers, dropout, *, wants_dX, config=None):
-    """dX [M, K] = Σ dY_i W_i + drop'(dS_i A_i) (None unless wanted) and dS, a Shrunk with
-    the dS_i side by side, in one launch.
-
-    layers are (dY, weight, partials, A, B, scaling), all of them as in grad_input.
+    Each is a Layer with X = dY; gains and rank_spans are those of one layer alone.
     """
     dY, weight = layers[0][:2]
-    ranks = [A.shape[0] for *_, A, _, _ in layers]
-    # One rank that is no multiple of 16 is enough.
-    R = math.gcd(*ranks)
-    config = config or pick_gemm(dY.shape[0], dY.dtype, current_arch(), masks=dropout.p > 0.0, R=R)
-    dX, dS = _results(wants_dX, dY, weight, sum(ranks), config)
-    layers = [(dY, w, partials, B, A.T, s) for dY, w, partials, A, B, s in layers]
-    _launch(config, layers, dX, None, dS, None, None, None, None, dropout, None, is_grad=True)
-    return dX, dS
-
-
-def _results(wants_dX, dY, weight, R, config):
+    ranks = [layer.A.shape[0] for layer in layers if layer.A is not None]
+    if config is None:
+        # One rank that is no multiple of 16 is enough. With g, W is scaled on its way.
+        picks = {"narrow": gains.g is not None, "masks": dropout.p > 0.0, "R": math.gcd(*ranks)}
+        config = pick_gemm(dY.shape[0], dY.dtype, current_arch(), **picks)
     dX = dY.new_empty(dY.shape[0], weight.shape[1]) if wants_dX else None
-    return dX, new_gradient(dY, R, config.BLOCK_S) if R else Shrunk(None)
+    dS = new_gradient(dY, sum(ranks), config.BLOCK_S) if ranks else Shrunk(None)
+    _launch(
+        config, layers, y=dX, V=None, shrunk=dS, bias=None, gains=gains, dropout=dropout,
+        rank_spans=rank_spans, is_grad=True,
+    )  # fmt: skip
+    return dX, dS
 
 
 @drops_to_smaller
-def _launch(config, layers, y, V, shrink, b, d, g, bias, dropout, spans, *, is_grad):
-    """layers: (X, weight, partials, in_factor [K', R_made], out_factor [N', R], scaling); shrink: S
-    without what scales it, or dS."""
-    S = shrink.values
-    members, parts, first_r, BLOCK_R, BLOCK_E = [], [], 0, 0, config.MAX_E
+def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, is_grad):
+    """shrunk: S without what scales it, or dS."""
+    S, x = shrunk.values, layers[0].X
+    members, num_partials, first_r, BLOCK_R, BLOCK_E = [], [], 0, 0, config.MAX_E
     even_K, packed = True, False
-    x = layers[0][0]
     for layer in layers:
-        member, partials = _member(*layer, first_r, config, is_grad), layer[2]
+        member = _member(layer, first_r, config, is_grad)
         members.append(member)
-        parts.append(0 if partials is None else partials.shape[0])
+        num_partials.append(0 if layer.partials is None else layer.partials.shape[0])
         first_r += member.R_made
         BLOCK_R = max(BLOCK_R, rank_block(member.R_made))
         BLOCK_E = min(BLOCK_E, expand_block(member.R, x.dtype if S is None else S.dtype))
@@ -290,33 +271,30 @@ def _launch(config, layers, y, V, shrink, b, d, g, bias, dropout, spans, *, is_g
     M, N = x.shape[0], 0 if y is None else y.shape[1]
     makes_S = members[0].in_ptr is not None
     arch = current_arch()
-    chunks = sum([-(-m.R_made // BLOCK_R) for m in members])
+    num_chunks = sum([-(-member.R_made // BLOCK_R) for member in members])
     blocks = -(-M // config.BLOCK_M)
-    tickets = -(-M // config.BLOCK_S) * chunks + blocks * -(-N // config.BLOCK_N)
+    tickets = -(-M // config.BLOCK_S) * num_chunks + blocks * -(-N // config.BLOCK_N)
     if tickets == 0:
         return
-    words = FLAGS.value + blocks
     seed_low, seed_high, threshold = dropout.words()
-    descriptors = descriptors_of([(x, w) for x, w, *_ in layers], config, arch, is_grad)
+    descriptors = descriptors_of(layers, config, arch, is_grad)
     is_described = descriptors[0] is not None
     ticketed_gemm[(tickets,)](
-        tuple(members), tuple(parts),
-        S, shrink.largest, b, d, g, bias, y, V, spans,
-        sync_words(x.device, words) if makes_S else None,
+        tuple(members), tuple(num_partials), S, shrunk.largest, gains, bias, y, V, rank_spans,
+        sync_words(x.device, FLAGS.value + blocks) if makes_S else None,
         dropout.keep_scale, seed_low, seed_high, threshold,
-        M, N, chunks, M if spans is None else M // spans.shape[0],
+        M, N, num_chunks, M if rank_spans is None else M // rank_spans.shape[0],
         0 if S is None else S.stride(0), N, *descriptors,
-        IN_IS_B=is_grad, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
-        HAS_BIAS=bias is not None, HAS_ADAPTER=S is not None, MAKES_S=makes_S,
-        HAS_SPANS=spans is not None, WRITES_Y=y is not None, SAVES_V=V is not None,
-        DROPOUT=dropout.p > 0.0,
-        EVEN_K=is_described or even_K,
-        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=BLOCK_R,
-        BLOCK_E=BLOCK_E,
-        BLOCK_S=config.BLOCK_S, GROUP_M=config.GROUP_M, MASK_PARTS=config.MASK_PARTS,
-        PRECISION=precision_of(x.dtype),
-        SHUFFLES=arch is not None, MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
-        PAIRS=drops_pairs(x.dtype, arch), SETTLES=settles_products(x.dtype, arch),
+        IS_GRAD=is_grad, DROPOUT=dropout.p > 0.0, EVEN_K=is_described or even_K,
+        TILES=Tiles(
+            config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, BLOCK_R, BLOCK_E, config.BLOCK_S,
+            config.GROUP_M, config.MASK_PARTS,
+        ),
+        TARGET=Target(
+            PRECISION=precision_of(x.dtype), PAIRS=drops_pairs(x.dtype, arch),
+            SETTLES=settles_products(x.dtype, arch), SHUFFLES=arch is not None,
+            MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
+        ),
         num_warps=config.num_warps, num_stages=config.num_stages,
         # absmax = code2 · absmax2 + offset has to be rounded twice, as bitsandbytes does.
         enable_fp_fusion=not packed,
@@ -324,14 +302,16 @@ def _launch(config, layers, y, V, shrink, b, d, g, bias, dropout, spans, *, is_g
     )  # fmt: skip
 
 
-def _member(x, weight, partials, in_factor, out_factor, scaling, first_r, config, is_grad):
-    pointers, w_strides, switches = weight_arguments(weight, config, is_grad)
+def _member(layer, first_r, config, is_grad):
+    pointers, w_strides, switches = weight_arguments(layer.weight, config, is_grad)
+    A_rows = None if layer.A is None else layer.A.T
+    in_factor, out_factor = (layer.B, A_rows) if is_grad else (A_rows, layer.B)
     R = 0 if out_factor is None else out_factor.shape[1]
     R_made = 0 if in_factor is None else in_factor.shape[1]
     return Member(
-        x, *pointers, partials, in_factor, out_factor, float(scaling),
-        x.shape[1], R, R_made, first_r,
-        *x.stride(), *w_strides, *_strides(in_factor), *_strides(out_factor),
+        layer.X, *pointers, layer.partials, in_factor, out_factor, float(layer.scaling),
+        layer.X.shape[1], R, R_made, first_r,
+        *layer.X.stride(), *w_strides, *_strides(in_factor), *_strides(out_factor),
         **{name: _constant(value) for name, value in switches.items()},
     )  # fmt: skip
 

@@ -1,14 +1,50 @@
-"""Pieces that the GEMM and the strip kernels share: masked tiles, gains, the dropout mask.
+"""What the kernels share: matrices and the tiles of them, gains, where a launch synchronises.
 
 Tiles are named by their index letters, m for rows (tokens), l for a long dimension (K or N), r for
 the rank. Offsets into tensors are int64.
+
+Arguments that travel together are NamedTuples: constants of a launch, pointers, or what the kernel
+itself puts together. Numbers that vary are not launched in one: Triton compiles anew for every 1
+and every multiple of 16 within a tuple, which a seed must not be.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-# Words of ticketed_gemm's sync before the first flag: the ticket, and the count of finished CTAs.
-FLAGS = tl.constexpr(2)
+
+class Matrix(NamedTuple):
+    """A strided matrix [size_0, size_1] in memory."""
+
+    ptr: Any
+    stride_0: Any
+    stride_1: Any
+    size_0: Any
+    size_1: Any
+
+
+class Gains(NamedTuple):
+    """The vectors b [N], d [R] and g [N] of a layer, or None."""
+
+    b: Any = None
+    d: Any = None
+    g: Any = None
+
+
+NO_GAINS = Gains()
+
+
+class Target(NamedTuple):
+    """A constant of a launch, how its device computes: the precision of products, dropout on pairs
+    of elements, products that end with their iteration (`settled`), warp shuffles and PTX, and
+    products by mma.sync."""
+
+    PRECISION: str
+    PAIRS: bool = False
+    SETTLES: bool = False
+    SHUFFLES: bool = False
+    MMA_SYNC: bool = False
 
 
 @triton.jit
@@ -29,25 +65,37 @@ def settled(acc):
 
 
 @triton.jit
-def load_tile(ptr, offs_0, offs_1, stride_0, stride_1, size_0, size_1):
-    """The tile [offs_0, offs_1], zero outside of [0, size_0) × [0, size_1)."""
-    mask = (offs_0 < size_0)[:, None] & (offs_1 < size_1)[None, :]
-    return tl.load(tile_pointers(ptr, offs_0, offs_1, stride_0, stride_1), mask=mask, other=0.0)
+def load_tile(matrix, offs_0, offs_1):
+    """The tile [offs_0, offs_1] of a Matrix, zero outside of it."""
+    mask = (offs_0 < matrix.size_0)[:, None] & (offs_1 < matrix.size_1)[None, :]
+    ptrs = tile_pointers(matrix.ptr, offs_0, offs_1, matrix.stride_0, matrix.stride_1)
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_factor(
-    ptr, b_ptr, d_ptr, scaling, offs_l, offs_r, stride_l, stride_r, L, R,
-    IS_B: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def store_tile(matrix, tile, offs_0, offs_1):
+    """Store what lies within a Matrix of a tile [offs_0, offs_1], rounded to its dtype."""
+    mask = (offs_0 < matrix.size_0)[:, None] & (offs_1 < matrix.size_1)[None, :]
+    ptrs = tile_pointers(matrix.ptr, offs_0, offs_1, matrix.stride_0, matrix.stride_1)
+    tl.store(ptrs, tile.to(matrix.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, offs, size):
+    """Elements of a vector in float32, zero from `size` on."""
+    return tl.load(ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_factor(factor, gains, scaling, offs_l, offs_r, IS_B: tl.constexpr, DTYPE: tl.constexpr):
     """A as [K, R], or s · b dᵀ ⊙ B as [N, R], multiplied in float32 and rounded once."""
-    tile = load_tile(ptr, offs_l, offs_r, stride_l, stride_r, L, R)
+    tile = load_tile(factor, offs_l, offs_r)
     if IS_B:
         tile = tile.to(tl.float32) * tl.cast(scaling, tl.float32)
-        if HAS_b:
-            tile *= tl.load(b_ptr + offs_l, mask=offs_l < L, other=0.0).to(tl.float32)[:, None]
-        if HAS_d:
-            tile *= tl.load(d_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
+        if gains.b is not None:
+            tile *= load_vector(gains.b, offs_l, factor.size_0)[:, None]
+        if gains.d is not None:
+            tile *= load_vector(gains.d, offs_r, factor.size_1)[None, :]
     return tile.to(DTYPE)
 
 
@@ -58,5 +106,6 @@ def sum_partials(
     """Σ_j partials[j, m, r], always in the order of j."""
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for j in range(0, num_partials):
-        acc += load_tile(partials_ptr + tl.cast(j, tl.int64) * M * R, offs_m, offs_r, R, 1, M, R)
+        part = Matrix(partials_ptr + tl.cast(j, tl.int64) * M * R, R, 1, M, R)
+        acc += load_tile(part, offs_m, offs_r)
     return acc

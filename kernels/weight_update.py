@@ -12,50 +12,45 @@ import triton
 import triton.language as tl
 
 from .configs import pick_update
-from .tiles import load_factor, load_tile, tile_pointers
+from .tiles import Matrix, load_factor, load_tile, load_vector, store_tile
 
 
 @triton.jit
 def weight_update(
-    w_ptr, out_ptr, A_ptr, B_ptr, b_ptr, d_ptr, g_ptr, scaling, N, K, R,
+    w_ptr, out_ptr, A_ptr, B_ptr, gains, scaling, N, K, R,
     stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
-    HAS_ADAPTER: tl.constexpr, HAS_b: tl.constexpr, HAS_d: tl.constexpr, HAS_g: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_N, BLOCK_K] of out."""
+    """One tile [BLOCK_N, BLOCK_K] of out; without A and B only the gain."""
     blocks_k = tl.cdiv(K, BLOCK_K)
     offs_n = (tl.program_id(0) // blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = (tl.program_id(0) % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    if HAS_ADAPTER:
+    if A_ptr is not None:
+        A_mat = Matrix(A_ptr, stride_ar, stride_ak, R, K)
+        B_mat = Matrix(B_ptr, stride_bn, stride_br, N, R)
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R)
-            B = load_factor(
-                B_ptr, b_ptr, d_ptr, 1.0, offs_n, offs_r, stride_bn, stride_br, N, R,
-                True, HAS_b, HAS_d, tl.float32,
-            )  # fmt: skip
-            A = load_tile(A_ptr, offs_r, offs_k, stride_ar, stride_ak, R, K).to(tl.float32)
+            B = load_factor(B_mat, gains, 1.0, offs_n, offs_r, True, tl.float32)
+            A = load_tile(A_mat, offs_r, offs_k).to(tl.float32)
             acc = tl.dot(B, A, acc, input_precision="ieee")
         acc *= tl.cast(scaling, tl.float32)
-    acc += load_tile(w_ptr, offs_n, offs_k, stride_wn, stride_wk, N, K).to(tl.float32)
-    if HAS_g:
-        acc *= tl.load(g_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    pointers = tile_pointers(out_ptr, offs_n, offs_k, stride_on, stride_ok)
-    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    acc += load_tile(Matrix(w_ptr, stride_wn, stride_wk, N, K), offs_n, offs_k).to(tl.float32)
+    if gains.g is not None:
+        acc *= load_vector(gains.g, offs_n, N)[:, None]
+    store_tile(Matrix(out_ptr, stride_on, stride_ok, N, K), acc, offs_n, offs_k)
 
 
-def update(W, out, A, B, b, d, g, scaling):
-    """Fill out [N, K], which may be W, in one launch; A and B, or g, may be None."""
+def update(W, out, A, B, gains, scaling):
+    """Fill out [N, K], which may be W, in one launch; A and B, or any of the gains, may be None."""
     (N, K), config = W.shape, pick_update()
     R = 0 if A is None else A.shape[0]
     strides_A, strides_B = (0, 0) if A is None else A.stride(), (0, 0) if B is None else B.stride()
     if W.numel() == 0:
         return
     weight_update[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(K, config.BLOCK_K),)](
-        W, out, A, B, b, d, g, scaling, N, K, R,
+        W, out, A, B, gains, scaling, N, K, R,
         *W.stride(), *out.stride(), *strides_A, *strides_B,
-        HAS_ADAPTER=A is not None, HAS_b=b is not None, HAS_d=d is not None, HAS_g=g is not None,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -94,7 +94,8 @@ def test_the_variants_launch_every_shipped_configuration(monkeypatch: pytest.Mon
     launched = set()
 
     def launch(kernel: Any, *args: Any, **options: Any) -> None:
-        launched.add((kernel.fn.__name__, *_tile(options)))
+        tiles = options["TILES"]._asdict() if "TILES" in options else {}
+        launched.add((kernel.fn.__name__, *_tile({**options, **tiles})))
 
     monkeypatch.setattr(JITFunction, "run", launch)
     shipped: set[tuple[Any, ...]] = set()

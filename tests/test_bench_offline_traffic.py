@@ -43,13 +43,13 @@ class Observed:
         """Tickets are taken in the order of the programs; strips has a pass for each chunk."""
         if self.name == "strips":
             return program[2]
-        if self.name == "ticketed_gemm" and self.arguments["MAKES_S"]:
+        if self.name == "ticketed_gemm" and self.arguments["sync_ptr"] is not None:
             return int(self._is_gemm_tile(program[0]))
         return 0
 
     def _is_gemm_tile(self, ticket: int) -> bool:
         """A group of row blocks after the other: the tiles that make its S, then its products."""
-        a = self.arguments
+        a = {**self.arguments, **self.arguments["TILES"]._asdict()}
         rows = a["GROUP_M"] * a["BLOCK_M"]
         for first in range(0, a["M"], rows):
             here = min(rows, a["M"] - first)
@@ -64,9 +64,8 @@ class Observed:
         raise AssertionError(f"{ticket} tickets too many")
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        members = (member._asdict() for member in self.arguments.get("members", ()))
-        for arguments in (self.arguments, *members):
-            yield from ((n, v) for n, v in arguments.items() if isinstance(v, torch.Tensor))
+        given = (part for value in self.arguments.items() for part in traffic.spread(*value))
+        yield from ((name, value) for name, value in given if isinstance(value, torch.Tensor))
 
     def argument_at(self, addresses: np.ndarray) -> str:
         for name, value in self.tensors():

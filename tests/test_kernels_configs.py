@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from lora_fast.kernels import configs, strips, ticketed_gemm
 from lora_fast.kernels.configs import GemmConfig, StripConfig
 from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.ticketed_gemm import Layer
 
 from bench import resources, stub_driver
 
@@ -134,11 +135,11 @@ def test_a_tuned_configuration_fits_the_device(arch, config):
     M, N, K, R = 8192, 4096, 4096, 16
     A, B = meta(R, K, dtype=FP32), meta(N, R, dtype=FP32)
     x, dY, W, partials = meta(M, K), meta(M, N), meta(N, K), meta(16, M, R, dtype=FP32)
-    none, options = (None,) * 3, {"wants_dX": True, "config": config}
+    layer = Layer(dY, W, A, B, 2.0, partials)
     with stub_driver.recording(arch) as log:
-        ticketed_gemm.forward(x, W, None, A, B, *none, 2.0, Dropout(0.1), config=config)
-        ticketed_gemm.grad_input(dY, W, partials, A, B, *none, 2.0, Dropout(), **options)
-        ticketed_gemm.grad_input_group([(dY, W, partials, A, B, 2.0)] * 2, Dropout(), **options)
+        ticketed_gemm.forward(x, W, A, B, 2.0, dropout=Dropout(0.1), config=config)
+        for layers in ([layer], [layer] * 2):
+            ticketed_gemm.grad_input(layers, config=config)
     limits = resources.limits_of(arch)
     assert len(log.kernels) == 3
     for kernel in log.kernels:

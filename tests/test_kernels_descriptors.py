@@ -26,7 +26,8 @@ from lora_fast.kernels.descriptors import (
     descriptors_of,
     wanted,
 )
-from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.ticketed_gemm import Layer
+from lora_fast.kernels.tiles import Gains
 
 from bench import stub_driver
 
@@ -122,7 +123,6 @@ BOTH_DIRECTIONS = """
     import torch
     from bench import stub_driver
     from lora_fast.kernels import configs, ticketed_gemm
-    from lora_fast.kernels.dropout import Dropout
 
     def meta(*shape):
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -130,9 +130,8 @@ BOTH_DIRECTIONS = """
     x, W, dY, A, B = (meta(*s) for s in ((256, 512), (384, 512), (256, 384), (16, 512), (384, 16)))
     for arch in (90, 100):
         with stub_driver.recording(arch) as log:
-            ticketed_gemm.forward(x, W, None, A, B, None, None, None, 2.0, Dropout())
-            factors = (None, A, B, None, None, None, 2.0, Dropout())
-            ticketed_gemm.grad_input(dY, W, *factors, wants_dX=True)
+            ticketed_gemm.forward(x, W, A, B, 2.0)
+            ticketed_gemm.grad_input([ticketed_gemm.Layer(dY, W, A, B, 2.0)])
         print(*(k.text("ptx").count("cp.async.bulk.tensor.2d") > 0 for k in log.kernels))
 """
 
@@ -159,14 +158,12 @@ def _results(config, device, case) -> list[torch.Tensor]:
     M, K, N = case
     x, W, dY = (_matrix(*shape).to(device) for shape in ((M, K), (N, K), (M, N)))
     A, B = (_matrix(*shape, torch.float32).to(device) for shape in ((16, K), (N, 16)))
-    g, none, options = _matrix(1, N)[0].to(device), (None,) * 3, {"config": config}
-    y, S, _ = ticketed_gemm.forward(x, W, None, A, B, *none, 2.0, Dropout(), **options)
-    gained = ticketed_gemm.grad_input(
-        dY, W, None, A, B, None, None, g, 2.0, Dropout(), wants_dX=True, **options
-    )
-    layers = [(dY, W, None, A, B, 2.0), (dY[:, :64], W[:64], None, A, B[:64], 1.0)]
+    gains = Gains(g=_matrix(1, N)[0].to(device))
+    y, S, _ = ticketed_gemm.forward(x, W, A, B, 2.0, config=config)
+    layers = [Layer(dY, W, A, B, 2.0), Layer(dY[:, :64], W[:64], A, B[:64], 1.0)]
+    gained = ticketed_gemm.grad_input(layers[:1], gains=gains, config=config)
     summed = [
-        ticketed_gemm.grad_input_group(group, Dropout(), wants_dX=True, **options)
+        ticketed_gemm.grad_input(group, config=config)
         for group in (layers, layers[:1] * (MOST_LAYERS + 1))
     ]
     gradients = [t for dX, dS in (gained, *summed) for t in (dX, dS.values)]
@@ -219,14 +216,14 @@ def test_they_take_fewer_instructions_and_no_other_resources(arch):
 
     M, N, K, R = 8192, 4096, 4096, 16
     A, B = meta(R, K, dtype=torch.float32), meta(N, R, dtype=torch.float32)
-    x, dY, W, none = meta(M, K), meta(M, N), meta(N, K), (None,) * 3
-    layers = [(dY, W, meta(16, M, R, dtype=torch.float32), A, B, 2.0)] * MOST_LAYERS
+    x, dY, W = meta(M, K), meta(M, N), meta(N, K)
+    layers = [Layer(dY, W, A, B, 2.0, meta(16, M, R, dtype=torch.float32))] * MOST_LAYERS
     picked = configs.pick_gemm(M, BF16, arch)
     kernels = {}
     for config in (picked, replace(picked, descriptors=False)):
         with stub_driver.recording(arch) as log:
-            ticketed_gemm.forward(x, W, None, A, B, *none, 2.0, Dropout(), config=config)
-            ticketed_gemm.grad_input_group(layers, Dropout(), wants_dX=True, config=config)
+            ticketed_gemm.forward(x, W, A, B, 2.0, config=config)
+            ticketed_gemm.grad_input(layers, config=config)
         kernels[config.descriptors] = log.kernels
     for count, found, pointers in zip((1, MOST_LAYERS), kernels[True], kernels[False], strict=True):
         loops = [loop for loop in found.resources.hot_loops if loop.by_opcode["UTMALDG"]]

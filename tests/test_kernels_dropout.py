@@ -89,7 +89,8 @@ def _drop(
     offs = offs_m[:, None] * K + offs_k[None, :]
     inside = (offs_m < M)[:, None] & (offs_k < K)[None, :]
     x = tl.load(x_ptr + offs, mask=inside, other=0.0)
-    y = kernels.drop(x, seed_low, seed_high, threshold, offs_m, first_k, BLOCK_K, PAIRS)
+    words = kernels.Words(seed_low, seed_high, threshold)
+    y = kernels.drop(x, words, offs_m, first_k, BLOCK_K, PAIRS)
     tl.store(y_ptr + offs, y, mask=inside)
 
 

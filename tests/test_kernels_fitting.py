@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 from lora_fast.kernels import configs, strips, ticketed_gemm
 from lora_fast.kernels.configs import GemmConfig, StripConfig
-from lora_fast.kernels.dropout import Dropout
 from lora_fast.kernels.fitting import descent, drops_to_smaller, recording_drops
 from lora_fast.kernels.scaling import Shrunk
 from triton.runtime.errors import OutOfResources
@@ -20,7 +19,6 @@ from bench import stub_driver
 
 BF16 = torch.bfloat16
 GEMM = configs.pick_gemm(8192, BF16, 90)
-VECTORS = (None, None, None)
 
 
 def _descent(config: GemmConfig | StripConfig) -> list[GemmConfig | StripConfig]:
@@ -105,7 +103,7 @@ def test_a_gemm_drops_to_what_the_device_has():
     x, W = torch.zeros(256, 512, dtype=BF16), torch.zeros(512, 512, dtype=BF16)
     A, B = torch.zeros(16, 512), torch.zeros(512, 16)
     with stub_driver.recording(89) as log:
-        ticketed_gemm.forward(x, W, None, A, B, *VECTORS, 2.0, Dropout(), config=config)
+        ticketed_gemm.forward(x, W, A, B, 2.0, config=config)
     (launch,) = log.launches
     assert launch.kernel.shared_bytes <= 99 * 1024
     assert launch.kernel.num_stages < config.num_stages
@@ -117,7 +115,7 @@ def test_strips_drop_to_what_the_device_has():
     config = StripConfig(64, 512, num_warps=8, num_stages=4)
     x, dS = torch.zeros(256, 512, dtype=BF16), torch.zeros(256, 16, dtype=BF16)
     with stub_driver.recording(90) as log:
-        strips.grad_shrink(x, Shrunk(dS), torch.float32, Dropout(), config=config)
+        strips.grad_shrink(x, Shrunk(dS), torch.float32, config=config)
     (launch,) = log.launches
     assert launch.kernel.shared_bytes <= 227 * 1024
     assert launch.kernel.num_stages < config.num_stages
@@ -128,7 +126,7 @@ def test_a_configuration_that_fits_is_the_one_that_runs():
     given = replace(GEMM, BLOCK_N=64, num_stages=2)
     x, W = torch.zeros(256, 512, dtype=BF16), torch.zeros(512, 512, dtype=BF16)
     with stub_driver.recording(90) as log:
-        ticketed_gemm.forward(x, W, None, None, None, *VECTORS, 1.0, Dropout(), config=given)
+        ticketed_gemm.forward(x, W, config=given)
     (launch,) = log.launches
     assert launch.constexprs["BLOCK_N"] == 64
     assert launch.kernel.num_stages == 2

@@ -16,7 +16,8 @@ from lora_fast.functional import adapted_linear
 
 triton = pytest.importorskip("triton")
 from lora_fast.kernels import configs, nf4_codes, nf4_tile, ticketed_gemm  # noqa: E402
-from lora_fast.kernels.dropout import Dropout  # noqa: E402
+from lora_fast.kernels.ticketed_gemm import Layer  # noqa: E402
+from lora_fast.kernels.tiles import Gains, Target  # noqa: E402
 from triton import language as tl  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -37,12 +38,9 @@ def through_the_gemm(weight, dtype, *, is_grad, g=None):
     N, K = weight.shape
     identity = torch.eye(N if is_grad else K, dtype=dtype, device=weight.device)
     operand = nf4_tile.Nf4Operand(weight.packed, weight.quant_state)
-    factors = (None, None, None, None, g)
     if is_grad:
-        return ticketed_gemm.grad_input(
-            identity, operand, None, *factors, 1.0, Dropout(), wants_dX=True
-        )[0]
-    return ticketed_gemm.forward(identity, operand, None, *factors, 1.0, Dropout())[0].T
+        return ticketed_gemm.grad_input([Layer(identity, operand)], gains=Gains(g=g))[0]
+    return ticketed_gemm.forward(identity, operand, gains=Gains(g=g))[0].T
 
 
 @triton.jit
@@ -56,7 +54,7 @@ def store_decoded_tile(
     absmax = tl.load(absmax_ptr + rows * GROUPS + tl.arange(0, GROUPS)[None, :])
     codes = nf4_codes.load_codes(code_ptr, SHUFFLES)
     w = nf4_tile.decode_tile(
-        packed, codes, absmax, SHARING, SHUFFLES, False, w_ptr.dtype.element_ty
+        packed, codes, absmax, SHARING, w_ptr.dtype.element_ty, Target("ieee", SHUFFLES=SHUFFLES)
     )
     columns = tl.arange(0, 2 * BYTES)[None, :]
     tl.store(w_ptr + rows * (2 * BYTES) + columns, w)

@@ -30,7 +30,7 @@ from lora_fast.kernels import (
     ticketed_gemm,
     weight_update,
 )
-from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.tiles import NO_GAINS, Gains
 from lora_fast.kernels.triton_version import VERSION
 from triton.runtime.jit import JITFunction
 
@@ -275,12 +275,9 @@ def _in_gemm(arch: int, M: int, R: int, dtype: torch.dtype) -> stub_driver.Log:
     N, K = 4096, 4096
     weight, A, B = _nf4(N, K, nested=True), _meta(R, K), _meta(N, R)
     x, dY = _meta(M, K, dtype=dtype), _meta(M, N, dtype=dtype)
-    vectors = (None, None, None)
     with stub_driver.recording(arch) as log:
-        ticketed_gemm.forward(x, weight, None, A, B, *vectors, 2.0, Dropout())
-        ticketed_gemm.grad_input(
-            dY, weight, _meta(4, M, R), A, B, *vectors, 2.0, Dropout(), wants_dX=True
-        )
+        ticketed_gemm.forward(x, weight, A, B, 2.0)
+        ticketed_gemm.grad_input([ticketed_gemm.Layer(dY, weight, A, B, 2.0, _meta(4, M, R))])
     return log
 
 
@@ -324,10 +321,10 @@ def test_nf4_in_a_float32_gemm_fits_the_device() -> None:
 def test_weight_update_fits_the_device(arch: int, dtype: torch.dtype) -> None:
     N, K, R = 4096, 4096, 32
 
-    for vectors in ((None, None, None), (_meta(N), _meta(R), _meta(N))):
+    for gains in (NO_GAINS, Gains(_meta(N), _meta(R), _meta(N))):
         W = _meta(N, K, dtype=dtype)
         with stub_driver.recording(arch) as log:
-            weight_update.update(W, W, _meta(R, K), _meta(N, R), *vectors, 0.5)
+            weight_update.update(W, W, _meta(R, K), _meta(N, R), gains, 0.5)
         (launch,) = log.launches
         _assert_fits(launch, arch)
         # float32 products stay float32: no tensor core takes them.

@@ -104,7 +104,7 @@ def test_a_plan_reaches_every_launch(monkeypatch, choosing, plan):
         seen.append((config, isinstance(args[1], nf4_tile.Nf4Operand)))
         raise Seen
 
-    def group(layers, dropout, *, config, **kwargs):
+    def grad_input(layers, dropout, *, config, **kwargs):
         seen.extend((config, isinstance(layer[1], nf4_tile.Nf4Operand)) for layer in layers)
         raise Seen
 
@@ -113,8 +113,7 @@ def test_a_plan_reaches_every_launch(monkeypatch, choosing, plan):
     x, dY, S, needs = torch.zeros(4, 64), torch.zeros(4, 8), torch.zeros(4, 2), Needs(x=True)
     choosing(plan, plan)
     monkeypatch.setattr(triton_ops.ticketed_gemm, "forward", gemm)
-    monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input", gemm)
-    monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input_group", group)
+    monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input", grad_input)
     ops = Routes(cublas=False)
     for call in (
         lambda: ops.forward(x, f, needs),

@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 from lora_fast.kernels import configs, fitting, strips, ticketed_gemm
-from lora_fast.kernels.dropout import NO_DROPOUT
 from lora_fast.kernels.scaling import Shrunk
 from torch import Tensor
 from torch.nn import functional as F
@@ -130,8 +129,7 @@ def _forward(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
     o = Operands.random(day, M, K, N)
 
     def fused(config: configs.GemmConfig) -> object:
-        factors = (None, o.A, o.B, None, None, None, _SCALING, NO_DROPOUT)
-        return ticketed_gemm.forward(o.x, o.W, *factors, config=config)
+        return ticketed_gemm.forward(o.x, o.W, o.A, o.B, _SCALING, config=config)
 
     ways = {"cuBLAS": lambda: F.linear(o.x, o.W), **forward_ways(o)}
     return _row(day, {**_ready(ways), **_tiles(day, M, fused)}, M, K, N)
@@ -143,8 +141,8 @@ def _grad_input(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
     parts = None if day.fused == "torch" else _parts(o)[1]
 
     def fused(config: configs.GemmConfig) -> object:
-        factors = (o.A, o.B, None, None, None, _SCALING, NO_DROPOUT)
-        return ticketed_gemm.grad_input(o.dY, o.W, parts, *factors, wants_dX=True, config=config)
+        layer = ticketed_gemm.Layer(o.dY, o.W, o.A, o.B, _SCALING, parts)
+        return ticketed_gemm.grad_input([layer], config=config)
 
     ways = {"cuBLAS": lambda: o.dY @ o.W, **grad_input_ways(o)}
     return _row(day, {**_ready(ways), **_tiles(day, M, fused)}, M, K, N)
@@ -197,9 +195,8 @@ def _only(
 
 def _parts(o: Operands) -> tuple[dict[str, Tensor], Tensor]:
     """dB and the parts of dS, in one read of dY."""
-    wanted, factors = strips.Wanted(B=True), (None, None, None)
     found: tuple[dict[str, Tensor], Tensor] = strips.grad_expand(
-        o.dY, o.S, None, None, o.B, *factors, _SCALING, wanted, projects=True
+        o.dY, o.B, _SCALING, wanted=strips.Wanted(B=True), S=o.S, stores_dS=True
     )
     return found
 
@@ -215,7 +212,7 @@ def _strips(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
         def step() -> object:
             before, configs._STRIP_CTAS = configs._STRIP_CTAS, ctas
             try:
-                return _parts(o), strips.grad_shrink(o.x, Shrunk(o.dS), _DTYPE, NO_DROPOUT)
+                return _parts(o), strips.grad_shrink(o.x, Shrunk(o.dS), _DTYPE)
             finally:
                 configs._STRIP_CTAS = before
 

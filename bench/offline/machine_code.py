@@ -45,9 +45,9 @@ def role(launch: stub_driver.Launch) -> str:
     """What a launch does in a step."""
     flags = launch.constexprs
     if launch.name == "ticketed_gemm":
-        return "dX" if flags["IN_IS_B"] else "forward"
+        return "dX" if flags["IS_GRAD"] else "forward"
     if launch.name == "strips":
-        return "dB, dS" if flags["SCALES"] else "dA"
+        return "dB, dS" if flags["IS_EXPAND"] else "dA"
     return launch.name
 
 
@@ -62,7 +62,7 @@ def _name(launch: stub_driver.Launch, variant: Variant, arch: int) -> str:
             words.append("NF4")
     if launch.name in ("ticketed_gemm", "strips", "row_norms"):
         words.append(f"r{variant.R}")
-    if launch.name == "ticketed_gemm" and not c["IN_IS_B"]:
+    if launch.name == "ticketed_gemm" and not c["IS_GRAD"]:
         made = members[0].R_made
         words += ["without shrink"] * (made == 0) + [f"of {made}"] * (made > variant.R)
     if launch.name == "strips" and launch.arguments["R"] > variant.R:
@@ -163,7 +163,7 @@ def loop_of(launch: stub_driver.Launch, part: str) -> sass.Loop | None:
     loops = _pipelined_loops(launch)
     if launch.name != "ticketed_gemm":
         return loops[0] if loops else None
-    products = len(launch.arguments["members"]) * launch.constexprs["WRITES_Y"]
+    products = len(launch.arguments["members"]) * _writes_y(launch)
     of_part = {"gemm": loops[:products], "shrink": loops[products:]}.get(part, [])
     return max(of_part, key=lambda loop: len(loop.instructions), default=None)
 
@@ -174,7 +174,7 @@ _loops: dict[int, tuple[stub_driver.CompiledKernel, list[sass.Loop]]] = {}
 
 def _pipelined_loops(launch: stub_driver.Launch) -> list[sass.Loop]:
     """The loops whose loads run ahead, most products first. RuntimeError: not as many as passes."""
-    kernel, c = launch.kernel, launch.constexprs
+    kernel = launch.kernel
     if id(kernel) in _loops:
         return _loops[id(kernel)][1]
 
@@ -188,7 +188,7 @@ def _pipelined_loops(launch: stub_driver.Launch) -> list[sass.Loop]:
         loops = [loop for loop in loops if not _ASYNCHRONOUS.isdisjoint(loop.by_opcode)]
         members = launch.arguments["members"]
         shrinks = [m for m in members if m.in_ptr is not None and m.partials_ptr is None]
-        expected = c["WRITES_Y"] * len(members) + len(shrinks)
+        expected = _writes_y(launch) * len(members) + len(shrinks)
         if len(loops) != expected:
             raise RuntimeError(f"{launch.name} must have {expected} K-loops, got {len(loops)}")
     _loops[id(kernel)] = kernel, loops
@@ -211,7 +211,13 @@ def loop_flops(launch: stub_driver.Launch) -> int:
     c = launch.constexprs
     if launch.name == "ticketed_gemm":
         return int(2 * c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"])
-    return int(2 * c["BLOCK_M"] * c["BLOCK_L"] * c["BLOCK_R"] * (c["PROJECTS"] + c["OUTER"]))
+    partials = launch.arguments["partials"]
+    products = (partials.dS is not None) + (partials.T is not None)
+    return int(2 * c["BLOCK_M"] * c["BLOCK_L"] * c["BLOCK_R"] * products)
+
+
+def _writes_y(launch: stub_driver.Launch) -> bool:
+    return launch.arguments.get("y_ptr") is not None
 
 
 def flops_of_instructions(loop: sass.Loop, num_warps: int) -> int | None:

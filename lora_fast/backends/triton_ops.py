@@ -16,6 +16,7 @@ from ..factors import Factors, Gradients, Needs, Saved
 from ..kernels import configs, nf4_decode, nf4_tile, strips, ticketed_gemm, weight_update, workspace
 from ..kernels import dropout as dropout_kernels
 from ..kernels import row_norms as row_norms_kernels
+from ..kernels.tiles import NO_GAINS, Gains
 from ..nf4 import NF4Weight
 from ..tuning.plans import FUSED, Plan
 
@@ -34,8 +35,8 @@ def forward(x: Tensor, f: Factors, needs: Needs, plan: Plan = FUSED) -> tuple[Te
     with _Launching(x):
         weight = _gemm_operand(f.weight, x, plan.workspace)
         y, S, V = ticketed_gemm.forward(
-            x, weight, f.bias, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
-            saves_V=needs.saves_V, config=plan.gemm,
+            x, weight, f.A, f.B, f.scaling, bias=f.bias, gains=_gains(f), dropout=_dropout(f),
+            rank_spans=f.rank_spans, saves_V=needs.saves_V, config=plan.gemm,
         )  # fmt: skip
     return y, Saved(S if needs.saves_S else None, V)
 
@@ -62,9 +63,9 @@ def update_weight(
 ) -> None:
     """out [N, K] ← round(g ⊙ (W + s · (b ⊙ (B d)) A)) in one launch; out may be W."""
     _check_dtype(W)
-    vectors = (None if v is None else v.contiguous() for v in (b, d, g))
+    gains = Gains(*(None if v is None else v.contiguous() for v in (b, d, g)))
     with _Launching(W):
-        weight_update.update(W, out, A, B, *vectors, scaling)
+        weight_update.update(W, out, A, B, gains, scaling)
     # What autograd has saved of a tensor that a kernel overwrote must not pass for intact.
     torch.autograd.graph.increment_version(out)
 
@@ -90,8 +91,8 @@ def forward_group(
     with _Launching(x):
         for f, shrink in zip(fs, shrinks, strict=True):
             y, *_ = ticketed_gemm.forward(
-                x, _gemm_operand(f.weight, x, plan.workspace), f.bias, B=f.B, b=None, d=None,
-                g=None, scaling=f.scaling, dropout=_dropout(f), config=plan.gemm, **shrink,
+                x, _gemm_operand(f.weight, x, plan.workspace), B=f.B, scaling=f.scaling,
+                bias=f.bias, dropout=_dropout(f), config=plan.gemm, **shrink,
             )  # fmt: skip
             ys.append(y)
     return ys, made, None
@@ -121,10 +122,10 @@ def backward_group(
             if need.x:
                 weight = _gemm_operand(f.weight, dY, plan.workspace)
             grads.append(found)
-            layers.append((dY, weight, partials, f.A, f.B, f.scaling))
+            layers.append(ticketed_gemm.Layer(dY, weight, f.A, f.B, f.scaling, partials))
         if needs_dS or needs[0].x:
             dropout = _dropout(fs[0])
-            dX, dS = ticketed_gemm.grad_input_group(
+            dX, dS = ticketed_gemm.grad_input(
                 layers, dropout, wants_dX=needs[0].x, config=plan.gemm
             )
             grads[0] = grads[0]._replace(x=dX)
@@ -142,11 +143,11 @@ def _output_side(
 ) -> tuple[Gradients, Tensor | None]:
     """dB and dbias of one layer, and the partials of its dS where they pay."""
     wanted = strips.Wanted(B=need.B, bias=need.bias)
-    if not (wanted.outer or wanted.sums):
+    if not (wanted.needs_T or wanted.sums):
         return Gradients(), None
     grads, partials = strips.grad_expand(
-        dY, S, None, f.bias, f.B, None, None, None, f.scaling, wanted,
-        projects=needs_dS and need.B and _projection_pays(dY, f),
+        dY, f.B, f.scaling, wanted=wanted, S=S, bias=f.bias,
+        stores_dS=needs_dS and need.B and _projection_pays(dY, f),
     )  # fmt: skip
     return Gradients(**grads), partials
 
@@ -181,18 +182,19 @@ def _gradients(
     partials = None
     needs_dS = f.has_adapter and (needs.x or needs.A)
     wanted = strips.Wanted(needs.B, needs.b, needs.d, needs.g, needs.bias)
-    if wanted.outer or wanted.sums:
+    if wanted.needs_T or wanted.sums:
         grads, partials = strips.grad_expand(
-            dY, saved.S, saved.V, f.bias, f.B, f.b, f.d, f.g, f.scaling, wanted,
-            projects=needs_dS and wanted.outer and _projection_pays(dY, f),
+            dY, f.B, f.scaling, wanted=wanted, S=saved.S, V=saved.V, bias=f.bias, gains=_gains(f),
+            stores_dS=needs_dS and wanted.needs_T and _projection_pays(dY, f),
         )  # fmt: skip
     if needs_dS or needs.x:
         weight = _shape_only(f.weight, dY)
         if needs.x:
             weight = _gemm_operand(f.weight, dY, plan.workspace)
+        layer = ticketed_gemm.Layer(dY, weight, f.A, f.B, f.scaling, partials)
         dX, dS = ticketed_gemm.grad_input(
-            dY, weight, partials, f.A, f.B, f.b, f.d, f.g, f.scaling, _dropout(f), f.rank_spans,
-            wants_dX=needs.x, config=plan.gemm,
+            [layer], _dropout(f), gains=_gains(f), rank_spans=f.rank_spans, wants_dX=needs.x,
+            config=plan.gemm,
         )  # fmt: skip
         grads["x"] = dX
         if needs.A and f.A is not None:
@@ -227,6 +229,12 @@ def _with_dense_vectors(f: Factors) -> Factors:
         return f
     bias, b, d, g = (None if v is None else v.contiguous() for v in (f.bias, f.b, f.d, f.g))
     return f._replace(bias=bias, b=b, d=d, g=g)
+
+
+def _gains(f: Factors) -> Gains:
+    if f.b is None and f.d is None and f.g is None:
+        return NO_GAINS
+    return Gains(f.b, f.d, f.g)
 
 
 def _projection_pays(dY: Tensor, f: Factors) -> bool:

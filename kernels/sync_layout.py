@@ -1,0 +1,14 @@
+"""Where in a launch's words (workspace.py) its CTAs meet.
+
+ticketed_gemm  [next ticket, finished CTAs, stored tiles of S of row block 0, 1, …]
+strips         [finished blocks of columns, CTAs arrived at block 0, 1, …]
+"""
+
+import triton.language as tl
+
+TICKET = tl.constexpr(0)
+FINISHED = tl.constexpr(1)
+FLAGS = tl.constexpr(2)
+
+BLOCKS = tl.constexpr(0)
+ARRIVALS = tl.constexpr(1)
