@@ -99,7 +99,7 @@ _GEMM_16BIT_SM100_NARROW = replace(_GEMM_16BIT_SM100, BLOCK_N=64)
 # TB/s × 0.7 µs). Narrow tiles make 128 CTAs of 4096 columns, long stages give each of them 24 KB of
 # dense W, or 6 to 12 KB of packed bytes. The shrink's float32 A must fit beside: 16 columns.
 _GEMM_16BIT_FEW_ROWS = GemmConfig(64, 32, 128, 64, 8, num_warps=4, num_stages=4, MAX_R=16)
-_GEMM_16BIT_16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16, MAX_E=32)
+_GEMM_16BIT_16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16, MAX_E=16)
 # What a tuner may try for many rows, by generation. 256 columns take three quarters of the
 # shared-memory traffic for each product, and a CTA then has a multiprocessor to itself. 64 rows are
 # for shapes whose tiles would fill the device once and a bit. The tile that is picked also without

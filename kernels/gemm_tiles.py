@@ -28,6 +28,8 @@ _STUCK = tl.constexpr(
 _TRAP = tl.constexpr("{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p trap;\nmov.b32 $0, $1;\n}")
 
 
+# The compiler does not see through it: what depends on the result is computed again.
+_MOVE = tl.constexpr("mov.b32 $0, $1;")
 _DESCRIBED = tl.constexpr(MOST_LAYERS)
 
 
@@ -199,7 +201,7 @@ def _store_masked(
         rows = offs_m
         if MASK_PARTS > 1 and TARGET.SHUFFLES:
             # Or the compiler keeps what the parts have in common of their random words.
-            rows = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [rows], tl.int32, False, 1)
+            rows = tl.inline_asm_elementwise(_MOVE, "=r,r", [rows], tl.int32, False, 1)
         keep = keep_mask(words, rows, first_n, BLOCK_N)
         y = parts[i] + tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
         store_tile(Matrix(out.y_ptr, out.stride_ym, 1, out.M, out.N), y, offs_m, offs_n)
@@ -231,6 +233,10 @@ def consume(
         )  # fmt: skip
     if HAS_ADAPTER and sync_ptr is not None:
         _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES, TARGET.SHUFFLES)
+        if len(num_partials) > 1 and TARGET.SHUFFLES:
+            # Kept through the K-loops of a group and the wait, rows cost registers to be spilled.
+            block_m = tl.inline_asm_elementwise(_MOVE, "=r,r", [block_m], tl.int32, False, 1)
+            offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     u, keep_scale = None, words.keep_scale
     SCALES: tl.constexpr = HAS_ADAPTER and shrunk.largest is not None
     if SCALES:

@@ -48,7 +48,7 @@ from .workspace import sync_words
 _VARYING = ("M", "rows_per_range", "num_ranges", "seed_low", "seed_high", "threshold")
 
 
-class Tiles(NamedTuple):
+class StripTiles(NamedTuple):
     """A constant of a launch: rows, columns of X and columns of S in a tile."""
 
     BLOCK_M: int
@@ -66,7 +66,7 @@ class Partials(NamedTuple):
     dd: Any = None
 
 
-class Gradients(NamedTuple):
+class Results(NamedTuple):
     """The results, or None: of the factor [L, R], B or Aᵀ, and of b, d, the bias and g."""
 
     factor: Any = None
@@ -309,7 +309,7 @@ def grad_expand(
         if factor is not None and getattr(wanted, name)
     }
     R = 0 if B is None else B.shape[1]
-    grads = Gradients(*(found.get(name) for name in ("B", "b", "d", "bias", "g")))
+    grads = Results(*(found.get(name) for name in ("B", "b", "d", "bias", "g")))
     dS = _launch(
         config or pick_strips(dY.dtype, R, current_arch()), dY, Shrunk(S), grads, R, V=V, B=B,
         gains=gains, scaling=scaling, wanted=wanted, stores_dS=stores_dS, is_expand=True,
@@ -329,7 +329,7 @@ def grad_shrink(x, dS, dtype, dropout=NO_DROPOUT, config=None):
     R = dS.values.shape[1]
     dA = x.new_empty((R, x.shape[1]), dtype=dtype)
     config = config or pick_strips(x.dtype, R, current_arch())
-    _launch(config, x, dS, Gradients(factor=dA.T), R, dropout=dropout, wanted=Wanted(B=True))
+    _launch(config, x, dS, Results(factor=dA.T), R, dropout=dropout, wanted=Wanted(B=True))
     return dA
 
 
@@ -362,7 +362,7 @@ def _launch(
         *x.stride(), 0 if S is None else S.stride(0), *_strides(V), *_strides(B),
         *_strides(grads.factor),
         IS_EXPAND=is_expand, DROPOUT=dropout.p > 0.0,
-        TILES=Tiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
+        TILES=StripTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
         TARGET=Target(
             precision_of(x.dtype), drops_pairs(x.dtype, arch), settles_products(x.dtype, arch)
         ),

@@ -88,7 +88,7 @@ class Member(NamedTuple):
     SHARING: tl.constexpr
 
 
-class Tiles(NamedTuple):
+class GemmTiles(NamedTuple):
     """A constant of a launch: how much of each dimension a tile of y takes (M, N; K and E in one
     step) and a tile of S (S, R; K in one step)."""
 
@@ -286,7 +286,7 @@ def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, i
         M, N, num_chunks, M if rank_spans is None else M // rank_spans.shape[0],
         0 if S is None else S.stride(0), N, *descriptors,
         IS_GRAD=is_grad, DROPOUT=dropout.p > 0.0, EVEN_K=is_described or even_K,
-        TILES=Tiles(
+        TILES=GemmTiles(
             config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, BLOCK_R, BLOCK_E, config.BLOCK_S,
             config.GROUP_M, config.MASK_PARTS,
         ),

@@ -142,9 +142,7 @@ def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     found, limits = launch.kernel.resources, resources.limits_of(arch)
     # Below the limit ptxas trades a few registers for another CTA; at the limit it had no choice.
     trades = not found.mma and found.registers <= 250
-    # The bound of a wait costs two registers, which two launches at their cap of 128 spill.
-    at_cap = found.registers == 128
-    allowed = 32 if trades or not conftest.is_pinned("triton") else 8 if at_cap else 0
+    allowed = 32 if trades or not conftest.is_pinned("triton") else 0
     assert found.local_bytes <= allowed, f"{launch.name} spills: {found}"
     assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
     assert found.ctas_per_sm >= 1, f"{launch.name} does not fit: {found}"
