@@ -1,7 +1,7 @@
 """Benchmarks, and the tools that read compiled kernels.
 
-What the libraries below say at import is no part of any result: bitsandbytes misses kernels that
-nothing here runs, and transformers announces its next version.
+Messages of other libraries at import are silenced: bitsandbytes misses kernels that nothing here
+runs, and transformers announces its next version.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
     python -m bench.accuracy_table [--device cuda] [--json FILE]
 
-Every output and gradient is held to the rule of the test suite (tests/accuracy.py).
+Every output and gradient must obey the rule of the test suite (tests/accuracy.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.accuracy import assert_accurate, orders
 from .device_label import default_device, label
 from .linear_cases import Case, Layer, build, cases
 
-# Float64 products are slow on most GPUs, and more rows show nothing more.
+# Float64 products are slow on most GPUs, and more rows would show nothing new.
 MAX_ROWS = 1024
 
 

@@ -1,9 +1,9 @@
-"""What can go wrong with the asynchronous products (wgmma, tcgen05.mma) of a kernel, read from its
-PTX: operands that another proxy wrote, and accumulators that make ptxas wait for each product.
+"""Faults of asynchronous products (wgmma, tcgen05.mma), read from a kernel's PTX: operands written
+through another proxy, and accumulators that make ptxas wait for each product.
 
 Products read shared memory through the async proxy. What st.shared or cp.async wrote there went
-through the generic proxy and is visible to them only after fence.proxy.async ("Async proxy", PTX
-ISA). A missing fence changes no value on a machine that happens to be in time.
+through the generic proxy and is visible only after fence.proxy.async ("Async proxy", PTX ISA). A
+missing fence changes no value on a machine whose timing happens to be right.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def unfenced(ptx: str) -> list[Unfenced]:
 
 
 def serialised(ptx: str) -> list[str]:
-    """ptxas' remarks (C75xx) on the wgmma of sm_90 that it runs one by one, and why.
+    """ptxas' remarks (C75xx) on wgmma instructions of sm_90 that it serialises, and why.
 
-    Triton drops what ptxas says, so it is asked again.
+    Triton discards ptxas' output, so it is run again.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
@@ -78,7 +78,7 @@ def serialised(ptx: str) -> list[str]:
 
 
 def _walk(block: _Block, written: frozenset[str], found: list[Unfenced]) -> frozenset[str]:
-    """The writes that leave a block unfenced; appends the reads that they meet to `found`."""
+    """The writes that leave a block unfenced; appends the reads that they reach to `found`."""
     for line in block.lines:
         if _FENCE.search(line):
             written = frozenset()

@@ -3,8 +3,8 @@
     python -m bench.builtin_model [--rounds 9] [--threads 2] [--dtype float32] [--json FILE]
 
 The model is the one of ``lora-fast train``, with an adapter of rank 16 on all linear layers, and a
-batch of 16 × 128 tokens. The floor is the same model frozen, of which the gradient of the input
-embeddings is wanted. Every round runs all variants in a new random order; medians of the ratios.
+batch of 16 × 128 tokens. The floor is the same model frozen, with the gradient of the input
+embeddings. Every round runs all variants in a new random order; medians of the ratios.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def steps(base: Any, options: dict[str, Any], embeddings: torch.Tensor) -> dict[
     for run in variants.values():
         run()
     report = lora_fast.report(fused)
-    # A pooler that the output does not depend on is adapted and never called.
+    # The pooler is adapted but never called, since the output does not depend on it.
     if not report.fused_calls or report.fallback_calls:
         raise RuntimeError(f"all calls must run fused, got {report.fallback_calls}")
     return variants

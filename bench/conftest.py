@@ -1,4 +1,4 @@
-"""Every benchmark report says what it ran on."""
+"""Every benchmark report names the device it ran on."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Case:
 
 
 def build(case: Case, contestant: str, device: torch.device) -> nn.Module:
-    """One of CONTESTANTS: a model of one layer that takes embeddings; equal ones are equal."""
+    """One of CONTESTANTS: a model of one layer that takes embeddings, with fixed weights."""
     model = base(case, device)
     if contestant.startswith("peft"):
         return adapted(model, case, float32="fp32" in contestant)
@@ -145,8 +145,8 @@ def step_of(
 ) -> Step:
     """A forward and a backward pass with the gradients of the input and of all adapters.
 
-    The layer alone is called, without a mask, so that attention is causal by itself: the model
-    around it decides from the values of positions, and a captured graph then runs other kernels.
+    Only the layer is called, without a mask, so that attention is causal by itself: the model
+    around it would choose by the values of positions, and a captured graph would run other kernels.
     ``transform``: what to call instead of the layer; ``trained``: instead of what requires_grad.
     """
     generator = torch.Generator(device).manual_seed(2)
@@ -187,7 +187,7 @@ def makers(
 
 
 def check_fused(model: nn.Module) -> None:
-    """RuntimeError unless all adapted linears ran on the fused path: nothing else is timed."""
+    """RuntimeError unless all adapted linears ran fused: nothing else is timed."""
     import lora_fast
 
     found = lora_fast.report(model)

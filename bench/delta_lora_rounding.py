@@ -1,8 +1,8 @@
-"""How much of Delta-LoRA's updates arrives in a weight of few bits.
+"""How much of Delta-LoRA's updates arrives in a low-precision weight.
 
 W ~ N(0, 0.02²) [256, 256], R = 16, s = 2, c = 0.5, 300 steps of AdamW on gradients that drift by
-half their noise. Printed for each dtype, with the first weight kept and in place: the projection of
-the update on the exact c · s · (B A − B₀ A₀), and the error relative to it, in float64.
+half their noise. For each dtype, with the initial weight kept and in place, it prints the
+projection of the update on the exact c · s · (B A − B₀ A₀), and the relative error, in float64.
 
     python -m bench.delta_lora_rounding
 """
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def update_of(kind: str, lr: float, *, keep_start: bool, steps: int = STEPS) -> tuple[float, float]:
-    """(projection, relative error) of what W has moved by, after `steps`."""
+    """(projection, relative error) of the change of W after `steps`."""
     torch.manual_seed(0)
     linear = nn.Linear(SIZE, SIZE, bias=False)
     nn.init.normal_(linear.weight, std=0.02)

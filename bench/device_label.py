@@ -1,4 +1,4 @@
-"""What a measurement ran on, and how that was set up; a ratio without it says nothing."""
+"""The device that a measurement ran on, and its setup; a ratio without them means nothing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def steady(device: torch.device) -> torch.device:
-    """``device``, made as quiet as it can be: on a CPU, threads of a busy machine wait in turn."""
+    """``device``, set up for steady timing: on a CPU a single thread."""
     if device.type == "cpu":
         torch.set_num_threads(1)
     return device

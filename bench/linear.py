@@ -50,7 +50,7 @@ def _saved_over_x(layers: dict[str, Layer]) -> dict[str, float]:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """A table of medians; the quartiles tell how far to trust them."""
+    """A table of medians, with quartiles as a measure of their spread."""
     columns = ("bitsandbytes", "peft", "lora_fast")
     last_titles = ("lora_fast/peft (quartiles)", "peft saves", "lora_fast saves")
     table = [("layer", "direction", *columns, *last_titles)]

@@ -91,7 +91,7 @@ class Layer:
         return self.forward if direction == "forward" else self.forward_backward
 
     def saved_bytes(self) -> int:
-        """Bytes that one forward pass keeps for backward, parameters and x itself not counted."""
+        """Bytes that one forward pass saves for backward, without parameters and x itself."""
         own = [self.x, *self.module.parameters(), *self.module.buffers(), *_quant_tensors(self)]
         known = {tensor.untyped_storage().data_ptr() for tensor in own}
         saved: dict[int, int] = {}
@@ -169,7 +169,7 @@ def _peft(base: nn.Module, case: Case) -> nn.Module:
     for name, parameter in layer.named_parameters():
         if case.adapter_dtype is not None and "lora_" in name:
             parameter.data = parameter.data.to(case.adapter_dtype)
-        if "lora_B" in name:  # zero at first, which is no test of anything
+        if "lora_B" in name:  # zero at first, which would test nothing
             nn.init.normal_(parameter, std=0.02)
     return layer
 
@@ -181,7 +181,7 @@ def _accelerated(layer: nn.Module) -> nn.Module:
 
 
 def _quant_tensors(layer: Layer) -> list[Tensor]:
-    """The constants of a quantised weight, which are no parameters but no activations either."""
+    """The constants of a quantised weight, which are neither parameters nor activations."""
     found = []
     for module in layer.module.modules():
         state = getattr(module, "quant_state", None)

@@ -1,4 +1,4 @@
-"""What the compiler makes of one kernel, for a GPU that need not be there.
+"""The code that the compiler generates for one kernel, for a GPU that need not be present.
 
     python -m bench.machine_code ticketed_gemm                        registers, loops, instructions
     python -m bench.machine_code dX --arch 100 --show ttgir           Triton's IR, or ttir, llir
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads it has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)

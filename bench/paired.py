@@ -1,8 +1,8 @@
-"""Ratios of running times, measured so that a noisy machine hurts all sides alike.
+"""Ratios of running times, measured so that noise affects all sides alike.
 
 Absolute times on a shared or thermally limited machine mean little. So every round runs all
-variants, in a new random order, and yields one ratio to the baseline per variant; the median over
-rounds is what is reported, with its quartiles.
+variants, in a new random order, and yields one ratio to the baseline per variant; the report shows
+the median over rounds with its quartiles.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Timings:
     seconds: Mapping[str, list[float]]
 
     def ratio(self, variant: str, baseline: str) -> Ratio:
-        """How many times the time of ``baseline`` the ``variant`` takes."""
+        """The time of ``variant`` over that of ``baseline``."""
         pairs = zip(self.seconds[variant], self.seconds[baseline], strict=True)
         ratios = [a / b for a, b in pairs]
         if len(ratios) < 2:
@@ -97,7 +97,7 @@ def _calls_per_sample(step: Step, timer: Timer, sample_seconds: float) -> int:
 
 
 def _cpu_time(step: Step, calls: int) -> float:
-    """CPU time of this process: with one thread it is the wall time without other people's work."""
+    """CPU time of this process: with one thread, the wall time without other processes' work."""
     started = time.process_time()
     for _ in range(calls):
         step()

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes from a device, read from its machine code: no GPU needed."""
+"""Resources of a compiled kernel, read from its machine code without a GPU."""
 
 from __future__ import annotations
 

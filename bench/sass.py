@@ -1,6 +1,6 @@
 """NVIDIA machine code as text: instructions, control flow and natural loops.
 
-Reads what ``cuobjdump -sass`` prints for one kernel. Loops are natural loops of the control-flow
+Reads the output of ``cuobjdump -sass`` for one kernel. Loops are natural loops of the control-flow
 graph (a back edge to a block that dominates it), not address ranges: ptxas moves waiting loops out
 of line, so that code between a branch and its target need not belong to the loop.
 """
@@ -83,7 +83,7 @@ class Loop:
 
     @property
     def mma(self) -> Counter[str]:
-        """How often each kind of matrix product stands in the loop."""
+        """How often each kind of matrix product occurs in the loop."""
         return Counter(i.base for i in self.instructions if i.is_mma)
 
     @property
@@ -180,7 +180,7 @@ def _successors(blocks: dict[int, list[Instruction]]) -> dict[int, list[int]]:
 
 
 def _reconvergence_points(instructions: Iterable[Instruction]) -> dict[int, int]:
-    """Where each BSYNC goes on: at the target of the last BSSY before it on the same register."""
+    """Where each BSYNC continues: at the target of the last BSSY before it on the same register."""
     points: dict[int, int] = {}
     latest: dict[str, int] = {}
     for instruction in instructions:

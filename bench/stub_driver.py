@@ -1,8 +1,8 @@
-"""A Triton driver for a GPU that is not there: it compiles every launch and records it.
+"""A Triton driver for an absent GPU: it compiles every launch and records it.
 
 ``with recording(90) as log:`` makes Triton believe in an sm_90 device. Launches pass the real JIT
 binder (argument specialisation, heuristics, configuration choice, grid), the real compiler and
-ptxas, and end up in ``log.launches`` instead of on a device. Nothing is computed.
+ptxas, and end in ``log.launches`` instead of on a device. Nothing is computed.
 
 Tensors are best made on the ``meta`` device: they have shapes, dtypes, strides and aligned
 addresses but no memory, so real model shapes cost nothing. A kernel that asks for more shared
@@ -27,12 +27,12 @@ from lora_fast.doctor.compile_check import AbsentDevice, standing_in
 from . import resources
 
 _DEVICE_INDEX_BASE = 1000
-"""Triton caches kernels per device index; the indices of stubs must be nobody else's."""
+"""Triton caches kernels per device index; no real device may have the index of a stub."""
 
 
 @dataclass(frozen=True)
 class TensorArgument:
-    """What a launch was given for a pointer: the geometry of the tensor, not its data."""
+    """A pointer argument of a launch: the geometry of the tensor, not its data."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorArgument:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One specialisation of a kernel for one target, with everything the compiler made of it."""
+    """One specialisation of a kernel for one target, with all stages of the compiler."""
 
     name: str
     target: GPUTarget
@@ -164,7 +164,7 @@ class StubDriver(AbsentDevice):
 
 
 class _Launcher:
-    """Stands where Triton puts the compiled C launcher of one kernel."""
+    """Takes the place of Triton's compiled C launcher of one kernel."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self._src = src

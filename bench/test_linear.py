@@ -16,7 +16,7 @@ import torch
 from bench.device_label import backend_name, default_device, label
 from bench.linear_cases import DIRECTIONS, Case, build, cases, fused_calls
 
-# On a CPU, the time that one thread really ran; on a GPU the wall time up to the end of its work.
+# On a CPU, the CPU time of one thread; on a GPU, the wall time until its work ends.
 TIMER = time.perf_counter if default_device().type == "cuda" else time.process_time
 CASES = [(case, variant) for case in cases(default_device()) for variant in case.variants]
 

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of every launch of a LoRA step, from what the launch was given.
+"""FLOPs and bytes of every launch of a LoRA step, from the arguments of the launch.
 
 A launch is one or more *passes*: the shrink tiles and the GEMM tiles of ticketed_gemm, the chunks
 of the rank in strips. Of each pass the model says, argument by argument (those of all members of a
@@ -73,7 +73,7 @@ def traffic(launch: LaunchLike) -> list[Pass]:
     unknown = [name for name, value in given if name not in known and _is_set(value)]
     if unknown:
         raise NotImplementedError(
-            f"bench/traffic.py must learn what {unknown} mean to {launch.name}"
+            f"bench/traffic.py must model the arguments {unknown} of {launch.name}"
         )
     return count(_Values({**values, **dict(given)}), launch.grid)
 
@@ -107,7 +107,7 @@ class _Values:
 
     def __getitem__(self, name: str) -> Any:
         value = self._values.get(name)
-        # What is a constant to the compiler is wrapped where it is part of a member.
+        # A compile-time constant is wrapped if it is part of a member.
         return getattr(value, "value", value)
 
     def itemsize(self, name: str) -> int:

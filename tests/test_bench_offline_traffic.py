@@ -214,7 +214,7 @@ def test_flops_are_those_of_the_equation() -> None:
 def test_what_the_model_does_not_know_is_refused() -> None:
     (launch, *_) = _step(64, 64, 64, 16, torch.bfloat16, 0.0, False)
     launch.arguments["extra_ptr"] = launch.arguments["y_ptr"]
-    with pytest.raises(NotImplementedError, match=r"must learn what \['extra_ptr'\]"):
+    with pytest.raises(NotImplementedError, match=r"must model the arguments \['extra_ptr'\]"):
         traffic.traffic(launch)
     launch.name = "unheard_of"
     with pytest.raises(NotImplementedError, match="unheard_of"):

@@ -1,14 +1,14 @@
-"""Everything that needs a GPU, in one command that can be stopped and started again.
+"""Everything that needs a GPU, in one command that can be stopped and resumed.
 
     python -m bench.gpu_day                       all steps, most valuable first; minutes to hours
-    python -m bench.gpu_day --budget 540          what fits into 540 seconds; call again to go on
+    python -m bench.gpu_day --budget 540          what fits into 540 seconds; call again to continue
     python -m bench.gpu_day --only layers         one step (repeatable)
     python -m bench.gpu_day --list                the steps
     python -m bench.gpu_day --rehearse --out DIR  every step without a GPU, tiny; times nothing
     python -m bench.gpu_day --rehearse --arch 90  kernels compiled for sm_90 instead of interpreted
 
-Results go to bench/results/<device>: journal.jsonl, which says what happened and from which a later
-call goes on, results.json, report.md, pictures and log.txt. Exit status 0: nothing that ran failed;
+Results go to bench/results/<device>: journal.jsonl, which records every event and lets a later call
+resume, results.json, report.md, pictures and log.txt. Exit status 0: nothing that ran failed;
 1: something failed; 2: something that the run needs is missing.
 """
 
@@ -32,7 +32,7 @@ from .steps import STEPS, STUB_ARCH, Step
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = "rehearsal, not a measurement"
-# What else a unit needs it asks for itself; where that is not installed it says so (absent.py).
+# A unit asks for anything else it needs, and reports what is not installed (absent.py).
 _NEEDED = ("numpy", "torch", "triton")
 _PROBE_SECONDS = 180
 
@@ -77,16 +77,16 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     names = [step.name for step in STEPS]
     parser.add_argument(
-        "--budget", type=float, help="seconds, up to the report; what does not fit waits"
+        "--budget", type=float, help="seconds, report included; the rest waits for the next call"
     )
     parser.add_argument("--only", action="append", choices=names, help="this step (repeatable)")
-    parser.add_argument("--fresh", action="store_true", help="run what has a result again")
+    parser.add_argument("--fresh", action="store_true", help="repeat units that have a result")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--rehearse", action="store_true", help="walk through without a GPU")
     parser.add_argument(
-        "--arch", type=int, help="with --rehearse: compile the kernels for it, and run none"
+        "--arch", type=int, help="with --rehearse: compile the kernels for it and run none"
     )
-    parser.add_argument("--list", action="store_true", help="print the steps and end")
+    parser.add_argument("--list", action="store_true", help="print the steps and exit")
     options = parser.parse_args(arguments)
     if options.arch and not options.rehearse:
         parser.error("--arch must come with --rehearse: a GPU has its own")
@@ -94,7 +94,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _environment(rehearse: bool, arch: int | None) -> dict[str, str]:
-    """What every step runs in. Triton decides at import whether it interprets."""
+    """The environment of every step. Triton decides at import whether it interprets."""
     env = {
         k: v
         for k, v in os.environ.items()
@@ -108,7 +108,7 @@ def _environment(rehearse: bool, arch: int | None) -> dict[str, str]:
 
 
 def _about(rehearse: bool, env: dict[str, str]) -> dict[str, Any]:
-    """The device and versions, asked in a process of its own: a broken driver may hang it."""
+    """The device and versions, queried in a separate process, which a broken driver may hang."""
     command = [sys.executable, "-m", f"{__package__}.device", *(["--rehearse"] * rehearse)]
     try:
         asked = subprocess.run(
@@ -152,7 +152,7 @@ def _command(out: Path, rehearse: bool) -> Any:
 
 
 def _report(out: Path, env: dict[str, str]) -> bool:
-    """Write results.json, report.md and the pictures; they cannot take the results with them."""
+    """Write results.json, report.md and the pictures in a separate process, which may fail."""
     command = [sys.executable, "-m", f"{__package__}.report", str(out)]
     env = {name: value for name, value in env.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, cwd=ROOT, env=env, timeout=600).returncode == 0
@@ -171,7 +171,7 @@ def _verdict(steps: list[Step], journal: Journal) -> int:
             print(f"failed: {step.name}: {summary(found)}")
             failed += 1
     if left:
-        print("The same command goes on with what is left.")
+        print("The same command continues with the rest.")
     return 1 if failed else 0
 
 

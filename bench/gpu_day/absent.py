@@ -1,7 +1,6 @@
-"""What an image may lack: a unit that needs it has no result, and says so, which is no failure.
+"""Optional packages and programs: a unit that lacks one says so and has no result, no failure.
 
-Only torch and Triton have to be there. A later call that finds the package, or the program, runs
-the unit after all.
+Only torch and Triton are required. A later call that finds the package or program runs the unit.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Absent(Exception):
 
 
 def require(*names: str) -> None:
-    """Raise Absent for the first package or program that is not there."""
+    """Raise Absent for the first package or program that is not installed."""
     for name in names:
         if not is_there(name):
             raise Absent(name)
@@ -50,7 +49,7 @@ def is_there(name: str | None) -> bool:
 
 
 def named_by(error: BaseException) -> str | None:
-    """What is absent if that is why ``error`` was raised; an import that fails is a failure."""
+    """The absent package that raised ``error``, if any; other failing imports are failures."""
     if isinstance(error, Absent):
         return error.name
     package = absent_package(error) if isinstance(error, ImportError) else None
@@ -58,11 +57,11 @@ def named_by(error: BaseException) -> str | None:
 
 
 def named_in(text: str) -> list[str]:
-    """What errors in the output of another process say is absent, each once."""
+    """The packages that errors in another process' output report as absent, each once."""
     found = dict.fromkeys(_SAID.findall(text))
     return [name for name in found if name in PACKAGES and not is_there(name)]
 
 
 def row(name: str) -> dict[str, Any]:
-    """What the journal keeps of a unit that needs it."""
+    """The journal's entry for a unit that needs it."""
     return {"absent": name, "summary": f"{name} is not installed"}

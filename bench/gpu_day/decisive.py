@@ -1,15 +1,15 @@
-"""What decides the defaults, in the first minutes: e for each shape and tile, strips, host time.
+"""Measurements that decide the defaults: e for each shape and tile, strips, host time.
 
     e = time of cuBLAS for the frozen product / time of the product with the low rank in it
 
-Torch and Triton are enough: no PEFT, no bitsandbytes. Ways without a kernel of ours are written out
-in calls of PyTorch, forward and backward by x:
+Torch and Triton suffice, without PEFT or bitsandbytes. The alternatives to our kernels are written
+as calls of PyTorch, forward and backward by x:
 
     composed   y = x Wᵀ, then y += s·S Bᵀ                  dX = dY W, then dX += dS A
     hybrid     y = s·S Bᵀ, then y += x Wᵀ by cuBLAS        dX = dS A, then dX += dY W by cuBLAS
     augmented  y = [x | S] [W | s·B]ᵀ, one product; with and without the pass that writes [x | S]
 
-with S = x Aᵀ in each. `lora_fast` is our one launch with the tile that is picked, then others.
+with S = x Aᵀ in each. `lora_fast` is our launch with the tile that is picked; others follow.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SIZES = (
     *((2048, 4096, 4096), (2048, 4096, 14336), (8192, 1024, 3072)),
 )
 _STRIP_CTAS = (128, 264, 528)
-# Rows and width of the layer of which the host's time is taken: no device has to be waited for.
+# Rows and width of the layer whose host time is measured: too small to wait for the device.
 _SMALL = (128, 512)
 _HOST_ROUNDS, _HOST_CALLS = 21, 20
 _Makers = dict[str, Callable[[], Step]]
@@ -71,7 +71,7 @@ class Operands:
 
 def units(day: Day) -> list[Unit]:
     """All of the first size, the host's time, then the other sizes."""
-    # What is compiled and not run may be as large as the tiles that are meant.
+    # Kernels that are only compiled may have the real tile sizes.
     tiny = ((8, 64, 64),) if day.computes else ((256, 512, 512),)
     sizes = tiny if day.rehearsal else _SIZES
     short = replace(day, seconds=min(day.seconds, _SECONDS), rounds=min(day.rounds, _ROUNDS))
@@ -118,7 +118,7 @@ def forward_ways(o: Operands) -> dict[str, Step]:
 
 
 def grad_input_ways(o: Operands) -> dict[str, Step]:
-    """dX [M, K] by calls of PyTorch, for a dS that is there."""
+    """dX [M, K] by calls of PyTorch, for a given dS."""
     return {
         "composed": lambda: (o.dY @ o.W).addmm_(o.dS, o.A),
         "hybrid": lambda: (o.dS @ o.A).addmm_(o.dY, o.W),
@@ -136,7 +136,7 @@ def _forward(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
 
 
 def _grad_input(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
-    """Strips come before it and are measured by themselves: here their parts of dS are there."""
+    """Strips, which come before, are measured separately: here the parts of dS are given."""
     o = Operands.random(day, M, K, N)
     parts = None if day.fused == "torch" else _parts(o)[1]
 
@@ -159,7 +159,7 @@ def _row(day: Day, makers: _Makers, M: int, K: int, N: int) -> dict[str, Any]:
 
 
 def _tiles(day: Day, M: int, run: Callable[[configs.GemmConfig], object]) -> _Makers:
-    """Our launch by tile: the one that is picked, what the tuner may try, and their kin."""
+    """Our launch by tile: the one that is picked, those the tuner may try, and variants."""
     if day.fused == "torch":
         return {}
     picked = configs.pick_gemm(M, _DTYPE, day.arch, R=_RANK)
@@ -183,7 +183,7 @@ def _name(config: configs.GemmConfig) -> str:
 def _only(
     config: configs.GemmConfig, run: Callable[[configs.GemmConfig], object]
 ) -> Callable[[], Step]:
-    """A tile that does not fit is left out: no smaller one is timed under its name."""
+    """A tile that does not fit is left out, so that no smaller one is timed under its name."""
 
     def make() -> Step:
         with mock.patch.object(fitting, "smaller", lambda config: None):
@@ -234,7 +234,7 @@ def _strips(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
 
 
 def _said(row: dict[str, Any], number: Callable[[dict[str, Any]], str]) -> str:
-    """A number for each contestant that ran; those that did not are in the report."""
+    """A number for each contestant that ran; the report lists the others."""
     times = {name: best(found) for name, found in row["contestants"].items()}
     return ", ".join(f"{name} {number(t)}" for name, t in times.items() if t is not None)
 
@@ -244,7 +244,7 @@ def _e(times: dict[str, Any]) -> str:
 
 
 def _host(day: Day) -> dict[str, Any]:
-    """Python's time to enqueue a forward and a backward pass of one small layer."""
+    """Host time to enqueue a forward and a backward pass of one small layer."""
     steps: dict[str, Step] = {"PyTorch, written out": _written_out(day)}
     backends = ("torch",) if day.fused == "torch" else ("triton", "auto")
     steps |= {f"lora_fast, {backend}": _functional(day, backend) for backend in backends}
@@ -263,7 +263,7 @@ def _host(day: Day) -> dict[str, Any]:
 
 
 def _enqueued(day: Day) -> Callable[[Step, int], float]:
-    """Time of the calls alone: the device is idle before and is not waited for."""
+    """Time of the calls alone: the device is idle before, and nothing waits for it."""
 
     def time_calls(step: Step, calls: int) -> float:
         torch.cuda.synchronize(day.device)
@@ -276,7 +276,7 @@ def _enqueued(day: Day) -> Callable[[Step, int], float]:
 
 
 def _standing_still(step: Step, calls: int) -> float:
-    """The steps of a rehearsal run, and their time means nothing."""
+    """Run the steps of a rehearsal, whose times mean nothing."""
     step()
     return calls * 1e-3
 
@@ -310,7 +310,7 @@ def _functional(day: Day, backend: Any) -> Step:
 
 
 def _peft_layers(day: Day) -> dict[str, Step]:
-    """A layer of PEFT's, stock and accelerated."""
+    """A PEFT layer, stock and accelerated."""
     from bench.linear_cases import Case, build, fused_calls
 
     M, width = (8, 64) if day.rehearsal else _SMALL

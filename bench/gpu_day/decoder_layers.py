@@ -28,7 +28,7 @@ _LENGTHS = {8192: (4, 2048), 2048: (1, 2048), 512: (1, 512)}
 
 
 def long(day: Day) -> list[Unit]:
-    """8192 tokens; the first units are what a fine-tuning run is most likely to be."""
+    """8192 tokens; the most likely fine-tuning runs come first."""
     if day.rehearsal:
         cases = [Case(shape, weight, 4, p, 1, 8) for shape, weight, p in _rehearsed()]
         return _units(day, cases, cases[:1])
@@ -47,7 +47,7 @@ def _rehearsed() -> list[tuple[Shape, str, float]]:
 
 
 def _cases(tokens: tuple[int, ...]) -> tuple[list[Case], list[Case]]:
-    """All cases, the usual rank without dropout first; and those that guests take part in."""
+    """All cases, the usual rank without dropout first; and those with guests."""
     found = [
         Case(shape, weight, R, p, *_LENGTHS[M])
         for R, p, M, shape, weight in itertools.product(
@@ -62,7 +62,7 @@ def _is_usual(case: Case) -> bool:
 
 
 def _units(day: Day, cases: list[Case], with_guests: list[Case]) -> list[Unit]:
-    """Guests take long, and come after the usual cases."""
+    """Guests are slow, and come after the usual cases."""
     usual = [case for case in cases if _is_usual(case)]
     first, last = (
         [Unit(str(case), lambda case=case: measured(day, case)) for case in some]
@@ -77,7 +77,7 @@ def _units(day: Day, cases: list[Case], with_guests: list[Case]) -> list[Unit]:
 
 
 def _guests() -> dict[str, Callable[[Day, Case], dict[str, Any]]]:
-    """Contestants that take long to start or that change transformers: in units of their own."""
+    """Contestants that start slowly or change transformers: each in its own unit."""
     found: dict[str, Callable[[Day, Case], dict[str, Any]]] = {"compiled": _compiled}
     if importlib.util.find_spec("liger_kernel"):
         found["Liger"] = _liger
@@ -92,7 +92,7 @@ def measured(day: Day, case: Case) -> dict[str, Any]:
 
 
 def _makers(day: Day, case: Case, names: tuple[str, ...]) -> dict[str, Callable[[], Step]]:
-    """``lora_fast`` as a user has it, ``lora_fast fused`` with nothing but our kernels."""
+    """``lora_fast`` with its defaults, ``lora_fast fused`` with our kernels only."""
     found = decoder_layer.makers(case, day.device, tuple(n.removesuffix(" fused") for n in names))
     if "lora_fast fused" in names:
         make = found["lora_fast"]
@@ -125,7 +125,7 @@ def _compiled(day: Day, case: Case) -> dict[str, Any]:
 
 
 def _liger(day: Day, case: Case) -> dict[str, Any]:
-    """Everybody with Liger's norms, rotations and SwiGLU: what adapters cost beside those."""
+    """All contestants with Liger's norms, rotations and SwiGLU."""
     makers = {
         name: lambda name=name: integrations.liger(case, name, day.device)
         for name in ("frozen", "peft", "lora_fast")

@@ -1,4 +1,4 @@
-"""The device: what it is, what its clocks do.
+"""The device: its name and its clocks.
 
 python -m bench.gpu_day.device [--rehearse]   name and versions as one line of JSON
 """
@@ -28,7 +28,7 @@ _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
 
 
 def about(*, rehearse: bool) -> dict[str, Any]:
-    """What results belong to; {"missing": …} without a GPU."""
+    """The device and versions that results belong to; {"missing": …} without a GPU."""
     if rehearse:
         arch = os.environ.get(STUB_ARCH)
         name = f"no GPU, compiled for sm_{arch}" if arch else "no GPU"
@@ -56,7 +56,7 @@ def about(*, rehearse: bool) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Without importing it: Unsloth changes transformers when it is imported."""
+    """The version, without importing the package: importing Unsloth changes transformers."""
     from importlib import metadata
 
     try:
@@ -78,7 +78,7 @@ def _nvidia_smi(fields: tuple[str, ...]) -> list[str] | None:
 
 
 def start_nvidia_smi(fields: tuple[str, ...] = _CLOCKS) -> subprocess.Popen[str] | None:
-    """Ask without waiting, so that the device can be kept busy meanwhile; None: not installed."""
+    """Query without waiting, so that the device can be kept busy; None: not installed."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]

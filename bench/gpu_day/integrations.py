@@ -1,6 +1,6 @@
-"""Other libraries' fast paths around the same decoder layer, where they are installed.
+"""Fast paths of other libraries around the same decoder layer, if they are installed.
 
-Both change classes of transformers for the whole process, which is therefore not used further.
+Both change classes of transformers for the whole process, which is not reused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.paired import Step
 def liger(case: Case, contestant: str, device: torch.device) -> Step:
     """A contestant whose norms, rotary embedding and SwiGLU are Liger's (liger_kernel 0.8).
 
-    The classes are exchanged before the layer is made; instances that exist are left alone.
+    The classes are exchanged before the layer is made; existing instances stay as they are.
     """
     from liger_kernel.transformers import monkey_patch
 
@@ -52,7 +52,7 @@ def unsloth(case: Case, device: torch.device) -> Step:
 
 
 class _First(nn.Module):
-    """Stands for the first of some projections: computes all, returns its own."""
+    """Replaces the first of some projections: computes all, returns its own."""
 
     def __init__(self, compute: Any) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _First(nn.Module):
 
 
 class _Next(nn.Module):
-    """Stands for another of them: returns what the first one computed."""
+    """Replaces another of them: returns what the first one computed."""
 
     def __init__(self, first: _First, place: int) -> None:
         super().__init__()

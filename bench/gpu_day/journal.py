@@ -1,4 +1,4 @@
-"""What happened so far: one line of JSON for each event, on disk before the next thing begins.
+"""The journal: one line of JSON per event, on disk before the next one begins.
 
 call      a call of the command began; what it runs on
 units     a step has these units
@@ -7,7 +7,7 @@ row       a unit ended, with its result
 broken    a unit ended without one, and why
 finished  a step has no unit left to try
 stopped   a step ended before that, and why
-forget    what went before of a step does not count
+forget    earlier events of a step no longer count
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Event = dict[str, Any]
 
 @dataclass
 class Progress:
-    """What the journal says of one step. ``running``: the unit that began and has not ended."""
+    """The journal's record of one step. ``running``: the unit that began and has not ended."""
 
     units: list[str] = field(default_factory=list)
     rows: dict[str, Event] = field(default_factory=dict)
@@ -37,18 +37,18 @@ class Progress:
 
     @property
     def done(self) -> bool:
-        """Whether a later call has nothing to do: broken units are tried again."""
+        """Whether a later call has nothing to do: broken units are retried."""
         return self.finished and not self.broken
 
     @property
     def lacking(self) -> dict[str, str]:
-        """Units that have no result, since a package or program was not there, and which."""
+        """Units without a result for lack of a package or program, and which."""
         found = {unit: event["row"].get("absent") for unit, event in self.rows.items()}
         return {unit: name for unit, name in found.items() if name is not None}
 
     @property
     def refuted(self) -> list[str]:
-        """Units that ran to their end and found that something is wrong."""
+        """Units that finished and found a fault."""
         return [unit for unit, event in self.rows.items() if event["row"].get("ok") is False]
 
 
@@ -72,7 +72,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def events(self, since: int = 0) -> list[Event]:
-        """Events from byte ``since`` on; a line that was not written to its end is left out."""
+        """Events from byte ``since`` on; an incomplete line is left out."""
         if not self.path.is_file():
             return []
         found = []
@@ -93,7 +93,7 @@ class Journal:
         return [event for event in self.events() if event["event"] == "call"]
 
     def progress(self) -> dict[str, Progress]:
-        """Every step that the journal knows of."""
+        """Every step in the journal."""
         steps: dict[str, Progress] = {}
         call = -1
         for event in self.events():

@@ -49,7 +49,7 @@ def sweep(day: Day) -> list[Unit]:
 
 
 def crossover(day: Day) -> list[Unit]:
-    """From how many rows on an NF4 weight is better decoded by a launch of its own."""
+    """The number of rows from which decoding NF4 in a separate launch is faster."""
     rows = (8,) if day.rehearsal else (16, 32, 64, 128, 256, 512, 1024, 2048)
     shapes = (_TINY,) if day.rehearsal else (_SQUARE, (4096, 14336))
     cases = [_case("nf4", M, shape, 16) for shape in shapes for M in rows]
@@ -121,7 +121,7 @@ def _row(
 
 @dataclass(frozen=True)
 class Work:
-    """What nobody can avoid: FLOPs of the products, each tensor read and written once a pass."""
+    """The unavoidable work: FLOPs of the products, each tensor read and written once per pass."""
 
     flops: int
     bytes: int
@@ -153,7 +153,7 @@ def _maker(layer: Layer, way: str) -> Callable[[], Step]:
 
 
 def _fused(layer: Layer, way: str, backend: Backend = "auto") -> Callable[[], Step]:
-    """Our layer, proven to run fused; ``auto`` as a user has it, cuBLAS included."""
+    """Our layer, checked to run fused; ``auto`` with its defaults, cuBLAS included."""
 
     def make() -> Step:
         step = _step(layer, way)

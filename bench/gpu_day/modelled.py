@@ -1,4 +1,4 @@
-"""What `python -m bench.offline` modelled for a measured case, from its kept results."""
+"""The values that `python -m bench.offline` modelled for a measured case, from its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAYERS = {
     "Llama-3-8B": "Llama-3-8B and Mistral-7B layer",
     "Qwen3-8B": "Qwen3-8B layer",
 }
-# What was counted is the fused kernels.
+# The counts are those of the fused kernels.
 _SAME = {"lora_fast fused": "lora_fast"}
 _KEY = ("layer", "M", "R", "weight", "p", "who")
 
@@ -35,7 +35,7 @@ class Modelled:
                 self._rows[tuple(row[name] for name in _KEY)] = row
 
     def row(self, measured: dict[str, Any], who: str) -> dict[str, Any] | None:
-        """The counted row of a contestant of a measured row; None where nothing was counted."""
+        """The counted row of a contestant in a measured row; None if there is none."""
         layer = _LAYERS.get(measured.get("layer", ""))
         if layer is None and (measured.get("K"), measured.get("N")) == (4096, 4096):
             layer = "linear 4096x4096" if measured.get("direction") == "forward+backward" else None

@@ -1,4 +1,4 @@
-"""What is not one LoRA linear: groups, other methods, and the kernels around training."""
+"""Operations other than one LoRA linear: groups, other methods, kernels around training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Makers = dict[str, Callable[[], Step]]
 
 
 def units(day: Day) -> list[Unit]:
-    """Each operation beside what PEFT, bitsandbytes or PyTorch do for it."""
+    """Each operation beside its counterpart in PEFT, bitsandbytes or PyTorch."""
     M, K, N, small = (8, 64, 64, 64) if day.rehearsal else (8192, 4096, 14336, 1024)
     return [
         Unit("q, k and v", lambda: _group(day, M, K, {"q": K, "k": small, "v": small})),
@@ -104,9 +104,9 @@ def _method(day: Day, M: int, K: int, method: str) -> dict[str, Any]:
 
 
 def _adapted(model: nn.Module, config: Any) -> Any:
-    """PEFT's model, none of its adapters zero; LoRA's in the dtype of the layers.
+    """PEFT's model with non-zero adapters; LoRA's in the dtype of the layers.
 
-    VeRA's projections are float32 in PEFT, and its vectors have to be, too.
+    VeRA's projections are float32 in PEFT, so its vectors must be, too.
     """
     from peft import get_peft_model
 
@@ -122,7 +122,7 @@ def _adapted(model: nn.Module, config: Any) -> Any:
 
 
 def _maker(build: Any, name: str, x: Tensor, dYs: list[Tensor]) -> Callable[[], Step]:
-    """A forward and a backward pass; ours is proven to run fused."""
+    """A forward and a backward pass; ours is checked to run fused."""
 
     def make() -> Step:
         model = build(name)

@@ -1,7 +1,7 @@
-"""Every way in which the library could compute a layer, timed beside the one that it picks.
+"""Every plan by which the library could compute a layer, timed beside the one it picks.
 
 The tuner's candidates: fused kernels with each configuration, NF4 decoded before or inside the
-product, and products by cuBLAS. A plan is forced by putting another tuner in the tuner's place.
+product, and products by cuBLAS. A plan is forced by replacing the tuner.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAKES = {FORWARD: "forward", BACKWARD: "forward+backward"}
 
 
 class _Fixed:
-    """Answers every query with ``choose(query)``, and keeps the queries."""
+    """Answers every query with ``choose(query)``, and records the queries."""
 
     times = True
 
@@ -76,7 +76,7 @@ def _by(make: Callable[[], Step], tuner: _Fixed) -> Callable[[], Step]:
 
 
 def units(day: Day) -> list[Unit]:
-    """Forward and backward of the sizes that decide: Llama-3-8B's linears, few and many rows."""
+    """Forward and backward of Llama-3-8B's linears, few and many rows."""
     if day.rehearsal:
         cases = [_case(8, (64, 64), weight, p) for weight in _WEIGHTS for p in (0.0, 0.1)]
     else:
@@ -116,7 +116,7 @@ def _measured(day: Day, case: Case, op: str) -> dict[str, Any]:
 
 
 def _modelled(query: Query, arch: int, found: dict[str, Plan]) -> dict[str, Any]:
-    """What the cost model picks; the first candidate is what FUSED means for this query."""
+    """The cost model's choice; the first candidate is FUSED for this query."""
     picked = cost_model.pick(query, arch)
     return {
         "picked": picked.name if picked.composed else next(iter(found)),
@@ -127,7 +127,7 @@ def _modelled(query: Query, arch: int, found: dict[str, Plan]) -> dict[str, Any]
 
 
 def _query(step: Step, op: str) -> Query | None:
-    """What the layer asks the tuner for ``op``; None from a backend that has one way alone."""
+    """The query that the layer makes for ``op``; None from a backend with a single plan."""
     tuner = _Fixed(lambda query: FUSED)
     with _in_place_of_the_tuner(tuner):
         step()

@@ -2,7 +2,7 @@
 
     python -m bench.gpu_day.report FOLDER
 
-Needs no GPU. What was modelled beforehand (bench/results/offline) stands beside what was measured.
+Needs no GPU. Modelled numbers (bench/results/offline) stand beside the measured ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write(folder: Path) -> None:
-    """results.json and report.md, and pictures of what there is to draw."""
+    """results.json, report.md and the pictures."""
     results = collected(Journal(folder / FILE))
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     modelled = Modelled(_arch(results))
@@ -115,12 +115,12 @@ def text(results: dict[str, Any], modelled: Modelled) -> str:
 
 def _about(calls: list[dict[str, Any]]) -> str:
     lines = [
-        "Times are medians over rounds in which all contestants take turns, by CUDA events, from "
-        "an idle device with an empty cache, quartiles in brackets: `eager` launch by launch, "
+        "Times are medians over rounds in which all contestants take turns, taken by CUDA events "
+        "on an idle device with a flushed cache, quartiles in brackets: `eager` launch by launch, "
         "`graph` as a CUDA graph. `over` is the median of the ratios to the floor in the same "
-        "round, `modelled` the same ratio as modelled beforehand: of the linears alone. Extra ms "
-        "are beyond the floor. TFLOP/s count the products of the equation, GB/s what nobody can "
-        "avoid to move; peak MB is what a step needs at its peak beyond weights and input.",
+        "round, `modelled` the modelled ratio, of the linears alone. Extra ms are those beyond the "
+        "floor. TFLOP/s count the products of the equation, GB/s the compulsory traffic; peak MB "
+        "is the peak memory of a step beyond weights and input.",
         "",
     ]
     for number, call in enumerate(calls):

@@ -1,9 +1,9 @@
-"""The process of one step: its units, one after the other, each on a line of the journal.
+"""The process of one step: its units one after the other, each recorded in the journal.
 
     python -m bench.gpu_day.run_units STEP --out FOLDER [--rehearse]
 
-A unit that raises is recorded as broken and the next one runs; after a failure that the device does
-not survive, and after one that leaves traces in the process, a new process has to go on.
+A unit that raises is recorded as broken and the next one runs. After a failure that the device or
+the process does not survive, a new process continues.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _PR_SET_PDEATHSIG = 1
 class Unit:
     """A measurement by itself. ``run`` returns its row: anything that JSON can hold; in it
 
-    ok: False       it ran to its end and found that something is wrong
+    ok: False       it finished and found a fault
     summary         a few words for the terminal
-    absent          what is not installed and would be needed: no result, and no failure
-    new_process     True: the process is not fit for another unit
+    absent          a missing package or program: no result, and no failure
+    new_process     True: the process must not run another unit
     """
 
     name: str
@@ -45,7 +45,7 @@ class Unit:
 
 
 def run_units(step: Step, units: list[Unit], journal: Journal) -> int:
-    """Run what the journal lacks of ``units``; the exit status of the process."""
+    """Run the ``units`` that have no result in the journal; returns the exit status."""
     journal.append("units", step=step.name, units=[unit.name for unit in units])
     progress = journal.step(step.name)
     lacking = progress.lacking
@@ -77,7 +77,7 @@ def run_units(step: Step, units: list[Unit], journal: Journal) -> int:
 
 
 def _free_device_memory() -> None:
-    """Modules hold one another in cycles. What survives is left out of the next search for them."""
+    """Collect modules that refer to one another in cycles; survivors are not searched again."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its parent is killed: a GPU is nobody's to keep."""
+    """Have the kernel end this process when its parent is killed, so that the GPU is released."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 

@@ -1,7 +1,7 @@
-"""Runs steps, each in a process of its own, whatever becomes of it.
+"""Runs steps, each in its own process, and survives their failures.
 
-A process that ends before its step costs the unit that it was at; a new one takes up the rest. A
-unit over its limit is ended likewise. A step over its limit is ended, and the next one begins.
+A process that ends early loses its current unit, and a new one continues with the rest. A unit over
+its time limit is ended in the same way. A step over its limit is ended, and the next one begins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .journal import Event, Journal, Progress
 from .steps import Step
 
 NEW_PROCESS = 75
-"""Exit status of a process that wants its other units run by a new one (EX_TEMPFAIL)."""
+"""Exit status of a process whose remaining units need a new process (EX_TEMPFAIL)."""
 
 _POLL_SECONDS = 0.1
 # Less than this is not worth starting a process for.
@@ -41,7 +41,7 @@ class Runner:
     least_seconds: float = _LEAST_SECONDS
 
     def run(self, steps: Iterable[Step], budget: float | None) -> None:
-        """Run what the journal lacks, within ``budget`` seconds. SIGTERM ends the step, too."""
+        """Run the units without a result, within ``budget`` seconds. SIGTERM also ends the step."""
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
         try:
             self._run_steps(steps, budget)
@@ -77,7 +77,7 @@ class Runner:
                     reason = f"not done after {step.limit:.0f} s"
                     self.journal.append("stopped", step=step.name, reason=reason)
                 else:
-                    print("   cut off by the budget; another call goes on here")
+                    print("   stopped by the budget; another call continues here")
                 return
             if ended != f"exit status {NEW_PROCESS}":
                 self._show_log(log_before)
@@ -102,7 +102,7 @@ class Runner:
             _end(process)
 
     def _watch(self, process: subprocess.Popen[bytes], step: Step, deadline: float) -> str:
-        """How the process ended, or why it is to be ended; prints rows as they come."""
+        """How the process ended, or why it must be ended; prints rows as they arrive."""
         seen, progressed = self.journal.size(), time.monotonic()
         while True:
             code = process.poll()
@@ -132,7 +132,7 @@ _OUT_OF_TIME = "out of time"
 
 
 def is_done(progress: Progress) -> bool:
-    """Whether a call has nothing to do; what was not installed may be there by now."""
+    """Whether a call has nothing to do; missing packages may be installed by now."""
     return progress.done and not any(map(absent.is_there, set(progress.lacking.values())))
 
 
@@ -162,7 +162,7 @@ def _print(event: Event) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and whatever it started; a hung kernel may hold them for a while."""
+    """End the process and its children; a hung kernel may delay that."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,8 +1,7 @@
 """Stand-ins for torch.cuda on a machine without a GPU: a rehearsal runs the code of the real day.
 
-Tensors are on the CPU, and what asks the device for times, memory or graphs gets an answer that
-means nothing: every time is one millisecond. A stand-in accepts what torch's own function accepts,
-and nothing else.
+Tensors are on the CPU, and questions about times, memory or graphs get meaningless answers: every
+time is one millisecond. A stand-in accepts exactly what torch's own function accepts.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ _ANSWERS: dict[str, Any] = {
 
 @contextlib.contextmanager
 def cuda() -> Iterator[None]:
-    """torch.cuda answers for a device that is not there."""
+    """torch.cuda answers for an absent device."""
     with contextlib.ExitStack() as patches:
         for name, stand_in in _CLASSES.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, stand_in))

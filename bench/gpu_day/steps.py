@@ -1,7 +1,7 @@
-"""What a GPU day does, in the order of its value: whoever has a GPU for ten minutes runs the top.
+"""The steps of a GPU day, most valuable first: a GPU for ten minutes runs the top of the list.
 
 A step is a list of units, which ``source`` ("module:function" in this package) makes in the step's
-own process. A unit that fails costs its own result alone.
+own process. A unit that fails loses only its own result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ STUB_ARCH = "LORA_FAST_STUB_ARCH"
 
 @dataclass(frozen=True)
 class Step:
-    """``limit``: seconds of the whole step; ``unit_limit``: of one unit, the start-up included."""
+    """``limit``: seconds for the whole step; ``unit_limit``: for one unit, start-up included."""
 
     name: str
     source: str

@@ -12,7 +12,7 @@ _REASONS = 200
 
 
 def steps(found: dict[str, dict[str, Any]]) -> str:
-    """What became of each step."""
+    """The outcome of each step."""
     lines = []
     for name, step in found.items():
         refuted = sum(row.get("ok") is False for row in step["rows"].values())
@@ -58,7 +58,7 @@ def contests(rows: Rows, modelled: Modelled) -> str:
 
 
 def best(found: dict[str, Any]) -> dict[str, Any] | None:
-    """The times that the report compares: of the graph, or eager ones where there is none."""
+    """The times that the report compares: of the graph, or eager ones if there is none."""
     times: dict[str, Any] | None = found.get("graph") or found.get("eager")
     return times
 
@@ -132,7 +132,7 @@ def decisive(rows: Rows) -> str:
 
 
 def crossover(rows: Rows) -> str:
-    """Where an NF4 weight is better decoded, and where the library decodes it."""
+    """Where decoding an NF4 weight is faster, and where the library decodes it."""
     lines = []
     for unit, row in rows.items():
         medians = _medians(row)
@@ -144,7 +144,7 @@ def crossover(rows: Rows) -> str:
 
 
 def candidates(rows: Rows) -> str:
-    """The tuner's candidates, and whether its model picks what is fastest."""
+    """The tuner's candidates, and whether the cost model picks the fastest."""
     lines = []
     for unit, row in rows.items():
         medians, modelled = _medians(row), row.get("modelled_seconds", {})
@@ -169,7 +169,7 @@ def _medians(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _fastest(medians: dict[str, float], names: tuple[str, ...]) -> str:
-    """The fastest of ``names``; no name unless all of them ran."""
+    """The fastest of ``names``; empty unless all of them ran."""
     if not set(names) <= medians.keys():
         return "-"
     return min(names, key=lambda name: medians[name])
@@ -186,7 +186,7 @@ def accuracy(rows: Rows) -> str:
 
 
 def profile(rows: Rows, modelled: Modelled) -> str:
-    """What the hardware counted of each kernel, and what was counted without it."""
+    """Hardware counters of each kernel, beside the counts made without a GPU."""
     lines = []
     for unit, row in rows.items():
         if "kernels" in row:

@@ -1,8 +1,8 @@
 """Times contestants against one another on a GPU, launch by launch and as CUDA graphs.
 
-Each call is timed by CUDA events from an idle device: the cache is flushed, the device waited for,
-and the call runs between two events. ``eager`` so contains the launches of the call, ``graph``, the
-replay of the same call from a CUDA graph, nearly none. Contestants take turns in random order.
+Each call is timed by CUDA events on an idle device: the cache is flushed, the device synchronised,
+and the call runs between two events. So ``eager`` includes the launches of the call, and ``graph``,
+the replay of the same call from a CUDA graph, almost none. Contestants take turns in random order.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def contest(day: Day, makers: Mapping[str, Callable[[], Step]], *, baseline: str
     if baseline in steps:
         row["clocks"] = clocks_under(steps[baseline], day)
     if any("graph_failed" in found for found in contestants.values()):
-        row["new_process"] = True  # an aborted capture can leave generators and streams in disorder
+        row["new_process"] = (
+            True  # an aborted capture can leave generators and streams inconsistent
+        )
     return row
 
 
@@ -69,7 +71,7 @@ def median_seconds(step: Step, day: Day) -> float:
 
 
 def _raise_clocks(step: Step, day: Day) -> None:
-    """Keep the device busy for a moment: it comes from building and compiling."""
+    """Keep the device busy for a moment, since it was idle while contestants were built."""
     until = time.monotonic() + day.seconds / 10
     while time.monotonic() < until:
         step()
@@ -121,13 +123,13 @@ def _captured(
 
 @contextlib.contextmanager
 def _one_mask() -> Iterator[None]:
-    """Our layers refuse to be captured with dropout, since replays would share a mask; times do."""
+    """Allow capture with dropout, which our layers refuse since replays would share a mask."""
     with mock.patch.object(functional, "_draw_seed", lambda device: 1):
         yield
 
 
 def _peak_bytes(step: Step, day: Day) -> int:
-    """Bytes that a call needs at its peak beyond what is there before it."""
+    """Peak bytes of a call beyond those allocated before it."""
     torch.cuda.synchronize(day.device)
     before = torch.cuda.memory_allocated(day.device)
     torch.cuda.reset_peak_memory_stats(day.device)
@@ -166,5 +168,5 @@ def _reason(error: Exception) -> str:
 
 
 def _raise_if_lost(day: Day) -> None:
-    """Go on with the other contestants only if the device still answers."""
+    """Continue with the other contestants only if the device still responds."""
     torch.cuda.synchronize(day.device)

@@ -1,13 +1,13 @@
 """Counts what an adapted linear and whole decoder layers cost, without a GPU; minutes on a CPU.
 
-    python -m bench.offline                  count everything, print it, keep it in --out
-    python -m bench.offline --check          count again and compare with what is kept; 1 if worse
+    python -m bench.offline                  count everything, print it, write it to --out
+    python -m bench.offline --check          count again and compare; exits 1 and lists regressions
     python -m bench.offline --check --fast   the same for the main cases on one device: seconds
     python -m bench.offline --case linear,8192,16,nf4 --arch 90
-                                             one case alone: LAYER,M,R,WEIGHT[,P]; keeps nothing,
+                                             one case alone: LAYER,M,R,WEIGHT[,P]; writes nothing,
                                              with --check it is compared
 
-Kept are results.json, tables.md, bars.png and roofline.png.
+Written are results.json, tables.md, bars.png and roofline.png.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compared(new: dict[str, Any], kept: dict[str, Any]) -> int:
-    """The exit code: 1 where something is worse than what is kept, after a line for each."""
+    """The exit code: 1 after a line for each regression from the stored results."""
     worse = regression.regressions(new, kept)
     if new["about"] != kept["about"]:
         print(f"note: counted with {new['about']}, kept with {kept['about']}")
@@ -66,10 +66,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="compare with the kept results")
+    parser.add_argument("--check", action="store_true", help="compare with the stored results")
     parser.add_argument("--fast", action="store_true", help="the main cases on sm_90 alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the kept results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the stored results")
     parser.add_argument("--case", type=_case, help=f"one case, {one_case.FORM}")
     parser.add_argument("--arch", type=int, default=90, help="of --case (default 90)")
     options = parser.parse_args(arguments)
@@ -98,7 +98,7 @@ def _about() -> dict[str, str]:
 
 
 def _keep(new: dict[str, Any], folder: Path) -> None:
-    """Write ``new``, completed by what --check has no use for, as results, tables and pictures."""
+    """Write results, tables and pictures, with the parts that --check does not compare."""
     folder.mkdir(parents=True, exist_ok=True)
     new = {**new, "bands": band.rows(), "whole_layers": whole_layer.rows()}
     _write(folder / FILE, new)

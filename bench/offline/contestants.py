@@ -1,7 +1,7 @@
 """The steps that are compared, as lists of counted operations.
 
 frozen        nn.Linear or bitsandbytes' Linear4bit, nothing to train: the floor
-lora_fast     what accelerate() makes of PEFT's layers: recorded launches, bytes by cost_model
+lora_fast     PEFT's layers after accelerate(): recorded launches, bytes by bench/traffic.py
 peft          stock PEFT with bfloat16 adapters; peft fp32: with its default, float32 ones
 unsloth       a model of Unsloth's graph, operation for operation
 lorafusion    a model of LoRAFusion's
@@ -40,8 +40,8 @@ class Case:
 class LoraFastStep(Step):
     """A step of ours: the recorded launches, each an operation.
 
-    The passes of ticketed_gemm are no operations of their own: its tickets alternate between tiles
-    that make S and tiles that multiply, which run side by side.
+    A launch of ticketed_gemm is one operation, not one per pass: its tickets alternate between
+    tiles that make S and tiles that multiply, which run concurrently.
     """
 
     launches: int = 0
@@ -114,7 +114,7 @@ def _counted(
 
 
 _BACKWARD_STARTS: Any = object()
-"""Stands between the launches of the two directions in a log."""
+"""Separates the launches of the two directions in a log."""
 
 
 def _ours(torch_step: Step, log: stub_driver.Log, arch: int) -> LoraFastStep:

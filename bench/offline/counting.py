@@ -118,7 +118,7 @@ def code(selection: Selection, arch: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def breakdown(case: Case, arch: int) -> list[dict[str, Any]]:
-    """Where the bytes of a step of ours come from: one row for each argument of each pass."""
+    """The bytes of one of our steps, one row for each argument of each pass."""
     _, log = contestants.LoraFast(case).step(case, arch)
     return [
         {

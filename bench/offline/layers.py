@@ -1,8 +1,8 @@
 """The linears of real decoder layers, with LoRA by PEFT, by lora_fast, or frozen.
 
-Modules of real size without work: on the meta device, or on the CPU in memory that nobody touches.
-What lies between the linears (norms, attention, the activation) is the same for everybody: an
-operation stands for it that costs nothing.
+Modules of real size that compute nothing: on the meta device, or on the CPU in untouched memory.
+The parts between the linears (norms, attention, the activation) are the same for everybody and are
+replaced by an operation without cost.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SHAPES = (
 
 
 class _Attention(nn.Module):
-    """q, k and v of one x, and o: what a group is found by is the source of a forward."""
+    """q, k and v of one x, and o, in a forward whose source shows the group."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def _between(width: int, *inputs: Tensor) -> Tensor:
 
 
 def dense(N: int, K: int, device: str) -> nn.Module:
-    """A frozen nn.Linear whose weight nobody has filled."""
+    """A frozen nn.Linear with an uninitialised weight."""
     layer = nn.Linear(K, N, bias=False, device="meta", dtype=DTYPE).requires_grad_(False)
     return layer.to_empty(device=device)
 

@@ -2,7 +2,7 @@
 
 The shrink is a product of its own, before one kernel for x Wᵀ + s · S Bᵀ. In backward one kernel
 reads dY once for dB and dS, which it sums by float32 atomics into zeroed matrices that are then
-rounded. Dropout is a kernel that stores the dropped x and the mask; both are kept. There is no
+rounded. Dropout is a kernel that stores the dropped x and the mask; both are saved. There is no
 fused path for NF4.
 """
 
@@ -24,7 +24,7 @@ def step(shape: Shape, M: int, R: int, weight: str, dropout_p: float) -> Step | 
         inputs = set()
         for path, (N, K) in shape.linears.items():
             _forward(counter, M, N, K, R, dropout_p)
-            # Without dropout the layers of one input keep the same tensor.
+            # Without dropout the layers of one input save the same tensor.
             new = dropout_p > 0.0 or _input_of(path) not in inputs
             inputs.add(_input_of(path))
             saved += M * R * DTYPE.itemsize + (M * K * DTYPE.itemsize if new else 0)

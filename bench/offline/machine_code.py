@@ -1,10 +1,11 @@
-"""What the compiler made of every kernel of a step: registers, spills, occupancy, instructions.
+"""Machine code of every kernel of a step: registers, spills, occupancy, instructions.
 
 Of the main loop (the K-loop over W; in strips the walk over rows): the instructions of one
 iteration by class, the cycles in which a multiprocessor issues them (4 schedulers, one warp
 instruction a cycle each) and the cycles in which its tensor cores do the loop's products. Where the
-first exceed the second, instructions and not products set the pace. Shrink tiles and strips read
-memory all the time: of them counts what bandwidth the issue cycles allow at the boost clock.
+first exceed the second, the loop is bound by instructions, not by products. Shrink tiles and
+strips are bound by memory: for them the table shows the bandwidth that the issue cycles allow at
+the boost clock.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def role(launch: stub_driver.Launch) -> str:
 
 
 def _name(launch: stub_driver.Launch, variant: Variant, arch: int) -> str:
-    """What tells a kernel from the others of a device."""
+    """The name that distinguishes a kernel from the others of a device."""
     c, words = launch.constexprs, [f"sm_{arch}", role(launch)]
     if launch.name == "ticketed_gemm":
         members = launch.arguments["members"]
@@ -131,7 +132,7 @@ def issue_seconds(launch: stub_driver.Launch, pass_name: str, arch: int) -> floa
 
 
 def issue_cycles(loop: sass.Loop, num_warps: int) -> int:
-    """Cycles in which a multiprocessor issues one iteration of one CTA."""
+    """Cycles that an SM needs to issue one iteration of one CTA."""
     return len(loop.instructions) * num_warps // SCHEDULERS
 
 
@@ -168,7 +169,7 @@ def loop_of(launch: stub_driver.Launch, part: str) -> sass.Loop | None:
     return max(of_part, key=lambda loop: len(loop.instructions), default=None)
 
 
-# By kernel: thousands of launches share a few dozen of them, and reading one takes a while.
+# By kernel: thousands of launches share a few dozen kernels, and parsing one is slow.
 _loops: dict[int, tuple[stub_driver.CompiledKernel, list[sass.Loop]]] = {}
 
 

@@ -1,7 +1,7 @@
 """Counts what a piece of PyTorch would launch on a GPU: every operation that is not a view.
 
 Operations run on meta tensors (or, with ``compute=False``, on memory that is never touched), at
-real sizes and for nothing. Each counts as one launch that reads its arguments and writes its
+real sizes and without cost. Each counts as one launch that reads its arguments and writes its
 results once. Dropout is counted as CUDA's fused ``native_dropout``, bitsandbytes' ``gemm_4bit`` as
 what it is at the sizes of training: a decoding of the weight followed by a product.
 """
@@ -60,7 +60,7 @@ class Operation:
 
 @dataclass
 class Step:
-    """The launches of one forward and backward pass, and what it kept in between."""
+    """The launches of one forward and backward pass, and the bytes saved in between."""
 
     forward: list[Operation] = field(default_factory=list)
     backward: list[Operation] = field(default_factory=list)
@@ -109,7 +109,7 @@ class OperationCounter(TorchDispatchMode):
         return result
 
     def add(self, name: str, flops: int, read: int, written: int) -> None:
-        """Count a launch that no PyTorch operation stands for."""
+        """Count a launch that is not a PyTorch operation."""
         self.operations.append(Operation(name, flops, read, written))
 
 
@@ -174,7 +174,7 @@ def dropout_as_on_cuda() -> Iterator[None]:
 
 
 class SavedBytes:
-    """Bytes of distinct storages that autograd keeps inside ``with``, those in ``known`` not."""
+    """Bytes of distinct storages that autograd saves inside ``with``, except those in ``known``."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         self._known = {tensor.untyped_storage()._cdata for tensor in known}

@@ -1,4 +1,4 @@
-"""Compares a new count with the one that is kept, and says in a line what has become worse."""
+"""Compares a new count with the stored one and lists every regression."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from .counting import KEY
 
 MORE_INSTRUCTIONS = 0.05
-"""Share by which a kernel or its main loop may grow: compilers change their minds in the small."""
+"""Fraction by which a kernel or its main loop may grow: compilers vary a little."""
 
 _RISES = (
     ("launches_forward", "launches forward"),
@@ -22,11 +22,11 @@ _PARTS = ("counts", "launches", "kernels")
 def regressions(
     new: dict[str, list[dict[str, Any]]], kept: dict[str, list[dict[str, Any]]]
 ) -> list[str]:
-    """What is worse in ``new`` than in ``kept``; rows that ``new`` does not have are not compared.
+    """Regressions of ``new`` from ``kept``; rows missing in ``new`` are not compared.
 
-    Both are {"counts": rows, "launches": rows, "kernels": rows}. A count that is not kept yet is a
-    regression, too: what nobody has looked at cannot be compared next time. Of a kernel that is not
-    kept yet only a spill is one (`not_kept` lists them).
+    Both are {"counts": rows, "launches": rows, "kernels": rows}. A count that is not stored yet is
+    a regression, too, so that somebody looks at it. Of a kernel that is not stored yet only a spill
+    is one (`not_kept` lists them).
     """
     found = []
     known = {_key(row): row for row in kept["counts"]}
@@ -54,13 +54,13 @@ def regressions(
 def not_kept(
     new: dict[str, list[dict[str, Any]]], kept: dict[str, list[dict[str, Any]]]
 ) -> list[str]:
-    """The kernels of ``new`` that there is nothing to compare with."""
+    """The kernels of ``new`` that have no stored counterpart."""
     known = {row["kernel"] for row in kept["kernels"]}
     return [row["kernel"] for row in new["kernels"] if row["kernel"] not in known]
 
 
 def differences(new: dict[str, list[dict[str, Any]]], kept: dict[str, list[dict[str, Any]]]) -> int:
-    """How many of the new rows are not as they are kept, for better or worse."""
+    """How many of the new rows differ from the stored ones, for better or worse."""
     known = [row for part in _PARTS for row in kept.get(part, ())]
     return sum(row not in known for part in _PARTS for row in new[part])
 

@@ -1,8 +1,8 @@
 """Rooflines of GPUs (those of lora_fast's own cost model), and how fast they issue instructions.
 
-Issue is the time that all multiprocessors need at the boost clock to issue the instructions of a
-pass's loop; it is known of our kernels alone (dropout's Philox is what it finds), so it counts
-against nobody else. No time between launches is added.
+Issue is the time that all SMs need at the boost clock to issue the instructions of a pass's loop.
+It is known for our kernels alone (where it exposes dropout's Philox), so it counts against nobody
+else. No time between launches is added.
 """
 
 from __future__ import annotations

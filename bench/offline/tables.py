@@ -1,4 +1,4 @@
-"""The counted rows as tables in Markdown, which are as readable on a terminal."""
+"""The counted rows as Markdown tables, which also read well on a terminal."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _assumptions() -> str:
 
 
 def targets(counts: Rows, launches: Rows, kernels: Rows) -> str:
-    """What was to be reached, and what is counted; only what the rows tell."""
+    """Targets and counted values, as far as the rows have them."""
     lines = [
         (what, limit, shown, "yes" if met else "NO")
         for what, limit, shown, met in (
@@ -146,7 +146,7 @@ def _at_most(what: str, limit: float, counted: float, shown: str = "") -> _Targe
 
 
 def _none(what: str, missing: list[str]) -> _Target:
-    """A target that every kernel meets but those that are missing it."""
+    """A target that every kernel must meet; `missing` lists those that do not."""
     return _at_most(what, 0, len(missing), ", ".join(missing))
 
 
@@ -281,7 +281,7 @@ def _by(rows: Rows, key: str) -> Iterable[tuple[str, Rows]]:
 
 
 def _sizes(counts: Rows) -> str:
-    """Extra bytes and modelled time of ours and of PEFT for every size, on an H100."""
+    """Bytes over frozen and modelled time, ours and PEFT's, for every size, on an H100."""
     lines = []
     for row in counts:
         if row["who"] != "lora_fast" or row["arch"] != 90 or row["p"]:
@@ -316,7 +316,7 @@ def _breakdown(rows: Rows) -> str:
 
 
 def kernel_table(rows: Rows) -> str:
-    """What the compiler made of each kernel, one a line."""
+    """The machine code of each kernel, one per line."""
     lines = []
     for row in rows:
         loop = {} if row["main_loop"] is None else row["loops"][row["main_loop"]]

@@ -27,7 +27,7 @@ def count(selection: Selection, jobs: int) -> Rows:
 
 @dataclass(frozen=True)
 class Task:
-    """lora_fast on one architecture, or with None everybody else."""
+    """lora_fast on one architecture; None: everybody else."""
 
     selection: Selection
     arch: int | None

@@ -1,8 +1,8 @@
 """Unsloth's graph, operation for operation (unslothai/unsloth: kernels/fast_lora.py, utils.py).
 
 One autograd function for q, k and v, one for o, one for the MLP. Forward and dX add the low-rank
-product to a finished matrix with ``addmm_``. Nothing but the functions' inputs is saved: the shrink
-is computed again in backward, dY B twice. dX of layers with one input is summed by ``addmm_``, too.
+product to a finished matrix with ``addmm_``. Only the functions' inputs are saved: the shrink is
+recomputed in backward, dY B twice. dX of layers with one input is summed by ``addmm_``, too.
 Dropout has no fused path. NF4 is decoded in three launches, once in each direction.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from .layers import BLOCKSIZE, BLOCKSIZE_OF_ABSMAX, DTYPE, Shape
 from .operations import OperationCounter, Step
 
-# The MLP's function saves what goes into its activation and computes down_proj's input from it.
+# The MLP's function saves the inputs of its activation and recomputes down_proj's input.
 _RECOMPUTED = "mlp.down_proj"
 _FIRST_OF_INPUT = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
