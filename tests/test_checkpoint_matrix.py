@@ -131,6 +131,10 @@ def step(model: Any, checkpoint: str, rows: int) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **trained}
 
 
+def _relative(error: Tensor, value: Tensor) -> float:
+    return (error.abs().max() / value.abs().max()).item()
+
+
 def copy_of(model: Any, kind: str) -> Any:
     if kind == "pickled":
         buffer = io.BytesIO()
@@ -168,12 +172,16 @@ def test_checkpointing(case: Case) -> None:
         return
     actual = step(fused, case.checkpoint, case.rows)
     assert actual.keys() == expected.keys() == theirs[0].keys()
+    # Gradients of a tensor that is read in several places are added in another order. How far apart
+    # that may be, stock shows: by its worst tensor, since of a single one it may be luck.
+    apart = {n: _relative(under - theirs[0][n], theirs[0][n]) for n, under in theirs[1].items()}
+    worst = max(apart.values())
     for name, value in expected.items():
-        without, under = theirs[0][name], theirs[1][name]
-        if torch.equal(without, under):
+        if apart[name] == 0:
             assert_same_bits(actual[name], value, name=name)
-        else:  # gradients of a tensor that is read in several places are added in another order
-            assert_accurate(actual[name], value.double(), value + (under - without), name=name)
+        else:
+            sample = value + worst * value.abs().max()
+            assert_accurate(actual[name], value.double(), sample, name=name)
     for model in (stock, fused):
         model.gradient_checkpointing_disable()
     with torch.no_grad():
