@@ -10,10 +10,10 @@ from .nf4 import NF4Weight
 
 
 class Constants(NamedTuple):
-    """What the equation takes and does not differentiate.
+    """The operands of the equation that are not differentiated.
 
-    rank_spans [samples, 2] (int32): the rows of each sample, M / samples of them in a row, use
-    columns [start, stop) of S alone.
+    rank_spans [samples, 2] (int32): the rows of each sample, M / samples consecutive ones, use only
+    columns [start, stop) of S.
     """
 
     scaling: float = 1.0
@@ -25,7 +25,7 @@ class Constants(NamedTuple):
 class Factors(NamedTuple):
     """Everything of y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias except x.
 
-    weight [N, K], bias [N], A [R, K], B [N, R], b [N], d [R], g [N]; None where a factor is absent.
+    weight [N, K], bias [N], A [R, K], B [N, R], b [N], d [R], g [N]; None if a factor is absent.
     The last four are those of :class:`Constants`, in their order.
     """
 
@@ -47,7 +47,7 @@ class Factors(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted; nothing is computed or saved for the others."""
+    """The gradients that are required; nothing is computed or saved for the others."""
 
     x: bool = False
     weight: bool = False
@@ -76,10 +76,10 @@ class Needs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward pass leaves for the backward pass, beside x and the factors.
+    """Tensors saved for backward, beside x and the factors.
 
-    S = drop(x) Aᵀ [M, R] · V = y before g and the bias [M, N] · mask [M, K] (bool), dropout's, from
-    a backend that cannot draw it again for less than it costs to keep.
+    S = drop(x) Aᵀ [M, R] · V = y before g and the bias [M, N] · mask [M, K] (bool) of dropout, from
+    a backend for which saving it is cheaper than drawing it again.
     """
 
     S: Tensor | None = None
@@ -88,7 +88,7 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """One gradient a factor, None where it was not wanted; in the dtype of the factor."""
+    """One gradient per factor, in the factor's dtype; None if it is not required."""
 
     x: Tensor | None = None
     weight: Tensor | None = None

@@ -1,6 +1,6 @@
-"""What the installed versions can do: every decision that depends on a version is made here.
+"""Features of the installed versions: every decision that depends on a version is made here.
 
-:data:`FEATURES` need more than the lower bounds of pyproject.toml. Below it a feature is off,
+:data:`FEATURES` need more than the lower bounds of pyproject.toml. With less a feature is off,
 ``lora-fast doctor`` and :func:`lora_fast.report` say why, and everything else works. The kernels
 have a range of their own, which they check when one is imported: ``kernels/triton_version.py``.
 """
@@ -21,7 +21,7 @@ from . import four_bit
 
 @dataclass(frozen=True)
 class Feature:
-    """What works from a version of a package on, and how to do without it."""
+    """A feature that needs a version of a package, and how to do without it."""
 
     name: str
     package: str
@@ -31,7 +31,7 @@ class Feature:
     concerns: Callable[[nn.Module], bool]
 
     def is_on(self) -> bool:
-        """True where the package is absent, too: then there is nothing that would use it."""
+        """True if the package is absent, too: then nothing would use the feature."""
         found = installed(self.package)
         return found is None or found >= self.needs
 
@@ -71,13 +71,13 @@ EQUAL_ABSMAX = Feature(
     "bitsandbytes",
     (0, 49),
     "bitsandbytes ends the process there",
-    lambda model: False,  # A weight that is quantised has got over it.
+    lambda model: False,  # Only quantising fails: a quantised weight is fine.
 )
 FEATURES = (SHARDED_INTEGERS, EQUAL_ABSMAX)
 
 
 def switched_off(model: nn.Module | None = None) -> tuple[str, ...]:
-    """Why each feature is off that is, of those that concern `model` or of all."""
+    """Why features are off: of those that concern `model`, or of all."""
     found = (f.obstacle() for f in FEATURES if model is None or f.concerns(model))
     return tuple(filter(None, found))
 

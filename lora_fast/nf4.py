@@ -6,7 +6,7 @@ element 2i in its high nibble and 2i+1 in its low one. With double quantisation
     absmax[i] = code2[absmax_u8[i]] · absmax2[i // blocksize2] + offset
 
 W = code[nibble] · absmax in float32, rounded once to the wanted dtype (QLoRA, Dettmers et al. 2023,
-§3). bitsandbytes takes longer to import than PyTorch, so only what quantises or decodes loads it.
+§3). bitsandbytes takes longer to import than PyTorch, so it is loaded only to quantise or decode.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .four_bit.layout import is_plain, plain_bytes, plain_state
 from .optional_packages import needed
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# Absmax that share one themselves.
+# Absmax values that share one absmax2.
 _SECOND_BLOCKSIZE = 256
 
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A frozen NF4 weight [N, K]: a view of bitsandbytes' storage, nothing is copied.
+    """A frozen NF4 weight [N, K]: a view of bitsandbytes' storage, without a copy.
 
     packed: the quantised bytes, flat uint8. quant_state: bitsandbytes' own description of them.
     Build one with :meth:`from_params4bit` or :meth:`from_dense`.
@@ -78,7 +78,7 @@ class NF4Weight:
         """Quantise a dense [N, K] weight (bfloat16, float16 or float32) with bitsandbytes.
 
         Raises ValueError that names the argument, ImportError without bitsandbytes,
-        NotImplementedError for `double_quant` where the installed one cannot do it.
+        NotImplementedError for `double_quant` if the installed version cannot do it.
         """
         if weight.dim() != 2:
             raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
@@ -86,11 +86,13 @@ class NF4Weight:
             raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
         bnb = needed("bitsandbytes.functional", "an NF4 weight")
         if weight.is_meta:
-            # bitsandbytes keeps its table of 8-bit values where it is first used: not on meta.
+            # bitsandbytes caches its table of 8-bit values on the device of first use, which must
+            # not be meta.
             bnb.quantize_blockwise(torch.ones(1, device="cpu"))
         dense = weight.detach()
         if dense.numel() % 2:
-            # bitsandbytes below 0.49 packs pairs alone. One zero more is no block's absmax.
+            # bitsandbytes below 0.49 packs whole pairs only; an extra zero changes no block's
+            # absmax.
             dense = torch.nn.functional.pad(dense.reshape(-1), (0, 1))
         if double_quant and not EQUAL_ABSMAX.is_on():
             _check_absmax(dense, blocksize)

@@ -1,17 +1,17 @@
-"""Packages that only some of what is here needs, and what to say where one of them is missing."""
+"""Optional packages, and the error if one of them is missing."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-# What installs it, from a clone: an extra of pyproject.toml.
+# The extra of pyproject.toml that installs it from a clone.
 _EXTRAS = {"bitsandbytes": "qlora", "peft": "peft", "transformers": "train", "safetensors": "train"}
 
 
 def absent_package(error: BaseException | None) -> str | None:
-    """The package whose absence raised `error`, or led to it: transformers raises errors of its own
-    from those of imports, without a name. None if none of them names one."""
+    """The package whose absence caused `error`, directly or through transformers, which raises its
+    own errors from those of imports, without a name. None if no error in the chain names one."""
     found = None
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and error.name:
@@ -21,14 +21,14 @@ def absent_package(error: BaseException | None) -> str | None:
 
 
 class MissingPackageError(ImportError):
-    """A package that is needed is not installed; the message says how to install it."""
+    """A required package is not installed; the message says how to install it."""
 
 
 def needed(name: str, purpose: str) -> ModuleType:
     """The module `name`, imported now.
 
     Raises MissingPackageError, an ImportError that names the package, what needs it and how to
-    install it, if it is not there. One that is there and fails to import raises what it raises.
+    install it, if it is not installed. Errors of a package that fails to import pass through.
     """
     package = name.partition(".")[0]
     try:

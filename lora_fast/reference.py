@@ -2,8 +2,8 @@
 
     V = x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)          y = g ⊙ V + bias
 
-Any floating dtype, float64 included. Nothing is fused, nothing is saved by hand, nothing is
-rounded on purpose; every backend is compared with what this file returns. It imports no other
+Any floating dtype, float64 included. Nothing is fused, saved by hand or rounded on purpose; every
+backend is compared with the results of this file. It imports no other
 part of the package: an NF4 weight is recognised by its ``dequantize`` method.
 """
 
@@ -42,7 +42,7 @@ def adapted_linear(
 
     x [..., K], weight [N, K] (a tensor or an object with ``dequantize(dtype)``), bias [N], A [R,
     K], B [N, R], b [N], d [R], g [N] → y [..., N]. Every operand is cast to x's dtype, the result
-    has it. ``dropout_mask`` [M, K] (True: kept) takes the place of the mask drawn from
+    has it. ``dropout_mask`` [M, K] (True: kept) replaces the mask drawn from
     ``dropout_seed``. ``rank_spans`` [samples, 2]: the rows of sample i, the i-th of equal parts,
     use the columns start ≤ r < stop of the rank alone. Sources: LoRA (Hu et al. 2021, eq. 3), VeRA
     (Kopiczko et al. 2023, eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).

@@ -1,7 +1,7 @@
-"""Models without their weights: every module, name, shape and dtype, and no memory behind them.
+"""Models without weights: every module, name, shape and dtype, but no memory.
 
 A skeleton is built by transformers from a config, on the meta device. :func:`imagined` turns it
-into one of fake CPU tensors, on which whole forward passes run without computing anything.
+into one of fake CPU tensors, on which whole forward passes run without computing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .four_bit.layout import plain_state
 from .optional_packages import needed
 
-# In the order in which a model's own class is looked for; tasks name one of them.
+# In the order in which a model's own class is searched; tasks name one of them.
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
@@ -35,8 +35,8 @@ AUTO_CLASSES = {
 def load_config(name: str | Path) -> Any:
     """Return the transformers config of a folder, a ``config.json`` or a hub id.
 
-    A hub id is looked up in the local cache first, then downloaded unless Hugging Face is set to
-    be offline. Code that a repository brings along is never run.
+    A hub id is looked up in the local cache first, then downloaded unless Hugging Face is offline.
+    Code in the repository is never run.
 
     Raises:
         ValueError: there is no such config, or it cannot be read.
@@ -134,9 +134,9 @@ def _class_names(config: Any) -> dict[str, list[str]]:
 def imagined(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of `model` in which every tensor is a fake one on the CPU; nothing is allocated.
 
-    Inside the block operations compute shapes and dtypes, on such tensors alone, and the layers of
-    lora_fast take them for ordinary ones. 4-bit layers appear as dense ones of the dtype that was
-    quantised: what they keep for backward is the same.
+    Inside the block operations compute shapes and dtypes, and the layers of lora_fast accept such
+    tensors as ordinary ones. 4-bit layers appear as dense ones of the dtype that was quantised:
+    they save the same bytes for backward.
     """
     from .backends.choice import set_backend
     from .base_layer.obstacles import CountingMode
@@ -157,7 +157,7 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep torch from printing where an operation on fakes failed: whoever runs it says what."""
+    """Keep torch from printing where an operation on fakes failed: the caller reports it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -167,7 +167,7 @@ def _without_tracebacks() -> Iterator[None]:
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and what modules hold as plain attributes or in plain dicts."""
+    """Parameters, buffers, and tensors in plain attributes or dicts of modules."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():

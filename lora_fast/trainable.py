@@ -1,4 +1,4 @@
-"""Methods that train what a model has: its biases, or its normalisation layers."""
+"""Methods that train parts of the model itself: its biases, or its normalisation layers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _NORMS = ("LayerNorm", "RMSNorm")
 
 
 def mark_bitfit(model: nn.Module, *, keep: Sequence[str] = ()) -> list[str]:
-    """Let every bias of `model` train and nothing else: y = x Wᵀ + bias, W frozen.
+    """Make only the biases of `model` trainable: y = x Wᵀ + bias, W frozen.
 
     The biases are all parameters that their module calls ``bias``, those of normalisation layers
-    included. `keep` names what goes on training as it did, as parts of dotted names: a new head,
+    included. `keep` lists parts of dotted names whose parameters keep their setting: a new head,
     which the paper trains, too ("classifier"), or adapters ("lora_A", "lora_B"). The backward pass
     then computes no gradient of a weight. Returns the names of all parameters that train.
 
     Raises TypeError if `model` is not a Module; ValueError, before anything is changed, for a model
-    without biases (most recent language models) and for names in `keep` that nothing has.
+    without biases (most recent language models) and for names in `keep` that match nothing.
     Source: BitFit (Ben Zaken, Ravfogel & Goldberg 2021).
     """
     return _mark(model, "biases", lambda module, name: name == "bias", keep)
 
 
 def mark_layer_norm(model: nn.Module, *, keep: Sequence[str] = ()) -> list[str]:
-    """Let the gains and biases of every LayerNorm and RMSNorm of `model` train and nothing else.
+    """Make only the gains and biases of every LayerNorm and RMSNorm of `model` trainable.
 
         y = gain ⊙ (x − mean) / std + bias
 
@@ -67,7 +67,7 @@ def _mark(
     }
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-    # There is no way back through weights that an evaluation has packed.
+    # No gradient flows through weights that an evaluation has packed.
     forbid_packing(model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 

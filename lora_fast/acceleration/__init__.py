@@ -1,1 +1,1 @@
-"""What switches a model to the kernels and says what it did; imports nothing heavy."""
+"""Switching a model to the kernels and reporting on it; imports nothing heavy."""

@@ -1,4 +1,4 @@
-"""Acceleration for runs of transformers' Trainer, and of trainers built on it, such as TRL's."""
+"""Acceleration for transformers' Trainer and trainers built on it, such as TRL's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("lora_fast.callback")  # as documented, wherever this
 
 
 class LoraFastCallback(TrainerCallback):
-    """Accelerates the model of a Trainer when training starts, whatever the Trainer made of it.
+    """Accelerates the model that a Trainer holds when training starts.
 
         SFTTrainer(model, peft_config=LoraConfig(), callbacks=[LoraFastCallback()], ...)
 
@@ -28,8 +28,8 @@ class LoraFastCallback(TrainerCallback):
     The main process logs :func:`lora_fast.report` at level INFO of the logger
     ``lora_fast.callback``, at the start as a prediction and at the end with all calls counted; at
     level WARNING when layers or calls fall back to PEFT's own forward, or when the model has no
-    adapted layer and stays as it is. Where nobody listens to INFO, as in a plain script, it prints
-    one line at the start instead, where Trainer prints its losses.
+    adapted layer and stays unchanged. If nothing handles INFO, as in a plain script, it prints one
+    line at the start instead, like Trainer's losses.
 
     Raises TypeError if ``group_shared_inputs`` is not a bool.
     """

@@ -21,13 +21,13 @@ from ..modules.adapter_module import AdapterModule
 class LayerReport:
     """One adapted layer.
 
-    ``obstacle``: why the next call would run the plain path, None if it would run fused (unless
-    its input rules that out). ``fused_calls`` and ``fallback_calls`` (by reason) count so far.
-    Calls inside torch.compile cannot be counted: ``compiled`` tells whether some of them ran fused,
-    and those that did not are one among the fallback calls. ``counted`` is False for a layer that
-    is of PEFT's own class, whose calls nothing sees.
-    ``siblings``: names of the layers beside it that share its input and are computed with it;
-    ``alone`` says what forbids that, None for a layer whose input is its own.
+    ``obstacle``: why the next call would run the plain path; None if it would run fused, unless
+    its input prevents that. ``fused_calls`` and ``fallback_calls`` (by reason) count so far. Calls
+    inside torch.compile cannot be counted: ``compiled`` tells whether some of them ran fused; those
+    that did not appear as one fallback call. ``counted`` is False for a layer of PEFT's own class,
+    whose calls cannot be observed.
+    ``siblings``: names of the layers that share its input and are computed with it; ``alone``: what
+    prevents that, None for a layer that shares its input with no other.
     """
 
     name: str
@@ -50,7 +50,7 @@ class LayerReport:
 class Report:
     """Every adapted layer, in the order of ``model.named_modules()``. Prints as a table.
 
-    ``switched_off``: what the model cannot do with the installed versions, and why.
+    ``switched_off``: features that the installed versions lack and the model would use, and why.
     """
 
     layers: tuple[LayerReport, ...]
@@ -71,7 +71,7 @@ class Report:
 
     @property
     def all_fused(self) -> bool:
-        """Whether there are layers, all would run fused, and no call so far did not."""
+        """Whether there are layers, all would run fused, and every call so far did."""
         return bool(self.layers) and not self.fallback_calls and all(x.fused for x in self.layers)
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Report:
 def report(model: nn.Module) -> Report:
     """Report on every adapted layer of `model`, PEFT's and lora_fast's, at any time.
 
-    Before the first call it predicts, from the present state of each layer, what the call would do.
+    Before the first call it predicts the path from the current state of each layer.
     PEFT's layers that :func:`lora_fast.accelerate` has not switched, or cannot, are listed as such.
 
     Raises TypeError if `model` is not a Module.
@@ -162,7 +162,7 @@ def _siblings(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | Non
 
 
 def _kind(layer: nn.Module) -> str:
-    """As PEFT's repr calls the layer: lora.Linear, lora.Embedding, adalora.SVDLinear, …"""
+    """The layer's name in PEFT's repr: lora.Linear, lora.Embedding, adalora.SVDLinear, …"""
     homes = (cls.__module__ for cls in type(layer).__mro__)
     home = next((name for name in homes if name.startswith("peft.tuners.")), None)
     return layer._get_name() if home is None else f"{home.split('.')[2]}.{layer._get_name()}"

@@ -18,27 +18,27 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
-    """Let the PEFT layers of `model` run fused; in place, and idempotent. Returns `model`.
+    """Make the PEFT layers of `model` run fused, in place; idempotent. Returns `model`.
 
         y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 
     The class of every linear layer of LoRA (with rsLoRA, LoRA-FA, DoRA), VeRA, AdaLoRA and (IA)³,
     dense or 4-bit, becomes a subclass of it. Their parameters, state_dict keys, repr and adapter
-    methods stay as they are. What the fused path does not cover (merged or disabled adapters, other
-    variants, hooks on the inner layers, …) runs PEFT's own forward; :func:`lora_fast.report` tells
-    where, and why. Layers of other kinds (embeddings, convolutions, FourierFT, …) are left alone.
-    Adapters that `model` adds, loads or hot-swaps later are covered, with the layers that PEFT
-    wraps for them; after ``peft.inject_adapter_in_model``, which keeps no tuner in the model, call
-    ``accelerate`` again. Differentiating a fused layer twice raises RuntimeError. 4-bit weights of
-    `model` that bitsandbytes has packed for inference on a CPU are unpacked, and are not packed
-    again until :func:`decelerate`: :mod:`lora_fast.four_bit.layout`.
+    methods stay as they are. Anything the fused path does not cover (merged or disabled adapters,
+    other variants, hooks on the inner layers, …) falls back to PEFT's own forward;
+    :func:`lora_fast.report` tells where, and why. Other kinds of layers (embeddings, convolutions,
+    FourierFT, …) stay unchanged. Adapters that `model` adds, loads or hot-swaps later are covered,
+    including layers that PEFT wraps for them; after ``peft.inject_adapter_in_model``, which keeps
+    no tuner in the model, call ``accelerate`` again. Differentiating a fused layer twice raises
+    RuntimeError. 4-bit weights of `model` that bitsandbytes has packed for inference on a CPU are
+    unpacked, and are not packed again until :func:`decelerate`: :mod:`lora_fast.four_bit.layout`.
 
     ``group_shared_inputs``: LoRA layers that the forward of their parent always calls with one
     input (q, k and v; gate and up), by its source, are computed together when the first of them is
     called; see :mod:`lora_fast.peft_layers.shared_input`.
 
     Raises TypeError if `model` is not a Module, ValueError if it contains no adapted layer; `model`
-    is then as it was.
+    is then unchanged.
     """
     _check(model)
     if not isinstance(group_shared_inputs, bool):

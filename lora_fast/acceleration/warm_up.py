@@ -1,4 +1,4 @@
-"""Compile, and where timing is on time, what a model will launch, before its first step does."""
+"""Compile the kernels of a model before its first step, and time them if timing is on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Progress = Callable[[int, int, str], None]
 
 
 class Unit(NamedTuple):
-    """Layers that are computed together: siblings that share their input, or one alone.
+    """Layers that are computed together: siblings that share their input, or one layer.
 
-    ``alike`` of them in the model are the same to the kernels; these are the first.
+    ``alike``: how many units of the model are identical to the kernels; this is the first.
     """
 
     names: tuple[str, ...]
@@ -34,14 +34,13 @@ class Unit(NamedTuple):
 def warm_up(
     model: nn.Module, tokens: int | Sequence[int] = 2048, *, progress: Progress | None = None
 ) -> int:
-    """Compile every kernel that the fused layers of `model` launch with `tokens` rows of input.
+    """Compile every kernel that the fused layers of `model` launch for `tokens` rows of input.
 
-    `tokens`: rows of x, batch times length, or several such numbers; kernels differ between up to
-    16, up to 64 and more, and for NF4 weights where decoding them first pays off. With
-    LORA_FAST_AUTOTUNE=1 the candidates of each operation are timed as well. Layers that are alike
-    are run once, on copies: nothing of the model changes, and no random number is drawn.
-    ``progress(done, total, name)`` is called before each run. Returns the number of runs; layers
-    that would not run fused are left out.
+    `tokens`: rows of x, batch times length, or several such numbers; kernels differ for up to 16,
+    up to 64 and more rows, and for NF4 weights that are decoded first. With LORA_FAST_AUTOTUNE=1
+    the candidates of each operation are timed as well. Identical layers run once, on copies: the
+    model does not change, and no random number is drawn. ``progress(done, total, name)`` is called
+    before each run. Returns the number of runs; layers that would not run fused are left out.
 
     Raises TypeError or ValueError for tokens that are not positive integers.
     """
@@ -60,7 +59,7 @@ def warm_up(
 
 
 def units(model: nn.Module) -> list[Unit]:
-    """The different units of `model`, in the order of its modules; only what would run fused."""
+    """The distinct units of `model` that would run fused, in the order of its modules."""
     fused = {layer.name for layer in report(model).layers if layer.fused}
     bundles: dict[int, list[tuple[str, Any]]] = {}
     for name, layer in adapted_layers(model):
@@ -77,8 +76,8 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def run(layers: Sequence[Any], M: int, *, training: bool) -> None:
-    """Call siblings with the same x [1, M, K]: without gradients, and if training with those that
-    inner layers and the first layer need."""
+    """Call siblings with the same x [1, M, K]: without gradients and, when training, with those of
+    inner layers and of the first layer."""
     base = base_of(layers[0])
     device: torch.device = base.weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -101,7 +100,8 @@ def base_of(layer: Any) -> Any:
 
 
 def compute_dtype(base: Any) -> torch.dtype:
-    """The dtype of the activations around a layer: its weight's, or what 4-bit ones compute in."""
+    """The dtype of the activations around a layer: its weight's, or a 4-bit layer's compute
+    dtype."""
     if base.weight.dtype.is_floating_point:
         return base.weight.dtype
     return base.compute_dtype or base.weight.quant_state.dtype
@@ -125,7 +125,7 @@ def _group_of(layer: Any) -> tuple[Any, int] | None:
 
 
 def kind_of(layer: Any) -> tuple[Any, ...]:
-    """What the kernels of a layer depend on, beside the number of rows."""
+    """The properties that a layer's kernels depend on, beside the number of rows."""
     dropouts = tuple(m.p for m in layer.modules() if isinstance(m, nn.Dropout))
     return type(layer), dropouts, tuple(_tensors(layer))
 

@@ -1,1 +1,1 @@
-"""What works on this machine, and why the rest does not."""
+"""Diagnosis of this machine: what works, and why the rest does not."""

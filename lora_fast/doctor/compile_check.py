@@ -1,7 +1,8 @@
-"""Compiles the kernels of typical layers for a GPU that need not be there.
+"""Compiles the kernels of typical layers for a GPU that need not be present.
 
-A driver that stands in for the device passes Triton's real launch path: argument specialisation,
-configuration, compiler and assembler. Nothing is run, and no tensor's memory is touched.
+A driver that stands in for the device goes through Triton's real launch path: argument
+specialisation, configuration, compiler and assembler. Nothing is run, and no tensor's memory is
+touched.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ DEVICES = {
     100: (227, 148),
     120: (99, 170),
 }
-# Triton keeps compiled kernels by the index of a device; no device has these.
+# Triton caches compiled kernels by device index; no real device has these.
 _FIRST_INDEX = 2000
 _WARP = 32
 
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """One kernel of one layer: whether it compiles, in how long, and what a block of it takes."""
+    """One kernel of one layer: whether it compiles, how long that takes, resources of a block."""
 
     layer: str
     kernel: str
@@ -56,7 +57,7 @@ def compile_kernels(
 ) -> list[KernelCheck]:
     """Compile what a training step of each kind of layer launches on `arch`.
 
-    ``told(layer)`` is called before each. Whatever goes wrong is in the result, not raised.
+    ``told(layer)`` is called before each. Errors are in the result and are not raised.
     """
     from ..backends.choice import set_backend
 
@@ -68,7 +69,7 @@ def compile_kernels(
             device = _Compiling(arch)
             with standing_in(device), set_backend("triton"):
                 step()
-        except Exception as error:  # of Triton, the assembler, the file system
+        except Exception as error:  # Triton, the assembler or the file system
             first = (str(error).strip().splitlines() or [""])[0]
             seconds = time.perf_counter() - start
             problem = f"{type(error).__name__}: {first}"

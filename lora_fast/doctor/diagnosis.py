@@ -1,4 +1,4 @@
-"""Is everything here that training needs, and which path would the layers of a model take?"""
+"""The state of the installation, and the path that each layer of a model would take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPILERS = (os.environ.get("CC", "cc"), "gcc", "clang")
 
 @dataclass(frozen=True)
 class Package:
-    """A package, None for the version of one that is absent, and what is wrong with it."""
+    """A package, its version (None if absent), and its problem, if any."""
 
     name: str
     version: str | None
@@ -53,8 +53,8 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. ``problems`` are the things that are broken, in one line each;
-    ``switched_off`` are what these versions cannot do, and need not for the rest to work."""
+    """The findings. ``problems``: what is broken, one line each; ``switched_off``: features that
+    these versions lack, without which the rest works."""
 
     version: str
     python: str
@@ -70,7 +70,7 @@ class Diagnosis:
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as what JSON can hold."""
+        """Everything as JSON-compatible values."""
         return {**asdict(self), "healthy": not self.problems}
 
 
@@ -85,14 +85,14 @@ def diagnose(
     kernels: bool = True,
     told: Callable[[str], None] = lambda stage: None,
 ) -> Diagnosis:
-    """Look at versions, the GPU, the kernels and, with `model`, at the path of each of its layers.
+    """Check versions, the GPU, the kernels and, with `model`, the path of each of its layers.
 
     `model`: a folder, a ``config.json`` or a hub id, of which only the config is read, adapted by
     the adapter in the folder `adapter`, else by `method` of ``lora-fast train``, with its frozen
-    weights in `quantize`. `arch` (``sm_90``, …) is what the kernels are compiled for, by default
-    the GPU that is here, else sm_90. ``told(stage)`` is called before what takes time.
+    weights in `quantize`. `arch` (``sm_90``, …) is the target of the kernels, by default the GPU of
+    this machine, else sm_90. ``told(stage)`` is called before slow stages.
 
-    Raises ValueError for arguments that name nothing; what is broken is in the result.
+    Raises ValueError for arguments that name nothing; broken parts are in the result.
     """
     problems: list[str] = []
     packages = tuple(_packages())
@@ -136,7 +136,7 @@ def diagnose(
 def layer_paths(
     model: str, adapter: str | None, method: str, quantize: str, target_modules: str | None
 ) -> tuple[LayerPath, ...]:
-    """The path of each adapted layer of a model that is not loaded, layers of a kind together."""
+    """The path of each adapted layer of a model that is not loaded, grouped by kind."""
     from ..acceleration.report import adapted_layers, report
     from ..acceleration.switch import accelerate
     from ..planning.settings import QUANTIZERS
@@ -204,8 +204,8 @@ def _packages() -> list[Package]:
 
 
 def _wanted(*extras: str) -> dict[str, str]:
-    """The version ranges that this package asks for in `extras`, "" for what it needs without one;
-    none in a checkout that is not installed."""
+    """The version ranges that this package requires in `extras` ("": without an extra); empty in a
+    checkout that is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -222,7 +222,7 @@ def _wanted(*extras: str) -> dict[str, str]:
 
 
 def _too_old_for_commands(packages: Iterable[Package]) -> list[str]:
-    """Packages that are good enough for the library, but not for the command line."""
+    """Packages that suffice for the library, but not for the command line."""
     wanted = _wanted(*OF_THE_COMMANDS)
     return [
         f"lora-fast's commands: need {p.name} {wanted[p.name]}, got {p.version}"
@@ -262,7 +262,7 @@ def _arch_of(capability: tuple[int, int] | None) -> int:
 
 
 def _backend(capability: tuple[int, int] | None) -> tuple[str, str]:
-    """What computes, and why."""
+    """The backend, and why it was chosen."""
     choice = get_backend()
     if choice != "auto":
         return choice, "chosen by LORA_FAST_BACKEND or set_backend"

@@ -1,1 +1,1 @@
-"""Files of models and adapters, read and written so that nothing of a user's is lost."""
+"""Files of models and adapters, read and written so that no user data is lost."""

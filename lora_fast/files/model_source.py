@@ -1,4 +1,4 @@
-"""Where a base model is found: a folder, the built-in one, the hub's cache, the hub."""
+"""Finding a base model: a folder, the built-in one, the hub's cache, the hub."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def resolve_model(name: str) -> str:
 
 
 def check_hub(name: str) -> None:
-    """Check that the model `name` is a folder or a file, cached, or that the hub answers for it.
+    """Check that the model `name` is a folder, a file or cached, or that the hub responds.
 
-    What the hub answers is left to who loads the model.
+    The content of the response is left to the code that loads the model.
 
     Raises ConnectionError if it does not answer.
     """
@@ -46,8 +46,8 @@ def check_hub(name: str) -> None:
     except (errors.HfHubHTTPError, errors.FileMetadataError):
         return
     except (errors.OfflineModeIsEnabled, errors.HFValidationError):
-        return  # it was not asked: by the user's wish, or since `name` is none of its names
-    except Exception as error:  # of the HTTP client, which differs between versions
+        return  # not asked: offline by the user's wish, or `name` is no valid name
+    except Exception as error:  # the HTTP client differs between versions
         raise ConnectionError(
             f"it is not in the cache, and the hub does not answer ({error})"
         ) from error

@@ -1,4 +1,4 @@
-"""Adapters of models without PEFT, in PEFT's files: PEFT loads what is saved here, and back.
+"""Adapters of models without PEFT, in PEFT's files, which PEFT can load, and the reverse.
 
 ``adapter_config.json`` is written and read by PEFT's own LoraConfig and VeraConfig,
 ``adapter_model.safetensors`` has the keys of :mod:`lora_fast.files.peft_format`.
@@ -25,8 +25,8 @@ from .whole_folder import WholeFolder
 Model = TypeVar("Model", bound=nn.Module)
 
 _PROJECTIONS = ("vera_A", "vera_B")
-# Options of PEFT that are read here, or that say nothing of what a trained adapter computes. Any
-# other one must have its default: PEFT has layers that compute something else of the same tensors.
+# Options of PEFT that are read here, or that do not affect what a trained adapter computes. Any
+# other must have its default, since PEFT has layers that compute other results from these tensors.
 _UNDERSTOOD = frozenset(
     {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
@@ -48,20 +48,20 @@ def save_adapter(
     Layers of a method that PEFT does not have are written as LoRA with the same change of W; that
     file is for PEFT, and :func:`load_adapter` does not read it back.
 
-    `folder` is new or empty, and appears when it is complete: ``adapter_config.json`` and
+    `folder` must be new or empty, and appears once it is complete: ``adapter_config.json`` and
     ``adapter_model.safetensors``, which ``PeftModel.from_pretrained(base, folder)`` loads. Modules
     outside the adapters that train (``modules_to_save``) are saved as a whole.
-    `base_model_name_or_path` is what the config says that the adapter is for, by default the
-    ``name_or_path`` of the model. Of several processes one must call; with sharded parameters
-    (FSDP2) all must, and the first one writes.
+    `base_model_name_or_path` is the base model named in the config, by default the ``name_or_path``
+    of the model. Of several processes one must call; with sharded parameters (FSDP2) all must, and
+    the first one writes.
 
     Raises ImportError without PEFT; ValueError for a model without adapted layers (a PEFT model has
     ``save_pretrained``); FileExistsError for a `folder` with something in it; NotImplementedError
-    for parameters that are not in memory and for what PEFT's format cannot say: several methods,
-    dropouts or projections in one model, a layer or a trained weight with several names, a scaling
-    that is neither α/R nor α/√R everywhere, a gain of a method that PEFT does not have, parts of
-    modules that train, and, with dropout or DoRA, layers whose names PEFT takes for a mixture's
-    experts.
+    for parameters that are not in memory and for what PEFT's format cannot express: several
+    methods, dropouts or projections in one model, a layer or a trained weight with several names, a
+    scaling that is neither α/R nor α/√R everywhere, a gain of a method that PEFT does not have,
+    parts of modules that train, and, with dropout or DoRA, layers whose names PEFT takes for a
+    mixture's experts.
     """
     needed("peft", "saving or loading an adapter in PEFT's format")
     from safetensors.torch import save_file
@@ -87,11 +87,11 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
 
     `model` must be converted as the adapter was made: same method, layers, ranks, scalings and
     ``modules_to_save`` (as a whole, and training). Values are cast to the dtype of the parameter.
-    VeRA's projections come from the file or, where it leaves them out, from its key. Dropout stays
-    as the model has it.
+    VeRA's projections come from the file or, if it omits them, from its key. Dropout keeps the
+    model's value.
 
     Raises ImportError without PEFT; ValueError that names them for keys that are missing,
-    unexpected or of another shape, for another scaling, and for files that are no safetensors;
+    unexpected or of another shape, for another scaling, and for files that are not safetensors;
     NotImplementedError for options of PEFT that these layers do not have, and for sharded
     parameters: load before sharding. The model is then unchanged.
     """
@@ -124,13 +124,13 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
 
 
 def _gathered(adapter: PeftAdapter) -> tuple[dict[str, Tensor], bool]:
-    """The tensors to write, whole in each process, and whether they were sharded."""
+    """The tensors to write, gathered in each process, and whether they were sharded."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
         for module in adapter.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # or some are whole since the last call, and no DTensor
+                module.reshard()  # some may be gathered since the last call, and no DTensor
     found = {key: t.detach() for key, t in adapter.tensors().items()}
     sharded = any(hasattr(t, "full_tensor") for t in found.values())
     whole = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in found.items()}
@@ -190,7 +190,7 @@ def _check_scalings(layers: dict[str, Any], config: Any, path: Path) -> None:
 
 
 def _drawn(targets: dict[str, Tensor], config: Any, path: Path) -> dict[str, Tensor]:
-    """VeRA's projections from the key that stands for them."""
+    """VeRA's projections, drawn from their key."""
     A, B = (targets[f"base_model.{name}"] for name in _PROJECTIONS)
     try:
         drawn = VeRAProjections(

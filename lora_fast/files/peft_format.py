@@ -6,8 +6,8 @@ VeRA   .vera_lambda_b [N], .vera_lambda_d [R]; once for all layers base_model.ve
        base_model.vera_B [N, R]
 base_model.model.<path>.<name> of modules that train as a whole
 
-A layer of another class, a method that PEFT does not have, is LoRA to PEFT wherever it has no gain:
-A, and s · b ⊙ B d in place of B.
+A layer of a method that PEFT does not have is stored as LoRA if it has no gain: A, and s · b ⊙ B d
+in place of B.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _PARAMETERS: dict[type, dict[str, str]] = {
 
 class PeftAdapter:
     """The adapter of `model`: its layers by their dotted names, their class, and the names of the
-    modules outside of them that train. ``folded``: layers stand for some that PEFT does not have.
+    modules outside of them that train. ``folded``: some layers are stored as LoRA because PEFT does
+    not have their method.
 
     Raises ValueError for a model without adapted layers, NotImplementedError for what PEFT's format
     cannot say.
@@ -54,7 +55,7 @@ class PeftAdapter:
         self.modules_to_save = _modules_to_save(self.model, self.layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """{key in PEFT's file: the tensor in the model, or the part of it that layers use}."""
+        """{key in PEFT's file: the tensor in the model, or the part of it that is used}."""
         keys = _PARAMETERS[self.method]
         found: dict[str, Tensor] = {
             f"{PREFIX}{name}.{key}": getattr(layer, parameter)
@@ -200,7 +201,7 @@ def _modules_to_save(model: nn.Module, layers: dict[str, Any]) -> list[str]:
 
 
 def _belongs(parameter: str, layers: dict[str, Any]) -> bool:
-    """Whether it is a parameter of an adapter; those of its base layer must not train."""
+    """Whether `parameter` belongs to an adapter; parameters of its base layer must not train."""
     owner = parameter.rpartition(".")[0]
     if owner in layers:
         return True
@@ -220,7 +221,7 @@ def _outer_names(model: nn.Module, layers: dict[str, Any]) -> list[str]:
 
 
 def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
-    """The last parts of the names where they mean these layers, else all names in one pattern."""
+    """The last parts of the names if they identify these layers, else one pattern of all names."""
     ends = sorted({name.rpartition(".")[2] for name in layers})
     meant = {n for n in _outer_names(model, layers) if n.rpartition(".")[2] in ends}
     return ends if meant == layers.keys() else "|".join(re.escape(name) for name in layers)
@@ -242,7 +243,7 @@ def _usual(values: Iterable[Any]) -> Any:
 
 
 def _pattern(values: dict[str, Any]) -> dict[str, Any]:
-    """{PEFT's pattern for one name: its value} where it is not the usual one."""
+    """{PEFT's pattern for one name: its value} for values other than the usual one."""
     usual = _usual(values.values())
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
@@ -255,5 +256,5 @@ def _one(option: str, values: Iterable[float]) -> float:
 
 
 def _integer(alpha: float) -> float:
-    """As an int where it is one, which is what other readers of the config expect."""
+    """As an int if it is whole, as other readers of the config expect."""
     return int(alpha) if float(alpha).is_integer() else alpha

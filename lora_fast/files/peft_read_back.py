@@ -1,9 +1,9 @@
-"""Asks PEFT what it makes of a config, on the meta device, before a file says it.
+"""Checks on the meta device how PEFT interprets a config, before a file is written.
 
-PEFT reads a config in the light of the model: since transformers 5 it takes ``gate_proj`` of a
-Mixtral or a DeepSeek-V3 for the experts' parameters, wherever else layers of that name are. Layers
-that it would not adapt by name are named as parameters, ``<layer>.weight``, which it adapts with
-the same equation and the same keys; what it still reads in another way is refused.
+The interpretation depends on the model: since transformers 5 PEFT takes ``gate_proj`` of a Mixtral
+or a DeepSeek-V3 for the experts' parameters, even if other layers have that name. Layers that it
+would not adapt by name are named as parameters, ``<layer>.weight``, which it adapts with the same
+equation and the same keys; anything it still interprets differently is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .peft_format import PeftAdapter
 def config_as_peft_reads_it(adapter: PeftAdapter, tensors: Mapping[str, Tensor]) -> Any:
     """PEFT's config under which its layers hold exactly `tensors`, with the scalings of `adapter`.
 
-    Raises NotImplementedError where no config does.
+    Raises NotImplementedError if there is no such config.
     """
     config = adapter.config()
     missing, unexpected = _differences(adapter, config, tensors)
@@ -47,7 +47,7 @@ def config_as_peft_reads_it(adapter: PeftAdapter, tensors: Mapping[str, Tensor])
 
 
 def _has_parameters(adapter: PeftAdapter, config: Any) -> bool:
-    """Whether PEFT's adapters of parameters say all that these layers do."""
+    """Whether PEFT's adapters of parameters can express these layers."""
     dropout = getattr(config, "lora_dropout", 0.0)
     return adapter.method is LoRALinear and hasattr(config, "target_parameters") and dropout == 0.0
 
@@ -55,7 +55,7 @@ def _has_parameters(adapter: PeftAdapter, config: Any) -> bool:
 def _naming_parameters(adapter: PeftAdapter, names: list[str]) -> Any:
     config = adapter.config()
     rest = [name for name in adapter.layers if name not in names]
-    # Whole names, which no other layer's name ends with.
+    # Full names, with which no other layer's name ends.
     config.target_parameters = [f"{name}.weight" for name in names]
     config.target_modules = set(rest) if rest else None
     return config
@@ -64,7 +64,7 @@ def _naming_parameters(adapter: PeftAdapter, names: list[str]) -> Any:
 def _differences(
     adapter: PeftAdapter, config: Any, tensors: Mapping[str, Tensor]
 ) -> tuple[set[str], set[str]]:
-    """Keys of tensors that PEFT would not have in this shape or scaling; and keys that it adds."""
+    """Keys whose shape or scaling would differ in PEFT, and keys that PEFT would add."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
@@ -89,7 +89,7 @@ def _bare(module: nn.Module) -> nn.Module:
         return nn.Linear(
             module.in_features, module.out_features, bias=module.bias is not None, device="meta"
         )
-    # Not deepcopy: what a module holds beside tensors may be large, shared or bound to a process.
+    # No deepcopy: other attributes of a module may be large, shared or bound to a process.
     twin = object.__new__(type(module))
     held = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
     held["_parameters"] = {n: _without_memory(p) for n, p in module._parameters.items()}

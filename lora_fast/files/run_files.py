@@ -1,4 +1,4 @@
-"""What a run of ``lora-fast train`` leaves in its folder for others to read: ``run.json``."""
+"""``run.json``, which a run of ``lora-fast train`` writes and other commands read."""
 
 from __future__ import annotations
 

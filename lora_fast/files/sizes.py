@@ -1,4 +1,4 @@
-"""Sizes in words."""
+"""Sizes such as 24GB."""
 
 from __future__ import annotations
 

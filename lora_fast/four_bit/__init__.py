@@ -1,8 +1,8 @@
-"""bitsandbytes' 4-bit layers, told from others without importing bitsandbytes.
+"""bitsandbytes' 4-bit layers, recognised without importing bitsandbytes.
 
-It takes longer to import than PyTorch, and not everybody has it. Who hands in one of its layers has
-imported it; so it is looked for where it then is, among the modules of this process. Code that runs
-before every call asks ``isinstance(layer, four_bit.classes or four_bit.find())`` itself, which is
+It takes longer to import than PyTorch, and not everybody has it. A caller with one of its layers
+has imported it, so it is looked up among the loaded modules of this process. Code that runs before
+every call asks ``isinstance(layer, four_bit.classes or four_bit.find())`` itself, which is
 :func:`is_four_bit` without a call.
 """
 
@@ -25,7 +25,7 @@ def is_four_bit(layer: Any) -> bool:
 def find() -> tuple[type[Any], ...]:
     """:data:`classes`, if bitsandbytes is loaded by now."""
     global classes, weight_class
-    # None stands for a package that somebody ruled out.
+    # None marks a package whose import is blocked.
     if sys.modules.get("bitsandbytes") is not None:
         from bitsandbytes.nn import Linear4bit, LinearNF4, Params4bit
 

@@ -4,8 +4,8 @@
 
 Byte i holds element 2i in its high nibble and 2i + 1 in its low one; code · absmax is a float32
 product, rounded once to the wanted dtype. One lookup gives both codes of a byte. bitsandbytes' CPU
-kernels are not used: with AVX512 they count the blocks of every row from its beginning, which is
-another weight where K is no multiple of the block size.
+kernels are not used: with AVX512 they count blocks from the start of every row, which decodes
+another weight if K is no multiple of the block size.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The layout of bitsandbytes' 4-bit weights on a CPU: plain, and kept so.
+"""Keeping bitsandbytes' 4-bit weights in their plain layout on a CPU.
 
 On a CPU with AVX512-BF16 a ``Linear4bit`` that is called in eval mode on an x without a gradient
 repacks its weight in place for an inference kernel: the codes of 32 rows interleaved, a bfloat16
-absmax [K / blocksize, N], no double quantisation. Nothing can be trained through such a weight, its
-absmax have lost bits, and an N or K that does not divide raises. So the models that lora_fast
-loads, makes or accelerates do not repack theirs: :func:`forbid_packing`, and what
-:func:`lora_fast.decelerate` undoes, :func:`suspend_packing`.
+absmax [K / blocksize, N], no double quantisation. No gradient flows through such a weight, its
+absmax values have lost bits, and an N or K that does not divide raises. So models that lora_fast
+loads or converts never repack theirs (:func:`forbid_packing`), and accelerated ones not until
+:func:`lora_fast.decelerate` (:func:`suspend_packing`).
 
-A weight that arrives packed is unpacked: its codes exactly, its absmax as they are, in float32. How
-byte j of the packed rows 32n … 32n + 31, [K / 2, 32], holds their elements 2k and 2k + 1:
+A weight that arrives packed is unpacked: its codes exactly, its absmax values unchanged, in
+float32. Byte j of the packed rows 32n … 32n + 31, [K / 2, 32], holds their elements 2k and 2k + 1:
 
     r = 2i      low nibble W[32n + i, 2k]          high nibble W[32n + i + 16, 2k]         i < 16
     r = 2i + 1  low nibble W[32n + i, 2k + 1]      high nibble W[32n + i + 16, 2k + 1]
@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 from .. import four_bit
 
-# What a Linear4bit asks before it repacks, and where a layer remembers that it may again.
+# The flag that a Linear4bit checks before it repacks, and the mark of a layer that may repack
+# later.
 _SWITCH = "support_avx512bf16_for_cpu"
 _SUSPENDED = "_lora_fast_packing_suspended"
 _ROWS = 32
 
 
 def forbid_packing(model: nn.Module) -> None:
-    """Unpack every 4-bit weight of `model`, in place, and let none of them be packed any more."""
+    """Unpack every 4-bit weight of `model`, in place, and prevent packing from now on."""
     for layer in _layers(model):
         _unpack(layer)
         if getattr(layer, _SWITCH, False):
@@ -48,20 +49,20 @@ def suspend_packing(model: nn.Module) -> None:
 
 
 def resume_packing(model: nn.Module) -> None:
-    """Let bitsandbytes pack again the weights that :func:`suspend_packing` has kept from it."""
+    """Allow bitsandbytes to pack again the weights held back by :func:`suspend_packing`."""
     for layer in _layers(model):
         if layer.__dict__.pop(_SUSPENDED, False):
             setattr(layer, _SWITCH, True)
 
 
 def is_plain(state: Any) -> bool:
-    """Whether bitsandbytes has left a weight's ``quant_state`` alone."""
-    # state2 is dropped before it is found that a shape cannot be packed.
+    """Whether a weight's ``quant_state`` is unpacked."""
+    # bitsandbytes drops state2 before it finds that a shape cannot be packed.
     return not getattr(state, "packing_format_for_cpu", False) and hasattr(state, "state2")
 
 
 def plain_state(state: Any) -> Any:
-    """The constants of the plain weight: `state` itself, or a copy that tells what it would."""
+    """The constants of the plain weight: `state` itself, or an unpacked copy."""
     if is_plain(state):
         return state
     plain = copy.copy(state)
@@ -94,7 +95,7 @@ def _unpack(layer: Any) -> None:
     if getattr(state, "packing_format_for_cpu", False):
         stored = getattr(state, "original_storage_type", None) or torch.uint8
         weight.data = plain_bytes(weight.data, state).view(stored).view(-1, 1)
-    # In place: the weight and its layer, and whoever else, hold the same state.
+    # In place, since the weight, its layer and others hold the same state.
     vars(state).update(vars(plain_state(state)))
 
 

@@ -1,1 +1,1 @@
-"""Every method of the command line: what it is called, its options, model and optimizer."""
+"""The methods of the command line: name, options, model and optimizer."""

@@ -1,4 +1,4 @@
-"""What a method is built on: a loaded base model, and what has to be known of it."""
+"""The loaded base model that a method builds on, and its properties."""
 
 from __future__ import annotations
 

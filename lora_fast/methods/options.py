@@ -1,4 +1,4 @@
-"""The options that decide how a method makes a base model into one that trains."""
+"""The options by which a method turns a base model into one that trains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHOD_OPTIONS = (
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """One method on one task. None is the method's default where it takes the option.
+    """One method on one task. None: the method's default, if it uses the option.
 
     `r`, `alpha`: rank and numerator of the scaling. `dropout`: on the input of the adapters.
     `target_modules`: the layers to adapt, as PEFT takes them, comma-separated. `lr_ratio`: lr(B)

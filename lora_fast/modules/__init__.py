@@ -1,4 +1,4 @@
-"""Modules that take the place of nn.Linear, with parameters named as PEFT names them."""
+"""Replacements of nn.Linear, with parameters named as in PEFT."""
 
 from .lora import LoRALinear
 

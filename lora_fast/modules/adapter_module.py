@@ -1,4 +1,4 @@
-"""What all adapted linear modules of lora_fast share: the call, the fallback, merging."""
+"""The base class of lora_fast's adapted linear modules: the call, the fallback, merging."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..four_bit.layout import forbid_packing
 
 @dataclass(frozen=True, eq=False)
 class KeptLayer:
-    """The NF4 layer in whose place a dense, merged one stands."""
+    """The NF4 layer that a dense, merged one replaces."""
 
     layer: Any
 
@@ -32,8 +32,8 @@ class KeptLayer:
 class AdapterModule(nn.Module):
     """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias on a frozen ``base_layer``.
 
-    A subclass has its parameters and says what they are in the equation: :meth:`low_rank`,
-    :meth:`gain` and :meth:`dropout_p`.
+    A subclass holds the parameters and maps them to the equation: :meth:`low_rank`, :meth:`gain`
+    and :meth:`dropout_p`.
     """
 
     def __init__(self, base_layer: Any) -> None:
@@ -55,28 +55,28 @@ class AdapterModule(nn.Module):
         return cls(linear, **arguments).train(linear.training)
 
     def low_rank(self) -> LowRank:
-        """A [R, K], B [N, R], s, b [N] and d [R] of this moment."""
+        """The current A [R, K], B [N, R], s, b [N] and d [R]."""
         raise NotImplementedError
 
     def gain(self) -> Tensor | None:
-        """g [N] of this moment, or None."""
+        """The current g [N], or None."""
         return None
 
     def dropout_p(self) -> float:
-        """The probability with which drop(x) drops, in training."""
+        """The dropout probability in training."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Any:
         """W of ``base_layer``, for code that asks a linear layer for its dtype, device or shape.
 
-        Read-only: what trains is the adapter, and a product with this weight has no part of it.
+        Read-only: a product with this weight would leave out the adapter, which is what trains.
         """
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of ``base_layer``, frozen as W is."""
+        """The bias of ``base_layer``, frozen like W."""
         return self.base_layer.bias
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -122,9 +122,9 @@ class AdapterModule(nn.Module):
         ``keep_weight=True`` keeps the unmerged weight for :meth:`unmerge`, which is then exact to
         the bit. ``keep_weight=False`` overwrites a dense W in place; unmerging subtracts, to within
         one ulp of the larger of the two weights (three for float32 with g). ``dequantize=True``
-        gives an NF4 layer a dense weight, in the dtype it had before it was quantised, until it is
-        unmerged. RuntimeError if already merged, ValueError if the merged weight is not finite; the
-        layer is then as it was. The bounds are in :mod:`lora_fast.base_layer.merging`.
+        gives an NF4 layer a dense weight, in its dtype before quantisation, until it is unmerged.
+        RuntimeError if already merged, ValueError if the merged weight is not finite; the layer is
+        then as it was. The bounds are in :mod:`lora_fast.base_layer.merging`.
         """
         if self.merged:
             raise RuntimeError("merge() must be called on an unmerged layer, got a merged one")
@@ -147,7 +147,7 @@ class AdapterModule(nn.Module):
         self._undo = None
 
     def _plain_gain(self) -> Tensor | None:
-        """g by PyTorch's own operations."""
+        """g in PyTorch's own operations."""
         return self.gain()
 
     def _plain(self, x: Tensor) -> Tensor:

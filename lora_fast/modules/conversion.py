@@ -27,7 +27,7 @@ _METHODS = ("lora", "dora", "vera")
 _RANKS = {"lora": 16, "dora": 16, "vera": 256}
 _QUANTIZATIONS = (None, "nf4")
 _ALL_LINEAR = "all-linear"
-# How transformers names the new head of a sequence classifier, which PEFT leaves alone, too.
+# Names of the new head of a sequence classifier in transformers, which PEFT does not adapt either.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
@@ -45,7 +45,7 @@ def convert(
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Put an adapter on the linear layers of `model` that `target_modules` names; in place.
+    """Adapt the linear layers of `model` that `target_modules` names, in place.
 
         y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 
@@ -56,12 +56,12 @@ def convert(
     `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string,
     a regular expression for the whole dotted name; or "all-linear", every linear layer but the
     output head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit`` that
-    the model calls; "all-linear" leaves others out, with a warning that names them.
+    the model calls; "all-linear" skips others, with a warning that names them.
     ``quantize="nf4"`` quantises the targets that are dense (blocks of 64, double quantisation,
-    computing in the dtype of the weight); the dense weights are let go when all are quantised, so
-    that a failure changes nothing. Everything is frozen but the adapters and
-    `modules_to_save` (names or ends of names, such as that of a new head), which are never adapted.
-    A layer that is reachable by several names keeps being one layer.
+    computing in the dtype of the weight); the dense weights are released once all are quantised, so
+    a failure changes nothing. Everything is frozen except the adapters and `modules_to_save`
+    (names or ends of names, such as that of a new head), which are never adapted. A layer that is
+    reachable under several names stays one layer.
 
     Raises TypeError or ValueError that names the argument, ImportError for ``quantize="nf4"``
     without bitsandbytes, before anything is changed.
@@ -191,7 +191,7 @@ def _targets(
 
 
 def _passed_by(model: nn.Module, name: str) -> str | None:
-    """Why an adapter on the layer `name` would have no effect, or a part of one."""
+    """Why an adapter on the layer `name` would have no effect, or only a partial one."""
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
     if not multiplies_by_itself(parent, child):

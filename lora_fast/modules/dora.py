@@ -18,8 +18,8 @@ class DoRALinear(LoRALinear):
 
     ``lora_magnitude_vector`` m [N] trains beside ``lora_A`` and ``lora_B`` and starts as the norms
     of the rows; in the backward pass the norm is a constant. Everything else is as in
-    :class:`LoRALinear`; its arguments, too. Dropout acts on what enters A alone, where PEFT's DoRA
-    drops the input of all that m scales; without dropout the two agree.
+    :class:`LoRALinear`, arguments included. Dropout acts only on the input of A, while PEFT's DoRA
+    drops the input of everything that m scales; without dropout the two agree.
     Source: DoRA (Liu et al. 2024, eq. 5 and §4.3).
     """
 

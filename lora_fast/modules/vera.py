@@ -19,8 +19,8 @@ class VeRAProjections(nn.Module):
 
     K and N are the largest of these layers; smaller ones use the first columns of A and the first
     rows of B. Both are drawn from `projection_prng_key` with PEFT's generator and distribution:
-    Kaiming uniform with gain √2. ``save_projection=False`` leaves them out of the state_dict; the
-    key then gives them back.
+    Kaiming uniform with gain √2. ``save_projection=False`` omits them from the state_dict; they are
+    then drawn again from the key.
     """
 
     vera_A: Tensor

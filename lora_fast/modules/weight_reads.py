@@ -1,7 +1,7 @@
-"""Which linear layers a model's code multiplies with by itself, so that an adapter has no effect.
+"""Linear layers whose weight the model's code uses directly, so that an adapter has no effect.
 
-Mamba's fused scan and WavLM's attention take ``self.x_proj.weight`` instead of calling the layer.
-Reading what kind of tensor it is (``.weight.dtype``, ``isinstance(….weight, …)``) does no harm.
+Mamba's fused scan and WavLM's attention use ``self.x_proj.weight`` instead of calling the layer.
+Reading properties of the tensor (``.weight.dtype``, ``isinstance(….weight, …)``) is harmless.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-# What a tensor says of itself, and functions that ask for it.
+# Properties of a tensor, and functions that read them.
 _FACTS = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad"})
 _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "type"})
 _BEFORE_THE_FORWARD = frozenset({"__init__", "_init_weights", "reset_parameters"})
@@ -23,7 +23,7 @@ _BEFORE_THE_FORWARD = frozenset({"__init__", "_init_weights", "reset_parameters"
 def multiplies_by_itself(parent: nn.Module, child: str) -> bool:
     """Whether the source of `parent` uses the values of ``self.<child>.weight`` or its bias.
 
-    False where there is no source.
+    False if there is no source.
     """
     kind: Any = type(parent)  # hashable, though mypy doubts it
     return child in _used_weights(kind)

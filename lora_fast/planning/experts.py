@@ -1,7 +1,7 @@
-"""The experts of a mixture: weights that are parameters of their module, and no layers.
+"""The experts of a mixture: weights that are parameters of their module, not layers.
 
-``--quantize nf4`` and ``--target-modules`` speak of linear layers; what becomes of the experts is
-said by :func:`about_experts`.
+``--quantize nf4`` and ``--target-modules`` apply to linear layers; :func:`about_experts` says what
+happens to the experts.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Experts:
-    """``weights`` are their frozen parameters, in ``modules`` modules; ``trained`` is how many
-    parameters PEFT's wrappers around them train."""
+    """``weights``: their frozen parameters, in ``modules`` modules; ``trained``: the number of
+    parameters that PEFT's wrappers around them train."""
 
     weights: tuple[Tensor, ...]
     modules: int
@@ -32,7 +32,7 @@ def expert_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def experts_of(modules: Iterable[nn.Module], adapted: Any) -> Experts | None:
-    """What became of expert `modules` of the base in the model that trains; None without any."""
+    """The expert `modules` of the base as they are in the model that trains; None without any."""
     modules = list(modules)
     if not modules:
         return None
@@ -44,7 +44,7 @@ def experts_of(modules: Iterable[nn.Module], adapted: Any) -> Experts | None:
 
 
 def about_experts(experts: Experts, dtype: str, *, quantised: bool) -> str:
-    """One line: how many parameters they are, and what of the settings does not reach them."""
+    """One line: the number of parameters, and the settings that do not apply to them."""
     size = sum(w.numel() for w in experts.weights) / 1e9
     line = f"experts: {size:.3g}B parameters in {experts.modules} modules, no linear layers; "
     line += f"they stay {dtype}, " + ("which --quantize nf4 does not change, " if quantised else "")

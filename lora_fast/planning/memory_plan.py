@@ -1,4 +1,4 @@
-"""What a plan is: the bytes of a training step by part, and the changes that would reduce them."""
+"""A plan: the bytes of a training step by part, and the changes that would reduce them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as what JSON can hold."""
+        """Everything as JSON-compatible values."""
         return {**asdict(replace(self, parts=dict(self.parts))), "total": self.total}
 
     def __str__(self) -> str:

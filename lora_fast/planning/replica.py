@@ -1,7 +1,7 @@
 """The adapted layers of a model that is not loaded: one of each kind, with random weights.
 
-A model repeats a few kinds of layers dozens of times; to compile and time what they launch takes
-one of each. They are found on a skeleton, which has no memory.
+A model repeats a few kinds of layers dozens of times; compiling and timing their kernels takes one
+of each. They are found on a skeleton, which has no memory.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Replica(nn.Module):
     """Layers by the path of their parent, on the meta device until :meth:`materialise`.
 
     ``alike``: how many parents of the model have the same adapted layers, by path. ``plain``: how
-    many layers stay PEFT's, by the reason. ``notes``: what to say of the config.
+    many layers stay PEFT's, by reason. ``notes``: remarks on the config.
     """
 
     def __init__(self, model: nn.Module, notes: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.notes = notes
-        accelerate(model)  # what is computed together is read in the forward of the real parents
+        accelerate(model)  # groups are found in the forward of the real parents
         self.plain = Counter(
             _why_not(model.get_submodule(layer.name), layer.obstacle)
             for layer in report(model).layers
@@ -57,7 +57,7 @@ class Replica(nn.Module):
                 self.add_module(path, parent)
 
     def materialise(self, device: torch.device) -> None:
-        """Give every layer memory on `device`: random weights, quantised where they are 4-bit."""
+        """Give every layer memory on `device`: random weights, quantised if they are 4-bit."""
         made: dict[int, Tensor] = {}
         for module in self.modules():
             for tensors in (module._parameters, module._buffers):
@@ -119,7 +119,7 @@ def _by_parent(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _can_be_fused(layer: Any) -> bool:
-    """Whether the layer is one of ours, around what will be a linear layer once it is loaded."""
+    """Whether the layer is ours, around a layer that will be linear once it is loaded."""
     base = base_of(layer) if isinstance(layer, FusedForward) else None
     return type(base) is nn.Linear or four_bit.is_four_bit(base)
 
@@ -131,7 +131,7 @@ def _why_not(layer: Any, obstacle: str | None) -> str:
 
 
 def _in_four_bits(base: Any, dtype: torch.dtype) -> None:
-    """Put Linear4bit layers, still without weights, where loading in NF4 does."""
+    """Replace layers by Linear4bit, still without weights, as loading in NF4 does."""
     Linear4bit = needed("bitsandbytes.nn", 'quantize="nf4"').Linear4bit
     quantised = nf4_layers(base)
     for parent in list(base.modules()):

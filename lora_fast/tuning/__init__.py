@@ -1,6 +1,6 @@
-"""Which of several ways computes an operation fastest: by a model, or by timing them once.
+"""Choosing the fastest way to compute an operation, by a cost model or by timing candidates once.
 
-A :class:`~.plans.Query` says what is computed, :func:`~.plans.candidates` in which ways it can be,
-:mod:`~.cost_model` how long each should take. :class:`~.tuner.Tuner` picks one, and never changes
-its mind about a query while the process lives; :mod:`~.cache` keeps what was timed on disk.
+A :class:`~.plans.Query` describes the operation, :func:`~.plans.candidates` lists the plans for it,
+:mod:`~.cost_model` estimates their times. :class:`~.tuner.Tuner` picks one, which stays fixed for
+the life of the process; :mod:`~.cache` stores timings on disk.
 """

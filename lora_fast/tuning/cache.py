@@ -1,9 +1,9 @@
-"""What was timed, kept on disk: one JSON file for each device and set of versions.
+"""Timings stored on disk: one JSON file for each device and set of versions.
 
 The folder is LORA_FAST_CACHE_DIR, else lora_fast in XDG_CACHE_HOME or ~/.cache. A file is replaced
-as a whole, after merging what other processes have written meanwhile; one that cannot be read or
-written costs a warning and the timings, nothing else. Nothing in it is executed: a plan is a name
-that must be among the candidates.
+atomically, after merging what other processes have written in the meantime. If a file cannot be
+read or written, there is a warning and the timings are lost, nothing else. Nothing in it is
+executed: a plan is a name that must be among the candidates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError:  # no POSIX: replacing the file is atomic, merging is not
 
 
 def folder() -> Path:
-    """Where tuning files are kept. RuntimeError: there is no home directory."""
+    """The folder of tuning files. RuntimeError: there is no home directory."""
     given = os.environ.get("LORA_FAST_CACHE_DIR")
     if given:
         return Path(given)
@@ -34,7 +34,7 @@ def folder() -> Path:
 
 
 def versions(device: str) -> dict[str, str]:
-    """What a timing is valid for."""
+    """The device and versions that a timing is valid for."""
     import torch
     import triton
 
@@ -51,7 +51,7 @@ def versions(device: str) -> dict[str, str]:
 
 
 class Cache:
-    """The plans of one file by key. Read at the first question, written at every answer."""
+    """The plans of one file by key. Read on first use, written after every new timing."""
 
     def __init__(self, header: Mapping[str, str]) -> None:
         self.header = dict(header)
@@ -81,8 +81,8 @@ class Cache:
         *,
         instead_of: str | None = None,
     ) -> None:
-        """Keep a choice, and the times that led to it. The first process to know a key wins, unless
-        what it chose is `instead_of`, a plan that is none any more."""
+        """Store a choice and its times. The first process to store a key wins, unless its choice is
+        `instead_of`, a plan that no longer exists."""
         ours = self._plans if self._plans is not None else {}
         self._plans = {**ours, key: {"plan": plan, "milliseconds": dict(milliseconds)}}
         try:
@@ -136,10 +136,10 @@ def _replace(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock between reading and replacing, so that nobody's plans are lost."""
+    """Hold the lock between reading and replacing, so that no plans are lost."""
     with open(path, "w") as file:
         if fcntl is not None:
-            # Some network file systems have no locks: then two processes may time a key twice.
+            # Some network file systems have no locks; then two processes may both time a key.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -6,8 +6,9 @@ Bytes count each element that a pass touches once, as if the cache kept what its
 nothing from pass to pass. The counts of the fused way are compared with the launches that the
 kernels make, those of the composed way with the operations that PyTorch makes.
 
-What no model of bytes can tell, whether a Triton product runs as fast as one of cuBLAS, is a
-constant here (_SHARE_OF_CUBLAS) and unmeasured; timing both (LORA_FAST_AUTOTUNE=1) is what knows.
+Bytes cannot tell whether a Triton product runs as fast as cuBLAS's: that is an unmeasured constant
+here (_SHARE_OF_CUBLAS), and LORA_FAST_AUTOTUNE=1 times both instead. bench/traffic.py counts bytes
+from recorded launches; this model needs the query alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import counts
 from .plans import COMPOSED, FUSED, Plan, Query
 from .rooflines import ATTAINED_BYTES, ATTAINED_FLOPS, BY_ARCH, Roofline
 
-# From one kernel of a stream to the next, where the host keeps up.
+# From one kernel of a stream to the next, if the host keeps up.
 _LAUNCH_SECONDS = 2e-6
 # IEEE float32 tiles are small, see configs.py: their operands come from shared memory twice as
 # often as those of a tile that fills the registers.
@@ -27,7 +28,7 @@ _SHARE_OF_CUBLAS = {torch.float32: 0.5}
 
 
 def pick(q: Query, arch: int | None) -> Plan:
-    """The plan that should be faster; fused where they tie, and where cuBLAS may not be used."""
+    """The plan with the lower estimate; fused if they tie, or if cuBLAS may not be used."""
     if not q.cublas or seconds(FUSED, q, arch) <= seconds(COMPOSED, q, arch):
         return FUSED
     return COMPOSED

@@ -42,7 +42,7 @@ class _Counts:
         self.R = sum(q.R)
 
     def dense(self, N: int, weight: torch.dtype | tuple[int, bool]) -> list[Work]:
-        """What it takes to have W [N, K] in the dtype of x."""
+        """The passes that bring W [N, K] into the dtype of x."""
         if isinstance(weight, torch.dtype):
             size = weight.itemsize
             return [] if weight == self.q.dtype else [Work(0, N * self.K * (size + self.e))]
@@ -54,8 +54,8 @@ class _Counts:
 class _Fused(_Counts):
     """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward.
 
-    Of a group the first layer's shrink makes S for all, where there are many rows, and one launch
-    sums dX.
+    In a group the first layer's shrink makes S for all if there are many rows, and one launch sums
+    dX.
     """
 
     def forward(self) -> list[Work]:
@@ -155,7 +155,7 @@ class _Fused(_Counts):
 
 
 class _Composed(_Counts):
-    """The operations of torch_ops.py; ones on [M, R], [R, K] or [N, R] alone count as launches."""
+    """The operations of torch_ops.py; those on [M, R], [R, K] or [N, R] count as launches only."""
 
     def forward(self) -> list[Work]:
         M, K, e = self.M, self.K, self.e

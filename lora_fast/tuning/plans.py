@@ -1,17 +1,18 @@
-"""What is computed (Query) and in which ways it can be (Plan).
+"""Descriptions of an operation (Query) and of the ways to compute it (Plan).
 
 Candidates of one operation, forward or backward:
 
     fused       the Triton kernels, with the configuration that configs.py picks or another one;
                 an NF4 weight is decoded by a launch of its own (workspace) or inside the GEMM
-    composed    products by cuBLAS, that with W on top of S · outᵀ: no slower than a user without us
+    composed    products by cuBLAS, the one with W on top of S · outᵀ
 
 There is no "augmented K", [x | S] [W | Q]ᵀ as one cuBLAS product. It copies x [M, K] beside S,
-where composed reads and writes the M · N of y once more: that pays for N > K only. But [W | Q] has
-to be one matrix: every frozen W would be stored in rows of K + R, R of them rewritten each step,
-and no checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above A,
-and dY beside dS. There are no candidates for strips, the launches of dB and dA: one read of dY or x
-waits for memory whatever its tiles, and timing must not decide the order of sums (configs.py).
+while composed reads and writes y [M, N] once more, so it pays only for N > K. But [W | Q] must be
+one matrix: every frozen W would be stored in rows of K + R, with R columns rewritten each step,
+which no checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above
+A, and dY beside dS. There are no candidates for strips, the launches of dB and dA: one read of dY
+or x is bound by memory whatever its tiles, and timing must not decide the order of sums
+(configs.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FORWARD_GROUP, BACKWARD_GROUP = "forward_group", "backward_group"
 
 
 class Plan(NamedTuple):
-    """One way to compute an operation; where a field is None, configs.py decides by exact shape."""
+    """One way to compute an operation; for a field of None configs.py decides by exact shape."""
 
     composed: bool = False
     workspace: bool | None = None
@@ -41,7 +42,7 @@ class Plan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the cache keeps: ``fused 128x256x64/8/3 workspace``."""
+        """The name stored in the cache: ``fused 128x256x64/8/3 workspace``."""
         if self.composed:
             return "composed"
         words = ["fused"]
@@ -65,7 +66,7 @@ class Query(NamedTuple):
 
     weights: the dtype of a dense weight, or NF4's (blocksize, nested); switches: which of SWITCHES
     are on; needs: gradients that the backward pass makes, one Needs for each layer (forward: only
-    whether V is kept); cublas: whether the composed route may be taken.
+    whether V is saved); cublas: whether the composed route may be taken.
     """
 
     op: str
@@ -93,7 +94,7 @@ class Query(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The query in words, as the cache has it."""
+        """The query as text, the key of the cache."""
         needs = "+".join(
             ",".join(name for name, wanted in zip(Needs._fields, need, strict=True) if wanted)
             for need in self.needs
@@ -142,7 +143,7 @@ def query(
 
 def bucket(M: int) -> int:
     """Rows rounded up to a power of two, from 16 (below, time is that of reading W) to 16384
-    (above, it grows with M for everyone)."""
+    (above, time grows with M for every plan)."""
     return min(16384, max(16, 1 << (M - 1).bit_length()))
 
 

@@ -3,8 +3,8 @@
     time = Σ over operations of max(FLOPs / attained FLOP/s, bytes / attained bytes/s, issue)
 
 Attained is a fraction of the data sheet's peak, the same one for every GPU and every contestant:
-an H100 that multiplies at 650 TFLOP/s and copies at 2.8 TB/s has 0.66 and 0.84. A Triton product of
-16-bit numbers is taken to run as fast as cuBLAS's, and nothing overlaps.
+an H100 that multiplies at 650 TFLOP/s and copies at 2.8 TB/s attains 0.66 and 0.84. A 16-bit
+product in Triton is assumed to run as fast as cuBLAS's, and nothing overlaps.
 """
 
 from __future__ import annotations

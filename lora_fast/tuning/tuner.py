@@ -35,13 +35,13 @@ class Place(NamedTuple):
 
 
 class Tuner:
-    """One plan for each query and device; a plan once given is given ever after.
+    """One plan for each query and device, fixed once it is chosen.
 
-    Of a candidate that does not fit the device, what ran in its place is timed and kept.
-    So the first call and the second have the same bits, whatever is timed in between. While a CUDA
-    graph is captured or torch.compile traces nothing is timed: the cache answers, or the model.
-    Processes choose for themselves; ranks that differ differ by rounding alone, within the same
-    error bound.
+    So the first call and the second are bitwise equal, whatever is timed in between. If a candidate
+    does not fit the device, the smaller configuration that ran is timed and stored. While a CUDA
+    graph is captured or torch.compile traces, nothing is timed: the cache answers, or the model.
+    Every process chooses for itself; ranks with different choices differ by rounding, within the
+    same error bound.
     """
 
     def __init__(self, *, times: bool, timer: Timer = milliseconds) -> None:
@@ -63,7 +63,7 @@ class Tuner:
         return found
 
     def kept(self) -> dict[Path, int]:
-        """The cache files that were asked, and how many plans each of them holds."""
+        """The cache files in use, and how many plans each holds."""
         return {cache.path: len(cache) for cache in self._caches.values()}
 
     def _decide(
@@ -98,10 +98,10 @@ class Tuner:
                 ran, took = self._time_what_fits(plan, run)
                 times.setdefault(ran, took)
             except torch.OutOfMemoryError:
-                # A candidate that the memory left by the model does not hold is none.
+                # A candidate that does not fit into the free memory is skipped.
                 continue
             except Exception as error:
-                # Whatever a compiler or a launch raises; if nothing works, the call itself will.
+                # Any error of the compiler or launch; if no plan works, the call itself raises.
                 warnings.warn(
                     f"lora_fast: {plan.name} cannot compute {query.key}: {error}",
                     RuntimeWarning,
@@ -110,20 +110,20 @@ class Tuner:
         return times
 
     def _time_what_fits(self, plan: Plan, run: Callable[[Plan], Any]) -> tuple[Plan, float]:
-        """The plan with the tiles that its launches have room for, and its milliseconds."""
+        """The plan with the tiles that fit the device, and its milliseconds."""
         while True:
             with fitting.recording_drops() as drops:
                 took = self._timer(functools.partial(run, plan))
             smaller = {ran for asked, ran in drops if asked == plan.gemm}
             if not smaller:
                 return plan, took
-            # One launch of several is enough: then all of them are timed with what fits it.
+            # If one of several launches does not fit, all are timed with the tile that fits.
             order = [config.gemm for config in _descent(plan)]
             plan = plan._replace(gemm=max(smaller, key=order.index))
 
 
 def _descent(plan: Plan) -> Iterator[Plan]:
-    """The plan, and what runs in its place where it does not fit."""
+    """The plan, followed by its replacements where it does not fit."""
     if plan.gemm is None:
         yield plan
     else:
@@ -141,7 +141,7 @@ def place_of(device: torch.device) -> Place:
 @functools.cache
 def _gpu(device: int) -> Place:
     properties = torch.cuda.get_device_properties(device)
-    # AMD's numbers are no compute capability: gfx942 would pass for sm_94.
+    # AMD's numbers are not compute capabilities: gfx942 would be taken for sm_94.
     arch = None if torch.version.hip else 10 * properties.major + properties.minor
     return Place(properties.name, arch)
 
