@@ -66,9 +66,9 @@ def tile(text: str, arch: int) -> Any:
     ValueError: it has no such field, or one is no integer.
     """
     import torch
-    from lora_fast.kernels import configs
+    from lora_fast.kernels import launch_policy
 
-    picked = configs.pick_gemm(8192, torch.bfloat16, arch)
+    picked = launch_policy.pick_gemm(8192, torch.bfloat16, arch)
     known = {field.name for field in fields(picked)}
     changed = {}
     for part in text.split(","):

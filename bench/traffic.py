@@ -211,10 +211,10 @@ def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> 
         shrink.reads("partials_ptr", partials, partials)
     else:
         x, factor = M * K * member.itemsize("x_ptr"), K * R * member.itemsize("in_ptr")
-        chunks, strips = _cdiv(R, v["BLOCK_R"]), _cdiv(M, v["BLOCK_S"])
+        chunks, row_tiles = _cdiv(R, v["BLOCK_R"]), _cdiv(M, v["BLOCK_S"])
         # Chunks of the rank of the same rows have neighbouring tickets and share the cache.
         shrink.reads("x_ptr", x, chunks * x)
-        shrink.reads("in_ptr", factor, strips * factor)
+        shrink.reads("in_ptr", factor, row_tiles * factor)
         shrink.flops += 2 * M * K * R
     shrink.writes("s_ptr", M * R * v.itemsize("s_ptr"))
 

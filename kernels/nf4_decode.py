@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import current_arch, pick_decode
+from .environment import current_arch
+from .launch_policy import DECODE
 from .nf4_codes import load_absmax, load_codes, lookup_codes
 
 
@@ -59,7 +60,7 @@ def decode(packed, quant_state, dtype):
     w = torch.empty(tuple(quant_state.shape), dtype=dtype, device=packed.device)
     if w.numel() == 0:
         return w
-    config, nested = pick_decode(), bool(quant_state.nested)
+    config, nested = DECODE, bool(quant_state.nested)
     state2 = quant_state.state2
     nesting = (state2.absmax, state2.code, quant_state.offset) if nested else (None, None, None)
     blocksize, num_blocks = int(quant_state.blocksize), quant_state.absmax.numel()

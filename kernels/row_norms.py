@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import pick_row_norms, precision_of
+from .environment import precision_of
+from .launch_policy import pick_row_norms
 from .tiles import Matrix, load_tile
 
 

@@ -20,16 +20,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import (
-    current_arch,
+from .dropout import NO_DROPOUT, Words, drop, drops_pairs
+from .environment import current_arch, precision_of
+from .launch_policy import (
     pick_strips,
-    precision_of,
     rank_block,
     row_ranges,
     settles_products,
 )
-from .dropout import NO_DROPOUT, Words, drop, drops_pairs
-from .fitting import drops_to_smaller
+from .out_of_resources import drops_to_smaller
 from .scaling import Shrunk, column_scales, scaled_columns
 from .sync_layout import ARRIVALS, BLOCKS
 from .tiles import (

@@ -27,20 +27,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import (
-    current_arch,
+from .descriptors import descriptors_of
+from .dropout import NO_DROPOUT, Words, drops_pairs
+from .environment import current_arch, precision_of
+from .gemm_tiles import Output, consume
+from .launch_policy import (
     expand_block,
     pick_gemm,
-    precision_of,
     rank_block,
     settles_products,
     uses_mma_sync,
 )
-from .descriptors import descriptors_of
-from .dropout import NO_DROPOUT, Words, drops_pairs
-from .fitting import drops_to_smaller
-from .gemm_tiles import Output, consume
 from .nf4_tile import weight_arguments
+from .out_of_resources import drops_to_smaller
 from .scaling import Shrunk, new_gradient
 from .shrink_tiles import ShrunkPointers, Spans, produce
 from .sync_layout import FINISHED, FLAGS, TICKET
@@ -221,7 +220,7 @@ def forward(
     if config is None:
         # With g, V may be stored beside y.
         R = 0 if S is None else S.shape[1]
-        config = pick_gemm(x.shape[0], x.dtype, current_arch(), narrow=gains.g is not None, R=R)
+        config = pick_gemm(x.shape[0], x.dtype, current_arch(), has_gain=gains.g is not None, R=R)
     _launch(
         config, [layer], y=y, V=V, shrunk=Shrunk(S), bias=bias, gains=gains, dropout=dropout,
         rank_spans=rank_spans, is_grad=False,
@@ -241,7 +240,11 @@ def grad_input(
     ranks = [layer.A.shape[0] for layer in layers if layer.A is not None]
     if config is None:
         # One rank that is no multiple of 16 is enough. With g, W is scaled on its way.
-        picks = {"narrow": gains.g is not None, "masks": dropout.p > 0.0, "R": math.gcd(*ranks)}
+        picks = {
+            "has_gain": gains.g is not None,
+            "masks_dX": dropout.p > 0.0,
+            "R": math.gcd(*ranks),
+        }
         config = pick_gemm(dY.shape[0], dY.dtype, current_arch(), **picks)
     dX = dY.new_empty(dY.shape[0], weight.shape[1]) if wants_dX else None
     dS = new_gradient(dY, sum(ranks), config.BLOCK_S) if ranks else Shrunk(None)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from . import triton_version  # noqa: F401
+
 
 class Matrix(NamedTuple):
     """A strided matrix [size_0, size_1] in memory."""

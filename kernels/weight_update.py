@@ -11,7 +11,7 @@ Delta-LoRA adds, is lost when the factors are rounded to 16 bits.
 import triton
 import triton.language as tl
 
-from .configs import pick_update
+from .launch_policy import UPDATE
 from .tiles import Matrix, load_factor, load_tile, load_vector, store_tile
 
 
@@ -43,7 +43,7 @@ def weight_update(
 
 def update(W, out, A, B, gains, scaling):
     """Fill out [N, K], which may be W, in one launch; A and B, or any of the gains, may be None."""
-    (N, K), config = W.shape, pick_update()
+    (N, K), config = W.shape, UPDATE
     R = 0 if A is None else A.shape[0]
     strides_A, strides_B = (0, 0) if A is None else A.stride(), (0, 0) if B is None else B.stride()
     if W.numel() == 0:

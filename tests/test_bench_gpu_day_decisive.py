@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
-from lora_fast.kernels import configs, strips
+from lora_fast.kernels import launch_policy, strips
 
 from bench.gpu_day import absent, decisive, tables
 from bench.gpu_day.day import Day, day
@@ -93,7 +93,7 @@ def test_hopper_is_asked_what_its_defaults_hang_on() -> None:
         r"8/3 \S+ \S+ 8$",
     ):
         assert any(re.search(part, name) for name in names), (part, names)
-    picked = configs.pick_gemm(8192, torch.bfloat16, 90, R=16)
+    picked = launch_policy.pick_gemm(8192, torch.bfloat16, 90, R=16)
     assert decisive._name(picked) not in names
     assert decisive._tiles(replace(ON_A_GPU, fused="torch"), 8192, lambda config: None) == {}
 
@@ -102,8 +102,8 @@ def test_hopper_is_asked_what_its_defaults_hang_on() -> None:
 def test_a_tile_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches take a smaller one in its place, whose time would stand under its name."""
     monkeypatch.setenv("LORA_FAST_STUB_ARCH", "89")
-    too_large = configs.GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=4)
-    monkeypatch.setattr(configs, "other_gemms", lambda *arguments: (too_large,))
+    too_large = launch_policy.GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=4)
+    monkeypatch.setattr(launch_policy, "other_gemms", lambda *arguments: (too_large,))
     with day(rehearse=True) as today:
         row = decisive._forward(today, 128, 256, 256)
     contestants = row["contestants"]
@@ -115,11 +115,11 @@ def test_a_tile_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.offline
 def test_strips_are_timed_with_other_numbers_of_ctas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_FAST_STUB_ARCH", "90")
-    before, seen = configs._STRIP_CTAS, []
+    before, seen = launch_policy.STRIP_CTAS, []
     real = strips.row_ranges
 
     def noting(*arguments: int) -> tuple[int, int]:
-        seen.append(configs._STRIP_CTAS)
+        seen.append(launch_policy.STRIP_CTAS)
         return real(*arguments)
 
     monkeypatch.setattr(strips, "row_ranges", noting)
@@ -127,7 +127,7 @@ def test_strips_are_timed_with_other_numbers_of_ctas(monkeypatch: pytest.MonkeyP
         row = decisive._strips(today, 256, 512, 512)
     assert set(row["contestants"]) == {"products", "lora_fast", "264 CTAs", "528 CTAs"}
     assert set(seen) == {128, 264, 528}
-    assert before == configs._STRIP_CTAS
+    assert before == launch_policy.STRIP_CTAS
 
 
 def test_the_host_is_timed_without_peft_too(today: Day, monkeypatch: pytest.MonkeyPatch) -> None:

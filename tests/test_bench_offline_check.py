@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
-from lora_fast.kernels import configs
+from lora_fast.kernels import launch_policy
 from triton.runtime.jit import JITFunction
 
 from bench.offline import __main__ as command
@@ -103,23 +103,27 @@ def test_the_variants_launch_every_shipped_configuration(monkeypatch: pytest.Mon
         for _ in variants.record(tuple(variants.KINDS), arch, (16, 64), (0.0, 0.1)):
             pass
         shipped |= {("ticketed_gemm", *_tile(vars(c))) for c in _gemm_configs(arch)}
-    strip_configs = [c for c in vars(configs).values() if isinstance(c, configs.StripConfig)]
-    shipped |= {("strips", *_tile(vars(c))) for c in strip_configs}
+        shipped |= {("strips", *_tile(vars(c))) for c in _strip_configs(arch)}
     assert len(shipped) > 15
     assert shipped - launched == set()
     assert {"nf4_decode", "row_norms", "weight_update"} <= {name for name, *_ in launched}
 
 
-def _gemm_configs(arch: int) -> list[configs.GemmConfig]:
-    """What configs.py may pick for a device, and what the tuner may try."""
+def _gemm_configs(arch: int) -> list[launch_policy.GemmConfig]:
+    """What launch_policy.py may pick for a device, and what the tuner may try."""
     picked = [
-        configs.pick_gemm(M, dtype, arch, narrow=narrow, R=R)
+        launch_policy.pick_gemm(M, dtype, arch, has_gain=has_gain, R=R)
         for M in (16, 64, 8192)
         for dtype in (torch.bfloat16, torch.float32)
-        for narrow in (False, True)
+        for has_gain in (False, True)
         for R in (16, 100)
     ]
-    return [*picked, *configs.other_gemms(8192, torch.bfloat16, arch)]
+    return [*picked, *launch_policy.other_gemms(8192, torch.bfloat16, arch)]
+
+
+def _strip_configs(arch: int) -> list[launch_policy.StripConfig]:
+    dtypes = (torch.bfloat16, torch.float32)
+    return [launch_policy.pick_strips(dtype, R, arch) for dtype in dtypes for R in (16, 64)]
 
 
 def _tile(values: Any) -> tuple[int, ...]:

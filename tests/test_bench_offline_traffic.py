@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs, ticketed_gemm
+from lora_fast.kernels import launch_policy, ticketed_gemm
 from triton.runtime import interpreter
 
 import lora_fast
@@ -167,7 +167,7 @@ def test_the_model_counts_the_bytes_that_the_kernels_move(case: tuple[Any, ...])
 
 
 def test_parts_of_what_dropout_masks_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(configs.pick_gemm(200, torch.bfloat16, None), MASK_PARTS=4)
+    config = replace(launch_policy.pick_gemm(200, torch.bfloat16, None), MASK_PARTS=4)
     monkeypatch.setattr(ticketed_gemm, "pick_gemm", lambda *args, **kwargs: config)
     _compare(_step(*CASES["ragged"]))
 

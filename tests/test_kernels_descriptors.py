@@ -16,8 +16,7 @@ from accuracy import assert_same_bits
 from machines import MACHINES, Executor, started
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs, descriptors, ticketed_gemm
-from lora_fast.kernels.configs import GemmConfig
+from lora_fast.kernels import descriptors, launch_policy, ticketed_gemm
 from lora_fast.kernels.descriptors import (
     DESCRIBES,
     EXECUTED,
@@ -26,13 +25,14 @@ from lora_fast.kernels.descriptors import (
     descriptors_of,
     wanted,
 )
+from lora_fast.kernels.launch_policy import GemmConfig
 from lora_fast.kernels.ticketed_gemm import Layer
 from lora_fast.kernels.tiles import Gains
 
 from bench import stub_driver
 
 BF16 = torch.bfloat16
-TMA = configs.pick_gemm(8192, BF16, 90)
+TMA = launch_policy.pick_gemm(8192, BF16, 90)
 BY_POINTERS = replace(TMA, descriptors=False)
 # Two blocks of 64 of each; all of them end within the second.
 RAGGED = 69, 72, 72
@@ -45,10 +45,10 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 def test_a_config_for_hopper_and_blackwell_alone_wants_descriptors():
     for arch in (None, 80, 86, 89, 90, 100, 103, 120):
-        for narrow in (False, True):
-            found = configs.pick_gemm(8192, BF16, arch, narrow=narrow).descriptors
+        for has_gain in (False, True):
+            found = launch_policy.pick_gemm(8192, BF16, arch, has_gain=has_gain).descriptors
             assert found == (arch in (90, 100, 103))
-        assert not configs.pick_gemm(8192, torch.float32, arch).descriptors
+        assert not launch_policy.pick_gemm(8192, torch.float32, arch).descriptors
 
 
 WIDE = torch.zeros(16, 80, dtype=BF16)
@@ -122,7 +122,7 @@ def test_the_variable_is_0_or_1(value):
 BOTH_DIRECTIONS = """
     import torch
     from bench import stub_driver
-    from lora_fast.kernels import configs, ticketed_gemm
+    from lora_fast.kernels import launch_policy, ticketed_gemm
 
     def meta(*shape):
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -218,7 +218,7 @@ def test_they_take_fewer_instructions_and_no_other_resources(arch):
     A, B = meta(R, K, dtype=torch.float32), meta(N, R, dtype=torch.float32)
     x, dY, W = meta(M, K), meta(M, N), meta(N, K)
     layers = [Layer(dY, W, A, B, 2.0, meta(16, M, R, dtype=torch.float32))] * MOST_LAYERS
-    picked = configs.pick_gemm(M, BF16, arch)
+    picked = launch_policy.pick_gemm(M, BF16, arch)
     kernels = {}
     for config in (picked, replace(picked, descriptors=False)):
         with stub_driver.recording(arch) as log:

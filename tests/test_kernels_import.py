@@ -15,7 +15,7 @@ from clones import IMPORT_KERNELS, clone, other_kernels_in, run_python
 
 REFUSED = """
     import sys
-    for line in ("import kernels", "from kernels import get_kernel", "import kernels.configs",
+    for line in ("import kernels", "from kernels import get_kernel", "import kernels.launch_policy",
                  "import importlib; importlib.import_module('kernels')"):
         try:
             exec(line)
@@ -141,7 +141,7 @@ def test_python_m_in_the_clone(
     probe.write_text(
         "try:\n    import kernels\nexcept ModuleNotFoundError:\n    print('none')\n"
         "else:\n    print(kernels.OWNER)\n"
-        "import lora_fast.kernels.configs\n"
+        "import lora_fast.kernels.launch_policy\n"
     )
     code = f"""
         import subprocess, sys
@@ -165,8 +165,8 @@ def test_what_is_pickled_names_lora_fast(checkout: Path, tmp_path: Path) -> None
     file = tmp_path / "launch.pickle"
     write = f"""
         import pickle
-        from lora_fast.kernels import configs
-        config = configs.DecodeConfig(64, num_warps=4)
+        from lora_fast.kernels import launch_policy
+        config = launch_policy.DecodeConfig(64, num_warps=4)
         with open({str(file)!r}, "wb") as out:
             pickle.dump(config, out)
     """
@@ -176,4 +176,4 @@ def test_what_is_pickled_names_lora_fast(checkout: Path, tmp_path: Path) -> None
             print(type(pickle.load(source)).__module__, "kernels" in sys.modules)
     """
     run_python(write, checkout)
-    assert run_python(read, checkout) == "lora_fast.kernels.configs False"
+    assert run_python(read, checkout) == "lora_fast.kernels.launch_policy False"

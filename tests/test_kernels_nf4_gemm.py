@@ -15,7 +15,7 @@ from lora_fast import NF4Weight
 from lora_fast.functional import adapted_linear
 
 triton = pytest.importorskip("triton")
-from lora_fast.kernels import configs, nf4_codes, nf4_tile, ticketed_gemm  # noqa: E402
+from lora_fast.kernels import launch_policy, nf4_codes, nf4_tile, ticketed_gemm  # noqa: E402
 from lora_fast.kernels.ticketed_gemm import Layer  # noqa: E402
 from lora_fast.kernels.tiles import Gains, Target  # noqa: E402
 from triton import language as tl  # noqa: E402
@@ -207,23 +207,23 @@ ARCHS = [None, 80, 86, 89, 90, 100, 103, 120]
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_few_rows_are_decoded_in_the_gemm_and_many_are_not(arch, dtype):
-    reasons = [configs.why_nf4_workspace(M, 4096, dtype, arch) for M in range(1, 4096, 31)]
+    reasons = [launch_policy.why_nf4_workspace(M, 4096, dtype, arch) for M in range(1, 4096, 31)]
     inside = [reason is None for reason in reasons]
     assert inside == sorted(inside, reverse=True), "one crossover"
     assert inside[0] and not inside[-1]
     assert "blocks of rows" in reasons[-1]
     if dtype != FP32:
-        assert configs.why_nf4_workspace(64, 4096, dtype, arch) is None
+        assert launch_policy.why_nf4_workspace(64, 4096, dtype, arch) is None
 
 
 @pytest.mark.parametrize(("arch", "rows"), [(80, 384), (90, 384), (100, 128), (89, 768)])
 def test_the_crossover_of_the_cost_model(arch, rows):
-    assert configs.why_nf4_workspace(rows, 4096, BF16, arch) is None
-    assert configs.why_nf4_workspace(rows + 1, 4096, BF16, arch) is not None
+    assert launch_policy.why_nf4_workspace(rows, 4096, BF16, arch) is None
+    assert launch_policy.why_nf4_workspace(rows + 1, 4096, BF16, arch) is not None
 
 
 def test_rows_that_start_within_a_byte_are_decoded_first():
-    assert "odd length" in configs.why_nf4_workspace(1, 71, BF16, 90)
+    assert "odd length" in launch_policy.why_nf4_workspace(1, 71, BF16, 90)
 
 
 @pytest.mark.parametrize(

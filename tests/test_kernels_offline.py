@@ -11,6 +11,7 @@ by element; such kernels are proved to be right elsewhere, not to be fast.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ import torch
 
 pytest.importorskip("triton")
 from lora_fast.kernels import (
-    configs,
+    launch_policy,
     nf4_decode,
     nf4_tile,
     row_norms,
@@ -346,7 +347,5 @@ def test_the_cases_use_every_shipped_configuration(monkeypatch: pytest.MonkeyPat
     for arch in ARCHS:
         for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):
             _training_step(arch, case)
-    kinds = (configs.GemmConfig, configs.StripConfig)
-    shipped = {name: config for name, config in vars(configs).items() if isinstance(config, kinds)}
-    assert len(shipped) >= 6
-    assert [name for name, config in shipped.items() if config not in picked] == []
+    rows = [row.picked for row in launch_policy.TABLE.values()]
+    assert {*itertools.chain(*rows), *launch_policy.OF_ALL} - picked == set()

@@ -15,8 +15,8 @@ from lora_fast.kernels.triton_version import SUPPORTED, supported
 
 ROOT = Path(__file__).resolve().parent.parent
 # What lora_fast/ imports, but for `workspace`, which needs no Triton.
-ENTRIES = ("configs", "dropout", "nf4_decode", "nf4_tile", "row_norms", "strips", "ticketed_gemm",
-           "weight_update")  # fmt: skip
+ENTRIES = ("environment", "dropout", "nf4_decode", "nf4_tile", "out_of_resources",
+           "row_norms", "strips", "ticketed_gemm", "weight_update")  # fmt: skip
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.7.1+git0af31", "3.10.0", "3.9.0rc1"])

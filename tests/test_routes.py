@@ -12,7 +12,7 @@ from test_groups import check as check_group
 
 pytest.importorskip("triton")
 from lora_fast.kernels import nf4_tile
-from lora_fast.kernels.configs import GemmConfig
+from lora_fast.kernels.launch_policy import GemmConfig
 
 import lora_fast
 from bench import stub_driver

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs
+from lora_fast.kernels import launch_policy
 
 from lora_fast import NF4Weight
 from lora_fast.factors import Factors, Needs
@@ -77,7 +77,7 @@ def test_a_dense_layer_has_configurations_and_cublas():
     plans = candidates(PLAIN, 90)
     assert plans[0] == FUSED
     assert plans[-1] == COMPOSED
-    others = configs.other_gemms(2048, BF16, 90)
+    others = launch_policy.other_gemms(2048, BF16, 90)
     assert [plan.gemm for plan in plans[1:-1]] == list(others)
     assert len(others) >= 1
 

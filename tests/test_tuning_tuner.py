@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_fast.kernels.fitting import drops_to_smaller
+from lora_fast.kernels.out_of_resources import drops_to_smaller
 from test_tuning_plans import FP32, PLAIN
 from triton.runtime.errors import OutOfResources
 

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lora_fast.kernels import configs, fitting, strips, ticketed_gemm
+from lora_fast.kernels import launch_policy, out_of_resources, strips, ticketed_gemm
 from lora_fast.kernels.scaling import Shrunk
 from torch import Tensor
 from torch.nn import functional as F
@@ -128,7 +128,7 @@ def grad_input_ways(o: Operands) -> dict[str, Step]:
 def _forward(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
     o = Operands.random(day, M, K, N)
 
-    def fused(config: configs.GemmConfig) -> object:
+    def fused(config: launch_policy.GemmConfig) -> object:
         return ticketed_gemm.forward(o.x, o.W, o.A, o.B, _SCALING, config=config)
 
     ways = {"cuBLAS": lambda: F.linear(o.x, o.W), **forward_ways(o)}
@@ -140,7 +140,7 @@ def _grad_input(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
     o = Operands.random(day, M, K, N)
     parts = None if day.fused == "torch" else _parts(o)[1]
 
-    def fused(config: configs.GemmConfig) -> object:
+    def fused(config: launch_policy.GemmConfig) -> object:
         layer = ticketed_gemm.Layer(o.dY, o.W, o.A, o.B, _SCALING, parts)
         return ticketed_gemm.grad_input([layer], config=config)
 
@@ -158,14 +158,14 @@ def _row(day: Day, makers: _Makers, M: int, K: int, N: int) -> dict[str, Any]:
     return {**row, "M": M, "K": K, "N": N, "work": work, "summary": f"e: {_said(row, _e)}"}
 
 
-def _tiles(day: Day, M: int, run: Callable[[configs.GemmConfig], object]) -> _Makers:
+def _tiles(day: Day, M: int, run: Callable[[launch_policy.GemmConfig], object]) -> _Makers:
     """Our launch by tile: the one that is picked, those the tuner may try, and variants."""
     if day.fused == "torch":
         return {}
-    picked = configs.pick_gemm(M, _DTYPE, day.arch, R=_RANK)
+    picked = launch_policy.pick_gemm(M, _DTYPE, day.arch, R=_RANK)
     wide = replace(picked, BLOCK_N=2 * picked.BLOCK_N, num_warps=8, num_stages=3)
     others = (
-        *configs.other_gemms(M, _DTYPE, day.arch),
+        *launch_policy.other_gemms(M, _DTYPE, day.arch),
         *(wide, replace(wide, num_stages=4), replace(wide, descriptors=False)),
         *(replace(picked, GROUP_M=2 * picked.GROUP_M), replace(picked, descriptors=False)),
     )
@@ -173,7 +173,7 @@ def _tiles(day: Day, M: int, run: Callable[[configs.GemmConfig], object]) -> _Ma
     return {name: _only(config, run) for name, config in tiles.items()}
 
 
-def _name(config: configs.GemmConfig) -> str:
+def _name(config: launch_policy.GemmConfig) -> str:
     """As the tuner names it, and the rows of tiles that share columns of W."""
     tile = "x".join(map(str, (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)))
     how = f"{tile}/{config.num_warps}/{config.num_stages} groups of {config.GROUP_M}"
@@ -181,12 +181,12 @@ def _name(config: configs.GemmConfig) -> str:
 
 
 def _only(
-    config: configs.GemmConfig, run: Callable[[configs.GemmConfig], object]
+    config: launch_policy.GemmConfig, run: Callable[[launch_policy.GemmConfig], object]
 ) -> Callable[[], Step]:
     """A tile that does not fit is left out, so that no smaller one is timed under its name."""
 
     def make() -> Step:
-        with mock.patch.object(fitting, "smaller", lambda config: None):
+        with mock.patch.object(out_of_resources, "smaller", lambda config: None):
             run(config)
         return lambda: run(config)
 
@@ -210,19 +210,19 @@ def _strips(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
 
     def ours(ctas: int) -> Callable[[], Step]:
         def step() -> object:
-            before, configs._STRIP_CTAS = configs._STRIP_CTAS, ctas
+            before, launch_policy.STRIP_CTAS = launch_policy.STRIP_CTAS, ctas
             try:
                 return _parts(o), strips.grad_shrink(o.x, Shrunk(o.dS), _DTYPE)
             finally:
-                configs._STRIP_CTAS = before
+                launch_policy.STRIP_CTAS = before
 
         return lambda: step
 
     makers: _Makers = {"products": lambda: products}
     if day.fused != "torch":
         # The first is what the library launches.
-        makers |= {"lora_fast": ours(configs._STRIP_CTAS)}
-        others = (c for c in _STRIP_CTAS if c != configs._STRIP_CTAS)
+        makers |= {"lora_fast": ours(launch_policy.STRIP_CTAS)}
+        others = (c for c in _STRIP_CTAS if c != launch_policy.STRIP_CTAS)
         makers |= {f"{ctas} CTAs": ours(ctas) for ctas in others}
     row = contest(day, makers, baseline="products")
     work = {"flops": None, "bytes": 2 * M * (N + K)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lora_fast.kernels import configs
+from lora_fast.kernels import launch_policy
 
 import lora_fast
 from bench.linear_cases import DIRECTIONS, Case, Layer, build, fused_calls
@@ -97,7 +97,7 @@ def _routes(day: Day, case: Case, way: str) -> dict[str, Any]:
     }
     row = _row(day, case, way, makers, baseline="workspace")
     ours = [found for name, found in row["contestants"].items() if name != "bitsandbytes"]
-    why = configs.why_nf4_workspace(case.M, case.K, case.dtype, day.arch)
+    why = launch_policy.why_nf4_workspace(case.M, case.K, case.dtype, day.arch)
     return {
         **row,
         "ok": not any("failed" in found for found in ours),

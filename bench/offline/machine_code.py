@@ -120,8 +120,8 @@ def issue_seconds(launch: stub_driver.Launch, pass_name: str, arch: int) -> floa
     if launch.name == "strips":
         iterations = launch.grid[0] * _cdiv(values["M"], c["BLOCK_M"])
     elif pass_name == "shrink":
-        strips = _cdiv(values["M"], c["BLOCK_S"])
-        iterations = strips * sum(
+        row_tiles = _cdiv(values["M"], c["BLOCK_S"])
+        iterations = row_tiles * sum(
             _cdiv(member.R_made, c["BLOCK_R"]) * _cdiv(member.K, c["BLOCK_K"])
             for member in values["members"]
         )

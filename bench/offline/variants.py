@@ -86,9 +86,9 @@ def _float32_adapters(
 
 def _candidates(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iterator[Variant]:
     """What the tuner may time beside the configuration that is picked."""
-    from lora_fast.kernels import configs
+    from lora_fast.kernels import launch_policy
 
-    for config in configs.other_gemms(8192, layers.DTYPE, arch):
+    for config in launch_policy.other_gemms(8192, layers.DTYPE, arch):
         yield of_tile(config, arch, ranks[0])
 
 

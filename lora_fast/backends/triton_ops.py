@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, Saved
-from ..kernels import configs, nf4_decode, nf4_tile, strips, ticketed_gemm, weight_update, workspace
 from ..kernels import dropout as dropout_kernels
+from ..kernels import (
+    environment,
+    launch_policy,
+    nf4_decode,
+    nf4_tile,
+    strips,
+    ticketed_gemm,
+    weight_update,
+    workspace,
+)
 from ..kernels import row_norms as row_norms_kernels
 from ..kernels.tiles import NO_GAINS, Gains
 from ..nf4 import NF4Weight
@@ -82,7 +91,7 @@ def forward_group(
     made = x.new_empty(x.shape[0], sum(A.shape[0] for A in factors))
     columns = made.split(_ranks(fs), dim=1)
     shrinks = [{"A": A, "made": S} for A, S in zip(factors, columns, strict=True)]
-    if configs.shares_shrink(x.shape[0]):
+    if launch_policy.shares_shrink(x.shape[0]):
         shrinks = [{"A": A, "S": S} for A, S in zip(factors, columns, strict=True)]
         shrinks[0] = {"A": torch.cat(factors), "made": made}
     ys = []
@@ -261,12 +270,12 @@ def _gemm_operand(
     weight: Tensor | NF4Weight, x: Tensor, workspace: bool | None = None
 ) -> Tensor | nf4_tile.Nf4Operand:
     """The weight in the dtype of x [M, …]; as it is packed where the GEMM of M rows decodes it,
-    which is for configs.py to say unless the caller does."""
+    which is for launch_policy.py to say unless the caller does."""
     if not isinstance(weight, NF4Weight):
         return weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if workspace is None:
-        arch = configs.current_arch()
-        reason = configs.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch)
+        arch = environment.current_arch()
+        reason = launch_policy.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch)
         workspace = reason is not None
     if workspace:
         return dense(weight, x.dtype)

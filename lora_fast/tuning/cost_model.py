@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels.configs import SMALL_SHARED
+from ..kernels.launch_policy import SMALL_SHARED
 from . import counts
 from .plans import COMPOSED, FUSED, Plan, Query
 from .rooflines import ATTAINED_BYTES, ATTAINED_FLOPS, BY_ARCH, Roofline
 
 # From one kernel of a stream to the next, if the host keeps up.
 _LAUNCH_SECONDS = 2e-6
-# IEEE float32 tiles are small, see configs.py: their operands come from shared memory twice as
+# IEEE float32 tiles are small (launch_policy.py): their operands come from shared memory twice as
 # often as those of a tile that fills the registers.
 _SHARE_OF_CUBLAS = {torch.float32: 0.5}
 

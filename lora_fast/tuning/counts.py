@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels import configs, strips
+from ..kernels import launch_policy, strips
 from .plans import Plan, Query
 
 # Columns of the rank in one walk of strips over its rows.
-_CHUNK = configs.MAX_BLOCK_R
+_CHUNK = launch_policy.MAX_BLOCK_R
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Fused(_Counts):
         for i, (N, R, weight) in enumerate(self.layers):
             decoding, W = self._operand(N, weight)
             made = R
-            if configs.shares_shrink(self.M):
+            if launch_policy.shares_shrink(self.M):
                 made = self.R if i == 0 else 0
             if made:
                 found.append(self._shrink(self.K, made, self._S(made)))
@@ -98,7 +98,7 @@ class _Fused(_Counts):
 
     def _operand(self, N: int, weight: torch.dtype | tuple[int, bool]) -> tuple[list[Work], int]:
         """Launches before the GEMM, and the bytes of W that it reads."""
-        in_gemm = configs.why_nf4_workspace(self.M, self.K, self.q.dtype, self.arch) is None
+        in_gemm = launch_policy.why_nf4_workspace(self.M, self.K, self.q.dtype, self.arch) is None
         if isinstance(weight, tuple) and in_gemm:
             return [], N * self.K // 2
         return self.dense(N, weight), N * self.K * self.e
@@ -111,7 +111,7 @@ class _Fused(_Counts):
         """Bytes of dS [M, R]; in float16 it is float32, with the largest of each tile of rows."""
         if self.q.dtype != torch.float16:
             return self._S(R)
-        rows = configs.pick_gemm(self.M, self.q.dtype, self.arch).BLOCK_S
+        rows = launch_policy.pick_gemm(self.M, self.q.dtype, self.arch).BLOCK_S
         return 4 * R * (self.M + _cdiv(self.M, rows))
 
     def _shrink(self, K: int, R: int, S: int) -> Work:
@@ -134,7 +134,7 @@ class _Fused(_Counts):
         """Walks over X [M, L], one for each chunk of the rank; narrow: the bytes of S, or of dS."""
         M, e, config = self.M, self.e, self._strip(R)
         blocks, chunks = _cdiv(L, config.BLOCK_L), _cdiv(R, _CHUNK) if outer else 1
-        ranges, _ = configs.row_ranges(M, blocks * chunks, config.BLOCK_M)
+        ranges, _ = launch_policy.row_ranges(M, blocks * chunks, config.BLOCK_M)
         found = []
         for chunk in range(chunks):
             width = min(_CHUNK, R - chunk * _CHUNK)
@@ -150,8 +150,8 @@ class _Fused(_Counts):
             found.append(Work(flops, moved, 1 if chunk == 0 else 0))
         return found
 
-    def _strip(self, R: int) -> configs.StripConfig:
-        return configs.pick_strips(self.q.dtype, R, self.arch)
+    def _strip(self, R: int) -> launch_policy.StripConfig:
+        return launch_policy.pick_strips(self.q.dtype, R, self.arch)
 
 
 class _Composed(_Counts):

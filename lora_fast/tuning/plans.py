@@ -2,7 +2,7 @@
 
 Candidates of one operation, forward or backward:
 
-    fused       the Triton kernels, with the configuration that configs.py picks or another one;
+    fused       the Triton kernels, with the tiles that launch_policy.py picks or others;
                 an NF4 weight is decoded by a launch of its own (workspace) or inside the GEMM
     composed    products by cuBLAS, the one with W on top of S · outᵀ
 
@@ -12,7 +12,7 @@ one matrix: every frozen W would be stored in rows of K + R, with R columns rewr
 which no checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above
 A, and dY beside dS. There are no candidates for strips, the launches of dB and dA: one read of dY
 or x is bound by memory whatever its tiles, and timing must not decide the order of sums
-(configs.py).
+(launch_policy.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, Needs
-from ..kernels import configs
-from ..kernels.configs import GemmConfig
+from ..kernels import launch_policy
+from ..kernels.launch_policy import GemmConfig
 from ..nf4 import NF4Weight
 
 SWITCHES = ("bias", "b", "d", "g", "dropout", "spans")
@@ -34,7 +34,7 @@ FORWARD_GROUP, BACKWARD_GROUP = "forward_group", "backward_group"
 
 
 class Plan(NamedTuple):
-    """One way to compute an operation; for a field of None configs.py decides by exact shape."""
+    """One way to compute an operation; for a field of None launch_policy.py decides by shape."""
 
     composed: bool = False
     workspace: bool | None = None
@@ -148,10 +148,10 @@ def bucket(M: int) -> int:
 
 
 def candidates(q: Query, arch: int | None) -> tuple[Plan, ...]:
-    """The plans to time; the first is that of configs.py."""
+    """The plans to time; the first is that of launch_policy.py."""
     plans = [Plan(workspace=route) for route in _routes(q, arch)]
-    narrow = q.has("g") or (q.has("dropout") and not q.is_forward)
-    for gemm in configs.other_gemms(q.M, q.dtype, arch, narrow=narrow):
+    plain = not (q.has("g") or (q.has("dropout") and not q.is_forward))
+    for gemm in launch_policy.other_gemms(q.M, q.dtype, arch, plain=plain):
         plans.append(Plan(workspace=True if q.is_nf4 else None, gemm=gemm))
     return (*plans, COMPOSED) if q.cublas else tuple(plans)
 
@@ -161,7 +161,7 @@ def _routes(q: Query, arch: int | None) -> tuple[bool | None, ...]:
     reads_weight = q.is_forward or q.needs[0].x
     if not q.is_nf4 or q.K % 2 or not reads_weight:
         return (None,)
-    workspace = configs.why_nf4_workspace(q.M, q.K, q.dtype, arch) is not None
+    workspace = launch_policy.why_nf4_workspace(q.M, q.K, q.dtype, arch) is not None
     return (workspace, not workspace)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import configs, fitting
+from ..kernels import environment, out_of_resources
 from . import cost_model
 from .cache import Cache, versions
 from .plans import Plan, Query, candidates
@@ -112,7 +112,7 @@ class Tuner:
     def _time_what_fits(self, plan: Plan, run: Callable[[Plan], Any]) -> tuple[Plan, float]:
         """The plan with the tiles that fit the device, and its milliseconds."""
         while True:
-            with fitting.recording_drops() as drops:
+            with out_of_resources.recording_drops() as drops:
                 took = self._timer(functools.partial(run, plan))
             smaller = {ran for asked, ran in drops if asked == plan.gemm}
             if not smaller:
@@ -127,14 +127,14 @@ def _descent(plan: Plan) -> Iterator[Plan]:
     if plan.gemm is None:
         yield plan
     else:
-        yield from (plan._replace(gemm=config) for config in fitting.descent(plan.gemm))
+        yield from (plan._replace(gemm=config) for config in out_of_resources.descent(plan.gemm))
 
 
 def place_of(device: torch.device) -> Place:
     """Name and compute capability of the device that tensors of `device` are computed on."""
     if device.type == "cuda":
         return _gpu(torch.cuda.current_device() if device.index is None else device.index)
-    arch = configs.current_arch()
+    arch = environment.current_arch()
     return Place(device.type if arch is None else f"sm_{arch}", arch)
 
 

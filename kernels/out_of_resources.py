@@ -1,14 +1,35 @@
-"""What a launch does when its configuration asks for more than the device has."""
+"""A launch whose configuration asks for more than the device has takes a smaller one."""
 
 import contextlib
 import contextvars
 import functools
+from dataclasses import replace
 
 from triton.runtime.errors import OutOfResources
 
-from .configs import smaller
+from . import triton_version  # noqa: F401
+from .launch_policy import GemmConfig, StripConfig
 
 _dropped = contextvars.ContextVar("dropped", default=None)
+
+
+def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None:
+    """The configuration to try where this one does not fit; None after the smallest.
+
+    First fewer stages, which cost nothing but overlap, then tiles of half the size, which cost
+    traffic: of K before N, since more products share the rest of a tile then.
+    """
+    if config.num_stages > 2:
+        return replace(config, num_stages=config.num_stages - 1)
+    if isinstance(config, StripConfig):
+        halves = {"BLOCK_L": config.BLOCK_L // 2}
+    elif config.BLOCK_K > 32:
+        halves = {"BLOCK_K": config.BLOCK_K // 2}
+    else:
+        # What dropout masks of half the columns needs no parts.
+        config = replace(config, MASK_PARTS=1)
+        halves = {"BLOCK_N": config.BLOCK_N // 2}
+    return replace(config, **halves) if min(halves.values()) >= 16 else None
 
 
 def drops_to_smaller(launch):

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs, strips, ticketed_gemm
-from lora_fast.kernels.configs import GemmConfig, StripConfig
-from lora_fast.kernels.fitting import descent, drops_to_smaller, recording_drops
+from lora_fast.kernels import launch_policy, strips, ticketed_gemm
+from lora_fast.kernels.launch_policy import GemmConfig, StripConfig
+from lora_fast.kernels.out_of_resources import descent, drops_to_smaller, recording_drops
 from lora_fast.kernels.scaling import Shrunk
 from triton.runtime.errors import OutOfResources
 
 from bench import stub_driver
 
 BF16 = torch.bfloat16
-GEMM = configs.pick_gemm(8192, BF16, 90)
+GEMM = launch_policy.pick_gemm(8192, BF16, 90)
 
 
 def _descent(config: GemmConfig | StripConfig) -> list[GemmConfig | StripConfig]:
@@ -28,12 +28,14 @@ def _descent(config: GemmConfig | StripConfig) -> list[GemmConfig | StripConfig]
 @pytest.mark.parametrize(
     "config",
     [
-        configs.pick_gemm(M, dtype, arch)
+        launch_policy.pick_gemm(M, dtype, arch)
         for M in (1, 64, 8192)
         for dtype in (BF16, torch.float32)
         for arch in (80, 89, 90, 100)
     ]
-    + [configs.pick_strips(dtype, R, 90) for dtype in (BF16, torch.float32) for R in (16, 64)],
+    + [
+        launch_policy.pick_strips(dtype, R, 90) for dtype in (BF16, torch.float32) for R in (16, 64)
+    ],
     ids=str,
 )
 def test_each_step_down_is_smaller_and_the_last_one_is_small(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,15 +13,16 @@ from equation import Case, check
 from machines import MACHINES, Executor, started
 
 pytest.importorskip("triton")
-from lora_fast.kernels import configs, strips, ticketed_gemm
-from lora_fast.kernels.configs import GemmConfig, StripConfig
+from lora_fast.kernels import launch_policy, strips, ticketed_gemm
 from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.launch_policy import GemmConfig, StripConfig
 from lora_fast.kernels.ticketed_gemm import Layer
 
 from bench import resources, stub_driver
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHS = [None, 80, 86, 87, 89, 90, 100, 103, 120]
+LAUNCHES: list[dict[str, Any]] = [{}, {"R": 21}, {"has_gain": True}, {"masks_dX": True}]
 
 
 def _ragged(config: GemmConfig | StripConfig, dtype: torch.dtype) -> Case:
@@ -38,17 +40,16 @@ def _ragged(config: GemmConfig | StripConfig, dtype: torch.dtype) -> Case:
 
 
 def _picked() -> Iterator[tuple[GemmConfig | StripConfig, torch.dtype]]:
-    """Everything that a launch may be given by configs.py or the tuner, with a dtype it is for."""
+    """Everything that a launch may be given by the policy or the tuner, with a dtype it is for."""
     for dtype in (BF16, FP32):
         for arch in ARCHS:
             for M in (16, 64, 8192):
-                for narrow in (False, True):
-                    for masks in (False, True):
-                        yield configs.pick_gemm(M, dtype, arch, narrow=narrow, masks=masks), dtype
-                    for other in configs.other_gemms(M, dtype, arch, narrow=narrow):
-                        yield other, dtype
+                for launch in LAUNCHES:
+                    yield launch_policy.pick_gemm(M, dtype, arch, **launch), dtype
+                for other in launch_policy.other_gemms(M, dtype, arch):
+                    yield other, dtype
             for R in (16, 64):
-                yield configs.pick_strips(dtype, R, arch), dtype
+                yield launch_policy.pick_strips(dtype, R, arch), dtype
 
 
 SHIPPED = dict(_picked())
@@ -71,10 +72,29 @@ def _check_alone(config: GemmConfig | StripConfig, executor: Executor, **changes
 
 
 def test_all_are_known_to_this_file():
-    kinds = (GemmConfig, StripConfig)
-    named = {config for config in vars(configs).values() if isinstance(config, kinds)}
-    assert named <= set(SHIPPED)
-    assert len(SHIPPED) > len(named) >= 10
+    rows = launch_policy.TABLE.values()
+    listed = {config for row in rows for config in (*row.picked, *row.others)}
+    assert set(SHIPPED) == {*listed, *launch_policy.OF_ALL}
+
+
+@pytest.mark.parametrize("archs", launch_policy.TABLE, ids=str)
+def test_a_launch_takes_what_its_row_of_the_table_says(archs):
+    row = launch_policy.TABLE[archs]
+    for arch in archs:
+        pick = functools.partial(launch_policy.pick_gemm, 8192, BF16, arch)
+        assert pick() == pick(R=64) == row.plain
+        assert pick(R=20) == (row.ragged_rank or row.plain)
+        assert pick(has_gain=True, R=20) == (row.gain or row.plain)
+        assert pick(masks_dX=True, has_gain=True) == (row.masks_dX or row.plain)
+        assert launch_policy.pick_strips(BF16, 32, arch) == row.strips
+        assert launch_policy.pick_strips(BF16, 33, arch) == row.strips_wide_rank
+        assert launch_policy.other_gemms(8192, BF16, arch) == row.others
+        assert launch_policy.other_gemms(8192, BF16, arch, plain=False) == ()
+
+
+def test_a_device_that_is_not_in_the_table_takes_pointers_and_tunes_nothing():
+    assert not launch_policy.pick_gemm(8192, BF16, 75).descriptors
+    assert launch_policy.other_gemms(8192, BF16, 75) == ()
 
 
 def _label(config: GemmConfig | StripConfig) -> str:
@@ -98,7 +118,7 @@ def _compiled() -> Iterator[object]:
     Multiples of 16 make the loads wide and asynchronous."""
     for name, make, marks in MACHINES[1:]:
         arch = int(name.removeprefix("sm_")) if name.startswith("sm_") else 90
-        for config in configs.other_gemms(8192, BF16, arch):
+        for config in launch_policy.other_gemms(8192, BF16, arch):
             for even in (False, True):
                 usual = (arch, config.BLOCK_M, even) == (90, 64, True)
                 slow = [] if usual else [pytest.mark.exhaustive]
@@ -118,7 +138,7 @@ def test_a_tuned_configuration_compiles_to_the_right_thing(
 
 def _tuned() -> Iterator[object]:
     for arch in (80, 89, 90, 100, 120):
-        for config in configs.other_gemms(8192, BF16, arch):
+        for config in launch_policy.other_gemms(8192, BF16, arch):
             slow = [] if (arch, config.BLOCK_N) == (90, 256) else [pytest.mark.exhaustive]
             label = f"sm_{arch}-{config.BLOCK_M}x{config.BLOCK_N}" + "-tma" * config.descriptors
             yield pytest.param(arch, config, marks=slow, id=label)
@@ -153,6 +173,6 @@ def test_a_tuned_configuration_fits_the_device(arch, config):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_is_tuned_is_not_what_is_picked(arch):
     for M in (128, 8192):
-        others = configs.other_gemms(M, BF16, arch)
+        others = launch_policy.other_gemms(M, BF16, arch)
         assert others
-        assert configs.pick_gemm(M, BF16, arch) not in others
+        assert launch_policy.pick_gemm(M, BF16, arch) not in others

@@ -1,0 +1,35 @@
+"""What a launch reads of its surroundings: the device, and what torch's user allows products."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+
+from . import triton_version  # noqa: F401
+
+
+def current_arch() -> int | None:
+    """Compute capability of Triton's device; None in the interpreter and on other vendors."""
+    if triton.knobs.runtime.interpret:
+        return None
+    active = driver.active
+    return _arch_of(active, active.get_current_device())
+
+
+@functools.lru_cache(maxsize=8)
+def _arch_of(active: Any, device: int) -> int | None:
+    """Asked before every launch, and a driver takes its time to answer."""
+    target = active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else None
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: IEEE products for float32 unless torch's user allowed TF32."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
