@@ -1,1 +1,1 @@
-"""Where an operation is computed: the torch backend, the Triton backend, and which of them."""
+"""The torch backend, the Triton backend, and the choice between them."""

@@ -1,9 +1,9 @@
-"""Which backend computes: ``auto``, ``triton`` or ``torch``.
+"""The choice of the backend: ``auto``, ``triton`` or ``torch``.
 
 ``auto`` takes Triton for tensors on an NVIDIA GPU of compute capability 8.0 or more, else torch.
 ``triton`` launches on whatever device the tensors are on and asks no question about CUDA; where
 Triton has no driver or miscompiles the kernels, the first operation raises ValueError. ``torch``
-is the same autograd.Function on aten and bitsandbytes calls. The environment variable
+is the same autograd.Functions on aten and bitsandbytes calls. The environment variable
 ``LORA_FAST_BACKEND`` sets the process's choice at start-up, :class:`set_backend` later, or for one
 thread or task alone. An operation reads the choice once; its backward pass uses the same.
 """
@@ -33,20 +33,20 @@ def _checked(name: str, origin: str) -> Backend:
     return cast(Backend, name)
 
 
-# The process's choice, and who made it. The last one counts; those before it come back where a
-# call turns out to be a block's.
+# The process's choice, and who made it. The last one counts; earlier ones are restored if a call
+# turns out to belong to a block.
 _default: Backend = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
 _defaults: list[tuple[object, Backend]] = [(None, _default)]
 _lock = threading.Lock()
 _KEY = "lora_fast_backend"
-# Before torch 2.12 what torch keeps for a thread ends with a reference let go that was never taken:
-# the object would be freed under whoever else has it.
+# Before torch 2.12 torch releases a reference to thread-local objects that it never took: the
+# object would be freed while others still use it.
 _TORCH_TAKES_REFERENCES = hasattr(torch._C, "_remove_obj_from_tls")
 _override: ContextVar[Backend | None] = ContextVar(_KEY, default=None)
 
 
 class _OfThread(threading.local):
-    """The override as torch.compile sees it, which can trace and guard this and no ContextVar."""
+    """The override for torch.compile, which can trace and guard this, but no ContextVar."""
 
     def __init__(self) -> None:
         self.override: Backend | None = None
@@ -99,8 +99,8 @@ class set_backend:
 
 
 def _override_here(name: Backend | None) -> None:
-    """Override the choice of the process for this thread or task, and the threads in which autograd
-    works for it, which inherit what torch keeps for this one."""
+    """Override the choice of the process for this thread or task, and for autograd's threads
+    working for it, which inherit torch's thread-local objects."""
     _override.set(name)
     _of_thread.override = name
     value = (threading.get_ident(), name)
@@ -116,14 +116,14 @@ def _operation_after_call() -> str:
     """What the code that calls :class:`set_backend` does with the result: "with", or the name of
     its next operation.
 
-    A block must not show in other threads, not even between the call and the block's start, and
-    nothing but the caller's code tells the two uses apart before.
+    A block must not affect other threads, not even between the call and the block's start, and
+    until then only the caller's code distinguishes the two uses.
     """
     frame = sys._getframe(2)
     code, start = frame.f_code.co_code, frame.f_lasti + 2
     operations = (dis.opname[op] for op in code[start : start + 40 : 2])
     first, second = [*(name for name in operations if name != "CACHE"), "", ""][:2]
-    # Python 3.11 to 3.13, and what 3.14 does in its place.
+    # Python 3.11 to 3.13, and the sequence of 3.14.
     starts_block = first == "BEFORE_WITH" or (first, second) == ("COPY", "LOAD_SPECIAL")
     return "with" if starts_block else first
 
@@ -153,12 +153,12 @@ def _withdraw_default(owner: object) -> None:
 
 
 def get_backend() -> Backend:
-    """The choice that is in force here, not yet resolved for a device."""
+    """The choice in force here, not yet resolved for a device."""
     if torch.compiler.is_dynamo_compiling():
         return _of_thread.override or _default
     chosen = _override.get()
     if chosen is None and torch._C._is_key_in_tls(_KEY):
-        # In a thread of autograd's, where checkpointing computes a forward pass again, it is the
+        # In a thread of autograd's, where checkpointing recomputes a forward pass, this is the
         # choice of the thread that called backward(); in that thread itself, of another task.
         thread, name = torch._C._get_obj_in_tls(_KEY)
         chosen = None if thread == threading.get_ident() else name
@@ -187,7 +187,7 @@ def check_driver(backend: Backend | None = None) -> None:
         if knobs.runtime.interpret:
             return
         arch = driver.active.get_current_target().arch
-    except Exception as error:  # a driver is built when it is first asked for, by a C compiler
+    except Exception as error:  # a driver is built on first use, by a C compiler
         reason = str(error).strip().partition("\n")[0]
         allowed = "torch" if backend == "auto" else "auto or torch"
         raise ValueError(
@@ -203,7 +203,7 @@ def check_driver(backend: Backend | None = None) -> None:
 
 @functools.cache
 def _kernels_run_on(index: int | None) -> bool:
-    """Whether the kernels were compiled and proven for the GPU `index` (None: the current one)."""
+    """Whether the kernels support the GPU `index` (None: the current one)."""
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(index)

@@ -2,7 +2,7 @@
 
     S = drop(x) Aᵀ     dX = drop'(dS A)     dA = dSᵀ drop(x)     drop(x) = keep ⊙ x / (1 − p)
 
-The mask is kept, one byte an element; drop(x) is formed for a few rows at a time, so that on a CPU
+The mask is saved, one byte per element; drop(x) is computed for a few rows at a time, so on a CPU
 it never leaves the cache.
 """
 
@@ -25,9 +25,9 @@ _BLOCK_ELEMENTS = 1 << 19
 def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str) -> Tensor:
     """Boolean [M, K], True where an element is kept: a pure function of seed, row, column and K.
 
-    Only the rarer outcome is drawn, which for a usual p takes a tenth of the numbers. A position is
-    hit by Poisson(λ) of Poisson(λ M K) uniform draws, independently of all others (Kingman 1993,
-    Poisson Processes, §2.2), so that λ = −ln(1 − p) hits it with probability p.
+    Only the rarer outcome is drawn, which for a typical p takes a tenth of the random numbers. A
+    position is hit by Poisson(λ) of Poisson(λ M K) uniform draws, independently of all others
+    (Kingman 1993, Poisson Processes, §2.2), so that λ = −ln(1 − p) hits it with probability p.
     """
     device, count = torch.device(device), M * K
     rarer = min(p, 1.0 - p)

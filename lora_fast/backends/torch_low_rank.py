@@ -1,10 +1,10 @@
-"""The low-rank branch in the torch backend: S, dS, and what becomes of them.
+"""The low-rank branch in the torch backend: S, dS, and the gradients computed from them.
 
     S = drop(x) Aᵀ            Q = b dᵀ ⊙ B            dS = s · dY (g ⊙ Q)
     dA = dSᵀ drop(x)          drop'(dS A), the branch's part of dX
     T = s · g ⊙ (dYᵀ S)       dB = b dᵀ ⊙ T    db = rowsum(B ⊙ T dᵀ)    dd = colsum(b B ⊙ T)
 
-x, dY and with them the products are in one dtype (torch_products.py); factors are in their own.
+x, dY and the products with them share one dtype (torch_products.py); factors have their own.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def given(factor: Tensor | None) -> Tensor:
 
 
 def _in_spans(S: Tensor, rank_spans: Tensor) -> Tensor:
-    """S, in place, with zeros where a row belongs to a sample that does not use the column."""
+    """S, in place, with zeros in columns that the row's sample does not use."""
     if S.shape[0] == 0:
         return S
     columns = torch.arange(S.shape[1], device=S.device)

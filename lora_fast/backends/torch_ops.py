@@ -1,12 +1,12 @@
-"""The torch backend: forward and backward of the equation in as few aten calls as it takes.
+"""The torch backend: forward and backward of the equation in as few aten calls as possible.
 
     forward    y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ)) + bias         S = drop(x) Aᵀ
     backward   dX = dY (g ⊙ W) + drop'(dS A)      dg = Σ_M dY ⊙ V      dW = g ⊙ (dYᵀ x)
-               and what torch_low_rank.py has: dS, dA, dB, db, dd, dbias
+               and dS, dA, dB, db, dd, dbias of torch_low_rank.py
 
-The low-rank part of y and dX comes first and the product with W on top of it, in one sum that is
-rounded once: the other way round the large product would be rounded twice. In which dtype products
-are formed, torch_products.py says.
+The low-rank part of y and dX is computed first and the product with W added to it, in one sum that
+is rounded once: in the other order the large product would be rounded twice. torch_products.py
+determines the dtype of products.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def backward_group(
     return grads
 
 
-# Elements of V that are widened at a time on a CPU, where they stay in the cache.
+# Elements of V widened at a time on a CPU, few enough to stay in the cache.
 _BLOCK_ELEMENTS = 1 << 18
 # Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.
 _UPDATE_ELEMENTS = 1 << 22
@@ -148,7 +148,7 @@ def update_weight(
             left = B[rows].to(wide)
             left = left if d is None else left * d
             left = left if b is None else left * b[rows].unsqueeze(1)
-            # The product first, by itself: adding −Δ then takes out exactly what Δ brought.
+            # The product alone first: adding −Δ then removes exactly what Δ added.
             total.add_(left @ A, alpha=scaling)
         if g is not None:
             total.mul_(g[rows].unsqueeze(1))
@@ -160,7 +160,7 @@ def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) 
 
     ‖W_i + s (B A)_i‖² = ‖W_i‖² + 2s (W Aᵀ)_i · B_i + s² B_i (A Aᵀ) B_iᵀ
 
-    Where that adds nothing it is the length that m was set to, so that g is 1 before training.
+    If B A is zero it equals the norm that m was initialised with, so g is 1 before training.
     """
     W = _dense(weight, torch.float32)
     lengths = torch.linalg.vector_norm(W, dim=1)
@@ -168,7 +168,7 @@ def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) 
     cross = torch.linalg.vecdot(W @ a.T, b)
     delta = torch.linalg.vecdot(b @ (a @ a.T), b)
     change = 2.0 * scaling * cross + scaling * scaling * delta
-    # Rounding can take a row that cancels below zero.
+    # Rounding can make a row that cancels negative.
     changed = (lengths * lengths + change).clamp_(min=0.0).sqrt_()
     return torch.where(change == 0.0, lengths, changed)
 
@@ -192,7 +192,7 @@ def _gained(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors) -> tuple[Tens
         if bias is None:
             return y * g, y
         V = y - bias
-        # By g − 1, so that a gain of 1 leaves the bits of the layer without it.
+        # By g − 1, so that a gain of 1 gives the same bits as no gain.
         return torch.addcmul(y, V, g - 1.0), V
     # In 16 bits V would be lost beside a large bias.
     V = _adapted(rows, W, S, f, None)
@@ -224,7 +224,7 @@ def _gain_gradient(dY: Tensor, V: Tensor) -> Tensor:
 
 
 def _times(matrix: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
-    """g ⊙ matrix + bias for g [N] or [M, 1], rounded once; a g that is close to 1 stays wide."""
+    """g ⊙ matrix + bias for g [N] or [M, 1], rounded once; a g close to 1 is not rounded to it."""
     out = torch.empty_like(matrix)
     g = g.to(wide_dtype(matrix.dtype))
     for rows in _blocks(matrix):

@@ -1,12 +1,12 @@
-"""Matrix products of the torch backend: their dtype, their operands, and sums that stay float32.
+"""Matrix products of the torch backend: dtypes, operands, and sums in float32.
 
     product         a b        rows_product    aᵀ b over many rows        not below float32
     scaled_product  s · (a b)                                             rounded once
 
-A processor that has no instructions for a 16-bit dtype multiplies it as float32: the same products,
-many times faster, and the factors need not be rounded at all. Where float16 operands are multiplied
-as they are, what a gradient passes through is scaled by powers of two first: float16 is exact down
-to 2⁻¹⁴ only, and gradients are smaller.
+A CPU without instructions for a 16-bit dtype multiplies it as float32: the same products, many
+times faster, and the factors need no rounding. If float16 operands are multiplied directly, those
+on the way to a gradient are first scaled by powers of two: float16 keeps full precision only down
+to 2⁻¹⁴, and gradients are smaller.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import functools
 import torch
 from torch import Tensor
 
-# Rows of a narrow bfloat16 product on a CPU that are summed at a time, and rounded then: torch has
-# no such product with a float32 result. Fewer rows than the second take less time as float32.
+# Rows of a narrow bfloat16 product on a CPU that are summed before each rounding: torch has no such
+# product with a float32 result. Below the second number of rows, float32 is faster.
 _CHUNK, _FEW = 512, 128
-# Of a column of zeros, which has no power of two of its own.
+# The scale of a column of zeros, whose maximum has no logarithm.
 _SMALLEST = 2.0**-100
 _EXPONENT = 0x7F800000
 _WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -46,7 +46,7 @@ def native_dtypes() -> tuple[torch.dtype, ...]:
 
 def scaled_product(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
     """s · (a b), rounded once."""
-    # With beta = 0 what the first argument holds is not read.
+    # With beta = 0 the first argument is not read.
     return torch.addmm(a.new_empty(1), a, b, beta=0.0, alpha=scaling, out=out)
 
 
@@ -63,7 +63,7 @@ def rows_product(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b [P, Q] for a [M, P] and b [M, Q], the sums over M not rounded below float32.
 
     On a CPU that multiplies bfloat16 neither is converted: the sum of every few hundred rows is
-    rounded once, as the operands are.
+    rounded once.
     """
     M = a.shape[0]
     if a.dtype != torch.bfloat16 or a.is_cuda or M <= _FEW:

@@ -1,1 +1,1 @@
-"""The layer below an adapter: what stands in the way of the kernels, its product, its merging."""
+"""The layer below an adapter: obstacles to the kernels, the equation on it, merging."""

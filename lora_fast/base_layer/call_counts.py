@@ -1,4 +1,4 @@
-"""How often a layer ran fused, and how often and why it fell back; the report is made of these."""
+"""Counts of fused calls and fallbacks, from which the report is made."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ..features import is_exporting
 class CallCounts:
     """How often one layer ran fused, and how often and why it ran the plain path instead.
 
-    Calls inside torch.compile are not counted, since a counter that changes is a reason to compile
-    again; kept is that there were some, and why the last of those that ran the plain path did.
+    Calls inside torch.compile are not counted, since a changing counter would trigger
+    recompilation; recorded are only that there were some, and the reason of the most recent
+    fallback.
     """
 
     fused: int = 0
@@ -37,19 +38,19 @@ class CallCounts:
             self.fallbacks[reason] += 1
 
     def restore(self, counts: dict[str, Any]) -> None:
-        """Go on from `counts`, which ``vars`` gave of others."""
+        """Continue from `counts`, the ``vars`` of another object."""
         vars(self).update(counts, fallbacks=Counter(counts["fallbacks"]))
 
     def by_reason(self) -> dict[str, int]:
-        """Fallbacks by reason; all inside torch.compile, which are not counted, appear as one."""
+        """Fallbacks by reason; those inside torch.compile, which are not counted, appear as one."""
         if self.compiled_fallback is None:
             return dict(self.fallbacks)
         return {**self.fallbacks, f"torch.compile: {self.compiled_fallback}": 1}
 
 
 def _set_while_compiling(calls: CallCounts, name: str, value: Any) -> None:
-    # An exported program leaves the layer behind. Dynamo refuses effects other than tensors inside
-    # a checkpointed region, since they do not happen again in the backward pass; this one may.
+    # An exported program does not contain the layer. Dynamo refuses side effects inside a
+    # checkpointed region, since they would not be repeated in backward; this one need not be.
     if not is_exporting():
         torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
             setattr, calls, name, value

@@ -2,7 +2,7 @@
 
     y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 
-Nothing is remembered between calls: a weight may be replaced, and so may what quantised it.
+No state is kept between calls: the weight and its quantisation state may be replaced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folding adapters into the weight of their frozen base layer, and taking them out again.
+"""Merging adapters into the weight of their frozen base layer, and unmerging them.
 
     W' = round( g ⊙ (W + Σ_i s_i · (b_i ⊙ (B_i d_i)) A_i) )
 
@@ -28,13 +28,13 @@ from ..nf4 import NF4Weight
 from ..operation import dispatch
 from .linear import weight_shape
 
-# Elements of a weight that are tried out at a time before it is overwritten.
+# Elements of a weight that are checked at a time before it is overwritten.
 _TRIAL_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """s · (b ⊙ (B d)) A: what one adapter adds to W. A [R, K], B [N, R], b [N], d [R]."""
+    """s · (b ⊙ (B d)) A, the update of W by one adapter. A [R, K], B [N, R], b [N], d [R]."""
 
     A: Tensor
     B: Tensor
@@ -43,7 +43,7 @@ class LowRank:
     d: Tensor | None = None
 
     def copy(self, device: torch.device) -> LowRank:
-        """The same values on `device`, which no later change of the adapter reaches."""
+        """A copy on `device`, independent of later changes of the adapter."""
         tensors = {
             name: value.detach().to(device, copy=True)
             for name, value in vars(self).items()
@@ -54,12 +54,12 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class KeptWeight:
-    """Undoes a merge bit for bit: the weight from before, which stays in memory."""
+    """Undoes a merge exactly: keeps the original weight in memory."""
 
     weight: nn.Parameter
 
     def restore(self, base: Any) -> None:
-        """Put the weight back, on the device and in the dtype that `base` has now."""
+        """Restore the weight, on the current device and in the current dtype of `base`."""
         now, weight = base.weight, self.weight
         if is_four_bit(base):
             _set_four_bit(base, weight if weight.device == now.device else weight.to(now.device))
@@ -73,14 +73,14 @@ class KeptWeight:
 class Subtraction:
     """Undoes a merge in place, without a second W in memory: W'' = round(W' − Δ).
 
-    Δ is computed as it was for the merge, so that W'' is within one ulp of W, an ulp at the
-    magnitude of the larger of W and W + Δ.
+    Δ is computed as for the merge, so W'' is within one ulp of W, an ulp at the magnitude of the
+    larger of W and W + Δ.
     """
 
     terms: tuple[LowRank, ...]
 
     def restore(self, base: Any) -> None:
-        """Take the adapters out of the weight that `base` has now."""
+        """Subtract the adapters from the current weight of `base`."""
         weight = base.weight.detach()
         add_low_rank(weight, [term.copy(weight.device) for term in self.terms], sign=-1.0)
 
@@ -92,11 +92,11 @@ def merge(
     """Give `base`, an ``nn.Linear`` or NF4 ``Linear4bit``, the weight W'; returns what undoes it.
 
     NF4 is quantised again with the same block size and nesting. ``keep=True`` puts a new tensor in
-    the place of W, which other holders of W do not see, and keeps W. ``keep=False`` overwrites W in
-    place, where that can be undone by subtraction: an NF4 weight, and any weight that gets a gain,
-    are kept all the same.
+    the place of W, which other references to W do not see, and keeps W. ``keep=False`` overwrites W
+    in place if subtraction can undo that: an NF4 weight, and any weight with a gain, are kept
+    anyway.
 
-    Raises ValueError, with `base` as it was, if W' is not finite in the dtype of the weight or if
+    Raises ValueError, with `base` unchanged, if W' is not finite in the dtype of the weight or if
     factors do not fit it.
     """
     _check_terms(base, terms, g)
@@ -127,10 +127,10 @@ def merged_linear(
     g: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Linear:
-    """A dense ``nn.Linear`` with the weight W' in `dtype` and the bias of `base`, which is left as
-    it is.
+    """A dense ``nn.Linear`` with the weight W' in `dtype` and the bias of `base`, which does not
+    change.
 
-    `dtype` is by default that of W, for NF4 the one it had before it was quantised. Raises
+    `dtype` is by default that of W, for NF4 the dtype before quantisation. Raises
     ValueError if W' is not finite in `dtype` or if factors do not fit `base`.
     """
     _check_terms(base, terms, g)
@@ -163,7 +163,7 @@ def add_low_rank(
 
 
 def overwrite_nf4(weight: Any, dense: Tensor) -> None:
-    """Quantise `dense` [N, K] into the very storage of the NF4 `weight` (a Params4bit)."""
+    """Quantise `dense` [N, K] into the storage of the NF4 `weight` (a Params4bit)."""
     now = NF4Weight.from_params4bit(weight)
     then = NF4Weight.from_dense(dense, blocksize=now.blocksize, double_quant=now.nested)
     for old, new in zip(nf4_tensors(now), nf4_tensors(then), strict=True):
@@ -171,7 +171,7 @@ def overwrite_nf4(weight: Any, dense: Tensor) -> None:
 
 
 def nf4_tensors(weight: NF4Weight) -> tuple[Tensor, ...]:
-    """The tensors that hold an NF4 weight: all that quantising other values would change."""
+    """The tensors of an NF4 weight: all that quantising other values would change."""
     state = weight.quant_state
     nested = (state.state2.absmax, state.offset) if weight.nested else ()
     return (weight.packed, state.absmax, *nested)
@@ -202,7 +202,7 @@ def _widened(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _try_out(weight: Tensor, terms: Sequence[LowRank]) -> None:
-    """Raise if W' would not be finite, while W is still there."""
+    """Raise if W' would not be finite, before W is overwritten."""
     rows = max(1, _TRIAL_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
@@ -251,7 +251,7 @@ def _quantised_like(weight: Any, dense: Tensor) -> Any:
         quant_type=state.quant_type,
         quant_storage=weight.quant_storage,
     ).to(dense.device)
-    # Quantised from float32, but still a weight of the dtype it had.
+    # Quantised from float32, but with the original dtype recorded.
     packed.quant_state.dtype = state.dtype
     return packed
 

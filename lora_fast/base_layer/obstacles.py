@@ -1,10 +1,10 @@
-"""What stands in the way of the kernels.
+"""Obstacles to the kernels.
 
-An *obstacle* is the reason, in words for the report, why the equation of ``linear.py`` cannot be
-computed by :func:`lora_fast.functional.adapted_linear`; None means that it can. Everything is read
-from the layers when asked, nothing is remembered: weights, hooks and dtypes may change between two
-calls. All of it runs before every call, and a forward pass of a single token takes no longer than
-its host code: hence loops and not generators, and no helper for what is one comparison.
+An *obstacle* is the reason, worded for the report, why the equation of ``linear.py`` cannot be
+computed by :func:`lora_fast.functional.adapted_linear`; None means that it can. All state is read
+from the layers on each call, since weights, hooks and dtypes may change in between. This code runs
+before every call, and the host code determines the time of a single token's forward pass: hence
+loops instead of generators, and no helpers for single comparisons.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CountingMode(FakeTensorMode):
-    """A mode whose fake tensors are as good as ordinary ones: shapes and bytes are counted."""
+    """A mode whose fake tensors count as ordinary ones, to count shapes and bytes."""
 
 
 def module_obstacle(module: nn.Module, role: str, *types: type) -> str | None:
@@ -51,7 +51,7 @@ def module_obstacle(module: nn.Module, role: str, *types: type) -> str | None:
 
 
 def runs_own_forward(module: nn.Module) -> bool:
-    """Whether calling `module` comes down to the forward of its class, on tensors of one device."""
+    """Whether calling `module` only runs the forward of its class, on tensors of one device."""
     forward = module.__dict__.get("forward")
     if forward is None:
         return True
@@ -64,7 +64,7 @@ def runs_own_forward(module: nn.Module) -> bool:
 
 
 def _only_moves_input(module: nn.Module, forward: Any) -> bool:
-    """The hook of a ``device_map`` over several devices, which takes x to the weight's device."""
+    """Whether `forward` is the hook of a ``device_map``, which moves x to the weight's device."""
     hook: Any = module.__dict__.get("_hf_hook")
     return (
         type(hook).__module__ == "accelerate.hooks"
@@ -107,7 +107,7 @@ def base_obstacle(base: Any) -> str | None:
 
 
 def environment_obstacle() -> str | None:
-    """Why the surroundings need PyTorch's own operations, or every module to be called."""
+    """Why the environment requires PyTorch's own operations, or calls of every module."""
     compiling = torch.compiler.is_compiling()
     if compiling and is_exporting():
         return "torch.export"
@@ -138,12 +138,12 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     for t in factors:
         if t is not None and t.device != device:
             return "tensors on different devices"
-    # Of what base_obstacle lets pass, all that is not dense is packed.
+    # Weights that base_obstacle accepts are dense or packed.
     return _dtype_obstacle(x, weight if type(base) is nn.Linear else None, bias, factors)
 
 
 def _nf4_obstacle(base: Any) -> str | None:
-    # FSDP replaces the parameter; bitsandbytes keeps the state on the module for that case.
+    # FSDP replaces the parameter; for that case bitsandbytes keeps the state on the module.
     state = getattr(base.weight, "quant_state", None) or base.quant_state
     if state is None:
         return "base layer is not quantised yet"

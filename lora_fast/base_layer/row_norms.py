@@ -16,13 +16,13 @@ def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float |
     W [N, K] is a tensor or an NF4Weight, A [R, K], B [N, R]. The result is detached: in the
     backward pass the norm is a constant (DoRA, Liu et al. 2024, §4.3).
 
-    Nothing is kept from one call to the next. Optimizers that write through raw pointers, ``.data``
-    and collectives change W, A or B without a trace, and to look for a change takes the read of W
-    that the norms take.
+    Nothing is cached between calls. Optimizers that write through raw pointers, ``.data`` and
+    collectives change W, A or B without a trace, and detecting a change would take the same read of
+    W as the norms.
     """
     if not torch.compiler.is_compiling():
         return dispatch.row_norms(weight, A.detach(), B.detach(), float(scaling))
     if isinstance(scaling, Tensor):
-        # Its value would have to be waited for.
+        # Reading its value would wait for the device.
         B, scaling = B * scaling, 1.0
     return compiled_ops.row_norms(weight, A.detach(), B.detach(), float(scaling))

@@ -1,8 +1,8 @@
-"""The equation as one torch.autograd.Function.
+"""The equation as two torch.autograd.Functions: one layer, and a group that reads the same x.
 
-Saved for backward, beside parameters: x where A (or W) trains, S = drop(x) Aᵀ where B, b or d
-trains, V = (y − bias) / g where g trains. Dropout keeps its seed; on the torch backend a copy of x,
-which the caller may change in place as with PEFT, and the mask, one byte an element. An NF4 weight
+Saved for backward, beside parameters: x if A (or W) trains, S = drop(x) Aᵀ if B, b or d trains, V =
+(y − bias) / g if g trains. For dropout the seed is saved; on the torch backend also a copy of x,
+which the caller may change in place as with PEFT, and the mask, one byte per element. An NF4 weight
 stays packed and is decoded again.
 """
 
@@ -94,8 +94,8 @@ class AdaptedLinear(torch.autograd.Function):
 class AdaptedLinearGroup(torch.autograd.Function):
     """apply(x, weights, constants, backend, bias_1, A_1, B_1, bias_2, …) → y_1, y_2, …: LoRA layers
     that read the same x [..., K], with one shrink, one dX and one product for all dA. Their
-    weights, tensors or NF4Weights in a tuple, are frozen, and their dropout is one and the same;
-    kept are x and the S of all layers."""
+    weights, tensors or NF4Weights in a tuple, are frozen, and they share one dropout mask; saved
+    are x and the S of all layers."""
 
     @staticmethod
     def forward(
@@ -137,7 +137,7 @@ class AdaptedLinearGroup(torch.autograd.Function):
             grads = dispatch.backward_group(
                 rows,
                 None if x is None else x.reshape(-1, x.shape[-1]),
-                # Nobody reads it where no B trains.
+                # Not read if no B trains.
                 rows[0].new_empty(ctx.S_shape) if S is None else S,
                 mask,
                 fs,
@@ -145,7 +145,7 @@ class AdaptedLinearGroup(torch.autograd.Function):
                 ctx.backend,
             )
         dX = grads[0].x
-        # A layer whose output led nowhere gets no gradients, as if it stood alone.
+        # A layer whose output is unused gets no gradients, as if it were alone.
         found = [
             None if dY is None else gradient
             for dY, grad in zip(dYs, grads, strict=True)
@@ -157,10 +157,10 @@ class AdaptedLinearGroup(torch.autograd.Function):
 def saved_input(x: Tensor, constants: Constants, needs: Needs, backend: Backend) -> Tensor | None:
     """x as the gradients of A and W read it, None if neither trains.
 
-    PEFT's layers save what dropout makes of x, or the rows of an adapter's samples, and do not mind
-    when x is changed in place afterwards; where they save x itself, autograd raises. The torch
-    backend saves a copy there. The kernels share x with the model, as without dropout: a copy would
-    cost a pass over x and M × K elements a layer, and autograd raises where x was changed.
+    PEFT's layers save drop(x), or the rows of an adapter's samples, so x may be changed in place
+    afterwards; where they save x itself, autograd raises. The torch backend saves a copy in these
+    cases. The kernels share x with the model, as without dropout: a copy would cost a pass over x
+    and M × K elements per layer. Autograd raises if x was changed.
     """
     if not (needs.A or needs.weight):
         return None
@@ -170,8 +170,7 @@ def saved_input(x: Tensor, constants: Constants, needs: Needs, backend: Backend)
 
 
 def is_recording() -> bool:
-    """Whether anything that keeps account of operations would have to hear of one: autograd,
-    forward-mode autograd, torch.func, torch.jit."""
+    """Whether autograd, forward-mode autograd, torch.func or torch.jit is recording operations."""
     return (
         torch.is_grad_enabled()
         or forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""Checks of what users hand in; messages name the argument, what it must be and what it is."""
+"""Checks of users' arguments; messages name the argument, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_adapted_linear(
     x: Any, weight: Any, vectors: dict[str, Any], A: Any, B: Any, scaling: Any
 ) -> None:
     """Raise TypeError or ValueError unless the operands of the equation fit together."""
-    # Before every call: what is one comparison is made here, helpers only word the errors.
+    # Runs before every call: simple comparisons are inline, and helpers only word the errors.
     if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
         raise _not_floating("x", x)
     if x.dim() == 0:

@@ -1,9 +1,9 @@
-"""PEFT's adapter layers with a fused forward, one file for each kind; its tuners in one file.
+"""PEFT's adapter layers with a fused forward, one file per kind, and its tuners in one file.
 
 The classes add a ``forward`` to PEFT's and little else: parameters, state_dict keys, repr and every
-adapter method are PEFT's own, and so is the forward wherever an obstacle is found. Everything is
-read from the layer at each call, since adapters are added, deleted, switched and hot-swapped, and
-scalings become tensors, at any time.
+adapter method are PEFT's own, and so is the forward if there is an obstacle. All state is read from
+the layer at each call, since adapters may be added, deleted, switched or hot-swapped, and scalings
+may become tensors, at any time.
 """
 
 from __future__ import annotations

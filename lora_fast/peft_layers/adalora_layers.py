@@ -20,7 +20,7 @@ from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 
 
 class Adapter(NamedTuple):
-    """One active adapter, as it is at this moment; d = s · E."""
+    """One active adapter in its current state; d = s · E."""
 
     A: Tensor
     B: Tensor
@@ -89,7 +89,7 @@ def _read(layer: Any) -> tuple[list[Adapter], str | None]:
     found = switched_off(layer)
     if found is not None:
         return adapters, found
-    # By name: the order in which they were activated must not show, not even in the rounding.
+    # By name, so that the order of activation does not even affect the rounding.
     for name in sorted(layer.active_adapters):
         if name not in layer.lora_A:
             continue
@@ -102,7 +102,7 @@ def _read(layer: Any) -> tuple[list[Adapter], str | None]:
             found = found or "lora_A and lora_E differ in dtype"
         if found is not None:
             return adapters, found
-        # A tensor, which PEFT lets train by accident where the base is 16-bit: so it does here.
+        # A tensor, which PEFT accidentally trains on a 16-bit base; so it does here.
         scaling = layer.scaling[name] / (layer.ranknum[name] + 1e-5)
         adapters.append(Adapter(A, B, E.reshape(-1) * scaling, rate_of(dropout)))
     if not adapters:

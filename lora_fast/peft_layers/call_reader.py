@@ -1,11 +1,11 @@
-"""Reads a method for the calls of its module's children: with which values, and where.
+"""Reads the source of a method for calls of its module's children: their arguments and places.
 
 Every value of a local name has a number, and every call a place: the branches around it, and how
-often the flow was broken before. Calls of one value at one place belong together: the later ones
-are reached whenever the first is. Branches whose condition the attributes of the module decide are
-no branches, and the condition is noted; those on arguments are, and so are the rounds of a loop and
-blocks that compute in another mode. The flow is broken by whatever may leave the method, or is cut
-short by an exception that is caught, or may change the module.
+often control flow could break before. Calls with the same value at the same place belong together:
+the later ones are reached whenever the first is. A branch that the module's attributes decide is no
+branch, and its condition is recorded; branches on arguments are, and so are iterations of a loop
+and blocks that compute in another mode. Control flow can break at anything that may leave the
+method, raise an exception that is caught, or change the module.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .module_conditions import Condition, decide
 
 
 class Unreadable(Exception):
-    """The reason why no source tells what a forward calls."""
+    """The reason why the calls of a forward cannot be read from its source."""
 
 
 class Together(NamedTuple):
-    """Children that are called with one input, in this order, if the conditions are met when the
-    first of them is called; and children that are called in between, with something else."""
+    """Children that are called with the same input, in this order, if the conditions hold when the
+    first is called; and children that are called in between with other inputs."""
 
     children: tuple[str, ...]
     conditions: tuple[Condition, ...] = ()
@@ -34,7 +34,7 @@ class Together(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of a child with a value, at a place, at a step of the reading."""
+    """A call of a child: its argument, its place, and its position in the reading."""
 
     child: str
     value: int
@@ -80,9 +80,9 @@ def bundles(reader: CallReader) -> list[Together]:
 
 
 class CallReader:
-    """Walks through a method in the order in which it runs. A method of this class that is named
-    after a node of the syntax tree reads it; one of a statement returns how it ends for certain:
-    the method is left, an exception is raised, or neither (None)."""
+    """Walks through a method in execution order. A method of this class that is named after a node
+    of the syntax tree reads that node; one of a statement returns how it certainly ends: the method
+    is left, an exception is raised, or neither (None)."""
 
     def __init__(self, function: ast.FunctionDef, module: nn.Module, *, decides: bool) -> None:
         self.calls: list[Call] = []
@@ -98,7 +98,7 @@ class CallReader:
         everything = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
         self._self, *names = [argument.arg for argument in everything]
         self._values = {name: next(self._numbers) for name in names}
-        # What the method sets itself is not as it was found before.
+        # Attributes that the method itself sets may have changed.
         self._sets = {n.attr for n in nodes if isinstance(n, ast.Attribute) and _is_store(n)}
         self._block(function.body)
 
@@ -167,7 +167,7 @@ class CallReader:
         self._loop(node, [ast.Expr(node.test), *node.body], node.orelse)
 
     def _loop(self, loop: ast.stmt, body: list[ast.stmt], otherwise: list[ast.stmt]) -> None:
-        self._forget(loop)  # a round begins with what the last one left
+        self._forget(loop)  # an iteration begins with the values of the previous one
         self._branches(body, [])
         self._branches(otherwise, [])
         self._forget(loop)
@@ -201,7 +201,7 @@ class CallReader:
     # Branches
 
     def _branches(self, *blocks: list[ast.stmt]) -> str | None:
-        """Blocks of which one runs. A name keeps its value after them where all leave it."""
+        """Blocks of which one runs. A name keeps its value if all of them leave it unchanged."""
         before, endings, results = self._values, [], []
         for block in blocks:
             self._values = dict(before)
@@ -225,7 +225,7 @@ class CallReader:
         return ending
 
     def _cut_short(self, statement: ast.stmt, parts: list[ast.stmt]) -> None:
-        """Any of `parts` may be the last that runs, for an exception that is caught."""
+        """Any of `parts` may be the last to run, since an exception may be caught."""
         self._catches += 1
         self._branches(parts, [])
         self._catches -= 1
@@ -233,7 +233,7 @@ class CallReader:
         self._breaks += 1
 
     def _decided(self, test: ast.expr) -> bool | None:
-        """What the attributes of the module make of `test`."""
+        """The truth of `test`, if the module's attributes decide it."""
         decided = decide(test, self._self, self._module, self._sets) if self._decides else None
         if decided is None:
             return None
@@ -265,7 +265,7 @@ class CallReader:
         self._assign(node.target, node.value)
 
     def Name(self, node: ast.Name) -> None:
-        # The module in other hands, which may do anything to it.
+        # The module is passed to other code, which may change it.
         self._breaks += self._is_self(node)
 
     def Attribute(self, node: ast.Attribute) -> None:
@@ -282,7 +282,7 @@ class CallReader:
     ListComp = SetComp = DictComp = GeneratorExp = Lambda
 
     def _other_frame(self, node: ast.AST) -> None:
-        """What runs in a frame of its own, if ever."""
+        """Code that runs in another frame, if at all."""
         for part in ast.walk(node):
             if self._child(part) is not None:
                 self._record(self._child(part), None)
@@ -320,13 +320,13 @@ class CallReader:
         return isinstance(node, ast.Name) and node.id == self._self
 
     def _child(self, node: ast.AST) -> str | None:
-        """The name of the child that `node` stands for."""
+        """The name of the child that `node` refers to."""
         if isinstance(node, ast.Attribute) and self._is_self(node.value):
             return node.attr if node.attr in self._module._modules else None
         return None
 
     def _is_foreign(self, name: str) -> bool:
-        """Whether this attribute is a function that was put on the module, and not one of torch."""
+        """Whether this attribute is a function set on the module that does not come from torch."""
         found = self._module.__dict__.get(name)
         return found is not None and not str(getattr(found, "__module__", "")).startswith("torch")
 
@@ -350,7 +350,7 @@ class CallReader:
                 self._forget(name)
 
     def _change(self, node: ast.AST) -> None:
-        """Give a new number to a value that is written to, and so to each of its names."""
+        """Give a new number to a value that is modified, and so to all its names."""
         if isinstance(node, ast.Attribute) and self._child(node):
             self._record(node.attr, None)
         while isinstance(node, (ast.Attribute, ast.Subscript, ast.Starred)):
@@ -376,7 +376,7 @@ def _is_starred(node: ast.AST) -> bool:
 
 
 def _name_of(function: ast.expr) -> str:
-    """The last part of the name by which something is called."""
+    """The last part of the name of a called function."""
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else ""

@@ -1,11 +1,11 @@
-"""Which children of a module its forward always calls together with one input, read in its source.
+"""The children that a module's forward always calls together with one input, from its source.
 
     query = self.q_proj(hidden_states).view(shape)
     key = self.k_norm(self.k_proj(hidden_states))
     value = self.v_proj(hidden_states)
 
-calls q_proj, k_proj and v_proj together: with one value of a local name, and the second and third
-whenever the first. :mod:`call_reader` reads the calls; here is where the source comes from.
+calls q_proj, k_proj and v_proj together: with the same value of a local variable, and the second
+and third whenever the first. :mod:`call_reader` reads the calls; this file finds the source.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .call_reader import CallReader, Together, Unreadable, bundles
 
 
 def code_of_forward(module: nn.Module) -> CodeType:
-    """The code of the forward of `module`, beneath what decorates or hooks it.
+    """The code of the forward of `module`, without decorators and hooks.
 
-    Raises Unreadable where it is not written in Python.
+    Raises Unreadable if it is not written in Python.
     """
     forward: Any = inspect.unwrap(module.__dict__.get("forward", type(module).forward))
     forward = inspect.unwrap(getattr(forward, "__func__", forward))
@@ -38,11 +38,11 @@ def code_of_forward(module: nn.Module) -> CodeType:
 
 
 def called_together(code: CodeType, module: nn.Module) -> list[Together]:
-    """Which children of `module` a method of it with this code always calls together.
+    """The children of `module` that its method with this code always calls together.
 
-    Conditions on attributes of the module are decided as they are now, but only where it matters:
-    children that are called together whatever the attributes are depend on none.
-    Raises Unreadable where there is no source, or where it is not that of `code`.
+    Conditions on attributes of the module are evaluated now, but only if they matter: children
+    called together whatever the attributes depend on none.
+    Raises Unreadable if there is no source, or if it is not that of `code`.
     """
     function = _function_of(code)
     open_, decided = (bundles(CallReader(function, module, decides=d)) for d in (False, True))
@@ -72,7 +72,7 @@ def _function_of(code: CodeType) -> ast.FunctionDef:
 
 
 def _compiles_to(source: str, code: CodeType) -> bool:
-    """Whether `code` is that of `source`; the file may have changed since it was imported."""
+    """Whether `source` compiles to `code`; the file may have changed since its import."""
     owner = ["_", *code.co_qualname.split(".")][-2]  # names such as __x depend on it
     outer = ", ".join(name for name in code.co_freevars if name != "__class__")
     header = f"def _({outer}):\n class {owner if owner.isidentifier() else '_'}:\n"
@@ -87,8 +87,8 @@ def _compiles_to(source: str, code: CodeType) -> bool:
 
 
 def _instructions(code: CodeType) -> list[tuple[str, Any]]:
-    """What `code` does, in order, without what an import elsewhere in the file changes: methods of
-    imported names are called in another way, and so jumps are of other lengths."""
+    """The instructions of `code` in order, without those that an import elsewhere in the file
+    changes: methods of imported names are called differently, which changes jump lengths."""
     found = []
     for instruction in dis.get_instructions(code):
         name = instruction.opname.replace("LOAD_METHOD", "LOAD_ATTR")

@@ -1,7 +1,6 @@
-"""PEFT's layers on bitsandbytes' 4-bit ones, which PEFT has only where bitsandbytes is installed.
+"""PEFT's layers on bitsandbytes' 4-bit ones, which PEFT has only if bitsandbytes is installed.
 
-Elsewhere stand-ins that no layer is an instance of take their places, so that the fused classes
-need no second form.
+Otherwise stand-ins without instances replace them, so that the fused classes need no second form.
 """
 
 from __future__ import annotations

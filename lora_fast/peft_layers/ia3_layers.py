@@ -1,4 +1,4 @@
-"""PEFT's (IA)³ layers: one trained gain, on the outputs or, in feed-forward layers, on the inputs.
+"""PEFT's (IA)³ layers: one trained gain on the outputs or, in feed-forward layers, the inputs.
 
     outputs  y = l ⊙ (x Wᵀ + bias) = l ⊙ (x Wᵀ) + l ⊙ bias
     inputs   y = (l ⊙ x) Wᵀ + bias

@@ -3,7 +3,8 @@
 LoRA   y = x Wᵀ + Σᵢ sᵢ · (drop(x) Aᵢᵀ) Bᵢᵀ + bias + Σᵢ sᵢ · biasᵢ     (i: active adapters)
 DoRA   y = x Wᵀ + (g − 1) ⊙ (x̃ Wᵀ) + g ⊙ s · (x̃ Aᵀ) Bᵀ + bias          g = m / ‖W + s B A‖
 
-with x̃ = drop(x): PEFT drops the input of all that m scales. Without dropout y = g ⊙ V + bias.
+with x̃ = drop(x): PEFT drops the input of everything that m scales. Without dropout
+y = g ⊙ V + bias.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .lora_state import (
 )
 from .shared_input import kept_output, output_with_siblings
 
-# Named arguments of a variant; PEFT takes them out of the call and vanilla LoRA ignores them.
+# Keyword arguments of a variant; PEFT removes them from the call and plain LoRA ignores them.
 _VARIANT_ARGUMENTS = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
 
 
@@ -152,14 +153,14 @@ def _lora(state: State, x: Tensor) -> Tensor:
 
 
 def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
-    """PEFT drops x before the base product, too, but only for what m scales."""
+    """PEFT also drops x before the base product, but only for the part that m scales."""
     assert adapter.magnitude is not None
     base = layer.base_layer
     g = adapter.magnitude / row_norms(weight_of(base), adapter.A, adapter.B, adapter.scaling)
     factors: dict[str, Any] = {"A": adapter.A, "B": adapter.B, "scaling": adapter.scaling, "g": g}
     if adapter.dropout_p == 0.0:
         return adapted(base, x, bias=base.bias, **factors)
-    # The very numbers that PEFT's dropout would draw, without a second copy of x in float32.
+    # The same numbers as PEFT's dropout draws, without a second copy of x in float32.
     keep = adapter.dropout(torch.ones_like(x, dtype=adapter.A.dtype)).to(x.dtype)
     dropped = x * keep
     return adapted(base, dropped, bias=base.bias, **factors) + adapted(base, x - dropped, bias=None)

@@ -1,12 +1,12 @@
-"""Merging PEFT's LoRA adapters into their base layer in one pass over W, and taking them out.
+"""Merging PEFT's LoRA adapters into their base layer in one pass over W, and unmerging them.
 
     W' = round(W + Σᵢ sᵢ Bᵢ Aᵢ)          W'' = round(W' − Σᵢ sᵢ Bᵢ Aᵢ)         (i: merged adapters)
 
-Sums and products are float32 and rounded once, where PEFT forms each Δᵢ in the dtype of W and
-rounds with each. A dense W is updated in place, and unmerging gives W back to within one ulp of the
-larger of W and W'. An NF4 W is quantised again; the one from before is kept, so that unmerging is
-exact. What is not plain LoRA (DoRA and other variants, a bias of lora_B, ``fan_in_fan_out``, hooks,
-sharded weights) and safe_merge, which merges into a copy, are PEFT's own.
+Sums and products are float32 and rounded once, while PEFT computes each Δᵢ in the dtype of W and
+rounds after each. A dense W is updated in place, and unmerging restores W to within one ulp of the
+larger of W and W'. An NF4 W is quantised again; the original is kept, so unmerging is exact.
+Anything but plain LoRA (DoRA and other variants, a bias of lora_B, ``fan_in_fan_out``, hooks,
+sharded weights) falls back to PEFT, and so does safe_merge, which merges into a copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEPT = "_lora_fast_kept_weight"
 
 
 def plain_terms(layer: Any, names: Iterable[str]) -> list[LowRank] | None:
-    """s B A of each adapter; None where one of them, or the layer, is not plain LoRA."""
+    """s B A of each adapter; None if one of them, or the layer, is not plain LoRA."""
     if base_obstacle(layer.base_layer) is not None or getattr(layer, "fan_in_fan_out", False):
         return None
     terms, device = [], layer.base_layer.weight.device
@@ -60,7 +60,7 @@ def merge_terms(layer: Any, terms: list[LowRank]) -> None:
 
 @torch.no_grad()
 def unmerge_terms(layer: Any, terms: list[LowRank]) -> None:
-    """W ← W'', or the NF4 weight from before the first merge."""
+    """W ← W'', or the original NF4 weight."""
     base = layer.base_layer
     kept: KeptWeight | None = layer.__dict__.pop(_KEPT, None)
     if kept is not None:

@@ -1,4 +1,4 @@
-"""Conditions in a method's source that the attributes of its module decide."""
+"""Conditions in a method's source that depend only on attributes of its module."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-# What a condition may call.
+# Functions that a condition may call.
 _BUILTINS = {"hasattr": hasattr, "getattr": getattr, "len": len}
 
 
 class Condition(NamedTuple):
-    """An expression of the attributes of a module, `self` in it, and whether it holds."""
+    """An expression of a module's attributes, with `self` as the module, and its truth."""
 
     expression: CodeType
     holds: bool
@@ -23,20 +23,20 @@ class Condition(NamedTuple):
         try:
             found = eval(self.expression, {"__builtins__": _BUILTINS}, {"self": module})
             return bool(found) is self.holds
-        except Exception:  # of a missing attribute, of a property
+        except Exception:  # a missing attribute, or any error of a property
             return False
 
 
 class Decision(NamedTuple):
-    """What a condition comes to, and the conditions on attributes that make it so."""
+    """The truth of a condition, and the conditions on attributes that decide it."""
 
     truth: bool
     relies_on: tuple[Condition, ...]
 
 
 def decide(test: ast.expr, owner: str, module: nn.Module, changing: set[str]) -> Decision | None:
-    """What `test` comes to in a method whose first argument `owner` is `module`; None if that hangs
-    on more than its attributes, or on one of those that are `changing`."""
+    """The truth of `test` in a method whose first argument `owner` is `module`; None if it depends
+    on anything but its attributes, or on one of those that are `changing`."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         found = decide(test.operand, owner, module, changing)
         return None if found is None else found._replace(truth=not found.truth)
@@ -83,7 +83,7 @@ def _is_about(node: ast.expr, owner: str, changing: set[str]) -> bool:
 
 
 class _Renamed(ast.NodeTransformer):
-    """Calls the module `self`, whatever the method calls it."""
+    """Renames the module to `self`, whatever the method calls it."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner

@@ -1,17 +1,17 @@
 """Sibling LoRA layers that are called with the same x: q, k and v, or gate and up.
 
-No model code is patched. Which layers belong together is read in the source of their parent's
-forward when the model is accelerated (:mod:`forward_source`): those that it calls with one input,
-the later ones whenever the first. The first one called computes the outputs of all in one function,
-and keeps those of the others for their calls; so it does in a forward pass and when checkpointing
-computes that again, with gradients and without.
+No model code is patched. The groups are read from the source of their parent's forward when the
+model is accelerated (:mod:`forward_source`): layers that it calls with the same input, the later
+ones whenever the first. The layer that is called first computes the outputs of all in one function
+and keeps those of the others until they are called; the same in a forward pass and when
+checkpointing recomputes it, with gradients and without.
 
-An output is kept for this x (the object, as often written to), this thread, these parameters and
-this mode of autograd. It goes when it is fetched, or with x; where autograd records, with the graph
-of the first layer's output, which holds x. A layer computes alone where anything else calls it than
-that forward, where hooks run between the calls, where x or a parameter has no version that tells of
-a change (inference tensors), and where it is not plain LoRA.
-Siblings share drop(x) as they share x; PEFT draws a mask for each.
+An output is valid for this x (the same object, unmodified since), this thread, these parameters and
+this autograd mode. It is released when it is fetched, or with x; if autograd records, with the
+graph of the first layer's output, which holds x. A layer computes alone if anything but that
+forward calls it, if hooks run between the calls, if x or a parameter has no version counter
+(inference tensors), or if it is not plain LoRA. Siblings share drop(x) as they share x; PEFT draws
+a mask for each.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .call_reader import Condition, Together, Unreadable
 from .forward_source import called_together, code_of_forward
 from .lora_state import State, fingerprint, is_plain, member_of
 
-# Attributes of a layer: its group and its place there; why it can be in none.
+# Attributes of a layer: its group and its index there; why it is in none.
 GROUP, ALONE = "_lora_fast_group", "_lora_fast_alone"
-# Modules whose frames may be between a forward and the fused forward of a layer that it calls.
+# Modules whose frames may lie between a forward and the fused forward of a layer it calls.
 _BETWEEN = frozenset(
     {
         "torch.nn.modules.module",
@@ -50,8 +50,8 @@ _BETWEEN = frozenset(
 
 
 class Site(NamedTuple):
-    """The code that calls the layers of a group, the conditions on which it calls them all, and the
-    other children that it calls in between."""
+    """The code that calls the layers of a group, the conditions under which it calls all of them,
+    and the other children that it calls in between."""
 
     code: CodeType
     conditions: tuple[Condition, ...]
@@ -59,19 +59,19 @@ class Site(NamedTuple):
 
 
 class Kept:
-    """Outputs that the first of several siblings computed, by the place of each in its group."""
+    """Outputs that the first of several siblings computed, by index in the group."""
 
     def __init__(self, x: Tensor, first: int, outputs: dict[int, tuple[Tensor, Any]]) -> None:
         self.first, self.outputs = first, outputs
         self.circumstances = _circumstances(x)
         self._is_alive: Any = None
-        # Not a method, which would hold what it is to let go.
+        # Not a method, which would keep the outputs alive.
         forget = partial(_forget, outputs)
         self.x = weakref.ref(x, forget)
         self._forget: Callable[[Any], None] = forget
 
     def live_with(self, y: Tensor) -> Tensor:
-        """y, to be returned by the first layer, with whose graph the outputs are to go."""
+        """y for the first layer to return, with whose graph the outputs are released."""
         if not y.requires_grad:
             return y
         y = torch.ops.aten._unsafe_view(y, y.shape)  # a node of its own
@@ -82,7 +82,7 @@ class Kept:
 
 
 class _Alive:
-    """Goes with the node of a graph."""
+    """Is released with the node of a graph."""
 
 
 def _forget(outputs: dict[int, Any], reference: Any) -> None:
@@ -98,8 +98,8 @@ class _OfThread(threading.local):
 class Group:
     """Children of one module that its forward calls together, by name, in the order of the calls.
 
-    Holds no layer. A copy finds its layers in the module whose forward calls it; a pickle reads the
-    source of that forward anew, which may be another where it is loaded.
+    Holds no layer. A copy finds its layers in the module whose forward calls it; unpickling reads
+    the source of that forward again, which may differ there.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Group:
         return Group, (self.names,)
 
     def parent_of(self, index: int, layer: Any) -> nn.Module | None:
-        """The module whose forward is calling `layer`, the member `index`; None where anything else
+        """The module whose forward is calling `layer`, the member `index`; None if anything else
         calls it."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
@@ -141,7 +141,7 @@ class Group:
         return parent
 
     def is_called_as_read(self, parent: nn.Module) -> bool:
-        """Whether the forward of `parent`, as it is now, calls all members, and runs no hooks in
+        """Whether the current forward of `parent` calls all members, and runs no hooks in
         between."""
         site = self._site
         if site is None:
@@ -152,8 +152,8 @@ class Group:
         return not any(map(_runs_hooks, map(parent._modules.get, site.between)))
 
     def members(self, parent: nn.Module) -> dict[int, Any]:
-        """The layers of the group that are children of `parent`; none unless its forward, as it is
-        now, calls all of them."""
+        """The layers of the group that are children of `parent`; none unless its current forward
+        calls all of them."""
         if self._site is None:
             with suppress(Unreadable):
                 self._read(code_of_forward(parent), parent)
@@ -163,7 +163,7 @@ class Group:
         return {i: c for i, c in children if c is not None and c.__dict__.get(GROUP) == (self, i)}
 
     def _read(self, code: CodeType, parent: nn.Module) -> None:
-        """Look, in a copy from another process, whether `code` calls the layers together here."""
+        """Check, in a copy from another process, whether `code` calls the layers together here."""
         if code is self._unsuited:
             return
         with suppress(Unreadable):
@@ -179,7 +179,7 @@ def _nothing() -> None:
 
 
 def kept_output(layer: Any, x: Tensor) -> Tensor | None:
-    """The output that a sibling has computed for `layer` and x, if everything is as it was then."""
+    """The output that a sibling has computed for `layer` and x, if nothing has changed since."""
     group, index = layer._lora_fast_group
     if torch.compiler.is_dynamo_compiling():
         return None
@@ -193,14 +193,14 @@ def kept_output(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
-    """The output of a layer that computes and keeps those of its siblings with it; None where it is
-    on its own."""
+    """The output of a layer, which also computes and keeps those of its siblings; None if the layer
+    computes alone."""
     if layer._lora_fast_group is None or torch.compiler.is_dynamo_compiling():
         return None
     group, index = layer._lora_fast_group
     kept: Kept | None = group.of_thread.kept
     if kept is not None and kept.first < index and kept.outputs and kept.x() is x:
-        return None  # the first one could not compute this one
+        return None  # the first sibling could not have computed this one
     if index + 1 == len(group.names) or not is_plain(state) or x.is_inference():
         return None
     parent = None if _runs_hooks(layer) else group.parent_of(index, layer)
@@ -233,8 +233,8 @@ def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
 
 
 def _state_of(layer: Any, x: Tensor, first: State) -> State | None:
-    """A sibling as its own call with x would find it; None if it cannot be computed with `first`,
-    or may come to anything else."""
+    """The state of a sibling as its own call with x would find it; None if it cannot be computed
+    with `first`, or may give another result."""
     if "forward" in layer.__dict__ and not runs_own_forward(layer):
         return None
     state, found = layer.active()
@@ -244,7 +244,7 @@ def _state_of(layer: Any, x: Tensor, first: State) -> State | None:
 
 
 def outputs_together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """The outputs of siblings as a forward that calls them with x gets them."""
+    """The outputs of siblings for x, as a forward that calls them would get them."""
     states = [layer.active()[0] for layer in layers]
     bases, members = [state.base for state in states], [member_of(state) for state in states]
     ys = adapted_together(bases, x, members, states[0].adapters[0].dropout_p)
@@ -252,8 +252,8 @@ def outputs_together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
 
 
 def siblings_of(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:
-    """Names of the children of `parent` that would be computed with `layer`, one of them, as they
-    are now, or why none would; no reason is given for a layer whose input is its own."""
+    """Names of the children of `parent` that would currently be computed with `layer`, one of them,
+    or why none would; None for a layer that shares its input with no other."""
     if layer.__dict__.get(GROUP) is None:
         return (), layer.__dict__.get(ALONE)
     group, index = layer.__dict__[GROUP]
@@ -275,7 +275,7 @@ def _shared_rate(layer: Any) -> float | None:
 
 
 def _runs_hooks(module: Any) -> bool:
-    """Whether a call of `module` runs more than its forward, which may do anything to a sibling."""
+    """Whether a call of `module` runs hooks, which may do anything to a sibling."""
     return module is not None and bool(
         module._forward_pre_hooks
         or module._forward_hooks
@@ -299,7 +299,7 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
 
 
 def assign(model: nn.Module, kind: type) -> None:
-    """Give the layers of type `kind` in `model` their groups, or the reason why they have none."""
+    """Assign groups to the layers of type `kind` in `model`, or the reason why they have none."""
     parents = list(model.modules())
     places = Counter(id(child) for parent in parents for child in parent._modules.values())
     for parent in parents:
@@ -338,7 +338,7 @@ def _of_one_width(together: Together, layers: dict[str, Any]) -> Iterator[tuple[
 
 
 def dissolve(model: nn.Module) -> None:
-    """Let all layers of `model` compute alone."""
+    """Make all layers of `model` compute alone."""
     for module in model.modules():
         module.__dict__.pop(GROUP, None)
         module.__dict__.pop(ALONE, None)

@@ -1,7 +1,7 @@
-"""PEFT's tuners, which wrap layers whenever an adapter is added or loaded: the new ones run fused.
+"""PEFT's tuners, which wrap layers whenever an adapter is added or loaded: these run fused as well.
 
-One adapter more may adapt layers that none did before. A tuner is a module of the model, so that
-its class can be switched as those of the layers are, and nothing of PEFT itself is patched.
+A new adapter may adapt layers that had none before. A tuner is a module of the model, so its class
+can be switched like those of the layers, and PEFT itself is not patched.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.vera import VeraModel
 from torch import nn
 
-# Attribute of a tuner: what is done with its model after an injection.
+# Attribute of a tuner: a function to call with its model after an injection.
 COVER = "_lora_fast_cover"
 
 
 class CoversLaterLayers:
-    """Mixin before a PEFT tuner: PEFT's injection, then the layers that it made are switched."""
+    """Mixin before a PEFT tuner: runs PEFT's injection, then switches the new layers."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)  # type: ignore[misc]
@@ -29,7 +29,7 @@ class CoversLaterLayers:
         cover(model)
 
     def __init_subclass__(cls) -> None:
-        # PEFT reports the name of the class; a pickle finds it by __qualname__.
+        # PEFT reports the name of the class; unpickling uses __qualname__.
         cls.__name__ = cls.__bases__[-1].__name__
 
 

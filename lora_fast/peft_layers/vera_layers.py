@@ -1,4 +1,4 @@
-"""PEFT's VeRA layer, dense and 4-bit: frozen random A and B shared by all layers, b and d train.
+"""PEFT's VeRA layer, dense and 4-bit: frozen random A and B shared by all layers; b and d train.
 
 y = x Wᵀ + b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ) + bias,     A [R, :K] and B [:N, R] cut from the shared ones
 """
@@ -18,7 +18,7 @@ from .fused_forward import FusedForward, casts_input, rate_of, switched_off
 
 
 class Adapter(NamedTuple):
-    """The active adapter, as it is at this moment."""
+    """The active adapter in its current state."""
 
     A: Tensor
     B: Tensor
@@ -28,7 +28,7 @@ class Adapter(NamedTuple):
 
 
 class FusedVeRALayer(FusedForward):
-    """The fused forward of ``vera.Linear``, and of ``vera.Linear4bit`` where PEFT has it."""
+    """The fused forward of ``vera.Linear``, and of ``vera.Linear4bit`` if PEFT has it."""
 
     def active(self, **kwargs: Any) -> tuple[Adapter | None, str | None]:
         layer: Any = self
