@@ -98,7 +98,7 @@ def test_every_output_says_that_it_is_a_rehearsal(folder: Path) -> None:
     assert len(sections) > 8
     assert all("NOT A MEASUREMENT" in section for section in sections[:-1])
     pictures = {path.name for path in folder.glob("*.png")}
-    assert pictures == {"layers.png", "linears.png", "crossover.png", "modelled.png"}
+    assert pictures == {"layers.png", "linears-dense.png", "linears-nf4.png", "crossover.png"}
     assert {path.name for path in folder.iterdir()} - pictures == {
         "journal.jsonl",
         "report.md",

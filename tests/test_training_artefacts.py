@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -40,6 +40,10 @@ ARM = Arm("lora_fast", [0.7, 0.6, 0.5], planned=3)
 
 
 class Saved:
+    """A model of PEFT's, and a tokenizer."""
+
+    peft_config: ClassVar = {}
+
     def save_pretrained(self, out: Path, **_: Any) -> None:
         (out / "saved").write_text("")
 
@@ -47,7 +51,12 @@ class Saved:
 def setting(**options: Any) -> Any:
     base = Base("org/name", Saved(), Saved(), torch.float32, torch.device("cpu"), ["head"])
     return SimpleNamespace(
-        config=TrainConfig(**options), base=base, model=Saved(), rows=Rows([], [], ["a", "b"])
+        config=TrainConfig(**options),
+        base=base,
+        model=Saved(),
+        rows=Rows([], [], ["a", "b"]),
+        counts=SUMMARY["examples"],
+        steps=3,
     )
 
 

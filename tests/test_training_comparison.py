@@ -138,7 +138,8 @@ def test_a_language_model(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     result = compare_methods(config, ["lora", "prefix", "bitfit"], 1, tmp_path / "out", Silent())
     assert result["methods"]["lora"]["scores"].keys() == {"loss", "perplexity"}
-    assert result["methods"]["bitfit"]["error"].startswith("--method bitfit: the model must have")
+    why = result["methods"]["bitfit"]["not_applicable"]
+    assert why.startswith("--method bitfit: the model must have")
 
 
 def test_options_that_mean_nothing_to_a_method_are_left_out() -> None:

@@ -108,7 +108,7 @@ def _keep(new: dict[str, Any], folder: Path) -> None:
     try:
         from . import plots
 
-        print("drawn:", *plots.draw(new["counts"], folder))
+        print("drawn:", *plots.draw(new["counts"], new["bands"], folder))
     except ImportError as error:
         print(f"not drawn: {error}")
 

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..training.comparison_table import SCORE_TITLES, caption, table, without_numbers
+from ..training.comparison_table import (
+    BASELINE_TITLES,
+    SCORE_TITLES,
+    caption,
+    table,
+    without_numbers,
+)
 from ..training.run import Outcome
 from .console import ARM_TITLES, print_whole
-
-BASELINE_TITLES = {
-    "majority": "majority class",
-    "linear_probe": "linear probe, frozen model",
-    "base_model": "before training",
-}
 
 
 def show_outcome(console: Console, outcome: Outcome) -> None:

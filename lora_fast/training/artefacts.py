@@ -13,7 +13,7 @@ from .encoding import describe_examples
 from .experiment import Experiment
 from .folder import METRICS_FILE, RunFolder
 from .plots import plot_losses, plot_ranks
-from .summary import method_options
+from .summary import method_options, picture_title
 from .trainer import Arm
 from .weights import base_weights, save_weights, trained, unwrapped
 
@@ -50,9 +50,10 @@ def save_artefacts(
         (place / CARD_FILE).write_text(card, encoding="utf-8")
         (place / REPORT_FILE).write_text(f"{layers}\n", encoding="utf-8")
         curves = {name: arm.losses for name, arm in arms.items()}
-        plot_losses(curves, place / PLOT_FILE, best_step=arms["lora_fast"].best_step)
-        if arms["lora_fast"].ranks:
-            plot_ranks(arms["lora_fast"].ranks, setting.config.r or 1, place / RANK_FILE)
+        title, ours = picture_title(setting), arms["lora_fast"]
+        plot_losses(curves, place / PLOT_FILE, title, best_step=ours.best_step)
+        if ours.ranks:
+            plot_ranks(ours.ranks, setting.config.r or 1, place / RANK_FILE, title)
         write_json(summary, place / METRICS_FILE)
 
 

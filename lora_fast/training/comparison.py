@@ -25,7 +25,15 @@ from ..methods.base_model import Base
 from ..methods.options import METHOD_OPTIONS
 from ..methods.table import METHODS, method_of
 from . import models
-from .comparison_table import SCORE_TITLES, Result, facts, markdown, without_numbers
+from .comparison_table import (
+    BASELINE_TITLES,
+    SCORE_TITLES,
+    Result,
+    facts,
+    markdown,
+    picture_title,
+    without_numbers,
+)
 from .config import TrainConfig, option_name
 from .data import load_rows
 from .events import Observer, Silent
@@ -339,8 +347,24 @@ def _save(found: Result, out: Path) -> None:
     """Write the numbers, the table and the picture."""
     write_json(found, out / COMPARISON_FILE)
     (out / TABLE_FILE).write_text(markdown(found), encoding="utf-8")
-    rows = [row for row in found["methods"].values() if without_numbers(row) is None]
-    if rows:
+    if any(without_numbers(row) is None for row in found["methods"].values()):
         score = found["scores"][-1]
-        shown = [{**row, "scores": row["scores"][score]} for row in rows]
-        plot_comparison(shown, SCORE_TITLES[score], out / PICTURE_FILE)
+        baselines = {
+            BASELINE_TITLES[name]: scores[score]
+            for name, scores in found["baselines"].items()
+            if score in scores
+        }
+        plot_comparison(
+            [_drawn(row, score) for row in found["methods"].values()],
+            SCORE_TITLES[score],
+            out / PICTURE_FILE,
+            picture_title(found),
+            baselines=baselines,
+        )
+
+
+def _drawn(row: Result, score: str) -> Result:
+    why = without_numbers(row)
+    if why is not None:
+        return {"title": row["title"], "without": ": ".join(why)}
+    return {**row, "scores": row["scores"][score]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from .encoding import describe_examples
@@ -15,6 +16,11 @@ SCORE_TITLES = {
     "roc_auc": "ROC AUC",
     "loss": "loss",
     "perplexity": "perplexity",
+}
+BASELINE_TITLES = {
+    "majority": "majority class",
+    "linear_probe": "linear probe, frozen model",
+    "base_model": "before training",
 }
 
 
@@ -34,6 +40,20 @@ def facts(found: Result) -> list[tuple[str, str]]:
         ("Data", describe_examples(found["examples"])),
         ("Runs", f"{length} of {size} examples, seed {seeds}"),
     ]
+
+
+def picture_title(found: Result) -> str:
+    """Return what the picture of a comparison is of."""
+    config = found["config"]
+    kind = "NF4" if found["quantized"] == "nf4" else "unquantised"
+    seeds = ", ".join(map(str, found["seeds"]))
+    size = config["batch_size"] * config["grad_accum"]
+    length = f"{config['steps']:,} steps" if config["steps"] else f"{config['epochs']:g} epochs"
+    return (
+        f"{len(found['methods'])} methods on {found['model']} ({kind}, {found['dtype']}), "
+        f"{found['device']}\n{Path(config['data']).name}: {found['examples']['train']:,} examples "
+        f"to train, {found['examples']['held_out']:,} held out; {length} of {size}, seed {seeds}"
+    )
 
 
 def caption(found: Result) -> str:

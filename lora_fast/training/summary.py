@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,20 @@ def facts(setting: Experiment) -> list[tuple[str, str]]:
         ("Method", f"{method_of(config).title}: {options}{trainable:,} parameters to train"),
         ("Run", f"{setting.steps:,} steps of {step_size} examples, learning rate {config.lr:g}"),
     ]
+
+
+def picture_title(setting: Experiment) -> str:
+    """Return what the pictures of a run are of: method and model, data and steps, seed, device."""
+    config, base = setting.config, setting.base
+    kind = "NF4" if base.quantized else "unquantised"
+    rank = f", r = {config.r}" if config.r else ""
+    dtype = str(base.dtype).removeprefix("torch.")
+    step_size = (config.batch_size or 1) * config.grad_accum
+    return (
+        f"{method_of(config).title}{rank}, on {base.title} ({kind}, {dtype})\n"
+        f"{Path(config.data).name}: {setting.counts['train']:,} examples to train; "
+        f"{setting.steps:,} steps of {step_size}, seed {config.seed}; {_device(base)}"
+    )
 
 
 def notes(setting: Experiment) -> list[str]:
