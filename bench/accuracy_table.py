@@ -2,7 +2,7 @@
 
     python -m bench.accuracy_table [--device cuda] [--json FILE]
 
-Every output and gradient must obey the rule of the test suite (tests/accuracy.py).
+Every output and gradient must obey the rule of the test suite (bench/instruments/accuracy.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.accuracy import assert_accurate, orders
+from bench.instruments.accuracy import assert_accurate, orders
 
-from .device_label import default_device, label
+from .instruments.device_label import default_device, label
 from .linear_cases import Case, Layer, build, cases
 
 # Float64 products are slow on most GPUs, and more rows would show nothing new.

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora_fast  # noqa: E402 - needs the path
-from bench.paired import measure  # noqa: E402
+from bench.instruments.paired import measure  # noqa: E402
 from lora_fast.files.model_source import resolve_model  # noqa: E402
 
 BATCH, LENGTH, RANK = 16, 128, 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .device_label import default_device, label, steady
+from .instruments.device_label import default_device, label, steady
 
 
 def pytest_configure() -> None:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .device_label import default_device, label, steady
+from .instruments.device_label import default_device, label, steady
+from .instruments.paired import Step, measure
 from .linear_cases import linear4bit
-from .paired import Step, measure
 
 CONTESTANTS = ("frozen", "peft", "peft fp32", "lora_fast", "lora_fast fp32")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .device_label import default_device, label, steady
+from .instruments.device_label import default_device, label, steady
+from .instruments.paired import measure
 from .linear_cases import DIRECTIONS, Case, Layer, build, cases, fused_calls
-from .paired import measure
 
 
 def run_case(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .paired import Step
+from .instruments.paired import Step
 
 DIRECTIONS = ("forward", "forward+backward")
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from . import resources, stub_driver
+from .instruments import resources, stub_driver
 
 KERNELS = ("ticketed_gemm", "strips", "nf4_decode", "row_norms", "weight_update")
 ROLES = ("forward", "dX", "dB, dS", "dA")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.device_label import backend_name, default_device, label
+from bench.instruments.device_label import backend_name, default_device, label
 from bench.linear_cases import DIRECTIONS, Case, build, cases, fused_calls
 
 # On a CPU, the CPU time of one thread; on a GPU, the wall time until its work ends.

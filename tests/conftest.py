@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import random
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ptx_executor
 import pytest
 import torch
 import torch.utils._device
@@ -22,19 +19,18 @@ from cpu_kinds import KINDS, VARIABLE, forced
 from hypothesis import HealthCheck, settings
 from imports import needs
 from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started
+from pins import PINS, is_pinned
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests import ptx_executor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-CONSTRAINTS = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text()
-PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", CONSTRAINTS, re.MULTILINE))
 
 # A shell has what it starts in the background ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if INTERPRETED:
-    import triton_interpreter
+    from bench.instruments import triton_interpreter
 
     triton_interpreter.install()
 
@@ -46,11 +42,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("reproducible")
-
-
-def is_pinned(package: str) -> bool:
-    """Whether the version of `package` is that of constraints.txt."""
-    return importlib.metadata.version(package) == PINS[package]
 
 
 def _reason_to_skip(item: pytest.Item) -> str | None:
@@ -75,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="leave out the test files that need this module: tests/imports.py",
+        help="leave out the test files that need this module: tests/support/imports.py",
     )
     parser.addoption("--cpu-kind", choices=KINDS, help="run everything as on this kind of CPU")
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_all_accurate, assert_same_bits
 from equation import (
     FACTORS,
     Case,
@@ -22,6 +21,7 @@ from equation import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.instruments.accuracy import assert_all_accurate, assert_same_bits
 from lora_fast import NF4Weight, functional, set_backend
 from lora_fast.backends import torch_ops
 

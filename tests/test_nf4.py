@@ -6,9 +6,9 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnbf
 import pytest
 import torch
-from accuracy import assert_same_bits
 from four_bit_formula import formula
 
+from bench.instruments.accuracy import assert_same_bits
 from lora_fast import NF4Weight
 from lora_fast.features import EQUAL_ABSMAX
 from lora_fast.nf4 import BLOCKSIZES

@@ -39,7 +39,7 @@ _TRAINS = (
 # pytest truncates lines at the width of the terminal, and reasons come at their end.
 _WIDE = "300"
 # Two tests that need no GPU, so that a rehearsal runs the command and reads its counts.
-_REHEARSED_TESTS = ("tests/test_fixtures.py", "-k", "allocations")
+_REHEARSED_TESTS = ("tests/support/test_fixtures.py", "-k", "allocations")
 
 
 def gpu_tests(day: Day) -> list[Unit]:

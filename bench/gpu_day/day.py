@@ -48,7 +48,7 @@ def day(*, rehearse: bool) -> Iterator[Day]:
     import triton
 
     import lora_fast
-    from bench import stub_driver
+    from bench.instruments import stub_driver
 
     from . import stand_in
 
@@ -60,7 +60,7 @@ def day(*, rehearse: bool) -> Iterator[Day]:
         if stub_arch:
             stack.enter_context(stub_driver.recording(int(stub_arch)))
         elif interprets:
-            from tests import triton_interpreter
+            from bench.instruments import triton_interpreter
 
             triton_interpreter.install()
         yield Day(

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lora_fast
-from bench.paired import Step, interleaved
+from bench.instruments.paired import Step, interleaved
 
 from . import absent
 from .day import Day

@@ -12,7 +12,7 @@ import torch
 import lora_fast
 from bench import decoder_layer
 from bench.decoder_layer import CONTESTANTS, LLAMA_3_8B, QWEN3_8B, Case, Shape
-from bench.paired import Step
+from bench.instruments.paired import Step
 
 from . import integrations
 from .day import Day

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench import decoder_layer
 from bench.decoder_layer import Case
-from bench.paired import Step
+from bench.instruments.paired import Step
 
 
 def liger(case: Case, contestant: str, device: torch.device) -> Step:

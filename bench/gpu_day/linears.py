@@ -10,8 +10,8 @@ import torch
 from lora_fast.kernels import launch_policy
 
 import lora_fast
+from bench.instruments.paired import Step
 from bench.linear_cases import DIRECTIONS, Case, Layer, build, fused_calls
-from bench.paired import Step
 from lora_fast.backends.choice import Backend
 from lora_fast.tuning.plans import Plan
 

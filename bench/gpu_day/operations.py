@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast
+from bench.instruments.paired import Step
 from bench.linear_cases import linear4bit
-from bench.paired import Step
 
 from .day import Day
 from .run_units import Unit

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from bench.instruments.paired import Step
 from bench.linear_cases import Case, build
-from bench.paired import Step
 from lora_fast.backends import routes
 from lora_fast.tuning import cost_model
 from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan, Query, candidates

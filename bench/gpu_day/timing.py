@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from bench.paired import Step, Timings, cuda_timer, interleaved
+from bench.instruments.paired import Step, Timings, cuda_timer, interleaved
 from lora_fast import functional
 
 from . import absent

@@ -1,7 +1,7 @@
 """The steps that are compared, as lists of counted operations.
 
 frozen        nn.Linear or bitsandbytes' Linear4bit, nothing to train: the floor
-lora_fast     PEFT's layers after accelerate(): recorded launches, bytes by bench/traffic.py
+lora_fast     PEFT's layers after accelerate(): recorded launches, bytes by instruments.traffic
 peft          stock PEFT with bfloat16 adapters; peft fp32: with its default, float32 ones
 unsloth       a model of Unsloth's graph, operation for operation
 lorafusion    a model of LoRAFusion's
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import stub_driver, traffic
+from bench.instruments import stub_driver, traffic
 
 from . import layers, lorafusion_graph, machine_code, unsloth_graph
 from .operations import Operation, OperationCounter, SavedBytes, Step, dropout_as_on_cuda

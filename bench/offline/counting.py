@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench import traffic
+from bench.instruments import traffic
 
 from . import contestants, layers, machine_code, variants
 from .contestants import Case

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from bench import sass, stub_driver
+from bench.instruments import sass, stub_driver
 
 from .rooflines import SPEEDS
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from bench.device_label import default_device, steady
+from bench.instruments.device_label import default_device, steady
 
 from . import counting
 from .counting import Selection

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import stub_driver
+from bench.instruments import stub_driver
 
 from . import contestants, layers
 from .contestants import Case

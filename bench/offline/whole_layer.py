@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import stub_driver
+from bench.instruments import stub_driver
 
 from . import contestants, layers
 from .contestants import Case

@@ -1,0 +1,195 @@
+"""Either route computes either pass: fused and composed, mixed as the tuner may mix them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from equation import Case, check, eager, exact, fused, make
+from group_checks import check as check_group
+
+from bench.instruments.accuracy import assert_all_accurate, assert_same_bits
+
+pytest.importorskip("triton")
+from lora_fast.kernels import nf4_tile
+from lora_fast.kernels.launch_policy import GemmConfig
+
+import lora_fast
+from bench.instruments import stub_driver
+from lora_fast import NF4Weight
+from lora_fast.backends import routes, triton_ops
+from lora_fast.backends.routes import Routes
+from lora_fast.factors import Factors, Needs, Saved
+from lora_fast.operation import dispatch
+from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
+from lora_fast.tuning.tuner import Tuner
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ALL = ("x", "bias", "A", "B", "b", "d", "g")
+PLAIN = Case(M=70, K=72, N=136, dtype=BF16, adapter_dtype=FP32, R=8)
+CASES = [
+    PLAIN,
+    replace(PLAIN, factors=ALL, p=0.3125, dtype=FP32, adapter_dtype=None),
+    replace(PLAIN, nf4=True, p=0.3, adapter_dtype=None, dtype=FP16),
+    replace(PLAIN, nf4=True, factors=ALL, R=100),
+    replace(PLAIN, R=13, spans=((0, 5), (5, 13)), dtype=FP32, adapter_dtype=None),
+    replace(PLAIN, trains=("A",), p=0.3),
+    replace(PLAIN, factors=("x", "bias")),
+]
+# What one route saves for the other: S, V, the seed of a mask.
+MIXED = CASES[1:3]
+SMALL = GemmConfig(32, 32, 32, 32, 8, num_warps=4, num_stages=2)
+WAYS = [(COMPOSED, COMPOSED), (FUSED, COMPOSED), (COMPOSED, FUSED)]
+
+
+@pytest.fixture
+def choosing(monkeypatch):
+    """Make the tuner choose `forward` and `backward`; returns what it was asked."""
+
+    def choose(forward: Plan, backward: Plan) -> list[str]:
+        asked: list[str] = []
+
+        def plan(op, rows, fs, needs, run, *, cublas):
+            asked.append(op)
+            return forward if op.startswith(FORWARD) else backward
+
+        monkeypatch.setattr(routes, "_plan", plan)
+        return asked
+
+    return choose
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("case", "ways"),
+    [(case, WAYS[0]) for case in CASES] + [(case, ways) for case in MIXED for ways in WAYS[1:]],
+    ids=lambda value: str(value) if isinstance(value, Case) else "-".join(p.name for p in value),
+)
+def test_either_route_takes_either_pass(choosing, case, ways):
+    asked = choosing(*ways)
+    with lora_fast.set_backend("triton"):
+        check(case)
+    assert asked == [FORWARD, BACKWARD]
+
+
+NF4_ROUTES = [Plan(workspace=True), Plan(workspace=False)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("plan", NF4_ROUTES, ids=lambda plan: plan.name)
+def test_both_nf4_routes_have_the_same_bits(choosing, plan):
+    def results():
+        alone = check(replace(PLAIN, nf4=True))
+        return {**alone, **check_group(BF16, FP32, True)}
+
+    with lora_fast.set_backend("triton"):
+        expected = results()
+        choosing(plan, plan)
+        for name, value in results().items():
+            if value is not None:
+                assert_same_bits(value, expected[name], name=name)
+
+
+class Seen(Exception):
+    pass
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("plan", [*NF4_ROUTES, Plan(gemm=SMALL, workspace=True)], ids=str)
+def test_a_plan_reaches_every_launch(monkeypatch, choosing, plan):
+    """The configuration of each GEMM, and whether an NF4 weight is decoded before."""
+    seen = []
+
+    def gemm(*args, config, **kwargs):
+        seen.append((config, isinstance(args[1], nf4_tile.Nf4Operand)))
+        raise Seen
+
+    def grad_input(layers, dropout, *, config, **kwargs):
+        seen.extend((config, isinstance(layer[1], nf4_tile.Nf4Operand)) for layer in layers)
+        raise Seen
+
+    weight = NF4Weight.from_dense(torch.randn(8, 64))
+    f = Factors(weight, A=torch.zeros(2, 64), B=torch.zeros(8, 2))
+    x, dY, S, needs = torch.zeros(4, 64), torch.zeros(4, 8), torch.zeros(4, 2), Needs(x=True)
+    choosing(plan, plan)
+    monkeypatch.setattr(triton_ops.ticketed_gemm, "forward", gemm)
+    monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input", grad_input)
+    ops = Routes(cublas=False)
+    for call in (
+        lambda: ops.forward(x, f, needs),
+        lambda: ops.backward(dY, x, Saved(S), f, needs),
+        lambda: ops.forward_group(x, [f]),
+        lambda: ops.backward_group([dY], x, S, None, [f], [needs]),
+    ):
+        with pytest.raises(Seen):
+            call()
+    assert seen == [(plan.gemm, not plan.workspace)] * 4
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "-".join(plan.name for plan in ways))
+@pytest.mark.parametrize(("dtype", "nf4", "drops"), [(BF16, False, True), (FP16, True, False)])
+def test_a_group_mixes_routes_as_well(choosing, dtype, nf4, drops, ways):
+    asked = choosing(*ways)
+    with lora_fast.set_backend("triton"):
+        check_group(dtype, FP32, nf4, drops=drops)
+    assert asked == ["forward_group", "backward_group"]
+
+
+@pytest.mark.interpreter
+def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
+    """Every candidate runs before the first result is returned."""
+    monkeypatch.setenv("LORA_FAST_CACHE_DIR", str(tmp_path))
+    timed = []
+
+    def timer(call):
+        call()
+        timed.append(call)
+        return float(-len(timed))
+
+    monkeypatch.setattr(routes, "tuner", Tuner(times=True, timer=timer))
+    monkeypatch.setattr(dispatch, "_routes", lambda backend: Routes(cublas=True))
+    with lora_fast.set_backend("triton"):
+        operands = make(replace(PLAIN, nf4=True))
+        first = fused(operands)
+        ran = len(timed)
+        second = fused(operands)
+    assert ran >= 6
+    assert len(timed) == ran
+    assert_all_accurate(first, exact(operands), eager(operands), compute_dtype=BF16, name="tuned")
+    for name, value in first.items():
+        if value is not None:
+            assert_same_bits(second[name], value, name=name)
+
+
+@pytest.mark.offline
+def test_auto_leaves_ieee_products_to_cublas(monkeypatch):
+    """What a GPU would do with float32 in both passes, done by torch on the CPU."""
+    monkeypatch.setattr(routes, "tuner", Tuner(times=False))
+    monkeypatch.setattr(dispatch, "_routes", lambda backend: Routes(cublas=True))
+    with lora_fast.set_backend("triton"), stub_driver.recording(90) as log:
+        check(replace(PLAIN, M=512, K=768, N=768, dtype=FP32, adapter_dtype=None))
+        assert log.names == []
+
+
+def test_auto_asks_the_tuner_and_triton_does_not(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def plan(query, device, run):
+        raise Asked
+
+    monkeypatch.setattr(routes.tuner, "plan", plan)
+    monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
+    x, f = torch.zeros(4, 8), dispatch.Factors(torch.zeros(8, 8))
+    with pytest.raises(Asked):
+        Routes(cublas=True).forward(x, f, dispatch.Needs())
+    assert Routes(cublas=False).forward(x, f, dispatch.Needs()) is FUSED
+
+
+def test_an_empty_batch_needs_no_choice(monkeypatch):
+    monkeypatch.setattr(routes.tuner, "plan", lambda *args: pytest.fail("asked"))
+    monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
+    f = dispatch.Factors(torch.zeros(8, 8))
+    assert Routes(cublas=True).forward(torch.zeros(0, 8), f, dispatch.Needs()) is FUSED

@@ -1,0 +1,184 @@
+"""The products of the torch backend: in which dtype, with which operands, and rounded how often."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from equation import FACTORS, Case, check, make
+from machines import NATIVE_DTYPES, multiplying
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.instruments.accuracy import assert_accurate, assert_same_bits, orders
+from lora_fast import functional, set_backend
+from lora_fast.backends import torch_products
+
+# Before --cpu-kind puts another in its place.
+from lora_fast.backends.torch_products import native_dtypes as native_dtypes_of_this_cpu
+from lora_fast.functional import Member, adapted_linears
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _torch_backend():
+    with set_backend("torch"):
+        yield
+
+
+def test_this_cpu_multiplies_what_it_has_instructions_for() -> None:
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert native_dtypes_of_this_cpu() == ((BF16,) if supported else ())
+
+
+@pytest.mark.parametrize("native", NATIVE_DTYPES.values(), ids=list(NATIVE_DTYPES))
+def test_other_16_bit_dtypes_are_multiplied_as_float32(native: tuple[torch.dtype, ...]) -> None:
+    with multiplying(native):
+        for dtype in (BF16, FP16, FP32, FP64):
+            is_wide = dtype in (BF16, FP16) and dtype not in native
+            found = torch_products.working_dtype(torch.empty(1, dtype=dtype))
+            assert found == (FP32 if is_wide else dtype)
+
+
+@pytest.mark.parametrize("M", [0, 1, 100, 129, 512, 513, 1100])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+def test_products_over_rows(dtype: torch.dtype, M: int) -> None:
+    a, b = torch.randn(M, 5).to(dtype), torch.randn(M, 17).to(dtype)
+    total = torch_products.rows_product(a, b)
+    assert total.dtype == (FP64 if dtype == FP64 else FP32)
+    if dtype == FP64:
+        return
+    exact = a.double().T @ b.double()
+    eager = orders(lambda: a.T @ b)
+    assert_accurate(total, exact, eager, name="aᵀ b", compute_dtype=dtype)
+    if dtype != BF16 or M <= torch_products._FEW:
+        eager = orders(lambda: a.float().T @ b.float())
+        assert_accurate(total, exact, eager, name="not rounded", compute_dtype=FP32)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_float16_operands_are_scaled_by_powers_of_two(dim: int) -> None:
+    matrix = torch.randn(40, 40) * 2.0 ** torch.arange(-100, 100, 5).float()
+    matrix = matrix if dim == 0 else matrix.T.contiguous()
+    values, c = torch_products.operand(matrix, FP16, dim)
+    assert values.dtype == FP16 and c.dtype == FP32
+    assert c.shape == ((1, 40) if dim == 0 else (40, 1))
+    mantissa, _ = torch.frexp(c)
+    assert mantissa.eq(0.5).all(), "a power of two rounds nothing"
+    largest = values.abs().amax(dim)
+    assert ((largest >= 1.0) & (largest <= 2.0)).all()
+    back = values.double() * c.double()
+    assert ((back - matrix).abs() <= c.double() * 2.0**-11).all()
+
+
+def test_zeros_and_infinities_as_float16_operands() -> None:
+    matrix = torch.tensor([[0.0, 1e-30], [0.0, float("inf")], [0.0, 1e6]])
+    values, c = torch_products.operand(matrix, FP16, 1)
+    assert not values[1].isfinite().all() and values[[0, 2]].isfinite().all()
+    assert_same_bits(values[2] * c[2], torch.tensor([0.0, 999936.0]), name="row")
+    values, _ = torch_products.operand(torch.zeros(3, 2), FP16, 0)
+    assert not values.any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+def test_what_has_float32_s_exponents_is_not_scaled(dtype: torch.dtype) -> None:
+    matrix = torch.randn(6, 4, dtype=torch.promote_types(dtype, FP32)) * 1e-30
+    values, c = torch_products.operand(matrix, dtype, 0)
+    assert c is None
+    assert_same_bits(values, matrix.to(dtype), name="operand")
+
+
+def _integers(*shape: int, largest: int = 3) -> torch.Tensor:
+    """Small integers: their products and sums are exact in float32, so that what is left over is
+    what was rounded on purpose."""
+    return torch.randint(-largest, largest + 1, shape).to(FP64)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_the_large_product_is_rounded_once(dtype: torch.dtype) -> None:
+    """y = round(round(s S Bᵀ + bias) + x Wᵀ) and dX = round(round(dS A) + dY W), not the other way
+    round, in which the larger part is rounded twice."""
+    M, K, N, R, largest = 33, 400, 300, 4, 3 if dtype == BF16 else 40
+    x, dY = _integers(M, K, largest=largest), _integers(M, N, largest=largest)
+    W, A, B = _integers(N, K, largest=largest), _integers(R, K, largest=1), _integers(N, R)
+    bias = _integers(N, largest=90)
+    for members in (1, 2):
+        t: dict[str, Any] = {
+            "x": x.to(dtype).requires_grad_(),
+            "A": A.to(dtype).requires_grad_(),
+            "B": B.to(dtype),
+        }
+        with multiplying((BF16, FP16)):
+            if members == 1:
+                y = functional.adapted_linear(
+                    t["x"], W.to(dtype), bias.to(dtype), A=t["A"], B=t["B"], scaling=1.0
+                )
+            else:
+                member = Member(W.to(dtype), bias.to(dtype), t["A"], t["B"])
+                y, _ = adapted_linears(t["x"], [member, member])
+            y.backward(dY.to(dtype))
+        # Exact, or the test would be one of its own arithmetic.
+        S, dS = x @ A.T, dY @ B
+        assert all(torch.equal(v, v.to(dtype).double()) for v in (S, x, W, dY))
+        low = (S @ B.T + bias).to(dtype).double()
+        once, twice = low + x @ W.T, (x @ W.T).to(dtype).double() + low
+        assert not torch.equal(once.to(dtype), twice.to(dtype)), "the test must be able to fail"
+        assert_same_bits(y.detach(), once.to(dtype), name="y")
+        low = (dS.to(dtype).double() @ A).to(dtype).double()
+        assert_same_bits(t["x"].grad, (low + dY @ W).to(dtype), name="dX")
+
+
+class _Wide(TorchDispatchMode):
+    """Shapes of the float32 tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == FP32:
+                self.shapes.add(tuple(tensor.shape))
+        return made
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["p0", "p0.1"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_no_wide_operand_becomes_float32(dtype: torch.dtype, p: float) -> None:
+    """Neither x, dY nor W, for any product or gradient, where the dtype is multiplied as it is."""
+    case = Case(M=2000, K=520, N=600, R=4, dtype=dtype, adapter_dtype=FP32, factors=FACTORS, p=p)
+    operands = make(case)
+    t = operands.tensors
+    with multiplying((BF16,) if dtype == BF16 else ()), _Wide() as wide:
+        y = functional.adapted_linear(
+            t["x"], operands.weight, t["bias"], A=t["A"], B=t["B"], b=t["b"], d=t["d"], g=t["g"],
+            dropout_p=p, dropout_seed=3 if p else None,
+        )  # fmt: skip
+        y.backward(operands.dY)
+    large = {shape for shape in wide.shapes if len(shape) == 2 and min(shape) > 500}
+    # Blocks of rows that stay in the cache are none of them.
+    assert not large if dtype == BF16 else {(2000, 520), (2000, 600), (600, 520)} <= large
+
+
+@pytest.mark.parametrize("native", NATIVE_DTYPES.values(), ids=list(NATIVE_DTYPES))
+def test_a_gain_close_to_one_is_not_rounded_to_it(native: tuple[torch.dtype, ...]) -> None:
+    """DoRA's g moves by less than bfloat16 can tell from 1; beside a bias, which puts y between
+    other numbers than V, the mean over many elements shows it."""
+    x, W = torch.randn(2000, 64).to(BF16), torch.randn(50, 64).to(BF16)
+    g, bias = torch.full((50,), 1.001), 8 * torch.randn(50)
+    with multiplying(native):
+        y = functional.adapted_linear(x, W, bias, g=g)
+    V = x.double() @ W.double().T
+    slope = ((y.double() - bias.double()) * V).sum() / V.square().sum()
+    assert 1.0005 < slope < 1.0015
+
+
+def test_both_kinds_of_cpu_agree_within_the_rule() -> None:
+    case = Case(M=600, K=70, N=50, R=6, dtype=BF16, adapter_dtype=FP32, factors=FACTORS)
+    for native in NATIVE_DTYPES.values():
+        with multiplying(native):
+            check(case)
+            check(replace(case, p=0.1, nf4=True))

@@ -1,0 +1,158 @@
+"""The first step of a GPU day: each way computes the layer, and a tile is timed or left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lora_fast.kernels import launch_policy, strips
+
+from bench.gpu_day import absent, decisive, tables
+from bench.gpu_day.day import Day, day
+from bench.gpu_day.decisive import Operands
+from bench.gpu_day.steps import STEPS
+from bench.instruments.accuracy import assert_accurate
+from lora_fast import reference
+
+ON_A_GPU = Day(torch.device("cuda", 0), 90, rehearsal=False)
+
+
+@pytest.fixture
+def today() -> Iterator[Day]:
+    with day(rehearse=True) as made:
+        yield made
+
+
+def operands(today: Day) -> Operands:
+    return Operands.random(today, 24, 48, 40)
+
+
+def exact(o: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and dX for the dS that is given, in float64."""
+    x, W, A, B, dY, dS = (t.double() for t in (o.x, o.W, o.A, o.B, o.dY, o.dS))
+    y = reference.adapted_linear(x, W, A=A, B=B, scaling=decisive._SCALING)
+    return y, dY @ W + dS @ A
+
+
+def eager(o: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    y = o.x @ o.W.T + decisive._SCALING * ((o.x @ o.A.T) @ o.B.T)
+    return y, o.dY @ o.W + o.dS @ o.A
+
+
+def test_every_way_that_is_written_out_computes_the_layer(today: Day) -> None:
+    o = operands(today)
+    makes: tuple[Callable[[Operands], dict[str, Any]], ...]
+    makes = (decisive.forward_ways, decisive.grad_input_ways)
+    for make, ref, yardstick in zip(makes, exact(o), eager(o), strict=True):
+        for name, way in make(o).items():
+            for _ in range(2):  # nothing of the first call adds to the second
+                assert_accurate(way(), ref, yardstick, name=name, compute_dtype=torch.bfloat16)
+
+
+@pytest.mark.interpreter
+def test_the_kernels_that_are_timed_compute_the_layer() -> None:
+    with day(rehearse=True) as today:
+        assert today.fused == "triton"
+        o = operands(today)
+        found: dict[str, Any] = {}
+
+        def timed(today: Day, makers: dict[str, Any], M: int, K: int, N: int) -> dict[str, Any]:
+            found.update({name: make()() for name, make in makers.items()})
+            return {}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decisive, "_row", timed)
+            patch.setattr(Operands, "random", lambda *_: o)
+            decisive._forward(today, 24, 48, 40)
+            tiles = [name for name in found if name == "lora_fast" or "groups" in name]
+            assert len(tiles) > 3
+            for name in tiles:
+                y, _, _ = found[name]
+                ref, yardstick = exact(o)[0], eager(o)[0]
+                assert_accurate(y, ref, yardstick, name=name, compute_dtype=torch.bfloat16)
+
+
+def test_it_comes_first_and_the_host_within_the_first_size() -> None:
+    assert STEPS[0].name == "decisive"
+    names = [unit.name for unit in decisive.units(ON_A_GPU)]
+    assert [name.split()[0] for name in names[:5]] == ["forward", "dX", "strips", "host", "forward"]
+    assert len(names) == 3 * len(decisive._SIZES) + 1
+
+
+def test_hopper_is_asked_what_its_defaults_hang_on() -> None:
+    names = list(decisive._tiles(ON_A_GPU, 8192, lambda config: None))
+    assert names[0] == "lora_fast"
+    for part in (
+        r"128x256x64/8/3 .*descriptors",
+        r"128x256x64/8/4",
+        "groups of 16",
+        r"8/3 \S+ \S+ 8$",
+    ):
+        assert any(re.search(part, name) for name in names), (part, names)
+    picked = launch_policy.pick_gemm(8192, torch.bfloat16, 90, R=16)
+    assert decisive._name(picked) not in names
+    assert decisive._tiles(replace(ON_A_GPU, fused="torch"), 8192, lambda config: None) == {}
+
+
+@pytest.mark.offline
+def test_a_tile_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches take a smaller one in its place, whose time would stand under its name."""
+    monkeypatch.setenv("LORA_FAST_STUB_ARCH", "89")
+    too_large = launch_policy.GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=4)
+    monkeypatch.setattr(launch_policy, "other_gemms", lambda *arguments: (too_large,))
+    with day(rehearse=True) as today:
+        row = decisive._forward(today, 128, 256, 256)
+    contestants = row["contestants"]
+    assert row["ok"] and "graph" in contestants["lora_fast"]
+    assert "OutOfResources" in contestants[decisive._name(too_large)]["failed"]
+    assert decisive._name(too_large) not in row["summary"]
+
+
+@pytest.mark.offline
+def test_strips_are_timed_with_other_numbers_of_ctas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_FAST_STUB_ARCH", "90")
+    before, seen = launch_policy.STRIP_CTAS, []
+    real = strips.row_ranges
+
+    def noting(*arguments: int) -> tuple[int, int]:
+        seen.append(launch_policy.STRIP_CTAS)
+        return real(*arguments)
+
+    monkeypatch.setattr(strips, "row_ranges", noting)
+    with day(rehearse=True) as today:
+        row = decisive._strips(today, 256, 512, 512)
+    assert set(row["contestants"]) == {"products", "lora_fast", "264 CTAs", "528 CTAs"}
+    assert set(seen) == {128, 264, 528}
+    assert before == launch_policy.STRIP_CTAS
+
+
+def test_the_host_is_timed_without_peft_too(today: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = decisive._host(today)["host_seconds"]
+    assert {"PyTorch, written out", "lora_fast, torch", "PEFT", "lora_fast, PEFT"} == set(found)
+    real = absent.is_there
+    monkeypatch.setattr(absent, "is_there", lambda name: name != "peft" and real(name))
+    assert set(decisive._host(today)["host_seconds"]) == {
+        "PyTorch, written out", "lora_fast, torch",
+    }  # fmt: skip
+
+
+def test_e_is_above_1_for_what_is_faster_than_the_floor() -> None:
+    def times(seconds: float) -> dict[str, Any]:
+        ratio = {"median": seconds / 2e-3, "low": 1.0, "high": 1.0}
+        return {"graph": {"seconds": {"median": seconds}, "over_baseline": ratio}}
+
+    row = {
+        "contestants": {"cuBLAS": times(2e-3), "lora_fast": times(2.5e-3), "tile": {"failed": "…"}},
+        "baseline": "cuBLAS",
+        "work": {"flops": 4 * 10**11, "bytes": None},
+    }
+    host = {"host_seconds": {"PEFT": 180e-6}}
+    lines = tables.decisive({"forward": row, "host": host}).splitlines()
+    assert "| forward | lora_fast | 2.5000 | 0.800 | 160 | - |" in lines
+    assert "| forward | tile | failed | - | - | - |" in lines
+    assert "| host | PEFT | 0.1800 | - | - | - |" in lines
+    assert decisive._said(row, decisive._e) == "cuBLAS 1.000, lora_fast 0.800"

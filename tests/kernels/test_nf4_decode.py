@@ -1,0 +1,51 @@
+"""The decode kernel against the formula written out, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from four_bit_formula import formula
+
+from bench.instruments.accuracy import assert_same_bits
+from lora_fast import NF4Weight
+from lora_fast.nf4 import BLOCKSIZES
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def decode(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
+    from lora_fast.kernels import nf4_decode
+
+    return nf4_decode.decode(weight.packed, weight.quant_state, dtype)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_formula(executor, dtype, nested):
+    """Every byte value in both nibbles, block sizes with and without a partial last block."""
+    for blocksize, shape in ((64, (40, 96)), (64, (33, 17)), (4096, (96, 70))):
+        weight = NF4Weight.from_dense(
+            torch.randn(shape, device=executor.device), blocksize=blocksize, double_quant=nested
+        )
+        count = min(256 * (weight.packed.numel() // 256), weight.packed.numel() - 1)
+        weight.packed[:count] = torch.arange(count, device=executor.device).to(torch.uint8)
+        expected = formula(weight.packed, weight.quant_state, dtype)
+        assert_same_bits(decode(weight, dtype), expected, name=f"{blocksize} {shape}")
+
+
+def test_one_launch(executor):
+    weight = NF4Weight.from_dense(torch.randn(64, 64, device=executor.device))
+    with executor.counting_launches() as names:
+        decode(weight, torch.bfloat16)
+    assert names == ["nf4_decode"]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_every_block_size(blocksize, nested):
+    """With a last block that is partial."""
+    weight = NF4Weight.from_dense(torch.randn(91, 91), blocksize=blocksize, double_quant=nested)
+    for dtype in DTYPES:
+        expected = formula(weight.packed, weight.quant_state, dtype)
+        assert_same_bits(decode(weight, dtype), expected, name=str(dtype))

@@ -1,0 +1,352 @@
+"""Every kernel × shipped configuration, compiled through its launcher for GPUs that are not there.
+
+Asserted of each launch: no local memory (spilled registers) beyond what ``_assert_fits`` names,
+shared memory within the device's limit, and matrix products on the tensor cores of its generation,
+for float32 (IEEE) on none; that asynchronous products are fenced from generic writes, and that none
+has to wait for the one before.
+
+N and K are multiples of 16 here, as in every transformer. Rows that start off 16 bytes load element
+by element; such kernels are proved to be right elsewhere, not to be fast.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pins import is_pinned
+
+pytest.importorskip("triton")
+from lora_fast.kernels import (
+    launch_policy,
+    nf4_decode,
+    nf4_tile,
+    row_norms,
+    strips,
+    ticketed_gemm,
+    weight_update,
+)
+from lora_fast.kernels.tiles import NO_GAINS, Gains
+from lora_fast.kernels.triton_version import VERSION
+from triton.runtime.jit import JITFunction
+
+import lora_fast
+from bench import async_products
+from bench.instruments import resources, sass, stub_driver
+from lora_fast.functional import Member, adapted_linear, adapted_linears
+
+pytestmark = pytest.mark.offline
+
+ARCHS = [80, 89, 90, 100, 120]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer in training. More rows make no other kernel: nothing is specialised on M."""
+
+    name: str
+    M: int = 256
+    N: int = 4096
+    K: int = 4096
+    R: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype = torch.bfloat16
+    gains: str = ""
+    dropout_p: float = 0.0
+
+
+# PEFT keeps the adapters of a 16-bit model in float32.
+PLAIN = Case("bf16", adapter_dtype=torch.float32)
+FEW_ROWS = replace(PLAIN, name="bf16-few-rows", M=48)
+# The shrink's float32 A of 64 columns is what its shared memory must hold.
+ONE_ROW_BLOCK = replace(PLAIN, name="bf16-16-rows-r64", M=16, R=64)
+FP32 = Case("fp32", dtype=torch.float32, adapter_dtype=torch.float32)
+R64 = Case("bf16-r64", R=64)
+R100 = Case("bf16-r100", R=100)  # rows off 16 bytes, and a last chunk of 36
+DROPOUT = replace(PLAIN, name="bf16-dropout", dropout_p=0.1)
+# A in bfloat16, and as many ranks as leave a product running into the next iteration.
+DROPOUT_R32 = Case("bf16-dropout-r32", R=32, dropout_p=0.1)
+DORA = replace(PLAIN, name="bf16-dora", gains="g")
+FP16 = replace(PLAIN, name="fp16", dtype=torch.float16)
+FP16_R64 = replace(FP16, name="fp16-r64", R=64)
+FP16_DROPOUT = replace(FP16, name="fp16-dropout", dropout_p=0.1)
+ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains="bdg")
+CASES: dict[int, list[Case]] = {
+    80: [FP16, FP16_R64, FP16_DROPOUT, R64, R100, replace(FP32, name="fp32-r64", R=64), DORA],
+    89: [R100, FP32, DROPOUT],
+    90: [
+        FP16,
+        FP16_R64,
+        FP16_DROPOUT,
+        R100,
+        replace(FP32, name="fp32-r100", R=100),
+        ALL_FACTORS,
+        DORA,
+        DROPOUT_R32,
+    ],
+    100: [FP16, FP16_R64, FP16_DROPOUT, R64, FP32, DROPOUT, DORA],
+    120: [FP16, R100, replace(FP32, name="fp32-r64", R=64)],
+}
+
+
+def _matrix() -> Iterator[Any]:
+    for arch in ARCHS:
+        for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):
+            yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}")
+
+
+def _training_step(arch: int, case: Case) -> stub_driver.Log:
+    def zeros(*shape: int, dtype: torch.dtype = case.dtype, grad: bool = True) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=grad)
+
+    adapter = case.adapter_dtype
+    gains = {name: zeros(case.R if name == "d" else case.N) for name in case.gains}
+    with stub_driver.recording(arch) as log, lora_fast.set_backend("triton"):
+        y = adapted_linear(
+            zeros(case.M, case.K),
+            zeros(case.N, case.K, grad=False),
+            zeros(case.N, grad=False),
+            A=zeros(case.R, case.K, dtype=adapter),
+            B=zeros(case.N, case.R, dtype=adapter),
+            scaling=2.0,
+            dropout_p=case.dropout_p,
+            **gains,
+        )
+        y.backward(zeros(case.M, case.N, grad=False))
+    return log
+
+
+def _group_step(arch: int, dropout_p: float, R: int = 16, nf4: bool = False) -> stub_driver.Log:
+    """q, k and v of a layer with grouped queries: one x, three widths, float32 adapters."""
+    x = torch.zeros(256, 4096, dtype=torch.bfloat16, requires_grad=True)
+    weights = [torch.zeros(N, 4096, dtype=torch.bfloat16) for N in (4096, 1024, 1024)]
+    members = [
+        Member(
+            lora_fast.NF4Weight.from_dense(weight) if nf4 else weight,
+            None,
+            torch.zeros(R, 4096, requires_grad=True),
+            torch.zeros(weight.shape[0], R, requires_grad=True),
+        )
+        for weight in weights
+    ]
+    with stub_driver.recording(arch) as log, lora_fast.set_backend("triton"):
+        ys = adapted_linears(x, members, dropout_p=dropout_p)
+        torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
+    return log
+
+
+def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
+    found, limits = launch.kernel.resources, resources.limits_of(arch)
+    # Below the limit ptxas trades a few registers for another CTA; at the limit it had no choice.
+    trades = not found.mma and found.registers <= 250
+    allowed = 32 if trades or not is_pinned("triton") else 0
+    assert found.local_bytes <= allowed, f"{launch.name} spills: {found}"
+    assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
+    assert found.ctas_per_sm >= 1, f"{launch.name} does not fit: {found}"
+
+
+def _assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
+    """Nothing generic between a fence and a product, and no wgmma that waits for another one.
+
+    Before 3.7 Triton fenced no product from what cp.async wrote (docs/kernels.md).
+    """
+    ptx = launch.kernel.text("ptx")
+    if VERSION >= (3, 7):
+        assert async_products.unfenced(ptx) == [], launch.name
+    if arch == 90:
+        assert async_products.serialised(ptx) == [], launch.name
+
+
+def _expected_mma(launch: stub_driver.Launch, arch: int) -> set[str]:
+    """The products of the generation; mma.sync for tiles that its larger ones do not fit."""
+    arguments = launch.arguments
+    x = arguments["members"][0].x_ptr if "members" in arguments else arguments["x_ptr"]
+    if x.dtype == torch.float32:
+        return set()
+    return {"HMMA" if launch.constexprs["BLOCK_M"] < 64 else resources.limits_of(arch).mma}
+
+
+@pytest.mark.parametrize(("arch", "case"), _matrix())
+def test_a_training_step_fits_the_device(arch: int, case: Case) -> None:
+    log = _training_step(arch, case)
+    assert log.names == ["ticketed_gemm", "strips", "ticketed_gemm", "strips"]
+    for launch in log.launches:
+        _assert_fits(launch, arch)
+        _assert_products_run_on(launch, arch)
+        found = launch.kernel.resources
+        expected = _expected_mma(launch, arch)
+        assert set(found.mma) == expected, f"{launch.name}: {found.mma}"
+        assert bool(found.hot_loops) == bool(expected)
+        assert all(loop.by_class["local"] == 0 for loop in found.hot_loops)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_group_of_layers_fits_the_device(arch: int, dropout_p: float) -> None:
+    log = _group_step(arch, dropout_p)
+    assert log.names == ["ticketed_gemm"] * 3 + ["strips"] * 3 + ["ticketed_gemm", "strips"]
+    for launch in log.launches:
+        _assert_fits(launch, arch)
+        _assert_products_run_on(launch, arch)
+        assert set(launch.kernel.resources.mma) == {resources.limits_of(arch).mma}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_wide_rank_fits_beside_a_second_accumulator(arch: int, nf4: bool) -> None:
+    for launch in _group_step(arch, 0.1, R=64, nf4=nf4).launches:
+        _assert_fits(launch, arch)
+        _assert_products_run_on(launch, arch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_row_norms_fit_the_device(arch: int, dtype: torch.dtype) -> None:
+    W = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    A, B = torch.empty(64, 4096, device="meta"), torch.empty(4096, 64, device="meta")
+    with stub_driver.recording(arch) as log:
+        row_norms.norms_of(W, A, B, 0.5)
+    assert log.names == ["row_norms"]
+    _assert_fits(log.launches[0], arch)
+    # 32 rows: the products of 16-bit factors go to the tensor cores as HMMA on every generation.
+    expected = set() if dtype == torch.float32 else {"HMMA"}
+    assert set(log.launches[0].kernel.resources.mma) == expected
+
+
+# Instructions of the K-loops of the forward pass, GEMM and shrink: measured, plus a tenth. What the
+# compiler fails to hoist, a conversion or an address, shows here without a device.
+K_LOOP_BUDGET = {80: 174, 89: 108, 90: 107, 100: 148, 120: 99}
+
+
+@pytest.mark.pinned
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_k_loops_stay_within_their_budget(arch: int) -> None:
+    launch = _training_step(arch, PLAIN).launches[0]
+    loops = launch.kernel.resources.hot_loops
+    k_loops = [loop for loop in loops if loop.mma == loops[0].mma]
+    assert max(len(loop.instructions) for loop in k_loops) <= K_LOOP_BUDGET[arch]
+
+
+# Machine instructions for one weight. A GPU of 2.8 TB/s and 28 T thread instructions a second moves
+# the 2.5 bytes of a weight in the time of 25; decoding should leave most of them to others.
+NF4_BUDGET = 7.5
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _nf4(N: int, K: int, *, nested: bool, blocksize: int = 64) -> nf4_tile.Nf4Operand:
+    blocks = N * K // blocksize
+    inner = SimpleNamespace(absmax=_meta(blocks // 256), code=_meta(256), blocksize=256)
+    state = SimpleNamespace(
+        shape=(N, K),
+        nested=nested,
+        absmax=_meta(blocks, dtype=torch.uint8 if nested else torch.float32),
+        state2=inner if nested else None,
+        offset=_meta(1).squeeze(0) if nested else None,
+        code=_meta(16),
+        blocksize=blocksize,
+    )
+    return nf4_tile.Nf4Operand(_meta(N * K // 2, dtype=torch.uint8), state)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nf4_decode_fits_the_device(arch: int, nested: bool) -> None:
+    N, K = 4096, 4096
+    weight = _nf4(N, K, nested=nested)
+    with stub_driver.recording(arch) as log:
+        nf4_decode.decode(weight.packed, weight.quant_state, torch.bfloat16)
+    (launch,) = log.launches
+    _assert_fits(launch, arch)
+    executed = launch.kernel.resources.instructions.total() * launch.kernel.num_warps * 32
+    assert executed * launch.num_programs / (N * K) <= NF4_BUDGET
+
+
+def _in_gemm(arch: int, M: int, R: int, dtype: torch.dtype) -> stub_driver.Log:
+    """Forward and input gradient of a layer whose doubly quantised weight the GEMM decodes."""
+    N, K = 4096, 4096
+    weight, A, B = _nf4(N, K, nested=True), _meta(R, K), _meta(N, R)
+    x, dY = _meta(M, K, dtype=dtype), _meta(M, N, dtype=dtype)
+    with stub_driver.recording(arch) as log:
+        ticketed_gemm.forward(x, weight, A, B, 2.0)
+        ticketed_gemm.grad_input([ticketed_gemm.Layer(dY, weight, A, B, 2.0, _meta(4, M, R))])
+    return log
+
+
+# Instructions of the K-loops that decode, forward and input gradient: measured, plus a twentieth.
+# sm_90 and sm_100 take 64 columns of K, the others 32; sm_80 has half as many warps.
+NF4_K_LOOP_BUDGET = {80: 343, 89: 205, 90: 250, 100: 426, 120: 202}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nf4_in_the_gemm_fits_the_device(arch: int) -> None:
+    for M, R in ((16, 64), (384, 16)):
+        for launch in _in_gemm(arch, M, R, torch.bfloat16).launches:
+            _assert_fits(launch, arch)
+            _assert_products_run_on(launch, arch)
+            found = launch.kernel.resources
+            assert set(found.mma) == _expected_mma(launch, arch)
+            assert _decoding(launch).by_class["local"] == 0
+
+
+@pytest.mark.pinned
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_k_loops_that_decode_stay_within_their_budget(arch: int) -> None:
+    for launch in _in_gemm(arch, 384, 16, torch.bfloat16).launches:
+        assert len(_decoding(launch).instructions) <= NF4_K_LOOP_BUDGET[arch]
+        assert launch.kernel.resources.ctas_per_sm >= (2 if arch in (80, 90, 100) else 1)
+
+
+def _decoding(launch: stub_driver.Launch) -> sass.Loop:
+    (loop,) = (loop for loop in launch.kernel.resources.hot_loops if loop.by_class["shuffle"])
+    return loop
+
+
+def test_nf4_in_a_float32_gemm_fits_the_device() -> None:
+    for launch in _in_gemm(90, 40, 16, torch.float32).launches:
+        _assert_fits(launch, 90)
+        assert not launch.kernel.resources.mma
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_weight_update_fits_the_device(arch: int, dtype: torch.dtype) -> None:
+    N, K, R = 4096, 4096, 32
+
+    for gains in (NO_GAINS, Gains(_meta(N), _meta(R), _meta(N))):
+        W = _meta(N, K, dtype=dtype)
+        with stub_driver.recording(arch) as log:
+            weight_update.update(W, W, _meta(R, K), _meta(N, R), gains, 0.5)
+        (launch,) = log.launches
+        _assert_fits(launch, arch)
+        # float32 products stay float32: no tensor core takes them.
+        assert not launch.kernel.resources.mma
+
+
+def test_the_cases_use_every_shipped_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    picked = set()
+
+    def recording_picks(pick: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            config = pick(*args, **kwargs)
+            picked.add(config)
+            return config
+
+        return recorded
+
+    for module, name in ((ticketed_gemm, "pick_gemm"), (strips, "pick_strips")):
+        monkeypatch.setattr(module, name, recording_picks(getattr(module, name)))
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
+    for arch in ARCHS:
+        for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):
+            _training_step(arch, case)
+    rows = [row.picked for row in launch_policy.TABLE.values()]
+    assert {*itertools.chain(*rows), *launch_policy.OF_ALL} - picked == set()

@@ -1,0 +1,148 @@
+"""The operators that torch.compile traces: their schemas, fakes and gradients, by opcheck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from equation import FACTORS, Case, Operands, fused, make
+from machines import interpreter, started
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
+
+from bench.instruments.accuracy import assert_same_bits
+from lora_fast import functional, set_backend
+from lora_fast.operation import compiled_ops
+
+CASE = Case(M=12, K=40, N=29, R=5, lead=(3, 4))
+EVERYTHING = replace(CASE, factors=FACTORS, p=0.3, spans=((0, 2), (1, 5), (2, 2)))
+CASES = [
+    replace(EVERYTHING, dtype=torch.bfloat16, adapter_dtype=torch.float32, nf4=True),
+    replace(CASE, nf4=True, nested=False, blocksize=32, trains=("B",)),
+    replace(CASE, factors=("x", "g"), x_layout="transposed", lead=()),
+]
+
+
+@pytest.fixture(autouse=True)
+def _torch_backend():
+    with set_backend("torch"):
+        yield
+
+
+def arguments(o: Operands, backend: str = "torch") -> list[Any]:
+    """Those of lora_fast::adapted_linear."""
+    flat = compiled_ops.FlatWeight.of(o.weight)
+    vectors = [o.tensors.get(name) for name in ("bias", "A", "B", "b", "d", "g")]
+    operands = (o.tensors["x"], flat.data, *vectors)
+    needs = [t is not None and t.requires_grad for t in operands]
+    seed = torch.tensor(o.case.seed) if o.case.p else None
+    return [
+        operands[0], *flat, *vectors, seed, o.spans, o.case.scaling, o.case.p, needs, backend,
+    ]  # fmt: skip
+
+
+def backward_arguments(o: Operands, backend: str = "torch") -> list[Any]:
+    """Those of lora_fast::adapted_linear_backward, after a forward pass."""
+    x, *rest = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(o, backend))
+    y, *saved = compiled_ops.adapted_linear(x, *rest)
+    return [torch.randn_like(y), x, *saved, *rest]
+
+
+def row_norms_arguments(o: Operands, backend: str = "torch") -> list[Any]:
+    """Those of lora_fast::row_norms."""
+    factors = (o.tensors[name].detach() for name in "AB")
+    return [*compiled_ops.FlatWeight.of(o.weight), *factors, 0.7, backend]
+
+
+# {operator: what makes its arguments, and for which cases}
+OPERATORS: dict[str, tuple[Callable[..., list[Any]], list[Case]]] = {
+    "adapted_linear": (arguments, CASES),
+    "adapted_linear_backward": (backward_arguments, CASES),
+    "row_norms": (row_norms_arguments, [replace(CASE, nf4=nf4) for nf4 in (False, True)]),
+}
+CALLS = [
+    pytest.param(name, make_arguments, case, id=f"{name}-{case}")
+    for name, (make_arguments, cases) in OPERATORS.items()
+    for case in cases
+]
+calls = pytest.mark.parametrize(("name", "make_arguments", "case"), CALLS)
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.lora_fast, name).default
+
+
+def test_every_registered_operator_is_checked() -> None:
+    registered = {
+        name.partition("::")[2].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("lora_fast::")
+    }
+    assert registered == OPERATORS.keys()
+    root = Path(compiled_ops.__file__).resolve().parents[2]
+    sources = [path for f in ("lora_fast", "kernels") for path in (root / f).rglob("*.py")]
+    users = [path.name for path in sources if "torch.library" in path.read_text()]
+    assert users == ["compiled_ops.py"], "what other files register is not seen here"
+
+
+@calls
+def test_opcheck(name: str, make_arguments: Any, case: Case) -> None:
+    opcheck(operator(name), make_arguments(make(case)))
+
+
+@pytest.mark.interpreter
+@calls
+def test_opcheck_of_the_kernels(name: str, make_arguments: Any, case: Case) -> None:
+    with started(interpreter()):
+        made = make_arguments(make(case), "triton")
+        opcheck(operator(name), made, test_utils=("test_schema", "test_faketensor"))
+
+
+@calls
+def test_fakes_say_what_the_kernels_make(name: str, make_arguments: Any, case: Case) -> None:
+    """What the torch backend makes, but for the mask, which the kernels draw again."""
+    *operands, _ = make_arguments(make(case))
+    expected = operator(name)(*operands, "torch")
+    with FakeTensorMode() as mode:
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, operands)
+        found = operator(name)(*fakes, "triton")
+    expected, found = (
+        [made] if isinstance(made, torch.Tensor) else list(made) for made in (expected, found)
+    )
+    if name == "adapted_linear" and case.p:
+        assert expected[3].shape == (case.M, case.K)
+        expected[3] = expected[1].new_empty(0)
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_bits_of_the_autograd_function(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fused(make(case))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(functional.AdaptedLinear, "apply", None)
+    actual = fused(make(case))
+    for name, value in expected.items():
+        assert (value is None) == (actual[name] is None), name
+        if value is not None and actual[name] is not None:
+            assert_same_bits(actual[name], value, name=name)
+
+
+def test_double_backward_raises() -> None:
+    x, *rest = arguments(make(CASE))
+    y, *_ = compiled_ops.adapted_linear(x, *rest)
+    (dX,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="adapted_linear_backward"):
+        dX.sum().backward()
+
+
+def test_the_backend_is_that_of_the_trace() -> None:
+    """Fakes and kernels must agree on what is saved, whatever is chosen when the graph runs."""
+    x, *rest = arguments(make(replace(CASE, p=0.3)))
+    with set_backend("triton"):
+        _, _, _, mask = compiled_ops.adapted_linear(x, *rest)
+        assert mask.shape == (CASE.M, CASE.K)

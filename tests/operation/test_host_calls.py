@@ -1,0 +1,132 @@
+"""How much Python runs before a launch: of one token, that is how long a forward pass takes.
+
+Counted are calls of Python functions in this package, which no machine makes faster or slower.
+Those of Triton's launcher, of torch and of PEFT are theirs to count.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attentions import stock_model
+from lora_models import K, accelerated_copy, counted, lora_layers, peft_model
+
+import lora_fast
+
+BF16 = torch.bfloat16
+PACKAGE = Path(lora_fast.__file__).parent
+KERNELS = PACKAGE.parent / "kernels"
+# Of (kind, gradients): the most calls in lora_fast and in its kernels. A change may take fewer; one
+# that takes more makes every layer of every token slower.
+TORCH = {
+    ("dense", False): (52, 0),
+    ("dense", True): (54, 0),
+    ("nf4", False): (64, 0),
+    ("module", False): (42, 0),
+}
+TRITON = {
+    ("dense", False): (70, 31),
+    ("dense", True): (72, 31),
+    ("nf4", False): (78, 38),
+}
+OF_A_GROUP = {True: 167, False: 159}
+# All calls of a layer to those of stock PEFT's, which run some operations more.
+MOST_OF_PEFT = 2.75
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Calls of Python functions in the block, by where the function is: ours, the kernels, …"""
+    found: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            found[_home(frame.f_code.co_filename)] += 1
+
+    sys.setprofile(count)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
+
+
+def _home(file: str) -> str:
+    path = Path(file)
+    if KERNELS in path.parents:
+        return "kernels"
+    if PACKAGE in path.parents:
+        return "lora_fast"
+    return "triton" if "triton" in path.parts else "other"
+
+
+def calls_of(layer: Any, *, gradients: bool) -> Counter[str]:
+    x = torch.zeros(1, 1, K, dtype=BF16, requires_grad=gradients)
+    with torch.set_grad_enabled(gradients):
+        for _ in range(2):
+            layer(x)
+        with counting() as found:
+            layer(x)
+    return found
+
+
+def layer_of(kind: str) -> tuple[Any, Any]:
+    """A fused layer, and the stock one."""
+    stock = peft_model("dense" if kind == "module" else kind, BF16, BF16, BF16)
+    if kind == "module":
+        linear = torch.nn.Linear(K, 8, dtype=BF16)
+        return lora_fast.LoRALinear.from_linear(linear, r=4), lora_layers(stock)[0]
+    return lora_layers(accelerated_copy(stock))[0], lora_layers(stock)[0]
+
+
+def check(kind: str, gradients: bool, budget: tuple[int, int]) -> tuple[int, int]:
+    """All calls of the fused layer, and of the stock one."""
+    fused, stock = layer_of(kind)
+    ours, theirs = (calls_of(layer, gradients=gradients) for layer in (fused, stock))
+    assert fused._lora_fast_calls.fused == 3
+    most_of_layer, most_of_kernels = budget
+    assert ours["lora_fast"] <= most_of_layer
+    assert ours["kernels"] <= most_of_kernels
+    return sum(ours.values()), sum(theirs.values())
+
+
+@pytest.mark.parametrize(("kind", "gradients"), TORCH, ids=str)
+def test_torch_backend(kind: str, gradients: bool) -> None:
+    with lora_fast.set_backend("torch"):
+        ours, theirs = check(kind, gradients, TORCH[kind, gradients])
+    assert ours <= MOST_OF_PEFT * theirs
+
+
+@pytest.mark.parametrize("gradients", OF_A_GROUP)
+@pytest.mark.parametrize("rows", [1, 65])
+def test_group(rows: int, gradients: bool) -> None:
+    """q, k and v: no more than alone but for what it takes to find each other."""
+    counts = {}
+    x = torch.zeros(rows, K, requires_grad=gradients)
+    for grouped in (True, False):
+        fused = lora_fast.accelerate(stock_model(), group_shared_inputs=grouped)
+        attention = fused.get_base_model()
+        with lora_fast.set_backend("torch"), torch.set_grad_enabled(gradients):
+            attention(x)
+            with counting() as found:
+                attention(x)
+        counts[grouped] = found["lora_fast"]
+        assert counted(fused) == (6, {})
+    assert counts[True] <= OF_A_GROUP[gradients]
+    assert counts[True] <= counts[False] + 6
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize(("kind", "gradients"), TRITON, ids=str)
+def test_triton_backend(kind: str, gradients: bool) -> None:
+    from bench.instruments import stub_driver
+
+    with stub_driver.recording(90) as log, lora_fast.set_backend("triton"):
+        check(kind, gradients, TRITON[kind, gradients])
+    assert log.names == ["ticketed_gemm"] * 3

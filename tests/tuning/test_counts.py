@@ -1,0 +1,118 @@
+"""The counted bytes and FLOPs of a plan, against the launches and operations that are really made.
+
+The kernels' launches are recorded and not compiled; bench.instruments.traffic, which is
+tested against what they load and store, counts their bytes. PyTorch's operations run on meta
+tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+from bench.instruments import stub_driver, traffic
+from bench.offline.operations import OperationCounter
+from lora_fast.backends import torch_ops, triton_ops
+from lora_fast.factors import Factors, Needs
+from lora_fast.tuning.counts import works
+from lora_fast.tuning.plans import (
+    BACKWARD,
+    BACKWARD_GROUP,
+    COMPOSED,
+    FORWARD,
+    FORWARD_GROUP,
+    FUSED,
+    query,
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="reads the launches of the compiler's JIT"
+)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ARCH = 90
+ALL = Needs(x=True, A=True, B=True)
+
+
+def _operands(M, N, K, R, dtype, adapter):
+    def meta(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    f = Factors(meta(N, K), A=meta(R, K, of=adapter), B=meta(N, R, of=adapter), scaling=0.5)
+    return meta(M, K), meta(M, N), f
+
+
+def _launches(monkeypatch, call) -> list[Any]:
+    launches: list[Any] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        known = {name: value for name, value in values.items() if name in self.arg_names}
+        launches.append(SimpleNamespace(name=self.fn.__name__, grid=(*grid, 1, 1)[:3],
+                                        arguments=known, constexprs={}))  # fmt: skip
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    with stub_driver.recording(ARCH):
+        call()
+    return launches
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP32), (FP16, FP32)], ids=str)
+@pytest.mark.parametrize("R", [16, 64, 200])
+@pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True, B=True)], ids=str)
+def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, dtypes, needs):
+    x, dY, f = _operands(2048, 1536, 4096, R, *dtypes)
+    forward = _launches(monkeypatch, lambda: triton_ops.forward(x, f, needs))
+    saved = triton_ops.Saved(x.new_empty(2048, R))
+    backward = _launches(monkeypatch, lambda: triton_ops.backward(dY, x, saved, f, needs))
+    for op, rows, launches in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
+        asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
+        counted = works(FUSED, asked, ARCH)
+        passes = [p for launch in launches for p in traffic.traffic(launch)]
+        assert sum(work.launches for work in counted) == len(launches), op
+        assert sum(work.bytes for work in counted) == sum(p.bytes for p in passes), op
+        assert sum(work.flops for work in counted) == sum(p.flops for p in passes), op
+
+
+@pytest.mark.parametrize(
+    ("M", "R", "dtype"), [(2048, 16, BF16), (2048, 64, BF16), (2048, 16, FP16), (16, 16, BF16)]
+)
+@pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True)], ids=str)
+def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, M, R, dtype, needs):
+    (x, dY, q), (_, dK, k) = (_operands(M, N, 4096, R, dtype, FP32) for N in (1536, 512))
+    fs, wanted, S = [q, k], [needs, needs], x.new_empty(M, 2 * R)
+    forward = _launches(monkeypatch, lambda: triton_ops.forward_group(x, fs))
+    backward = _launches(
+        monkeypatch, lambda: triton_ops.backward_group([dY, dK], x, S, None, fs, wanted)
+    )
+    for op, rows, launches in ((FORWARD_GROUP, x, forward), (BACKWARD_GROUP, dY, backward)):
+        asked = query(op, rows, fs, wanted if op == BACKWARD_GROUP else [Needs()] * 2, cublas=True)
+        counted = works(FUSED, asked, ARCH)
+        passes = [p for launch in launches for p in traffic.traffic(launch)]
+        assert sum(work.launches for work in counted) == len(launches), op
+        assert sum(work.bytes for work in counted) == sum(p.bytes for p in passes), op
+        assert sum(work.flops for work in counted) == sum(p.flops for p in passes), op
+
+
+@pytest.mark.parametrize("R", [16, 200])
+@pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True)], ids=str)
+def test_the_composed_bytes_are_those_of_the_operations(R, needs):
+    x, dY, f = _operands(2048, 1536, 4096, R, FP32, FP32)
+    S = x.new_empty(2048, R) if needs.saves_S else None
+    with OperationCounter() as forward:
+        torch_ops.forward(x, f, needs)
+    with OperationCounter() as backward:
+        torch_ops.backward(dY, x, torch_ops.Saved(S), f, needs)
+    for op, rows, counter in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
+        asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
+        counted = works(COMPOSED, asked, ARCH)
+        assert sum(w.launches for w in counted) == len(counter.operations), op
+        assert sum(w.flops for w in counted) == sum(o.flops for o in counter.operations), op
+        assert sum(w.bytes for w in counted) == sum(o.bytes for o in counter.operations), op

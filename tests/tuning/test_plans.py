@@ -1,0 +1,107 @@
+"""What is asked of the tuner, and what there is to choose from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tuner_queries import BF16, FP16, FP32, NF4, PLAIN, TRAINED
+
+pytest.importorskip("triton")
+from lora_fast.kernels import launch_policy
+
+from lora_fast import NF4Weight
+from lora_fast.factors import Factors, Needs
+from lora_fast.tuning.plans import (
+    BACKWARD_GROUP,
+    COMPOSED,
+    FORWARD,
+    FUSED,
+    bucket,
+    candidates,
+    query,
+)
+
+
+def test_rows_fall_into_buckets_of_powers_of_two():
+    assert [bucket(M) for M in (1, 16, 17, 64, 65, 8192, 8193, 10**6)] == [
+        16, 16, 32, 64, 128, 8192, 16384, 16384,
+    ]  # fmt: skip
+
+
+def test_every_field_is_in_the_key():
+    others = [
+        PLAIN._replace(op=FORWARD),
+        PLAIN._replace(op=BACKWARD_GROUP),
+        PLAIN._replace(M=4096),
+        PLAIN._replace(K=4080),
+        PLAIN._replace(N=(4080,)),
+        PLAIN._replace(R=(32,)),
+        PLAIN._replace(dtype=FP16),
+        PLAIN._replace(adapter=BF16),
+        PLAIN._replace(adapter=None),
+        PLAIN._replace(weights=(FP32,)),
+        NF4,
+        PLAIN._replace(weights=((128, True),)),
+        PLAIN._replace(weights=((64, False),)),
+        *(PLAIN._replace(switches=tuple(i == j for j in range(6))) for i in range(6)),
+        *(PLAIN._replace(needs=(TRAINED._replace(**{name: True}),)) for name in ("bias", "g")),
+        PLAIN._replace(cublas=False),
+    ]
+    assert len({q.key for q in (PLAIN, *others)}) == len(others) + 1
+
+
+def test_a_query_describes_the_operands():
+    x = torch.zeros(100, 72, dtype=BF16)
+    weight = NF4Weight.from_dense(torch.randn(88, 72, dtype=BF16))
+    f = Factors(weight, A=torch.zeros(8, 72), B=torch.zeros(88, 8), g=torch.ones(88), dropout_p=0.1)
+    asked = query(FORWARD, x, [f], [Needs()], cublas=True)
+    assert (asked.M, asked.K, asked.N, asked.R) == (128, 72, (88,), (8,))
+    assert (asked.dtype, asked.adapter, asked.weights) == (BF16, FP32, ((64, True),))
+    assert [name for name in ("bias", "b", "d", "g", "dropout", "spans") if asked.has(name)] == [
+        "g",
+        "dropout",
+    ]
+    frozen = query(FORWARD, x, [Factors(x)], [Needs()], cublas=False)
+    assert (frozen.R, frozen.adapter, frozen.weights) == ((0,), None, (BF16,))
+
+
+def test_a_dense_layer_has_configurations_and_cublas():
+    plans = candidates(PLAIN, 90)
+    assert plans[0] == FUSED
+    assert plans[-1] == COMPOSED
+    others = launch_policy.other_gemms(2048, BF16, 90)
+    assert [plan.gemm for plan in plans[1:-1]] == list(others)
+    assert len(others) >= 1
+
+
+def test_without_cublas_there_is_no_composed_route():
+    assert COMPOSED not in candidates(PLAIN._replace(cublas=False), 90)
+
+
+def test_an_nf4_layer_has_both_routes_the_modelled_one_first():
+    for M, workspace in ((64, False), (8192, True)):
+        routes = [plan.workspace for plan in candidates(NF4._replace(M=M), 90) if not plan.gemm]
+        assert routes == [workspace, not workspace, None]
+    for asked in (NF4._replace(K=71), NF4._replace(needs=(TRAINED._replace(x=False),))):
+        assert [plan for plan in candidates(asked, 90) if not plan.gemm] == [FUSED, COMPOSED]
+
+
+def test_few_rows_float32_and_gains_have_one_configuration():
+    gain = PLAIN._replace(switches=(False, False, False, True, False, False))
+    for asked in (PLAIN._replace(M=64), PLAIN._replace(dtype=FP32), gain):
+        assert candidates(asked, 90) == (FUSED, COMPOSED)
+
+
+def test_a_group_has_the_candidates_of_a_layer():
+    group = PLAIN._replace(op=BACKWARD_GROUP, N=(4096, 1024), R=(16, 16), needs=(TRAINED,) * 2)
+    assert candidates(group, 90) == candidates(PLAIN, 90)
+    mixed = group._replace(weights=(BF16, (64, True)))
+    assert candidates(mixed, 90) == candidates(NF4, 90)
+
+
+@pytest.mark.parametrize("arch", [None, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("asked", [PLAIN, NF4], ids=["dense", "nf4"])
+def test_names_tell_the_candidates_apart_and_there_are_few(asked, arch):
+    plans = candidates(asked, arch)
+    assert len({plan.name for plan in plans}) == len(plans) == len(set(plans))
+    assert len(plans) <= 6
