@@ -7,8 +7,8 @@ nothing from pass to pass. The counts of the fused way are compared with the lau
 kernels make, those of the composed way with the operations that PyTorch makes.
 
 Bytes cannot tell whether a Triton product runs as fast as cuBLAS's: that is an unmeasured constant
-here (_SHARE_OF_CUBLAS), and LORA_FAST_AUTOTUNE=1 times both instead. bench/instruments/traffic.py counts
-bytes from recorded launches; this model needs the query alone.
+here (_SHARE_OF_CUBLAS), and LORA_FAST_AUTOTUNE=1 times both instead. bench/instruments/traffic.py
+counts bytes from recorded launches; this model needs the query alone.
 """
 
 from __future__ import annotations
