@@ -161,3 +161,28 @@ def test_the_page_of_variables_has_every_one_and_no_other() -> None:
     assert sorted(rows) == sorted(read)
     for other in PAGES:
         assert set(VARIABLE.findall(other.read_text())) <= read, other
+
+
+def tree_of_contributing() -> dict[str, str]:
+    """{path: description} of the tree in CONTRIBUTING.md; folders end with a slash."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("## How the code is laid out") :].partition("\n## ")[0]
+    found: dict[str, str] = {}
+    parents: list[str] = []
+    for indent, name, what in re.findall(r"^    ( *)(\w+(?:\.py|/)) +(.+)$", section, re.MULTILINE):
+        parents[len(indent) // 2 :] = [name]
+        path = "".join(parents)
+        assert path not in found, f"{path} has two lines"
+        found[path] = what
+    return found
+
+
+def test_the_tree_has_a_line_for_every_folder_and_file() -> None:
+    """A package's folder stands for its __init__.py; the files of tests/ stand in their folders."""
+    top = ("kernels", "lora_fast", "bench", "tests")
+    files = [path for folder in top for path in (ROOT / folder).rglob("*.py")]
+    here = [path.relative_to(ROOT) for path in files]
+    folders = {f"{parent}/" for path in here for parent in path.parents if parent.name}
+    wanted = {str(p) for p in here if p.parts[0] != "tests" and p.name != "__init__.py"}
+    explained = {path for path in tree_of_contributing() if not path.endswith("__init__.py")}
+    assert sorted(explained) == sorted(folders | wanted)
