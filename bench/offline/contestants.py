@@ -16,7 +16,7 @@ import torch
 
 from bench.instruments import stub_driver, traffic
 
-from . import layers, lorafusion_graph, machine_code, unsloth_graph
+from . import issue, layers, lorafusion_graph, unsloth_graph
 from .operations import Operation, OperationCounter, SavedBytes, Step, dropout_as_on_cuda
 
 STOCK = ("frozen", "peft", "peft fp32")
@@ -132,7 +132,7 @@ def _ours(torch_step: Step, log: stub_driver.Log, arch: int) -> LoraFastStep:
                 sum(p.flops for p in passes),
                 sum(p.read.total() for p in passes),
                 sum(p.written.total() for p in passes),
-                sum(machine_code.issue_seconds(launch, p.name, arch) for p in passes),
+                sum(issue.issue_seconds(launch, p.name, arch) for p in passes),
             )
         )
         step.repeated_bytes += sum(p.bytes for p in passes) - traffic.compulsory_bytes(passes)

@@ -19,6 +19,7 @@ from bench.offline import (
     band,
     contestants,
     counting,
+    issue,
     layers,
     machine_code,
     regression,
@@ -69,10 +70,10 @@ def test_tiles_and_instructions_agree_on_the_products_of_a_loop(arch: int) -> No
     _, log = contestants.LoraFast(case).step(case, arch)
     for launch in log.launches:
         part = "gemm" if launch.name == "ticketed_gemm" else "walk"
-        loop = machine_code.loop_of(launch, part)
+        loop = issue.loop_of(launch, part)
         assert loop is not None
-        flops = machine_code.flops_of_instructions(loop, launch.kernel.num_warps)
-        wanted = machine_code.loop_flops(launch)
+        flops = issue.flops_of_instructions(loop, launch.kernel.num_warps)
+        wanted = issue.loop_flops(launch)
         if arch == 80 and launch.name == "strips":
             # A tile of dS is narrower than its eight warps, which mma.sync makes repeat products.
             assert wanted <= flops <= 2 * wanted, machine_code.role(launch)
