@@ -1,10 +1,10 @@
 """Run legs of the suite with other versions of what the package depends on, row by row.
 
-A row is constraints.txt with some pins replaced. Some are what people have, by the name of where
-they have it from; there the library is installed without its command line, and the test files that
-need more are left out (tests/support/imports.py). Others are for a version of Triton, for the
-bounds of the command line and for DeepSpeed. Each has a virtual environment of its own in .matrix/,
-kept for as long as pyproject.toml and the pins stay as they are (--discard: until its row has run;
+A row is constraints.txt with some pins replaced. Some rows are what people have installed, named
+after its source; there the library is installed without its command line, and test files that need
+more are left out (tests/support/imports.py). Others are for a version of Triton, for the bounds of
+the command line and for DeepSpeed. Each has its own virtual environment in .matrix/, kept until
+pyproject.toml or the pins change (--discard: only until its row has run;
 torch takes 5 GB where pip finds only builds with CUDA). Rows are independent: one that fails, or
 cannot be installed, leaves the others alone.
 """

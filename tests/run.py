@@ -1,4 +1,4 @@
-"""Run the whole test suite: every leg, whatever the others say, and one summary line.
+"""Run the whole test suite: every leg, regardless of the others, and one summary line.
 
 The legs are separate processes because Triton decides at import whether it compiles or interprets.
 A leg that fails, crashes or finds no test makes the run fail.

@@ -1,4 +1,4 @@
-"""Which failures to write are recognised, through the libraries that wrap them."""
+"""Failures to write are recognised through the libraries that wrap them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What needs more than the lower bounds is off below it, and says so."""
+"""A feature that needs more than the lower bounds is off below its version, and says so."""
 
 from __future__ import annotations
 

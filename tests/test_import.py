@@ -1,4 +1,4 @@
-"""What ``import lora_fast`` costs, and the first look at the operation itself, beside PyTorch."""
+"""What ``import lora_fast`` costs, and a first use of the operation itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NF4 weights against their formula, bit for bit, and what is refused."""
+"""NF4 weights against their formula, bitwise, and weights that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What works without bitsandbytes, PEFT or transformers, and what is said where they are needed.
+"""What works without bitsandbytes, PEFT or transformers, and the errors where they are needed.
 
 Each test runs in a process in which the packages are absent, though they are installed here.
 """

@@ -1,4 +1,4 @@
-"""LoraFastCallback in transformers' Trainer: training is as without it, but fused."""
+"""LoraFastCallback in transformers' Trainer: the same training as without it, but fused."""
 
 from __future__ import annotations
 

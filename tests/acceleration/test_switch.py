@@ -1,4 +1,4 @@
-"""accelerate and decelerate on whole PEFT models: what changes, what must not, and training."""
+"""accelerate and decelerate on whole PEFT models: changes, invariants and training."""
 
 from __future__ import annotations
 

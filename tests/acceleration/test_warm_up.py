@@ -1,4 +1,4 @@
-"""warm_up: what it runs, what it leaves alone, and how much it compiles."""
+"""warm_up: what it runs, what it does not change, and how much it compiles."""
 
 from __future__ import annotations
 

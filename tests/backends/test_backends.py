@@ -1,4 +1,4 @@
-"""What the backends run on, and what is said where one cannot."""
+"""The devices that backends run on, and the errors where one cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Either route computes either pass: fused and composed, mixed as the tuner may mix them."""
+"""Each route computes each pass: fused and composed, in all combinations of the tuner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each method keeps for its backward pass, in a model of PEFT that was accelerated.
+"""Bytes that each method saves for backward, in an accelerated PEFT model.
 
 `pytest -s tests/backends/test_saved_bytes.py` prints the table. Counted are the tensors with a row
 for each token; parameters and vectors are not.

@@ -1,4 +1,4 @@
-"""The products of the torch backend: in which dtype, with which operands, and rounded how often."""
+"""Products of the torch backend: their dtype, their operands and their roundings."""
 
 from __future__ import annotations
 

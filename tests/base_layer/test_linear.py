@@ -1,4 +1,4 @@
-"""Obstacles that no PEFT model of a test machine shows, and the bookkeeping of bitsandbytes."""
+"""Obstacles that PEFT models on a test machine do not show, and the bookkeeping of bitsandbytes."""
 
 from __future__ import annotations
 

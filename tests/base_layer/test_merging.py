@@ -1,4 +1,4 @@
-"""Folding adapters into a weight, in the bounds that base_layer.merging states, and back."""
+"""Merging adapters into a weight and unmerging them, within the bounds of base_layer.merging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA after W, A, B, m or s were changed between two calls, in every way there is: as stock's."""
+"""DoRA equals stock's after W, A, B, m or s changed between two calls, in every possible way."""
 
 from __future__ import annotations
 

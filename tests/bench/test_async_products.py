@@ -1,4 +1,4 @@
-"""What the reader of PTX finds in kernels from which a fence or the order of products was taken."""
+"""The reader of PTX finds fences and orderings of products that were removed from kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark tools themselves: no GPU is needed to know that they count rightly."""
+"""The benchmark tools themselves: they count correctly, which needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line errors, Ctrl-C and --resume, what is printed."""
+"""The command line: exit codes, one-line errors, Ctrl-C and --resume, output."""
 
 from __future__ import annotations
 

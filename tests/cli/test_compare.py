@@ -1,4 +1,4 @@
-"""``lora-fast compare`` and ``--method``: what is printed, exit codes, one-line errors."""
+"""``lora-fast compare`` and ``--method``: output, exit codes, one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--help`` shows every option whole, and every text can be printed, on any terminal."""
+"""``--help`` shows every option in full, and every text prints on any terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-fast plan``: what is printed, exit codes, one-line errors."""
+"""``lora-fast plan``: output, exit codes, one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where runs of the command line are: which folder, when it counts as a run, what is left of it."""
+"""Folders of the command line's runs: which one, when it counts as a run, what remains of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-fast tune``: what is shown, with a GPU and without."""
+"""``lora-fast tune``: output, with a GPU and without."""
 
 from __future__ import annotations
 

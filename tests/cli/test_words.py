@@ -1,4 +1,4 @@
-"""Every option of every command with values that are wrong: one line, exit code 2, no traceback."""
+"""Every option of every command with wrong values: one line, exit code 2, no traceback."""
 
 from __future__ import annotations
 

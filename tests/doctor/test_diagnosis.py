@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it finds what is broken."""
+"""The doctor's findings: it reports what works and finds what is broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merging refuses to read, and what is left of a merge that was stopped."""
+"""Files that merging refuses, and what an interrupted merge leaves behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method, merged into every kind of base: what PEFT's ``merge_and_unload`` makes in float64.
+"""Every method, merged into every kind of base, against PEFT's ``merge_and_unload`` in float64.
 
 A tied base is compared with its untied twin, whose two weights have the same values: adapters of
 the output layer alone, PEFT adds to both.

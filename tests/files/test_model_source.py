@@ -1,4 +1,4 @@
-"""Without a network, a model that is not here is told about at once and in one line."""
+"""Without a network, a missing model fails at once with one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: stock PEFT reads what we write, and we what it writes."""
+"""save_adapter and load_adapter: stock PEFT reads our files, and we read its files."""
 
 from __future__ import annotations
 

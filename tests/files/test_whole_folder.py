@@ -1,4 +1,4 @@
-"""A folder is the old one or the new one, whole, and what is no model is never deleted."""
+"""A folder is completely the old or the new one, and only models are ever deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' layers are known by what this process has loaded, whenever that was."""
+"""bitsandbytes' layers are recognised among loaded modules, whenever they were loaded."""
 
 from __future__ import annotations
 

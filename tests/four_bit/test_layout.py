@@ -1,4 +1,4 @@
-"""What bitsandbytes packs for a CPU is unpacked exactly, and not packed while it is ours."""
+"""Weights that bitsandbytes packed for a CPU are unpacked exactly, and not packed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operands that TMA reads: which they are, and that they change instructions but no bit."""
+"""Operands that TMA reads: which they are, and that only instructions change, not bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every shipped configuration, alone, gives the right answer; and what is picked when."""
+"""Every shipped configuration alone gives the right answer, and each is picked where it should
+be."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Every kernel × shipped configuration, compiled through its launcher for GPUs that are not there.
+"""Every kernel × shipped configuration, compiled through its launcher for absent GPUs.
 
 Asserted of each launch: no local memory (spilled registers) beyond what ``_assert_fits`` names,
 shared memory within the device's limit, and matrix products on the tensor cores of its generation,
-for float32 (IEEE) on none; that asynchronous products are fenced from generic writes, and that none
-has to wait for the one before.
+for float32 (IEEE) on none; that asynchronous products are fenced from generic writes and are not
+serialised.
 
 N and K are multiples of 16 here, as in every transformer. Rows that start off 16 bytes load element
-by element; such kernels are proved to be right elsewhere, not to be fast.
+by element; other tests prove such kernels right, not fast.
 """
 
 from __future__ import annotations

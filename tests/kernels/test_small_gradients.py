@@ -1,5 +1,5 @@
 """Gradients of float32 adapters by the kernels, for losses of any scale: no further from float64
-than stock PEFT's, which are formed in float32."""
+than stock PEFT's, which are computed in float32."""
 
 from __future__ import annotations
 

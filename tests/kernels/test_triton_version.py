@@ -1,4 +1,4 @@
-"""The kernels say which Triton they need before anything else goes wrong."""
+"""The kernels name the Triton that they need before any other error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words that CTAs meet on: per stream, per captured launch; and what a GPU makes of that."""
+"""Synchronisation words per stream and per captured launch, also on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer of each method: which parameters learn, and at which rate."""
+"""The optimizer of each method: which parameters it trains, and at which rate."""
 
 from __future__ import annotations
 

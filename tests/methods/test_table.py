@@ -1,4 +1,4 @@
-"""Every method from end to end: what moves, what does not, what is saved, what runs fused."""
+"""Every method end to end: what trains, what does not, what is saved, what runs fused."""
 
 from __future__ import annotations
 

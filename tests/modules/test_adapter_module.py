@@ -1,4 +1,4 @@
-"""What every adapted module offers as an nn.Linear does, for code that does not know it."""
+"""Attributes of nn.Linear that every adapted module has, for code that expects them."""
 
 from __future__ import annotations
 

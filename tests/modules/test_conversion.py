@@ -1,4 +1,4 @@
-"""convert: which layers it adapts, what it freezes, and that it changes all or nothing."""
+"""convert: the layers it adapts, the parameters it freezes, and that it changes all or nothing."""
 
 from __future__ import annotations
 

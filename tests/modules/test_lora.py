@@ -1,4 +1,4 @@
-"""LoRALinear: the numbers of stock PEFT with the same weights, and the life of a module."""
+"""LoRALinear: the numbers of stock PEFT with the same weights, and a module's life cycle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile: whole graphs of fused layers that give eager's bits, for any number of rows."""
+"""torch.compile: full graphs of fused layers, bitwise equal to eager, for any number of rows."""
 
 from __future__ import annotations
 

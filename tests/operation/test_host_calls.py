@@ -1,4 +1,4 @@
-"""How much Python runs before a launch: of one token, that is how long a forward pass takes.
+"""Python calls before a launch, which determine the time of a single token's forward pass.
 
 Counted are calls of Python functions in this package, which no machine makes faster or slower.
 Those of Triton's launcher, of torch and of PEFT are theirs to count.

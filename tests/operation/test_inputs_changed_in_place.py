@@ -1,5 +1,5 @@
-"""x is changed in place after the layer: where stock PEFT trains so do we, with the gradients of
-the x that the layer has read; where stock PEFT raises so do we."""
+"""x is changed in place after the layer: we train where stock PEFT trains, with the gradients of
+the x that the layer has read, and raise where it raises."""
 
 from __future__ import annotations
 

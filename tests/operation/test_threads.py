@@ -1,5 +1,5 @@
-"""Four threads call one model: groups, DoRA, mixed batches; what one of them gets is what one gets
-alone, to the bit."""
+"""Four threads call one model: groups, DoRA, mixed batches; each gets bitwise what it gets
+alone."""
 
 from __future__ import annotations
 

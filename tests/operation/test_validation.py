@@ -1,4 +1,4 @@
-"""What the operation refuses, beside what test_functional.py tries."""
+"""Operands that the operation refuses, in addition to those of test_functional.py."""
 
 from __future__ import annotations
 

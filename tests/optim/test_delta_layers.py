@@ -1,4 +1,4 @@
-"""What Delta-LoRA refuses, and says so."""
+"""Models that Delta-LoRA refuses, with a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resumed run of Delta-LoRA equals an uninterrupted one, bit for bit."""
+"""A resumed run of Delta-LoRA is bitwise equal to an uninterrupted one."""
 
 from __future__ import annotations
 

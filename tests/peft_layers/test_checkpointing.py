@@ -1,5 +1,5 @@
-"""Gradients under checkpointing are those without it, masks replayed, for copies as for the first:
-to the bit where stock's are, else no further apart than stock's.
+"""Gradients under checkpointing equal those without it, with masks replayed, in copies as well:
+bitwise where stock's are, else no further apart than stock's.
 
 Tiny random models of twenty families; the suite runs a sample, the exhaustive leg all.
 """

@@ -1,4 +1,5 @@
-"""Mixtures of experts, whose weights are parameters and no layers: PEFT's own code, and said so."""
+"""Mixtures of experts, whose weights are parameters, not layers: they fall back to PEFT and say
+so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the fused path does not cover gives stock PEFT's result, bit for bit, and is counted."""
+"""Anything the fused path does not cover gives stock PEFT's result, bitwise, and is counted."""
 
 from __future__ import annotations
 

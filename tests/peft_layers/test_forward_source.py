@@ -1,4 +1,4 @@
-"""What the source of a forward says of the calls of its children."""
+"""Calls of children, read from the source of a forward."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Tests of what the tests are made with."""
+"""What tests share, and tests of it."""

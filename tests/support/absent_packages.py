@@ -1,4 +1,4 @@
-"""Python in a process of its own in which packages that are installed here are absent."""
+"""Python processes in which installed packages are hidden."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention-like parents of three LoRA layers, and how many products their calls take."""
+"""Attention-like parents of three LoRA layers, and the number of products that their calls take."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
              PyTorch multiplies bfloat16 natively
     plain    neither
 
-Where a CPU lacks the instructions, weights are packed all the same, but bitsandbytes' product of
-packed weights, which is made of them, is not called: PyTorch's stands in for it.
+On a CPU without the instructions weights are packed as well, but bitsandbytes' product of packed
+weights, which needs them, is replaced by PyTorch's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small adapted models and the steps that the tests of Delta-LoRA train them for."""
+"""Small adapted models and training steps for the tests of Delta-LoRA."""
 
 from __future__ import annotations
 

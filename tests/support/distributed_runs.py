@@ -1,4 +1,4 @@
-"""Three training steps on one process or several, and what became of the parameters."""
+"""Three training steps on one process or several, and the resulting parameters."""
 
 from __future__ import annotations
 

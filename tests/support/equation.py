@@ -1,6 +1,6 @@
 """Cases of the equation: operands, and its outputs and gradients by three routes.
 
-``fused``     functional.adapted_linear with the backend of the moment
+``fused``     functional.adapted_linear with the current backend
 ``exact``     the reference in float64, autograd
 ``eager``     plain PyTorch in the dtypes under test, as stock PEFT computes, in three orders of
               summation: the yardstick

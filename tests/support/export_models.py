@@ -1,4 +1,4 @@
-"""Base models on disk with the adapters that `lora-fast train` would leave, as if trained."""
+"""Base models on disk with adapters as `lora-fast train` would write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forwards of three children, and which of those they always call together: one after the other."""
+"""Forwards of three children, and which of them they always call together, one after the other."""
 
 from __future__ import annotations
 

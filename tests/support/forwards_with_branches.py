@@ -1,4 +1,4 @@
-"""Forwards that call some of their three children under conditions, and which always together."""
+"""Forwards that call some of their three children conditionally, and which always together."""
 
 from __future__ import annotations
 

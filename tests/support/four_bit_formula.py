@@ -1,4 +1,4 @@
-"""What a weight in bitsandbytes' plain 4-bit layout stands for, written out element by element."""
+"""The values of a weight in bitsandbytes' plain 4-bit layout, written out element by element."""
 
 from __future__ import annotations
 

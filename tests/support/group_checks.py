@@ -1,4 +1,4 @@
-"""Layers that read the same x: made, computed in every way, held to the rule."""
+"""Layers that read the same x: built, computed in every way, and checked by the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which test files need what: their imports, read without running them.
+"""The packages that test files need: their imports, read without running them.
 
 A row of the matrix of versions installs the library without the command line. The test files that
 it leaves out are those that import what it lacks, themselves or through other files of tests/ and

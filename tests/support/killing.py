@@ -1,4 +1,4 @@
-"""Processes that end with SIGKILL at a chosen moment of their work, whatever time it takes them.
+"""Processes that end with SIGKILL at a chosen moment of their work, independent of timing.
 
 A moment is each time that Python opens, lists, makes, renames or deletes a file or folder, just
 before it does, and each call of the ``tick`` that the work is given.

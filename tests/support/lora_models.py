@@ -1,4 +1,4 @@
-"""Small models with LoRA adapters, and how the tests of the modules compare them."""
+"""Small models with LoRA adapters, and comparisons of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every picture must have: nothing cut off, no label over another, no wider than a page."""
+"""Rules for every picture: nothing cut off, no overlapping labels, no wider than a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts the matrix products that run, whoever asked for them."""
+"""Counts the matrix products that run, from any caller."""
 
 from __future__ import annotations
 

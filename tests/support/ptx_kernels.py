@@ -1,4 +1,4 @@
-"""What the tests of the PTX executor run: small Triton kernels, and PTX written by hand."""
+"""Kernels for the tests of the PTX executor: small Triton kernels, and PTX written by hand."""
 
 from __future__ import annotations
 

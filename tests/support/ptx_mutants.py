@@ -1,4 +1,4 @@
-"""Compiled kernels with statements taken out: what a check must notice."""
+"""Compiled kernels with statements removed, which a check must notice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two runs that ought to be the same have in common."""
+"""Comparison of two runs that must be equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kind of CPU that tests force reaches what they run."""
+"""The kind of CPU that tests force takes effect in the code they run."""
 
 from __future__ import annotations
 

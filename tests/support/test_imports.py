@@ -1,4 +1,4 @@
-"""Which test files a row without the command line leaves out."""
+"""The test files that a row without the command line leaves out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: plots, valid JSON, and metrics that appear last and whole."""
+"""Files of a run: plots, valid JSON, and metrics that appear last and complete."""
 
 from __future__ import annotations
 

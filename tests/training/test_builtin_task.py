@@ -1,4 +1,4 @@
-"""The built-in task: what a pair looks like, and that nothing leaks between the two sides."""
+"""The built-in task: its pairs, and that nothing leaks between the two sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code on the card of a run: it loads what was trained and predicts, as it stands there."""
+"""The code on the card of a run loads what was trained and predicts, as printed."""
 
 from __future__ import annotations
 

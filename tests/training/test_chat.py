@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are learned: the assistant's, with templates as they are used."""
+"""The tokens of a conversation to train on: the assistant's, with real templates."""
 
 from __future__ import annotations
 

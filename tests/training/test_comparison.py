@@ -1,4 +1,4 @@
-"""The comparison of methods: same data for all, failures in their rows, partial results kept."""
+"""The comparison of methods: same data for all, failures in their rows, partial results saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a run: their ranges, their defaults, and that they survive on disk."""
+"""The options of a run: ranges, defaults, and storage on disk."""
 
 from __future__ import annotations
 

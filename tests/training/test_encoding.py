@@ -1,4 +1,4 @@
-"""Examples as tokens and labels, and the line that says what became of them."""
+"""Examples as tokens and labels, and the line that says how they were used."""
 
 from __future__ import annotations
 

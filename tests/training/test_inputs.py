@@ -1,4 +1,4 @@
-"""A resumed run notices what it is made of: other examples, another base model, another place."""
+"""A resumed run notices changed inputs: other examples, another base model, another folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL, at random moments and again and again, loses nothing."""
+"""A run killed with SIGKILL, repeatedly and at random moments, loses nothing."""
 
 from __future__ import annotations
 

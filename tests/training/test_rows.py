@@ -1,4 +1,4 @@
-"""Lines of jsonl files: what they may hold, and how what is wrong is told."""
+"""Lines of jsonl files: what they may hold, and the errors for anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that training changed: captured, put back, saved for other programs, refused if wrong."""
+"""Weights that training changed: captured, restored, saved for other programs, refused if wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model picks, and that it says so for every device."""
+"""The cost model's choices, for every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The counted bytes and FLOPs of a plan, against the launches and operations that are really made.
+"""The counted bytes and FLOPs of a plan, against the launches and operations that really happen.
 
 The kernels' launches are recorded and not compiled; bench.instruments.traffic, which is
 tested against what they load and store, counts their bytes. PyTorch's operations run on meta

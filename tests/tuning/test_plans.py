@@ -1,4 +1,4 @@
-"""What is asked of the tuner, and what there is to choose from."""
+"""Queries of the tuner, and their candidates."""
 
 from __future__ import annotations
 

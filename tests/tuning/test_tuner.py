@@ -1,4 +1,4 @@
-"""Who is asked, and when: the model, the cache, the clock."""
+"""What decides, and when: the model, the cache or timing."""
 
 from __future__ import annotations
 

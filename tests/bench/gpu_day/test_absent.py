@@ -1,4 +1,4 @@
-"""What an image lacks costs the units that need it, is said so, and is no failure."""
+"""A missing package skips the units that need it, is reported, and is no failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that crash, hang, fail or are cut off cost no more than they must."""
+"""Steps that crash, hang, fail or are interrupted lose no more than they must."""
 
 from __future__ import annotations
 

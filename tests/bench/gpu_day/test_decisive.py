@@ -1,4 +1,4 @@
-"""The first step of a GPU day: each way computes the layer, and a tile is timed or left out."""
+"""The first step of a GPU day: each alternative computes the layer; a tile is timed or left out."""
 
 from __future__ import annotations
 

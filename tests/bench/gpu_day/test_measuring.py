@@ -1,4 +1,4 @@
-"""What the steps of the GPU day are made of: contests, stand-ins, other programs, models."""
+"""The parts of the GPU day's steps: contests, stand-ins, other programs, models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Occupancy arithmetic; what is read from compiled code is tested in test_stub_driver.py."""
+"""Occupancy arithmetic; test_stub_driver.py tests the values read from compiled code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The fast part of ``python -m bench.offline --check``: our launches and machine code on sm_90;
-and that its whole lists every shipped configuration."""
+and that the full list has every shipped configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m bench.offline: what it counts of PyTorch's operations, its models, its comparison."""
+"""python -m bench.offline: counts of PyTorch's operations, its models, its comparison."""
 
 from __future__ import annotations
 

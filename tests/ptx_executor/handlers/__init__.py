@@ -1,4 +1,4 @@
-"""What instructions with state do.
+"""The instructions that have state.
 
 A factory takes the emitter and an instruction and returns ``run(batch, r, q)``: the batch of CTAs,
 its register file (one array for each register, one element for each thread, replaced and never

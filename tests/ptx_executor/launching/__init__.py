@@ -1,1 +1,1 @@
-"""In the place of a CUDA driver: what Triton asks of one, and how a launch gets its arguments."""
+"""Replaces the CUDA driver: the interface that Triton uses, and the arguments of a launch."""

@@ -1,4 +1,4 @@
-"""Synchronisation taken out of real compiled kernels, one statement at a time.
+"""Synchronisation removed from real compiled kernels, one statement at a time.
 
 Every mutant must be reported, give a visibly wrong result, or be harmless because the statement was
 redundant. How many are reported is limited from below, so that a check that stops working is seen.

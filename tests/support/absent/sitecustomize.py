@@ -1,7 +1,7 @@
-"""Imported by Python as it starts: the packages named in ABSENT_PACKAGES are not there.
+"""Imported by Python at start-up: hides the packages named in ABSENT_PACKAGES.
 
-Nothing finds them: no import, no ``find_spec``, no look at what is installed. So it is with the
-processes that such a process starts, which inherit both variables of its environment.
+Neither imports nor ``find_spec`` nor lists of installed packages show them. Child processes inherit
+both environment variables and behave in the same way.
 """
 
 import os
