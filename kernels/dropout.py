@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import triton_version  # noqa: F401
+from .profile import mask_name, mask_work, shown_as
 
 _ROUNDS = tl.constexpr(7)
 # Two elements of 16 bits in $1, a word in $2, the threshold in both halves of $3. A half becomes
@@ -137,7 +138,10 @@ def drop(x, words, offs_m, first_l, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr):
         return tl.where(keep, x, 0.0)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+_VARYING = ("seed_low", "seed_high", "threshold")
+
+
+@triton.jit(do_not_specialize=_VARYING, **shown_as(mask_name, mask_work))
 def store_keep_mask(
     mask_ptr, seed_low, seed_high, threshold, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):

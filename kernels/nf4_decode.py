@@ -15,6 +15,7 @@ import triton.language as tl
 from .environment import current_arch
 from .launch_policy import DECODE
 from .nf4_codes import load_absmax, load_codes, lookup_codes
+from .profile import decode_name, decode_work, shown_as
 
 
 class Scales(NamedTuple):
@@ -26,7 +27,7 @@ class Scales(NamedTuple):
     BLOCKSIZE2: tl.constexpr
 
 
-@triton.jit
+@triton.jit(**shown_as(decode_name, decode_work))
 def nf4_decode(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, w_ptr,
     num_bytes, num_elements, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,

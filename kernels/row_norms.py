@@ -11,10 +11,11 @@ import triton.language as tl
 
 from .environment import precision_of
 from .launch_policy import pick_row_norms
+from .profile import norms_name, norms_work, shown_as
 from .tiles import Matrix, load_tile
 
 
-@triton.jit
+@triton.jit(**shown_as(norms_name, norms_work))
 def row_norms(
     w_ptr, A_ptr, B_ptr, norms_ptr, scaling, N, K, R, stride_wn, stride_wk,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,

@@ -29,6 +29,7 @@ from .launch_policy import (
     settles_products,
 )
 from .out_of_resources import drops_to_smaller
+from .profile import shown_as, strips_name, strips_work
 from .scaling import Shrunk, column_scales, scaled_columns
 from .sync_layout import ARRIVALS, BLOCKS
 from .tiles import (
@@ -209,7 +210,7 @@ def _store_column_gradients(sums_ptr, grads, offs_l, num_ranges, L):
         tl.store(grads.g + offs_l, dg.to(grads.g.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, **shown_as(strips_name, strips_work))
 def strips(
     x_ptr, s_ptr, largest_ptr, v_ptr, gains, B_ptr, partials, grads, sync_ptr,
     scaling, keep_scale, seed_low, seed_high, threshold, M, L, R, rows_per_range, num_ranges,

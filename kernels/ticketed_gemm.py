@@ -40,6 +40,7 @@ from .launch_policy import (
 )
 from .nf4_tile import weight_arguments
 from .out_of_resources import drops_to_smaller
+from .profile import gemm_name, gemm_work, shown_as
 from .scaling import Shrunk, new_gradient
 from .shrink_tiles import ShrunkPointers, Spans, produce
 from .sync_layout import FINISHED, FLAGS, TICKET
@@ -149,7 +150,7 @@ def _work_off(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, **shown_as(gemm_name, gemm_work))
 def ticketed_gemm(
     members, num_partials, s_ptr, largest_ptr, gains, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
     keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 
 from .launch_policy import UPDATE
+from .profile import shown_as, update_name, update_work
 from .tiles import Matrix, load_factor, load_tile, load_vector, store_tile
 
 
-@triton.jit
+@triton.jit(**shown_as(update_name, update_work))
 def weight_update(
     w_ptr, out_ptr, A_ptr, B_ptr, gains, scaling, N, K, R,
     stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,

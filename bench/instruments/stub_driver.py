@@ -50,8 +50,12 @@ class TensorArgument:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One specialisation of a kernel for one target, with all stages of the compiler."""
+    """One specialisation of a kernel for one target, with all stages of the compiler.
 
+    ``function`` is the name of its Python function, ``name`` the one that a profiler shows.
+    """
+
+    function: str
     name: str
     target: GPUTarget
     metadata: Any
@@ -72,8 +76,9 @@ class CompiledKernel:
 
     def text(self, stage: str) -> str:
         """One of the compiler's stages: ttir, ttgir, llir, ptx (NVIDIA) or amdgcn (AMD)."""
-        group = get_cache_manager(self.metadata.hash).get_group(f"{self.name[:150]}.json") or {}
-        path = group.get(f"{self.name[:150]}.{stage}")
+        file = self.function[:150]
+        group = get_cache_manager(self.metadata.hash).get_group(f"{file}.json") or {}
+        path = group.get(f"{file}.{stage}")
         if path is None:
             raise ValueError(f"stage must be one of {sorted(group)}, got {stage!r}")
         with open(path) as file:
@@ -186,14 +191,16 @@ class _Launcher:
     ) -> None:
         log = triton_driver.active.log
         if self._kernel is None:
-            self._kernel = CompiledKernel(
-                self._metadata.name, self._metadata.target, self._metadata, binary
-            )
+            name, target = self._metadata.name, self._metadata.target
+            function = self._src.fn.__name__
+            self._kernel = CompiledKernel(function, name, target, self._metadata, binary)
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
         if grid_x * grid_y * grid_z == 0:
             return
         log.launches.append(
             Launch(
-                self._src.fn.__name__,
+                self._kernel.function,
                 (int(grid_x), int(grid_y), int(grid_z)),
                 self._arguments(args),
                 self._constexprs(),

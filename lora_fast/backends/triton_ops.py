@@ -40,11 +40,11 @@ def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str
 def forward(x: Tensor, f: Factors, needs: Needs, plan: Plan = FUSED) -> tuple[Tensor, Saved]:
     """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
     _check_dtype(x)
-    f = _with_dense_vectors(f)
+    f, gains = _with_dense_vectors(f)
     with _Launching(x):
         weight = _gemm_operand(f.weight, x, plan.workspace)
         y, S, V = ticketed_gemm.forward(
-            x, weight, f.A, f.B, f.scaling, bias=f.bias, gains=_gains(f), dropout=_dropout(f),
+            x, weight, f.A, f.B, f.scaling, bias=f.bias, gains=gains, dropout=_dropout(f),
             rank_spans=f.rank_spans, saves_V=needs.saves_V, config=plan.gemm,
         )  # fmt: skip
     return y, Saved(S if needs.saves_S else None, V)
@@ -57,7 +57,7 @@ def backward(
     if dY.shape[0] == 0:
         return _empty_batch(dY, f, needs)
     with _Launching(dY):
-        return _gradients(dY, x, saved, _with_dense_vectors(f), needs, plan)
+        return _gradients(dY, x, saved, *_with_dense_vectors(f), needs, plan)
 
 
 def update_weight(
@@ -185,7 +185,13 @@ def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) 
 
 
 def _gradients(
-    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, plan: Plan
+    dY: Tensor,
+    x: Tensor | None,
+    saved: Saved,
+    f: Factors,
+    gains: Gains,
+    needs: Needs,
+    plan: Plan,
 ) -> Gradients:
     grads: dict[str, Tensor | None] = {}
     partials = None
@@ -193,7 +199,7 @@ def _gradients(
     wanted = strips.Wanted(needs.B, needs.b, needs.d, needs.g, needs.bias)
     if wanted.needs_T or wanted.sums:
         grads, partials = strips.grad_expand(
-            dY, f.B, f.scaling, wanted=wanted, S=saved.S, V=saved.V, bias=f.bias, gains=_gains(f),
+            dY, f.B, f.scaling, wanted=wanted, S=saved.S, V=saved.V, bias=f.bias, gains=gains,
             stores_dS=needs_dS and wanted.needs_T and _projection_pays(dY, f),
         )  # fmt: skip
     if needs_dS or needs.x:
@@ -202,7 +208,7 @@ def _gradients(
             weight = _gemm_operand(f.weight, dY, plan.workspace)
         layer = ticketed_gemm.Layer(dY, weight, f.A, f.B, f.scaling, partials)
         dX, dS = ticketed_gemm.grad_input(
-            [layer], _dropout(f), gains=_gains(f), rank_spans=f.rank_spans, wants_dX=needs.x,
+            [layer], _dropout(f), gains=gains, rank_spans=f.rank_spans, wants_dX=needs.x,
             config=plan.gemm,
         )  # fmt: skip
         grads["x"] = dX
@@ -232,18 +238,12 @@ class _Launching:
             self._device.__exit__(kind, *exc)
 
 
-def _with_dense_vectors(f: Factors) -> Factors:
-    """The kernels read vectors of N or R elements one after the other."""
+def _with_dense_vectors(f: Factors) -> tuple[Factors, Gains]:
+    """The factors and their gains; kernels read vectors of N or R elements one after the other."""
     if f.bias is None and f.b is None and f.d is None and f.g is None:
-        return f
+        return f, NO_GAINS
     bias, b, d, g = (None if v is None else v.contiguous() for v in (f.bias, f.b, f.d, f.g))
-    return f._replace(bias=bias, b=b, d=d, g=g)
-
-
-def _gains(f: Factors) -> Gains:
-    if f.b is None and f.d is None and f.g is None:
-        return NO_GAINS
-    return Gains(f.b, f.d, f.g)
+    return f._replace(bias=bias, b=b, d=d, g=g), Gains(b, d, g)
 
 
 def _projection_pays(dY: Tensor, f: Factors) -> bool:

@@ -205,6 +205,7 @@ class _Compiling(AbsentDevice):
 
         def launch(*arguments: Any) -> None:
             # Kept with the kernel, and called again under later drivers.
-            driver.active.compiled[metadata.name] = (int(metadata.shared), int(metadata.num_warps))
+            size = int(metadata.shared), int(metadata.num_warps)
+            driver.active.compiled[source.fn.__name__] = size
 
         return launch

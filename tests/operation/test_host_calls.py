@@ -32,9 +32,9 @@ TORCH = {
     ("module", False): (42, 0),
 }
 TRITON = {
-    ("dense", False): (70, 31),
-    ("dense", True): (72, 31),
-    ("nf4", False): (78, 38),
+    ("dense", False): (70, 26),
+    ("dense", True): (72, 26),
+    ("nf4", False): (78, 34),
 }
 OF_A_GROUP = {True: 167, False: 159}
 # All calls of a layer to those of stock PEFT's, which run some operations more.

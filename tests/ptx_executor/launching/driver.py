@@ -47,8 +47,8 @@ class Launcher:
         if stack:
             self._ptx = stack[-1].asm["ptx"]
         else:
-            path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
-            assert path, f"no PTX of {metadata.name} in Triton's cache"
+            path = get_cache_manager(metadata.hash).get_file(f"{source.name[:150]}.ptx")
+            assert path, f"no PTX of {source.name} in Triton's cache"
             with open(path) as file:
                 self._ptx = file.read()
         self._programs: dict[Callable[[str], str] | None, Program] = {}

@@ -1,0 +1,132 @@
+"""What a profiler shows of a launch: a name with the tile sizes, its FLOPs and its bytes.
+
+Triton asks for the name when it compiles a kernel, and for the rest only while a profiler, such as
+Proton, hooks launches. FLOPs are those of the products, without padding; bytes are those of each
+tensor that the launch reads or writes, counted once, as if the cache kept what tiles share.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Arguments = dict[str, Any]
+
+
+def shown_as(
+    name: Callable[[Any], str], work: Callable[[Arguments], dict[str, int]]
+) -> dict[str, Any]:
+    """Options of triton.jit. `name` takes what a kernel is compiled for, its constants and its
+    signature by argument; `work` takes the arguments of a launch."""
+
+    def launch_metadata(grid: Any, kernel: Any, arguments: Arguments) -> dict[str, Any]:
+        return {"name": kernel.name, **work(arguments)}
+
+    return {"repr": name, "launch_metadata": launch_metadata}
+
+
+def gemm_name(compiled: Any) -> str:
+    """ticketed_gemm_dX_128x128x64_r16: BLOCK_M × BLOCK_N × BLOCK_K and, with S, BLOCK_R."""
+    constants, signature = compiled.constants, compiled.signature
+    tiles = constants["TILES"]
+    words = ["ticketed_gemm", "dX" if constants["IS_GRAD"] else "forward"]
+    if signature["members"][0][1] == "*u8":
+        words.append("nf4")
+    words.append(f"{tiles.BLOCK_M}x{tiles.BLOCK_N}x{tiles.BLOCK_K}")
+    if signature["s_ptr"] != "constexpr":
+        words.append(f"r{tiles.BLOCK_R}")
+    return "_".join(words)
+
+
+def gemm_work(arguments: Arguments) -> dict[str, int]:
+    """X W', S · outᵀ and the shrink of every member, as far as the launch computes them."""
+    y = arguments["y_ptr"]
+    M, N = arguments["M"], 0 if y is None else arguments["N"]
+    names = ("y_ptr", "v_ptr", "bias_ptr", "s_ptr", "largest_ptr", "spans_ptr")
+    flops, tensors = 0, [*(arguments[name] for name in names), *arguments["gains"]]
+    for member in arguments["members"]:
+        flops += 2 * M * N * (member.K + member.R)
+        tensors.append(member.partials_ptr)
+        shrinks = member.in_ptr is not None and member.partials_ptr is None
+        if shrinks:
+            flops += 2 * M * member.K * member.R_made
+            tensors.append(member.in_ptr)
+        if y is not None:
+            tensors += [member.w_ptr, member.absmax_ptr, member.absmax2_ptr, member.code2_ptr]
+            tensors += [member.offset_ptr, member.code_ptr, member.out_ptr]
+        if y is not None or shrinks:
+            tensors.append(member.x_ptr)
+    return _flops(flops, arguments["members"][0].x_ptr) | _bytes(tensors)
+
+
+def strips_name(compiled: Any) -> str:
+    """strips_dB_dS_64x256_r16: what a walk over the rows makes, BLOCK_M × BLOCK_L, BLOCK_R."""
+    tiles, words = compiled.constants["TILES"], ["strips"]
+    if compiled.constants["IS_EXPAND"]:
+        dS, T, sums, _ = (kind != "constexpr" for kind in compiled.signature["partials"])
+        words += ["dB"] * T + ["dS"] * dS + ["sums"] * sums
+    else:
+        words.append("dA")
+    return "_".join([*words, f"{tiles.BLOCK_M}x{tiles.BLOCK_L}", f"r{tiles.BLOCK_R}"])
+
+
+def strips_work(arguments: Arguments) -> dict[str, int]:
+    """Xᵀ S and X times the factor, as far as they are wanted."""
+    x, partials = arguments["x_ptr"], arguments["partials"]
+    products = (partials.T is not None) + (partials.dS is not None)
+    flops = 2 * arguments["M"] * arguments["L"] * arguments["R"] * products
+    tensors = [arguments[name] for name in ("x_ptr", "s_ptr", "largest_ptr", "v_ptr", "B_ptr")]
+    tensors += [*arguments["gains"], *partials, *arguments["grads"]]
+    return _flops(flops, x) | _bytes(tensors)
+
+
+def decode_name(compiled: Any) -> str:
+    """nf4_decode_128x64: quantisation blocks × weights in a block."""
+    return "nf4_decode_{ROWS}x{BLOCKSIZE}".format(**compiled.constants)
+
+
+def decode_work(arguments: Arguments) -> dict[str, int]:
+    names = ("packed_ptr", "absmax_ptr", "absmax2_ptr", "code2_ptr", "offset_ptr", "code_ptr")
+    return _bytes([*(arguments[name] for name in names), arguments["w_ptr"]])
+
+
+def norms_name(compiled: Any) -> str:
+    """row_norms_32x64_r16: BLOCK_N × BLOCK_K, and the ranks in one product."""
+    return "row_norms_{BLOCK_N}x{BLOCK_K}_r{BLOCK_R}".format(**compiled.constants)
+
+
+def norms_work(arguments: Arguments) -> dict[str, int]:
+    """The product B A."""
+    names = ("w_ptr", "A_ptr", "B_ptr", "norms_ptr")
+    flops = 2 * arguments["N"] * arguments["K"] * arguments["R"]
+    return _flops(flops, arguments["w_ptr"]) | _bytes(arguments[name] for name in names)
+
+
+def update_name(compiled: Any) -> str:
+    """weight_update_32x128_r16: BLOCK_N × BLOCK_K, and the ranks in one product."""
+    return "weight_update_{BLOCK_N}x{BLOCK_K}_r{BLOCK_R}".format(**compiled.constants)
+
+
+def update_work(arguments: Arguments) -> dict[str, int]:
+    """The product B A, in float32 whatever the weight is; W and out are one tensor or two."""
+    flops = 2 * arguments["N"] * arguments["K"] * arguments["R"]
+    names = ("w_ptr", "out_ptr", "A_ptr", "B_ptr")
+    tensors = [*(arguments[name] for name in names), *arguments["gains"]]
+    return {"flops32": flops, **_bytes(tensors)}
+
+
+def mask_name(compiled: Any) -> str:
+    """store_keep_mask_32x64: BLOCK_M × BLOCK_K."""
+    return "store_keep_mask_{BLOCK_M}x{BLOCK_K}".format(**compiled.constants)
+
+
+def mask_work(arguments: Arguments) -> dict[str, int]:
+    return _bytes([arguments["mask_ptr"]])
+
+
+def _flops(count: int, operand: Any) -> dict[str, int]:
+    """By the bits of an operand, as Proton wants them."""
+    return {f"flops{8 * operand.element_size()}": count}
+
+
+def _bytes(tensors: Iterable[Any]) -> dict[str, int]:
+    moved = (t.numel() * t.element_size() for t in tensors if t is not None)
+    return {"bytes": sum(moved)}
