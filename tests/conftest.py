@@ -26,7 +26,7 @@ from tests import ptx_executor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# A shell has what it starts in the background ignore Ctrl-C, and tests press it.
+# A shell makes background processes ignore Ctrl-C, which tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if INTERPRETED:

@@ -51,7 +51,7 @@ REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?:\[[^]]*\])?(?:>=(?P<bound>[\d.]+)
 
 @dataclass(frozen=True)
 class Row:
-    """Versions that take the place of those in constraints.txt, and legs of tests/run.py."""
+    """Versions that replace those in constraints.txt, and legs of tests/run.py."""
 
     name: str
     pins: dict[str, str]
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a leg of a row."""
+    """The outcome of a leg of a row."""
 
     row: Row
     leg: str
@@ -88,7 +88,7 @@ def lower_bounds(*extras: str, base: bool = True) -> dict[str, str]:
 
 
 def rows() -> list[Row]:
-    """Every row, what people have first."""
+    """Every row, the versions that people have first."""
     oldest = lower_bounds(*LIBRARY)
     oldest["triton"] = "3.6.0"  # what torch at its bound wants
     return [
@@ -177,7 +177,7 @@ def interpreter(row: Row) -> str:
 
 
 def constraints(row: Row) -> str:
-    """constraints.txt with the pins of `row` in the place of its own."""
+    """constraints.txt with the pins of `row` replacing its own."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     kept = [line for line in lines if line.partition("==")[0] not in row.pins]
     return "\n".join([*kept, *(f"{name}=={version}" for name, version in row.pins.items()), ""])

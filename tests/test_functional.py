@@ -104,7 +104,7 @@ def test_every_subset_of_gradients(count):
 
 
 def saved_tensors(case: Case) -> list[torch.Tensor]:
-    """What the graph keeps beyond the operands' own storage, each storage once."""
+    """Storages that the graph saves beyond the operands' own, each once."""
     operands = make(case)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

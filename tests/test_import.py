@@ -33,7 +33,7 @@ CODE = """
 
 
 def test_it_costs_little_beside_torch() -> None:
-    """In CPU time of one process: whatever else the machine does slows both parts alike."""
+    """In CPU time of one process: other load slows both parts alike."""
     found: dict[str, Any] = json.loads(
         subprocess.run(
             [sys.executable, "-c", textwrap.dedent(CODE)],
@@ -66,7 +66,7 @@ EACH_FIRST = """
 
 
 def test_every_public_name_can_be_the_first_that_is_asked_for() -> None:
-    """Each in a process of its own: modules that import each other fail for the first alone."""
+    """Each in its own process: with circular imports only the first module fails."""
     pytest.importorskip("peft")
     import lora_fast
 

@@ -108,7 +108,7 @@ def test_other_models_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_groups_are_as_asked() -> None:
     class Sibling(nn.Module):
-        """What the Trainer hands over: a wrapper around the PEFT model."""
+        """The model that the Trainer passes: a wrapper around the PEFT model."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """SFTTrainer wants one, although the examples are tokens."""
+    """SFTTrainer requires one, although the examples are tokens."""
     letters = {chr(ord("a") + number): number for number in range(VOCABULARY)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(letters, [])), pad_token="a", eos_token="b"
@@ -55,7 +55,7 @@ def train_with_trl(out: Path, **arguments: Any) -> Run:
         dataset=Dataset.from_list,
         others={"processing_class": tokenizer()},
         dataset_kwargs={"skip_prepare_dataset": True},
-        # TRL's defaults are others than transformers'.
+        # TRL's defaults differ from transformers'.
         **{"bf16": False, "gradient_checkpointing": False, **arguments},
     )
 

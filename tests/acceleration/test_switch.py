@@ -126,7 +126,7 @@ def test_wrong_flag() -> None:
 
 
 def test_a_replaced_forward_of_the_layer_is_kept() -> None:
-    """Under a forward of the instance's own, a new class would not show."""
+    """An instance's own forward would hide a new class."""
     model = peft_model()
     (layer,) = lora_layers(model)
     layer.forward = lambda x: x.new_zeros(())
@@ -285,7 +285,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changes_after_accelerate_are_followed(change: Callable[[Any], None]) -> None:
-    """Run once, change the adapters, run again: nothing may be left of the first run."""
+    """Run, change the adapters, run again: no state of the first run may remain."""
     stock = peft_model()
     fused = accelerated_copy(stock)
     x = torch.randn(9, K)

@@ -153,7 +153,7 @@ def test_doctor_and_train_say_so_before_anything_is_read(no_driver, capsys, tmp_
 
 
 def test_what_torch_keeps_for_a_thread_lives_as_long_as_it_is_used():
-    """torch before 2.12 gives back a reference that it never took, once for each block."""
+    """torch before 2.12 releases a reference that it never took, once per block."""
     with set_backend("torch"):
         kept = torch._C._get_obj_in_tls(choice._KEY)
         for _ in range(3):

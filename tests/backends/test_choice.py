@@ -42,7 +42,7 @@ def test_a_call_sets_the_choice():
 
 
 def test_a_block_is_for_its_thread_alone():
-    """Overlapping blocks (in 1, in 2, out 1, out 2) leave the process as it was."""
+    """Overlapping blocks (in 1, in 2, out 1, out 2) leave the process unchanged."""
     before = get_backend()
     seen: dict[str, list[str]] = {"triton": [], "torch": []}
     turns = {name: threading.Barrier(2) for name in ("in 1", "in 2", "out 1", "out 2")}
@@ -74,7 +74,7 @@ def test_a_block_is_for_its_thread_alone():
 
 @pytest.fixture
 def hasty_threads() -> Iterator[None]:
-    """Python hands over to another thread as often as it can."""
+    """Python switches threads as often as it can."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -227,7 +227,7 @@ def test_operators_leave_the_choice_alone(monkeypatch):
 
 
 def test_what_a_thread_of_autograd_computes_again_uses_the_block_around_backward():
-    """Reentrant checkpoints nested so deeply that autograd goes on in a thread of its own."""
+    """Reentrant checkpoints nested so deeply that autograd continues in another thread."""
     seen: list[tuple[int, str]] = []
 
     def deep(x: Tensor, depth: int) -> Tensor:

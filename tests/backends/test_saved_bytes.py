@@ -16,7 +16,7 @@ from torch import Tensor
 
 M, R = 64, {"vera": 37, "adalora": 6}
 BF16, FP32 = torch.bfloat16, torch.float32
-# method: (how it is built, what it keeps); x, S and V are in the compute dtype
+# method: (how it is built, what it saves); x, S and V are in the compute dtype
 METHODS = {
     "LoRA": ("lora", "x S"),
     "rsLoRA": ("rslora", "x S"),
@@ -106,7 +106,7 @@ def test_torch_backend(title: str, kind: str, p: float) -> None:
 
 @pytest.mark.interpreter
 def test_triton_backend() -> None:
-    """The mask is drawn again: dropout keeps a seed, and x as a copy."""
+    """The mask is drawn again: dropout saves a seed, and x as a copy."""
     with started(interpreter()):
         for title, kind, p in cases():
             check(title, kind, p, "triton")

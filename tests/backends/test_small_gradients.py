@@ -26,7 +26,7 @@ from bench.instruments.accuracy import assert_accurate, assert_all_accurate, ass
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 METHODS = ["lora", "dora", "vera", "adalora", "ia3"]
-# What the loss is multiplied by: nothing, and what gradients shrink to in a large batch.
+# Factors of the loss: one, and those by which gradients shrink in a large batch.
 SCALES = [1.0, 2.0**-10, 2.0**-20]
 
 
@@ -72,7 +72,7 @@ def test_every_method(method: str, kind: str, dtype: torch.dtype, scale: float) 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
 def test_small_factors(size: float, scale: float) -> None:
-    """After the first step B has the size of the learning rate, in float16 with few digits."""
+    """After the first step B is about as large as the learning rate, with few digits in float16."""
     stock = method_model("lora", "dense", FP16, FP32)
     for layer in tuner_layers(stock):
         layer.lora_B["default"].weight.data.mul_(size)
@@ -91,7 +91,7 @@ def test_columns_of_unlike_size(dtype: torch.dtype) -> None:
 
 
 class Shared(nn.Module):
-    """Layers that read the same x, by names that make a group of them."""
+    """Layers that read the same x, under names that form a group."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -119,7 +119,7 @@ def test_the_large_product_is_rounded_once(dtype: torch.dtype) -> None:
                 member = Member(W.to(dtype), bias.to(dtype), t["A"], t["B"])
                 y, _ = adapted_linears(t["x"], [member, member])
             y.backward(dY.to(dtype))
-        # Exact, or the test would be one of its own arithmetic.
+        # Exact, or the test would test its own arithmetic.
         S, dS = x @ A.T, dY @ B
         assert all(torch.equal(v, v.to(dtype).double()) for v in (S, x, W, dY))
         low = (S @ B.T + bias).to(dtype).double()

@@ -251,7 +251,7 @@ def test_one_launch(typical_executor: Any, keep: bool) -> None:
     before = base.weight.detach().clone()
     with typical_executor.counting_launches() as names:
         undo = merge(base, terms, keep=keep)
-    # In place, the sum is tried out before W is overwritten.
+    # In place, the sum is checked before W is overwritten.
     assert names == ["weight_update"] * (1 if keep else 2)
     terms = [term.copy(torch.device("cpu")) for term in terms]
     error = (base.weight.detach().cpu().double() - _exact(before.cpu(), terms, None)).abs()

@@ -29,7 +29,7 @@ def _through_data(layer: Any) -> None:
 
 
 def _folded(layer: Any) -> None:
-    """As ReLoRA does: Δ goes into W, and the adapter starts anew."""
+    """As ReLoRA does: Δ is merged into W, and the adapter starts again."""
     layer.base_layer.weight.data += layer.get_delta_weight("default")
     nn.init.zeros_(layer.lora_B["default"].weight)
 
@@ -116,7 +116,7 @@ def test_peft_layers(change: Callable[[Any], None], training: bool) -> None:
             change(layer)
         with torch.set_grad_enabled(training):
             results.append(model(x).detach())
-        # Folding an adapter into its weight moves nothing but the norms.
+        # Merging an adapter into its weight changes only the norms.
         assert change is _folded or not torch.allclose(results[-1], before)
     torch.testing.assert_close(*results)
     assert counted(fused) == (4, {})

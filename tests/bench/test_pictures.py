@@ -27,7 +27,7 @@ LINEARS = list(
 
 
 class Modelled:
-    """In the place of what was modelled: the same for every case."""
+    """Replaces the modelled numbers: the same for every case."""
 
     def over_floor(self, row: dict[str, Any], who: str) -> float | None:
         return {"peft": 1.45, "lora_fast fused": 1.07, "peft fp32": 2.2}.get(who)

@@ -67,7 +67,7 @@ def tiny(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Run and return the exit code and stderr, which must be one line."""
+    """Run; return the exit code and stderr, which must be one line."""
     code = run_cli(*arguments)
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
@@ -382,7 +382,7 @@ def test_quiet_libraries_are_quiet() -> None:
 
 
 def test_the_hub_s_client_is_quiet_when_it_is_imported_later() -> None:
-    """Its import sets the level anew; what it says is every try of every request."""
+    """Its import resets the level; its messages are every attempt of every request."""
     terminal_module.quiet_libraries()
     logger = logging.getLogger("huggingface_hub")
     handlers = list(logger.handlers)

@@ -52,7 +52,7 @@ def test_terms_that_are_long_have_a_line_of_their_own() -> None:
 
 
 class Narrow(io.TextIOWrapper):
-    """A stream as a Windows pipe has it, or a terminal of long ago."""
+    """A stream like a Windows pipe or an old terminal."""
 
     def __init__(self, encoding: str) -> None:
         super().__init__(io.BytesIO(), encoding=encoding, errors="strict", write_through=True)

@@ -153,7 +153,7 @@ def test_options_may_be_corrected_until_there_is_something_to_lose(
     assert run_cli("train", *tiny, "--out", out, "--overwrite", "--data", "absent.jsonl") == 2
     assert contents(out) == before
 
-    # A finished run is shown again, and not even what it was made of is needed.
+    # A finished run is shown again, even without its inputs.
     stored = json.loads(Path("out/run.json").read_text())
     Path("out/run.json").write_text(json.dumps({**stored, "model": "./gone"}))
     before = contents(out)
@@ -164,7 +164,7 @@ def test_options_may_be_corrected_until_there_is_something_to_lose(
     assert again.endswith(shown[shown.index("10 held-out examples") :])
     assert contents(out) == before
 
-    # It is gone once its successor has begun, which leaves nothing either.
+    # It is deleted once its successor has begun, which also leaves nothing.
     wrong = ["--overwrite", "--optim", "galore_adamw"]
     assert run_cli("train", *tiny, "--out", out, *wrong) == 2
     assert not {Path("out/run.json"), Path("out/metrics.json")} & contents(out).keys()

@@ -61,7 +61,7 @@ def test_a_dry_run_is_no_failure(capsys, llama, monkeypatch):
 
 
 def test_on_a_gpu_every_kind_of_layer_is_run(capsys, llama, monkeypatch):
-    """On the CPU in its place, where the torch backend has one way alone and no clock runs."""
+    """On the CPU instead, where the torch backend has a single plan and nothing is timed."""
     monkeypatch.setattr(tune, "gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(tuner, "tuner", tuner.Tuner(times=False))
     assert run_cli("tune", llama, "--tokens", "8", "--r", "4") == 0

@@ -248,7 +248,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_a_merge_killed_at_random_points_leaves_no_half_model(
     before: str, made: Path, tmp_path: Path
 ) -> None:
-    """As many while tensors are written as while what was written takes its place."""
+    """As many moments while tensors are written as while the result is published."""
 
     def begin(name: str) -> Path:
         out = tmp_path / name / "out"

@@ -107,7 +107,7 @@ def _decoded(quantised: Any, dense: Any) -> Any:
 
 
 def _leave(model: Any, method: str, folder: Path) -> None:
-    """What a run leaves in its folder."""
+    """The files of a run."""
     folder.mkdir()
     if METHODS[method].peft:
         model.save_pretrained(folder, save_embedding_layers=False)
@@ -126,7 +126,7 @@ def _by_peft(twin: Path, method: str, adapter: Path, dtype: torch.dtype) -> dict
     if weights.exists():
         load_weights(model, weights)
         if "-tied" in twin.name and "lm_head" in str(load_file(weights).keys()):
-            # Training moved the one weight that both places had.
+            # Training changed the one weight that both places share.
             model.model.embed_tokens.weight.data = model.lm_head.weight.data.clone()
     model = model.to(dtype)
     if METHODS[method].peft:

@@ -38,7 +38,7 @@ def replace(out: Path) -> None:
 
 
 def start(out: Path) -> None:
-    """Start writing where there is a model, which must stay."""
+    """Start writing over a model, which must stay."""
     with pytest.raises(FileExistsError), WholeFolder(out):
         raise AssertionError("it was to be refused")
 

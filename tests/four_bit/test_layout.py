@@ -251,7 +251,7 @@ def test_training_goes_on_after_evaluation(arrives: str) -> None:
 
 
 def test_decelerate_lets_bitsandbytes_pack_again() -> None:
-    """The weights that arrived packed get the very bytes that they came with."""
+    """Weights that arrived packed get back exactly the bytes they came with."""
     model = adapted(Net()).eval()
     infer(model)
     layers = four_bit_layers(model)

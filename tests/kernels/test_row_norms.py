@@ -45,7 +45,7 @@ def test_torch_backend(case):
 
 
 def test_an_adapter_that_adds_nothing_leaves_the_length_of_the_rows():
-    """To the bit, for that is what PEFT sets m to: g is 1 before training."""
+    """Bitwise, since PEFT sets m to these norms: g is 1 before training."""
     weight, A, B = torch.randn(70, 300), torch.randn(8, 300), torch.zeros(70, 8)
     B[0] = 1.0
     norms, lengths = row_norms(weight, A, B, 0.7), torch.linalg.norm(weight, dim=1)

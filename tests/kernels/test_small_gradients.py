@@ -16,11 +16,11 @@ from lora_fast import functional
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ADAPTERS = ("dA", "dB", "db", "dd", "dg")
-# What the loss is multiplied by: nothing, and what gradients shrink to in a large batch.
+# Factors of the loss: one, and those by which gradients shrink in a large batch.
 SCALES = [1.0, 2.0**-10, 2.0**-20]
 
 PLAIN = Case(M=70, K=40, N=72, R=16, dtype=FP16, adapter_dtype=FP32, factors=("x", "A", "B"))
-# dS is formed by the kernel that sums dX: its rank is too wide to leave parts of it.
+# dS is computed by the kernel of dX: the rank is too large for strips to store parts of it.
 WIDE = replace(PLAIN, R=80)
 CASES = {
     "plain": PLAIN,
@@ -62,7 +62,7 @@ def _with(operands: Operands, scale: float, **sizes: float) -> Operands:
 
 
 def check(operands: Operands, names: Collection[str] = ()) -> None:
-    """The rule, with stock PEFT as the yardstick; of every result unless `names` says of which."""
+    """The rule, with stock PEFT as the bound, for every result or those in `names`."""
     results, ref64, yardstick = fused(operands), exact(operands), stock(operands)
     compared = [n for n, v in results.items() if v is not None and (not names or n in names)]
     assert set(compared) & set(ADAPTERS)
@@ -97,7 +97,7 @@ def test_every_machine(executor, case, scale):
 @pytest.mark.parametrize("size", [1e-4, 1e-7])
 @pytest.mark.parametrize("case", ["plain", "wide", "DoRA", "VeRA"])
 def test_small_factors(interpreted, case, size):
-    """After the first step B, or VeRA's b, has the size of the learning rate."""
+    """After the first step B, or VeRA's b, is about as large as the learning rate."""
     sizes = {"b" if case == "VeRA" else "B": size}
     check(_with(make(CASES[case]), 1.0, **sizes))
     check(_with(make(CASES[case]), 2.0**-20, **sizes), ADAPTERS)
@@ -107,7 +107,7 @@ def test_small_factors(interpreted, case, size):
 @pytest.mark.parametrize("case", ["plain", "dropout", "wide"])
 @pytest.mark.parametrize(("A", "B"), [(2.0**8, 2.0**-28), (2.0**-10, 2.0**15)], ids=str)
 def test_dX_of_a_dS_that_float16_does_not_hold(interpreted, case, A, B):
-    """Without a product with W beside it, which would hide what is lost, and not an infinity."""
+    """Without the product with W, which would hide a loss, though not an infinity."""
     operands = make(CASES[case])
     with torch.no_grad():
         operands.dense.zero_()

@@ -35,7 +35,7 @@ def patient_for(rounds: int) -> Callable[[str], str]:
 
 
 def test_a_tile_that_waits_for_ever_traps(ptx_executor):
-    """Nobody draws ticket 0, so the first rows of S are never stored."""
+    """Ticket 0 is never drawn, so the first rows of S are never stored."""
     operands = make(CASE)
     _plant(TICKET)
     with (

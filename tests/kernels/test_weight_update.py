@@ -78,7 +78,7 @@ def update(operands: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
 
 
 def updated(operands: dict[str, Any], case: Case) -> torch.Tensor:
-    """The result of the backend of the moment; W is left as it was unless it is the result."""
+    """The result of the current backend; W does not change unless it is the result."""
     W = operands["W"]
     if case.in_place:
         return update(operands, W)

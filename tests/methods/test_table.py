@@ -92,7 +92,7 @@ def of_method(config: TrainConfig, name: str, **changed: Any) -> TrainConfig:
 
 
 def watched(config: TrainConfig, out: Path) -> Run:
-    """Run, and keep the model and what its parameters were."""
+    """Run, and record the model and its initial parameters."""
     kept: list[Any] = []
     before: dict[str, torch.Tensor] = {}
     add = models.add_adapter

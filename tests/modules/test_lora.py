@@ -162,7 +162,7 @@ def test_merge_and_unmerge(kind: str, dtype: torch.dtype) -> None:
     if kind == "dense":
         assert_accurate(merged, exact, y, name="merged", compute_dtype=dtype)
     else:
-        # Quantised once more: the adapter has arrived, if not as exactly as the rule asks.
+        # Quantised once more: the adapter has arrived, though less exactly than the rule requires.
         assert (merged - exact).norm() < (base - exact).norm() / 2
     layer.unmerge()
     after = layer.state_dict()

@@ -209,7 +209,7 @@ def test_layers_compiled_one_by_one_share_their_graph() -> None:
 
 
 def test_changes_reach_a_compiled_model() -> None:
-    """A scaling is a guard, and what PEFT switches off runs its own code."""
+    """A scaling is a guard, and layers that PEFT disables run PEFT's code."""
     fused = lora_fast.accelerate(peft_model(lora_dropout=0.0))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     assert_compiles(fused, compiled, (3,))
@@ -223,7 +223,7 @@ def test_changes_reach_a_compiled_model() -> None:
 
 
 def test_a_layer_of_a_group_computes_alone() -> None:
-    """What an eager call has kept for its siblings is not for a graph."""
+    """Outputs that an eager call keeps for siblings must not enter a graph."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:

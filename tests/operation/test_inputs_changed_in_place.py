@@ -38,7 +38,7 @@ CHANGES = [_write, _add, _fill_a_view]
 
 
 def _gradients(model: Any, call: Any, change: Callable[[Tensor], None] | None) -> dict[str, Any]:
-    """Those of every parameter and of what x was made of; `change` comes after the layer."""
+    """Those of every parameter and of the source of x; `change` comes after the layer."""
     torch.manual_seed(3)
     leaf = torch.randn(6, 3, K, requires_grad=True)
     model.zero_grad()
@@ -72,7 +72,7 @@ def test_with_dropout(method: str, kind: str, change: Callable[[Tensor], None]) 
 
 @pytest.mark.parametrize("method", DROPS)
 def test_without_dropout_as_stock(method: str) -> None:
-    """VeRA's A is frozen and nobody reads x again; the others save x itself."""
+    """VeRA's A is frozen, so x is not read again; the others save x itself."""
     stock = method_model(method, "dense").train()
     fused = accelerated_copy(stock).train()
     for model in (stock, fused):
@@ -84,7 +84,7 @@ def test_without_dropout_as_stock(method: str) -> None:
 
 
 class Shared(nn.Module):
-    """Layers that read the same x, by names that make a group of them."""
+    """Layers that read the same x, under names that form a group."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def test_the_weight_moves_by_the_papers_rule(kind: str, start_step: int) -> None
 
 
 def test_everything_but_the_weight_is_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With c = 0 the run is that of the wrapped optimizer, bit for bit."""
+    """With c = 0 the run is bitwise that of the wrapped optimizer."""
     wrapped, plain = ours(), ours()
     optimizer, other = DeltaLoRA(adamw(wrapped), wrapped, c=0.0), adamw(plain)
     for step in range(3):

@@ -48,7 +48,7 @@ def test_three_steps_are_those_of_stock_peft() -> None:
 
 
 def _saved(model: nn.Module, M: int) -> list[tuple[int, ...]]:
-    """Shapes of what the forward pass keeps, but for the parameters."""
+    """Shapes of what the forward pass saves, except parameters."""
     parameters = {p.data_ptr() for p in model.parameters()}
     shapes: list[tuple[int, ...]] = []
 

@@ -262,7 +262,7 @@ def test_the_same_x_again_after_an_exception() -> None:
 
 
 def test_what_a_failed_call_kept_is_not_that_of_another_x(grouped: list[int]) -> None:
-    """Where the first layer, which would let it go, is not computed here any more."""
+    """If the first layer, which would release it, is no longer computed here."""
     stock = stock_model()
     fused = accelerated_copy(stock)
     before = torch.randn(9, K)

@@ -54,7 +54,8 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("r", [1, 8, 64, 100, 256, 1024])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora"])
 def test_every_rank(method: str, r: int, kind: str) -> None:
-    # A gradient of d is R sums of terms that cancel: of few, the rms in bfloat16 is chance.
+    # A gradient of d is R sums of cancelling terms: with few of them, the rms in bfloat16 is
+    # chance.
     few = r < 64 and method in ("vera", "adalora")
     for dtype in (F32,) if few else (F32, BF16):
         stock = method_model(method, kind, dtype, F32, compute_dtype=dtype, r=r)

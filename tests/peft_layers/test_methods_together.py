@@ -34,7 +34,7 @@ from transformers import (
 import lora_fast
 from lora_fast.trainable import mark_bitfit, mark_layer_norm
 
-# PEFT is told twice to adapt one model, on purpose.
+# PEFT adapts one model twice, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:(Already found|You are trying)")
 
 HIDDEN, VOCABULARY = 32, 40

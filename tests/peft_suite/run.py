@@ -221,7 +221,7 @@ def summary(stock: Arm, accelerated: Arm) -> str:
 
 
 def verdict(stock: Arm, accelerated: Arm) -> list[str]:
-    """Everything that must not be."""
+    """All failures."""
     found = changes(stock, accelerated) + broken_promises(accelerated)
     if not any(how == "fused" for _, _, how, _ in calls_of(accelerated)):
         found.append("no call ran fused")

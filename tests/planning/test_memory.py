@@ -48,7 +48,7 @@ BERT = BertConfig(
 
 
 class SavedBytes:
-    """Bytes kept for backward: most at a time, without those as wide as the vocabulary."""
+    """Peak of bytes saved for backward, without those as wide as the vocabulary."""
 
     def __init__(self, model: nn.Module) -> None:
         constant = [*model.parameters(), *model.buffers()]
@@ -98,7 +98,7 @@ def real_model(config: Any, settings: Settings) -> Any:
     base = auto.from_config(config, dtype=dtype)
     base.config.use_cache = settings.method == "prefix"
     if settings.gradient_checkpointing:
-        # The reentrant kind hands what it keeps to autograd, where it can be seen.
+        # The reentrant kind saves through autograd, where it can be observed.
         base.gradient_checkpointing_enable({"use_reentrant": True})
         base.enable_input_require_grads()
     if settings.method == "full":
@@ -113,7 +113,7 @@ def real_model(config: Any, settings: Settings) -> Any:
 
 
 def step(model: Any, settings: Settings) -> tuple[SavedBytes, Any]:
-    """One training step; what it kept, and the optimizer."""
+    """One training step: the bytes it saved, and the optimizer."""
     ids = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % VOCABULARY
     labels = ids if settings.task == "causal-lm" else torch.tensor([0, 1])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -137,7 +137,7 @@ def step(model: Any, settings: Settings) -> tuple[SavedBytes, Any]:
 
 
 def state_bytes(model: Any, optimizer: Any, method: str) -> int:
-    """What the optimizer keeps, and what the method keeps beside it."""
+    """State of the optimizer, and of the method beside it."""
     inner = getattr(optimizer, "optimizer", optimizer)
     held = [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
     if method == "delta-lora":

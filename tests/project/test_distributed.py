@@ -73,7 +73,7 @@ def partitioned(parameter: nn.Parameter, number: int) -> None:
 
 @pytest.mark.parametrize("hooked", [False, True])
 def test_zero3_is_left_to_peft(hooked: bool) -> None:
-    """ZeRO-3 gathers a parameter in hooks of its own module, so that module must be called."""
+    """ZeRO-3 gathers a parameter in hooks of its module, so that module must be called."""
     model = lora_fast.accelerate(peft_model())
     (layer,) = (m for m in model.modules() if hasattr(m, "lora_A"))
     modules = [layer.lora_A["default"], layer.lora_B["default"], layer.base_layer]

@@ -80,7 +80,7 @@ class Divergence(PTXError):
 
 
 class Deadlock(PTXError):
-    """No thread can go on."""
+    """No thread can continue."""
 
 
 class DeviceAssert(PTXError):

@@ -22,7 +22,7 @@ from torch import multiprocessing
 
 
 def work(rank: int, port: int, out: Path, example: Path | None) -> None:
-    """One process; what came of it goes to a file."""
+    """One process, whose results go to a file."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
         MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",

@@ -211,7 +211,7 @@ def run_example(name: str, port: int) -> Example:
 
 
 def work(rank: int, world: int, folder: str, ports: list[int]) -> None:
-    """One process of `world`: every example and scenario, what came of them in a file."""
+    """One process of `world`: every example and scenario, with the results in a file."""
     torch.set_num_threads(1)
     force_for_good()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
@@ -246,7 +246,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_everything(world: int = 2) -> list[dict[str, Result | Example | str]]:
-    """For each rank what came of every example and scenario: for a failure, its traceback."""
+    """For each rank the results of every example and scenario, for a failure its traceback."""
     with tempfile.TemporaryDirectory() as folder:
         # A process that has imported this file once starts the others, without the threads of ours.
         context = torch.multiprocessing.get_context("forkserver")

@@ -65,7 +65,7 @@ def test_costs_and_scores_of_every_method_and_seed(found: dict[str, Any]) -> Non
     lora, prompt, probe = found["methods"].values()
     assert lora["adapted_layers"] == lora["fused_layers"] == 13
     assert lora["fallback_calls"] == {}
-    # A probe neither goes back through the layers nor keeps anything for it.
+    # A probe has no backward pass through the layers and saves nothing for one.
     assert probe["step_ratio"] < lora["step_ratio"]
     assert probe["memory_bytes"] < prompt["memory_bytes"]
     assert probe["memory_bytes"] < lora["memory_bytes"]

@@ -201,7 +201,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     config, out = replace(bert_config, compare=True), tmp_path / "out"
     with pytest.raises(Interrupted) as caught:
         run(config, out, AtStep(arm, step, interrupt))
-    # The loss of a step is told when the step is over: the run stops after the next one.
+    # The loss of a step is reported after the step, so the run stops after the next one.
     assert caught.value.step == step + 1
     assert not (out / "metrics.json").exists()
     run(TrainConfig(), out, resume=True)
@@ -352,7 +352,7 @@ def test_a_rank_that_is_no_low_one_is_told(bert_config: TrainConfig, tmp_path: P
 
 
 def test_early_stopping_goes_back_to_the_best(bert_config: TrainConfig, tmp_path: Path) -> None:
-    # Far too high a rate: the loss on what is held back is best early on.
+    # Far too high a rate: the held-out loss is best early on.
     config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)
     out = tmp_path / "out"
     notes = Notes()

@@ -91,7 +91,7 @@ def test_nothing_is_timed_while_a_graph_is_captured_or_traced(monkeypatch, circu
         else:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert ours.plan(PLAIN, CPU, clock.run) == FUSED
-    # What was captured with one plan is not computed with another one afterwards.
+    # A shape captured with one plan keeps that plan afterwards.
     assert ours.plan(PLAIN, CPU, clock.run) == FUSED
     assert clock.ran == []
 
@@ -177,7 +177,7 @@ def test_what_ran_in_place_of_a_plan_that_does_not_fit_is_kept():
     device = SmallDevice({**dict.fromkeys(PLANS, 2.0), second: 1.0}, (large.gemm, first.gemm))
     ours = Tuner(times=True, timer=device)
     assert ours.plan(PLAIN, CPU, device.run) == second
-    # Timed once more with what fits both launches; nothing is kept for what did not run.
+    # Timed again with tiles that fit both launches; nothing is stored for tiles that did not run.
     assert device.ran[device.ran.index(large) + 1] == second
     (file,) = ours.kept()
     (entry,) = json.loads(file.read_text())["plans"].values()

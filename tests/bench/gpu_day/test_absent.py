@@ -24,7 +24,7 @@ STEP = Step("training", "", 60, 60, "")
 
 @pytest.fixture
 def hidden(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names that are absent until they are taken out."""
+    """Names that are absent until they are removed."""
     names = {"bitsandbytes"}
     real = absent.is_there
     monkeypatch.setattr(absent, "is_there", lambda name: name not in names and real(name))
@@ -178,7 +178,7 @@ def test_tests_that_fail_since_it_is_absent_are_counted_apart(
 
 
 def test_what_is_measured_needs_neither_a_command_line_nor_a_test_runner(tmp_path: Path) -> None:
-    """Nor pictures; the steps that do say so, and the call is no failure."""
+    """No pictures either; the steps that need them say so, and the call does not fail."""
     hidden = ("bitsandbytes", "pytest", "hypothesis", "typer", "rich", "matplotlib", "sklearn")
     steps = [f"--only={name}" for name in ("tests", "accuracy", "linears", "training")]
     command = [sys.executable, "-m", "bench.gpu_day", "--rehearse", "--out", tmp_path / "out"]

@@ -103,7 +103,7 @@ def test_every_kind_of_failure_costs_its_own_unit_alone(
     assert "raises: BROKEN: ValueError: what is wrong" in capsys.readouterr().out
     assert {marks(process.parent, name) for name in names} == {1}
 
-    # What is broken is tried again by the next call, what has a result is not.
+    # The next call retries a broken unit, but not one that has a result.
     both.journal.append("call")
     both.run(steps("first", "second"), None)
     assert {marks(process.parent, name) for name in found.rows} == {1}
@@ -177,7 +177,7 @@ def test_killed_between_units_it_resumes_where_it_stopped(process: Path) -> None
     command.kill()
     command.wait()
     with open(folder / "journal.jsonl", "ab") as journal:
-        journal.write(b'{"event": "row", "st')  # what a write that was cut off leaves
+        journal.write(b'{"event": "row", "st')  # an interrupted write
     (folder / "hangs").unlink()
 
     one = runner(process, {"toy": [name if name != "hangs" else "good3" for name in names]})

@@ -100,7 +100,7 @@ def test_hopper_is_asked_what_its_defaults_hang_on() -> None:
 
 @pytest.mark.offline
 def test_a_tile_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches take a smaller one in its place, whose time would stand under its name."""
+    """Launches fall back to a smaller one, whose time would appear under its name."""
     monkeypatch.setenv("LORA_FAST_STUB_ARCH", "89")
     too_large = launch_policy.GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=4)
     monkeypatch.setattr(launch_policy, "other_gemms", lambda *arguments: (too_large,))

@@ -98,7 +98,7 @@ def test_without_its_floor_a_contest_still_has_times(today: Day) -> None:
 
 
 def test_rounds_fill_the_time_within_their_bounds(today: Day) -> None:
-    """Stand-ins say one millisecond a call."""
+    """Stand-ins report one millisecond per call."""
     for seconds, rounds in ((0.0, 3), (0.02, 10), (9.0, 50)):
         longer = dataclasses.replace(today, seconds=seconds, rounds=(3, 50))
         row = timing.contest(longer, {"a": lambda: list, "b": lambda: list}, baseline="a")
@@ -263,7 +263,7 @@ LAYER = decoder_layer.Case(decoder_layer.SMALL[0], "dense", 4, 0.0, 1, 8, torch.
 def test_unsloth_gets_all_projections_and_gives_all_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its functions are played by what they compute: the plumbing around them is ours."""
+    """Its functions are replaced by equivalents: the code around them is ours."""
     used = []
 
     def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ ABOUT = {"name": "no GPU", "capability": [9, 0], "rehearsal": True}
 
 
 def answered(command: tuple[str, ...], **env: str) -> subprocess.CompletedProcess[str]:
-    """Stands for programs that take long: writes what the real ones write."""
+    """Replaces slow programs: writes what the real ones write."""
     if "--json" in command:
         counts = [{"passed": 2, "failed": 0, "skipped": 1}]
         Path(command[command.index("--json") + 1]).write_text(json.dumps(counts))

@@ -96,7 +96,7 @@ def test_saved_bytes_count_a_storage_once_and_parameters_never() -> None:
     x, w = torch.ones(8, 4, requires_grad=True), torch.ones(4, 4, requires_grad=True)
     with SavedBytes([w]) as saved:
         _y = (x @ w) * x.exp() + (x @ w.T)
-    # x (once), x @ w and exp(x), which is kept by exp and by the product
+    # x (once), x @ w and exp(x), which both exp and the product save
     assert saved.total == 3 * x.nbytes
 
 

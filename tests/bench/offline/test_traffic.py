@@ -96,7 +96,7 @@ class Observed:
 
 @contextlib.contextmanager
 def observing() -> Iterator[list[Observed]]:
-    """The interpreted launches inside ``with``, and every address that they load or store."""
+    """The interpreted launches inside ``with``, and every address they load or store."""
     launches: list[Observed] = []
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     call, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
@@ -193,7 +193,7 @@ def _compare(launches: list[Observed]) -> None:
         for number, modelled in enumerate(traffic.traffic(launch)):
             where = f"{launch.name} {modelled.name}"
             read = launch.distinct(launch.loads, number)
-            # Which of the 256 entries a weight uses is a question of its data.
+            # Which of the 256 entries a weight uses depends on its data.
             if "code2_ptr" in read:
                 assert read.pop("code2_ptr") <= modelled.read.pop("code2_ptr")
             assert read == dict(modelled.read), where
