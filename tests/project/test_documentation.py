@@ -185,4 +185,6 @@ def test_the_tree_has_a_line_for_every_folder_and_file() -> None:
     folders = {f"{parent}/" for path in here for parent in path.parents if parent.name}
     wanted = {str(p) for p in here if p.parts[0] != "tests" and p.name != "__init__.py"}
     explained = {path for path in tree_of_contributing() if not path.endswith("__init__.py")}
-    assert sorted(explained) == sorted(folders | wanted)
+    missing, unknown = (folders | wanted) - explained, explained - (folders | wanted)
+    assert not missing, f"CONTRIBUTING.md's tree must have a line for {sorted(missing)}"
+    assert not unknown, f"CONTRIBUTING.md's tree must not have {sorted(unknown)}"
