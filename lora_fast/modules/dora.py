@@ -23,8 +23,20 @@ class DoRALinear(LoRALinear):
     Source: DoRA (Liu et al. 2024, eq. 5 and §4.3).
     """
 
-    def __init__(self, base_layer: Any, **arguments: Any) -> None:
-        super().__init__(base_layer, **arguments)
+    def __init__(
+        self,
+        base_layer: Any,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            base_layer, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+            use_rslora=use_rslora, dtype=dtype,
+        )  # fmt: skip
         norms = row_norms(weight_of(base_layer), self.lora_A, self.lora_B, self.scaling)
         self.lora_magnitude_vector = nn.Parameter(norms.to(self.lora_A.dtype, copy=True))
 

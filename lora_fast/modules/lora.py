@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -11,8 +11,6 @@ from torch import nn
 from ..base_layer.merging import LowRank
 from ..operation.validation import check_probability
 from .adapter_module import AdapterModule, check_adapter_dtype, check_rank
-
-Module = TypeVar("Module", bound="LoRALinear")
 
 
 class LoRALinear(AdapterModule):
@@ -44,15 +42,31 @@ class LoRALinear(AdapterModule):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls: type[Module], linear: nn.Module, **arguments: Any) -> Module:
-        """Adapt an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+    def from_linear(  # type: ignore[override] - by name, for help()
+        cls,
+        linear: nn.Module,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Adapt a linear layer, which becomes ``base_layer`` itself, not a copy, and is frozen.
 
-        `linear` becomes ``base_layer`` itself, not a copy, and is frozen. `arguments` are those of
-        the class: r ≥ 1, lora_alpha, lora_dropout in [0, 1], use_rslora, and the dtype of the
-        adapter, by default float32 as in PEFT.
+        `linear`: an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+        `r`: the rank R ≥ 1.
+        `lora_alpha`: α, finite; the scaling is α/R.
+        `lora_dropout`: the probability in [0, 1] with which training drops an element of x.
+        `use_rslora`: scales by α/√R instead.
+        `dtype`: that of A and B, float32 as in PEFT.
         Raises TypeError or ValueError that names the argument.
         """
-        return cls(linear, **arguments).train(linear.training)
+        layer = cls(
+            linear, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
+            dtype=dtype,
+        )  # fmt: skip
+        return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
         """PEFT's initialisation: A as the weight of an ``nn.Linear``, B zero."""

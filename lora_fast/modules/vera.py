@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +86,35 @@ class VeRALinear(AdapterModule):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, **arguments: Any) -> VeRALinear:
-        """Adapt an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+    def from_linear(  # type: ignore[override] - by name, for help()
+        cls,
+        linear: nn.Module,
+        *,
+        r: int = 256,
+        vera_dropout: float = 0.0,
+        d_initial: float = 0.1,
+        projections: VeRAProjections | None = None,
+        projection_prng_key: int = 0,
+        save_projection: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Adapt a linear layer, which becomes ``base_layer`` itself, not a copy, and is frozen.
 
-        `linear` becomes ``base_layer`` itself, not a copy, and is frozen. `arguments` are those of
-        the class: r ≥ 1, vera_dropout in [0, 1], d_initial, the dtype of the adapter, and either
-        the shared `projections` or the projection_prng_key (and save_projection) to draw new ones.
+        `linear`: an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+        `r`: the rank R ≥ 1.
+        `vera_dropout`: the probability in [0, 1] with which training drops an element of x.
+        `d_initial`: what every element of d starts as.
+        `projections`: A and B, shared with other layers; None draws new ones.
+        `projection_prng_key`: the seed that new ones are drawn from.
+        `save_projection`: whether new ones are part of the state_dict.
+        `dtype`: that of b, d and new A and B.
         Raises TypeError or ValueError that names the argument.
         """
-        return cls(linear, **arguments).train(linear.training)
+        layer = cls(
+            linear, r=r, vera_dropout=vera_dropout, d_initial=d_initial, projections=projections,
+            projection_prng_key=projection_prng_key, save_projection=save_projection, dtype=dtype,
+        )  # fmt: skip
+        return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
         """PEFT's initialisation: b zero, d constant."""

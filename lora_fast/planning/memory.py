@@ -42,32 +42,66 @@ class _Counted:
 def plan(
     model_or_config: Any,
     *,
+    method: str | None = None,
+    quantize: str | None = None,
+    r: int | None = None,
+    dropout: float | None = None,
+    target_modules: str | None = None,
+    frequencies: int | None = None,
+    virtual_tokens: int | None = None,
+    dtype: str = "bfloat16",
+    task: str | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    gradient_checkpointing: bool = False,
+    optim: str = "adamw_torch",
+    fused: bool = True,
     advise: bool = True,
     told: Callable[[str], None] = lambda stage: None,
-    **settings: Any,
 ) -> MemoryPlan:
     """Count the bytes that training will need, before anything is loaded.
 
-    `model_or_config`: a folder, a ``config.json``, a hub id, a transformers config; or a model,
-    which is taken as it is, adapters and all. The keyword arguments are those of
-    :class:`lora_fast.planning.Settings`; ``method``, ``quantize``, ``r``, ``dropout``,
-    ``target_modules``, ``frequencies`` and ``virtual_tokens`` say how a config becomes a model that
-    trains, and must not be given with a model. A checkpoint in bitsandbytes' 4 bits is nf4; of one
-    in another quantised format a copy without it is planned, with a note. ``advise=False`` leaves
-    out ``changes``, which take most of the time; ``told(stage)`` is called before what takes time.
+    `model_or_config`: a folder, a ``config.json``, a hub id or a transformers config; or a model,
+    which is taken as it is, adapters and all. A checkpoint in bitsandbytes' 4 bits is nf4; of one
+    in another quantised format a copy without it is planned, with a note.
+
+    How a config becomes a model that trains, which must not be given with a model:
+
+    `method`: one of ``lora-fast train --method``, lora by default, or full.
+    `quantize`: nf4 or none; by default nf4, and none for full.
+    `r`, `dropout`, `target_modules`, `frequencies`, `virtual_tokens`: the method's, and its own
+    defaults.
+
+    How it trains:
+
+    `dtype`: bfloat16, float16 or float32, of activations and dense weights.
+    `task`: causal-lm or classification; by default what the config names.
+    `batch_size`, `max_length`: examples and tokens of a step; by default 8 × 1024, for
+    classification 32 × 256.
+    `gradient_checkpointing`: whether blocks are recomputed in the backward pass.
+    `optim`: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit or sgd.
+    `fused`: whether the model is accelerated; otherwise stock PEFT.
+    `advise`: whether to look for changes that would save memory, which takes most of the time.
+    `told`: called with the name of each stage before it starts.
 
     Nothing is allocated: parameters are counted on the meta device, activations by a forward pass
     on fake tensors.
 
-    Raises ValueError or TypeError that names the argument: an unknown option, a config that cannot
-    be found or read, a method that does not fit the model. Raises ImportError for a config without
-    transformers and PEFT, and without bitsandbytes unless ``quantize="none"``.
+    Raises ValueError or TypeError that names the argument: an option out of range, a config that
+    cannot be found or read, a method that does not fit the model. Raises ImportError for a config
+    without transformers and PEFT, and without bitsandbytes unless ``quantize="none"``.
     """
-    given = Settings(**settings)
+    given = Settings(
+        method=method or "lora", quantize=quantize, r=r, dropout=dropout,
+        target_modules=target_modules, frequencies=frequencies, virtual_tokens=virtual_tokens,
+        dtype=dtype, task=task, batch_size=batch_size, max_length=max_length,
+        gradient_checkpointing=gradient_checkpointing, optim=optim, fused=fused,
+    )  # fmt: skip
     if isinstance(model_or_config, nn.Module):
-        wrong = next((name for name in SHAPING if name in settings), None)
-        if wrong:
-            raise ValueError(f"{wrong} must not be given with a model, which is taken as it is")
+        wrong = [name for name in SHAPING[1:] if getattr(given, name) is not None]
+        if method is not None or wrong:
+            named = "method" if method is not None else wrong[0]
+            raise ValueError(f"{named} must not be given with a model, which is taken as it is")
         given = given.complete(given.task or "causal-lm")
         counted = _count_model(model_or_config, given)
         return _planned(counted, given, *_trace(counted, given))
