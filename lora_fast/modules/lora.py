@@ -42,7 +42,7 @@ class LoRALinear(AdapterModule):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(  # type: ignore[override] - by name, for help()
+    def from_linear(  # type: ignore[override]  # each by name
         cls,
         linear: nn.Module,
         *,

@@ -86,7 +86,7 @@ class VeRALinear(AdapterModule):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(  # type: ignore[override] - by name, for help()
+    def from_linear(  # type: ignore[override]  # each by name
         cls,
         linear: nn.Module,
         *,
