@@ -40,13 +40,13 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an exception's message."""
+    """The first non-empty line of an exception's message."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
 
 def explain_write_failure(error: BaseException, folder: Path) -> TrainingError | None:
-    """Return an error with one line if ``error`` means that ``folder`` cannot be written.
+    """An error with one line if ``error`` means that ``folder`` cannot be written.
 
     safetensors wraps the operating system's error in its text, and torch.save loses it: its
     message says only that the file was not written completely.
@@ -67,7 +67,7 @@ def explain_write_failure(error: BaseException, folder: Path) -> TrainingError |
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first names of a list and the number of others."""
+    """The first names of a list and the number of others."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -75,8 +75,7 @@ def some(names: Sequence[str]) -> str:
 def check_utf8(option: str, name: str) -> None:
     """Check that a name can be written into files, whatever bytes the file system accepts.
 
-    Raises:
-        TrainingError: it is not UTF-8.
+    Raises TrainingError: it is not UTF-8.
     """
     try:
         name.encode()

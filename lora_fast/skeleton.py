@@ -33,13 +33,12 @@ AUTO_CLASSES = {
 
 
 def load_config(name: str | Path) -> Any:
-    """Return the transformers config of a folder, a ``config.json`` or a hub id.
+    """The transformers config of a folder, a ``config.json`` or a hub id.
 
     A hub id is looked up in the local cache first, then downloaded unless Hugging Face is offline.
     Code in the repository is never run.
 
-    Raises:
-        ValueError: there is no such config, or it cannot be read.
+    Raises ValueError: there is no such config, or it cannot be read.
     """
     AutoConfig = needed("transformers", "reading the config of a model").AutoConfig
     from .files.model_source import check_hub, resolve_model
@@ -71,13 +70,12 @@ def load_config(name: str | Path) -> Any:
 
 
 def skeleton(config: Any, task: str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """Return the dense model of `config` on the meta device: of `task`, or of its own architecture.
+    """The dense model of `config` on the meta device: of `task`, or of its own architecture.
 
     No string of the config is imported: its ``architectures`` select among transformers' own
     classes for this kind of config.
 
-    Raises:
-        ValueError: transformers has no such model for this kind of config.
+    Raises ValueError: transformers has no such model for this kind of config.
     """
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def wrong_word(words: list[str]) -> str | None:
-    """Return what is wrong with a value, whatever its option: it is empty, or has several lines.
+    """What is wrong with a value, whatever its option: it is empty, or has several lines.
 
     An empty value means an unset variable of a script, never a default. None if the value is fine.
     """

@@ -158,7 +158,7 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Return ``4.2 s`` or ``2 min 5 s``."""
+    """``4.2 s`` or ``2 min 5 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60} s"

@@ -58,7 +58,7 @@ def one_line_errors(
 
 
 def explain(error: Exception, out: Path) -> TrainingError:
-    """Return an error whose one line says what happened and, if known, what to do."""
+    """An error whose one line says what happened and, if known, what to do."""
     if isinstance(error, TrainingError):
         return error
     if isinstance(error, MissingPackageError):
@@ -99,7 +99,7 @@ def _end(line: str, code: int, debug: bool) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return a message as one line of printable characters, its middle left out if it is long.
+    """A message as one line of printable characters, its middle left out if it is long.
 
     Messages quote input of any kind, such as names with line breaks or thousands of letters.
     """

@@ -17,7 +17,7 @@ class WholeWidth:
     """Help as wide as the terminal, within limits."""
 
     def get_help(self, ctx: Any) -> str:
-        """Return the help page."""
+        """The help page."""
         columns = shutil.get_terminal_size().columns
         ctx.terminal_width = min(max(columns - 1, NARROWEST - 1), WIDEST)
         text: str = super().get_help(ctx)  # type: ignore[misc]
@@ -46,7 +46,7 @@ class Command(WholeWidth, TyperCommand):
 
 
 def definitions(rows: list[tuple[str, str]], width: int) -> str:
-    """Return terms with their meanings beside them, or below long ones; no word is broken."""
+    """Terms with their meanings beside them, or below long ones; no word is broken."""
     left = min(max(len(term) for term, _ in rows), width * 2 // 5) + INDENT
     wrapper = textwrap.TextWrapper(
         width=width,

@@ -64,7 +64,7 @@ def show_comparison(console: Console, found: dict[str, Any], out: Path) -> None:
 
 
 def score_table(found: dict[str, Any]) -> Table:
-    """Return held-out scores of the baselines and of what was trained, a row each."""
+    """Held-out scores of the baselines and of what was trained, a row each."""
     rows = {BASELINE_TITLES[name]: scores for name, scores in found["baselines"].items()}
     rows |= {ARM_TITLES[name]: arm["held_out"] for name, arm in found["results"].items()}
     shown = [name for name in SCORE_TITLES if any(name in scores for scores in rows.values())]
@@ -79,7 +79,7 @@ def score_table(found: dict[str, Any]) -> Table:
 
 
 def cost_table(found: dict[str, Any]) -> Table:
-    """Return what training cost; beside stock PEFT, with ratios, when comparing."""
+    """What training cost; beside stock PEFT, with ratios, when comparing."""
     results = found["results"]
     comparison = found.get("comparison")
     arms = [name for name in ("stock", "lora_fast") if name in results]
@@ -108,7 +108,7 @@ def cost_table(found: dict[str, Any]) -> Table:
 
 
 def fused_line(found: dict[str, Any]) -> str:
-    """Return how many of the adapted layers run fused, and how often they did."""
+    """How many of the adapted layers run fused, and how often they did."""
     fused = found["fused"]
     if not fused["adapted_layers"]:
         return "No adapted linear layers: nothing to fuse"

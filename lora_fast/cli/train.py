@@ -75,8 +75,7 @@ def refuse_other_options(
 
     Returns the inputs that were given again: the data, the base model.
 
-    Raises:
-        TrainingError: an option on the command line differs from the one the run began with.
+    Raises TrainingError: an option on the command line differs from the one the run began with.
     """
     moved = {}
     given = given.located()

@@ -20,10 +20,9 @@ _CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def base_folder(name: str) -> Path:
-    """Return the folder of a base model, from the local cache or downloaded for a hub id.
+    """The folder of a base model, from the local cache or downloaded for a hub id.
 
-    Raises:
-        ValueError: there is no such folder, and the model cannot be downloaded.
+    Raises ValueError: there is no such folder, and the model cannot be downloaded.
     """
     from ..files.model_source import resolve_model
 

@@ -101,9 +101,8 @@ def changes_of(model: Any, keys: set[str], read: Read) -> Changes:
     """What an adapter changes. `model` is PEFT's, on the meta device; `keys` are those of the
     adapter's file, all of which belong to it; `read` reads one tensor.
 
-    Raises:
-        NotImplementedError: a kind of layer or variant that has no such formula.
-        ValueError: trainable tokens that the embedding does not have.
+    Raises NotImplementedError: a kind of layer or variant that has no such formula; ValueError:
+    trainable tokens that the embedding does not have.
     """
     makers: dict[str, Callable[[], Change]] = {}
     replaced: dict[str, str] = {}

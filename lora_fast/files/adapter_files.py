@@ -20,12 +20,11 @@ Header = Mapping[str, Entry]
 
 
 def adapter_config(folder: Path) -> Any:
-    """Return PEFT's config of the adapter in `folder`.
+    """PEFT's config of the adapter in `folder`.
 
     Nothing that it names is imported: Megatron layers, whose module a config may name, are refused.
 
-    Raises:
-        ValueError: there is no adapter, it is not in safetensors, or its config is invalid.
+    Raises ValueError: there is no adapter, it is not in safetensors, or its config is invalid.
     """
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -69,11 +68,10 @@ def _settle_initialisation(config: Any, folder: Path) -> None:
 
 
 def adapt(skeleton: nn.Module, config: Any, folder: Path) -> Any:
-    """Return PEFT's model around `skeleton`, on the meta device.
+    """PEFT's model around `skeleton`, on the meta device.
 
-    Raises:
-        ValueError: the config does not fit the model.
-        NotImplementedError: a method that changes no weight, which cannot be merged.
+    Raises ValueError: the config does not fit the model; NotImplementedError: a method that changes
+    no weight, which cannot be merged.
     """
     from peft import get_peft_model
 
@@ -91,8 +89,7 @@ def adapt(skeleton: nn.Module, config: Any, folder: Path) -> Any:
 def check_header(header: Header, model: Any, config: Any, path: Path) -> None:
     """Check an adapter's file against the model that it is for.
 
-    Raises:
-        ValueError: a tensor is unknown, missing or has another shape.
+    Raises ValueError: a tensor is unknown, missing or has another shape.
     """
     expected = expected_shapes(model, config)
     optional = _embeddings(model)

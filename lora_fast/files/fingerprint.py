@@ -11,7 +11,7 @@ SAMPLES, SAMPLE_BYTES = 16, 64
 
 
 def weights_fingerprint(folder: Path) -> str | None:
-    """Return a digest of the weights in the safetensors files of `folder`, None without any.
+    """A digest of the weights in the safetensors files of `folder`, None without any.
 
     It covers name, type, shape and samples of every tensor, whatever the shards: a second for
     hundreds of gigabytes. Models that differ in a few rows of a tensor alone may share it.

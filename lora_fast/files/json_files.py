@@ -17,7 +17,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return ``value`` with None for NaN and infinity, which JSON cannot represent."""
+    """``value`` with None for NaN and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

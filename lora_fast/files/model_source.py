@@ -13,10 +13,9 @@ BUILTIN_TITLE = "all-MiniLM-L6-v2"
 
 
 def resolve_model(name: str) -> str:
-    """Return the folder of the built-in model, or ``name`` as it is.
+    """The folder of the built-in model, or ``name`` as it is.
 
-    Raises:
-        TrainingError: the package that ships the built-in model is not installed.
+    Raises TrainingError: the package that ships the built-in model is not installed.
     """
     if name != BUILTIN:
         return name

@@ -12,7 +12,7 @@ RECORD = "record"
 
 
 def stored_record(out: Path) -> dict[str, Any]:
-    """Return what the run in ``out`` has recorded beside its options."""
+    """What the run in ``out`` has recorded beside its options."""
     try:
         found = json.loads((out / CONFIG_FILE).read_text()).get(RECORD)
     except (OSError, ValueError, AttributeError):

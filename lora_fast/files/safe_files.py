@@ -76,13 +76,12 @@ class Entry(NamedTuple):
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the file `name` of `folder`.
+    """The file `name` of `folder`.
 
     Symbolic links may point to the blobs of the same repository in Hugging Face's cache, and
     nowhere else outside `folder`.
 
-    Raises:
-        ValueError: `name` leads out of `folder`, or there is no such file.
+    Raises ValueError: `name` leads out of `folder`, or there is no such file.
     """
     path = folder / name
     resolved, home = (Path(os.path.realpath(place)) for place in (path, folder))
@@ -97,7 +96,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Return the object in a JSON file of `folder`. ValueError: it is absent or holds no object."""
+    """The object in a JSON file of `folder`. ValueError: it is absent or holds no object."""
     path = inside(folder, name)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -165,8 +164,7 @@ class TensorFiles:
 def checkpoint_files(folder: Path) -> list[str]:
     """The safetensors files of a model in `folder`, in the order of its index.
 
-    Raises:
-        ValueError: there are none, or the index is invalid.
+    Raises ValueError: there are none, or the index is invalid.
     """
     if (folder / INDEX).is_file():
         weight_map = read_json(folder, INDEX).get("weight_map")

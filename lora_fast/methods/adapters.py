@@ -32,24 +32,24 @@ FOURIER_SCALING = 150.0
 
 
 def lora(base: Base, config: MethodOptions, steps: int, **options: Any) -> Any:
-    """Return LoRA (Hu et al. 2021) around the base."""
+    """LoRA (Hu et al. 2021) around the base."""
     from peft import LoraConfig
 
     return _wrap(base, config, LoraConfig, **_lora_options(base, config), **options)
 
 
 def rslora(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return LoRA with the scaling alpha / sqrt(r) (Kalajdzievski 2023)."""
+    """LoRA with the scaling alpha / sqrt(r) (Kalajdzievski 2023)."""
     return lora(base, config, steps, use_rslora=True)
 
 
 def dora(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return weight-decomposed LoRA (Liu et al. 2024)."""
+    """Weight-decomposed LoRA (Liu et al. 2024)."""
     return lora(base, config, steps, use_dora=True)
 
 
 def lora_fa(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return LoRA whose A is frozen (Zhang et al. 2023, LoRA-FA)."""
+    """LoRA whose A is frozen (Zhang et al. 2023, LoRA-FA)."""
     model = lora(base, config, steps)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -58,7 +58,7 @@ def lora_fa(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def vera(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return VeRA (Kopiczko et al. 2023): A and B shared and frozen, two vectors a layer train."""
+    """VeRA (Kopiczko et al. 2023): A and B shared and frozen, two vectors a layer train."""
     from peft import VeraConfig
 
     return _wrap(
@@ -73,7 +73,7 @@ def vera(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def adalora(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return AdaLoRA (Zhang et al. 2023) with PEFT's rank allocator over ``steps`` steps."""
+    """AdaLoRA (Zhang et al. 2023) with PEFT's rank allocator over ``steps`` steps."""
     from peft import AdaLoraConfig
 
     options = _lora_options(base, config)
@@ -101,7 +101,7 @@ def adalora(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def ia3(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return IA3 (Liu et al. 2022): keys, values and the inside of the feed-forward rescaled.
+    """IA3 (Liu et al. 2022): keys, values and the inside of the feed-forward rescaled.
 
     With ``--target-modules``, the outputs of the layers named are rescaled instead.
     """
@@ -128,7 +128,7 @@ def ia3(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def fourierft(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return FourierFT (Gao et al. 2024) with a zero spectrum at the start: the base's function.
+    """FourierFT (Gao et al. 2024) with a zero spectrum at the start: the base's function.
 
     The update of W is s·Re(ifft2(F)), whose entries fall with the size of W for the same F; the
     paper's s = 150 is for 768 × 768 and is scaled with the model's width squared.
@@ -149,7 +149,7 @@ def fourierft(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def layernorm(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return the base with its LayerNorm and RMSNorm layers training (Zhao et al. 2023)."""
+    """The base with its LayerNorm and RMSNorm layers training (Zhao et al. 2023)."""
     from peft import LNTuningConfig
 
     from ..trainable import mark_layer_norm
@@ -163,7 +163,7 @@ def layernorm(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def prompt(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return prompt tuning (Lester et al. 2021), initialised with embeddings of random words."""
+    """Prompt tuning (Lester et al. 2021), initialised with embeddings of random words."""
     from peft import PromptTuningConfig
 
     if hasattr(base.model, "score"):
@@ -175,10 +175,10 @@ def prompt(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def prefix(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return prefix tuning (Li and Liang 2021) without reparametrisation.
+    """Prefix tuning (Li and Liang 2021) without reparametrisation.
 
-    Raises:
-        TrainingError: PEFT cannot hand the prefix to this model, as it says at the first forward.
+    Raises TrainingError: PEFT cannot hand the prefix to this model, as it says at the first
+    forward.
     """
     from peft import PrefixTuningConfig
 
@@ -199,7 +199,7 @@ def _takes_past_key_values(model: nn.Module) -> bool:
 
 
 def bitfit(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return the base with its biases training (Ben Zaken et al. 2021)."""
+    """The base with its biases training (Ben Zaken et al. 2021)."""
     from ..trainable import mark_bitfit
 
     try:
@@ -215,7 +215,7 @@ def bitfit(base: Base, config: MethodOptions, steps: int) -> Any:
 
 
 def probe(base: Base, config: MethodOptions, steps: int) -> Any:
-    """Return the frozen base with its head training."""
+    """The frozen base with its head training."""
     base.model.requires_grad_(False)
     return _let_head_train(base)
 
@@ -223,7 +223,7 @@ def probe(base: Base, config: MethodOptions, steps: int) -> Any:
 def own_layers(
     base: Base, config: MethodOptions, adapt: Callable[[nn.Module], AdapterModule]
 ) -> Any:
-    """Return the base with layers of lora_fast's own, for methods that PEFT does not have.
+    """The base with layers of lora_fast's own, for methods that PEFT does not have.
 
     ``adapt`` is what :func:`lora_fast.convert` takes: a function of a linear layer.
     """
@@ -245,10 +245,9 @@ def own_layers(
 
 
 def target_modules(model: nn.Module, wanted: str) -> str | list[str]:
-    """Return what PEFT takes as ``target_modules``, each name checked against the model.
+    """What PEFT takes as ``target_modules``, each name checked against the model.
 
-    Raises:
-        TrainingError: a name matches no module, or one that is not a linear layer.
+    Raises TrainingError: a name matches no module, or one that is not a linear layer.
     """
     if wanted == ALL_LINEAR:
         return wanted
@@ -292,7 +291,7 @@ def _targets(base: Base, config: MethodOptions) -> str | list[str]:
 
 
 def about_bypassed(model: nn.Module) -> str | None:
-    """Return a line about what all-linear leaves out of `model`; None if it is nothing."""
+    """A line about what all-linear leaves out of `model`; None if it is nothing."""
     names = bypassed(model)
     if not names:
         return None
@@ -301,7 +300,7 @@ def about_bypassed(model: nn.Module) -> str | None:
 
 
 def bypassed(model: nn.Module) -> list[str]:
-    """Return the names of linear layers that all-linear leaves out: the code of their parent
+    """The names of linear layers that all-linear leaves out: the code of their parent
     multiplies with their weights itself, so that an adapter around them would change nothing."""
     from ..modules.weight_reads import multiplies_by_itself
 

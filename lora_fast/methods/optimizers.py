@@ -24,7 +24,7 @@ def plain(
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
-    """Return ``--optim`` over what trains; the head learns at most at ``head_rate``."""
+    """``--optim`` over what trains; the head learns at most at ``head_rate``."""
     rate = config.lr or 0.0
     head: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -43,7 +43,7 @@ def lora_plus(
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
-    """Return ``--optim`` with B learning faster than A (Hayou et al. 2024, LoRA+)."""
+    """``--optim`` with B learning faster than A (Hayou et al. 2024, LoRA+)."""
     from ..optim import loraplus_param_groups
 
     return _named(
@@ -58,7 +58,7 @@ def lora_fa(
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
-    """Return PEFT's LoRA-FA optimizer (Zhang et al. 2023)."""
+    """PEFT's LoRA-FA optimizer (Zhang et al. 2023)."""
     from peft.optimizers import create_lorafa_optimizer
 
     optimizer: Optimizer = create_lorafa_optimizer(
@@ -74,7 +74,7 @@ def delta_lora(
     steps: int,
     head_rate: float | None,
 ) -> Optimizer:
-    """Return ``--optim`` wrapped so that W follows the change of B A (Zi et al. 2023)."""
+    """``--optim`` wrapped so that W follows the change of B A (Zi et al. 2023)."""
     from ..optim import DeltaLoRA
 
     start = math.ceil(DELTA_START * steps) if config.delta_start is None else config.delta_start

@@ -51,7 +51,7 @@ class Method:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def learning_rate(self, parameters: int) -> float:
-        """Return the peak learning rate for a base model of that many parameters."""
+        """The peak learning rate for a base model of that many parameters."""
         small, middle, large = self.rates
         if parameters < 1e9:
             return small
@@ -59,15 +59,14 @@ class Method:
 
 
 def method_of(options: MethodOptions) -> Method:
-    """Return the method of a run."""
+    """The method of a run."""
     return METHODS[options.method]
 
 
 def check_options(options: MethodOptions) -> None:
     """Check that the method takes every option that was given.
 
-    Raises:
-        TrainingError: it does not take one of them.
+    Raises TrainingError: it does not take one of them.
     """
     method = method_of(options)
     for name in METHOD_OPTIONS:

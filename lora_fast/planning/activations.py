@@ -71,8 +71,7 @@ def count_activations(
 
     `fused`: as after :func:`lora_fast.accelerate`.
 
-    Raises:
-        NotImplementedError: the forward pass depends on values, or on inputs other than tokens.
+    Raises NotImplementedError: the forward pass depends on values, or on inputs other than tokens.
     """
     with warnings.catch_warnings(), imagined(model) as fake:
         warnings.simplefilter("ignore")

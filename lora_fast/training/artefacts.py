@@ -38,9 +38,8 @@ def save_artefacts(
     moved: the weights themselves, not their change, since a 16-bit or NF4 weight is rounded at
     every step. ``metrics.json`` is written last and atomically: if it exists, the rest is complete.
 
-    Raises:
-        TrainingError: a file that the run has not written is in the way.
-        OSError: the folder cannot be written.
+    Raises TrainingError: a file that the run has not written is in the way; OSError: the folder
+    cannot be written.
     """
     out = Path(os.path.abspath(folder.path))
     with folder.publishing() as place:
@@ -77,7 +76,7 @@ def _save_model(place: Path, setting: Experiment) -> None:
 
 
 def model_card(setting: Experiment, summary: dict[str, Any], arm: Arm, out: Path) -> str:
-    """Return the README: what was trained, its scores, and the code that loads it."""
+    """The README: what was trained, its scores, and the code that loads it."""
     config, base, method = setting.config, setting.base, method_of(setting.config)
     scores = summary["results"]["lora_fast"]["held_out"]
     resumed = "".join(
@@ -112,7 +111,7 @@ Task: {config.task}. Data: {config.located().data}: {data}.
 
 
 def loading_code(setting: Experiment, out: Path) -> str:
-    """Return Python that loads the base model and what was trained, and predicts with it.
+    """Python that loads the base model and what was trained, and predicts with it.
 
     transformers and PEFT suffice, except for ``weights.safetensors``, which may hold NF4.
     """

@@ -55,12 +55,11 @@ def build_pairs(
     functions: int = FUNCTIONS,
     held_out: float = HELD_OUT,
 ) -> tuple[list[Pair], list[Pair]]:
-    """Return ``(train, held_out)``, a pure function of the arguments and the standard library.
+    """``(train, held_out)``, a pure function of the arguments and the standard library.
 
     Two pairs per function: about ``2 · functions`` in all, fewer if the library documents fewer.
 
-    Raises:
-        FileNotFoundError: the standard library's sources are not installed.
+    Raises FileNotFoundError: the standard library's sources are not installed.
     """
     root = stdlib or Path(sysconfig.get_paths()["stdlib"])
     by_file = read_functions(root)
@@ -88,7 +87,7 @@ def build_pairs(
 
 
 def read_functions(root: Path) -> dict[str, list[Described]]:
-    """Return the usable functions of every file under ``root`` by their path relative to it.
+    """The usable functions of every file under ``root`` by their path relative to it.
 
     Left out: tests, installed packages, files that do not parse, functions whose first paragraph
     has fewer than three words once the name is masked, repeats of a (signature, description) met
@@ -109,7 +108,7 @@ def read_functions(root: Path) -> dict[str, list[Described]]:
 
 
 def negatives(function: Described, members: list[Described]) -> list[str]:
-    """Return the descriptions in ``members`` that cannot be the one of ``function``.
+    """The descriptions in ``members`` that cannot be the one of ``function``.
 
     A function with the same signature as words may well deserve the same description, so it gives
     no negative.
@@ -119,7 +118,7 @@ def negatives(function: Described, members: list[Described]) -> list[str]:
 
 
 def describe(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Described | None:
-    """Return the function as the task shows it, or None if its docstring says too little."""
+    """The function as the task shows it, or None if its docstring says too little."""
     docstring = ast.get_docstring(node)
     if not docstring:
         return None
@@ -131,7 +130,7 @@ def describe(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Described | None:
 
 
 def signature_words(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """Return ``def readInto(self, buf_size)`` as ``read into: buf size``."""
+    """``def readInto(self, buf_size)`` as ``read into: buf size``."""
     args = node.args
     names = [a.arg for a in [*args.posonlyargs, *args.args, *args.kwonlyargs]]
     names += [a.arg for a in (args.vararg, args.kwarg) if a is not None]

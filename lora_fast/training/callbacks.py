@@ -61,7 +61,7 @@ class StepClock(TrainerCallback, ExportableState):
         return sum(self.tokens[step] for step in warm) / seconds if seconds else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """What a checkpoint stores."""
         kept = {"seconds": self.seconds, "tokens": self.tokens, "began": self.began}
         return {"args": {}, "attributes": kept}
 
@@ -80,7 +80,7 @@ class CallCounter(TrainerCallback, ExportableState):
                 self._calls[name].restore(counts)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """What a checkpoint stores."""
         kept = {name: vars(calls) for name, calls in self._calls.items()}
         return {"args": {}, "attributes": {"calls": kept}}
 
@@ -134,7 +134,7 @@ class RankAllocation(TrainerCallback):
 
 
 def early_stopping(patience: int, stored: dict[str, Any]) -> EarlyStoppingCallback:
-    """Return transformers' early stopping, its count restored from the checkpoint, if any."""
+    """Transformers' early stopping, its count restored from the checkpoint, if any."""
     callback = EarlyStoppingCallback(early_stopping_patience=patience)
     callback.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
     return callback

@@ -33,10 +33,9 @@ class Conversations:
             )
 
     def encode(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a conversation, and which of them are trained on.
+        """The tokens of a conversation, and which of them are trained on.
 
-        Raises:
-            TrainingError: the template rejects it, or its turns cannot be found.
+        Raises TrainingError: the template rejects it, or its turns cannot be found.
         """
         if self.train_on == "all":
             ids = self._tokens(self._render(row, row["messages"]))["input_ids"]

@@ -17,7 +17,7 @@ NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint in ``folder``, None without one.
+    """The last complete checkpoint in ``folder``, None without one.
 
     Trainer writes ``trainer_state.json`` last. If it is absent or truncated, the run was killed
     while it wrote, and the checkpoint before that one is used.
@@ -26,7 +26,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def damaged_checkpoints(folder: Path) -> dict[str, str]:
-    """Return the checkpoints that are newer than the last complete one, and what each lacks."""
+    """The checkpoints that are newer than the last complete one, and what each lacks."""
     found = {}
     for path in _newest_first(folder):
         lack = damage(path)
@@ -37,7 +37,7 @@ def damaged_checkpoints(folder: Path) -> dict[str, str]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return the file that is absent, truncated or damaged in ``checkpoint``, None if all are fine.
+    """The file that is absent, truncated or damaged in ``checkpoint``, None if all are fine.
 
     torch's files are archives with checksums; safetensors has the sizes of its tensors.
     """
@@ -83,12 +83,12 @@ def _checked(path: Path, size: int, changed: int) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the number of finished steps that ``checkpoint`` holds."""
+    """The number of finished steps that ``checkpoint`` holds."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def stored_state(checkpoint: Path | None) -> dict[str, Any]:
-    """Return Trainer's state as ``checkpoint`` holds it, empty without a checkpoint."""
+    """Trainer's state as ``checkpoint`` holds it, empty without a checkpoint."""
     if checkpoint is None:
         return {}
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
@@ -96,7 +96,7 @@ def stored_state(checkpoint: Path | None) -> dict[str, Any]:
 
 
 def stored_attributes(checkpoint: Path | None, callback: str) -> dict[str, Any]:
-    """Return the state of a callback in ``checkpoint``, by the name of its class."""
+    """The state of a callback in ``checkpoint``, by the name of its class."""
     found = stored_state(checkpoint).get("stateful_callbacks", {}).get(callback, {})
     attributes: dict[str, Any] = (found[0] if isinstance(found, list) else found).get(
         "attributes", {}
@@ -105,6 +105,6 @@ def stored_attributes(checkpoint: Path | None, callback: str) -> dict[str, Any]:
 
 
 def latest_step(out: Path) -> int | None:
-    """Return the last step that any arm of the run in ``out`` has saved, None without one."""
+    """The last step that any arm of the run in ``out`` has saved, None without one."""
     found = map(latest_checkpoint, (out / CHECKPOINTS).glob("*"))
     return max((step_of(checkpoint) for checkpoint in found if checkpoint), default=None)

@@ -93,10 +93,9 @@ class OnlySteps(Silent):
 
 
 def chosen_methods(names: str | None) -> list[str]:
-    """Return the methods named in ``a,b,c``, each once, in that order; all of them for None.
+    """The methods named in ``a,b,c``, each once, in that order; all of them for None.
 
-    Raises:
-        TrainingError: there is no such method.
+    Raises TrainingError: there is no such method.
     """
     if names is None:
         return list(METHODS)
@@ -109,7 +108,7 @@ def chosen_methods(names: str | None) -> list[str]:
 
 
 def config_for(config: TrainConfig, method: str) -> TrainConfig:
-    """Return ``config`` for another method, without the options that it does not use."""
+    """``config`` for another method, without the options that it does not use."""
     foreign: dict[str, Any] = {
         name: None for name in METHOD_OPTIONS if name not in METHODS[method].options
     }
@@ -132,9 +131,8 @@ def compare_methods(
     The file is rewritten after every method. A method that fails has the reason in its row, as
     ``error``, and one that this model or data has no place for as ``not_applicable``.
 
-    Raises:
-        TrainingError: the data or the base model cannot be used at all.
-        Interrupted: the user stopped; the file holds the methods that finished.
+    Raises TrainingError: the data or the base model cannot be used at all; Interrupted: the user
+    stopped (the file holds the methods that finished).
     """
     _check_taken(config, methods)
     check_machine(config)

@@ -25,7 +25,7 @@ BASELINE_TITLES = {
 
 
 def facts(found: Result) -> list[tuple[str, str]]:
-    """Return what the methods have in common, by name."""
+    """What the methods have in common, by name."""
     config = found["config"]
     kind = "NF4" if found["quantized"] == "nf4" else "unquantised"
     seeds = ", ".join(map(str, found["seeds"]))
@@ -43,7 +43,7 @@ def facts(found: Result) -> list[tuple[str, str]]:
 
 
 def picture_title(found: Result) -> str:
-    """Return what the picture of a comparison is of."""
+    """What the picture of a comparison is of."""
     config = found["config"]
     kind = "NF4" if found["quantized"] == "nf4" else "unquantised"
     seeds = ", ".join(map(str, found["seeds"]))
@@ -57,7 +57,7 @@ def picture_title(found: Result) -> str:
 
 
 def caption(found: Result) -> str:
-    """Return what the columns of costs mean."""
+    """What the columns of costs mean."""
     return (
         "step: time of one step, in units of forward and backward of the frozen model without an "
         f"adapter (the floor); memory: {found['memory']}; fused: layers, of those adapted"
@@ -65,7 +65,7 @@ def caption(found: Result) -> str:
 
 
 def table(found: Result) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of the table, as text; a failed method shows its reason."""
+    """The head and the rows of the table, as text; a failed method shows its reason."""
     head = ["method", "trained", "step", "memory", "fused"]
     head += [SCORE_TITLES[name] for name in found["scores"]]
     return head, [_row(row, found["scores"]) for row in found["methods"].values()]
@@ -88,7 +88,7 @@ def _row(row: Result, scores: list[str]) -> list[str]:
 
 
 def without_numbers(row: Result) -> tuple[str, str] | None:
-    """Return what became of a method that has no numbers, and why; None for one that has."""
+    """What became of a method that has no numbers, and why; None for one that has."""
     for key, what in (("error", "failed"), ("not_applicable", "does not apply")):
         if key in row:
             return what, row[key]
@@ -96,14 +96,14 @@ def without_numbers(row: Result) -> tuple[str, str] | None:
 
 
 def spread(values: list[float]) -> str:
-    """Return the mean, and with several seeds the standard deviation: ``0.812 ± 0.004``."""
+    """The mean, and with several seeds the standard deviation: ``0.812 ± 0.004``."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def markdown(found: Result) -> str:
-    """Return the comparison as Markdown."""
+    """The comparison as Markdown."""
     head, rows = table(found)
     lines = [f"# {len(rows)} methods on {found['model']}", ""]
     lines += [f"{name}: {text}  " for name, text in facts(found)]

@@ -44,8 +44,7 @@ class TrainConfig(MethodOptions):
     """The options of one run. None: chosen by :meth:`with_defaults`; an option that the method
     does not use stays None.
 
-    Raises:
-        TrainingError: an option is outside its range, or two of them contradict each other.
+    Raises TrainingError: an option is outside its range, or two of them contradict each other.
     """
 
     model: str = BUILTIN
@@ -100,7 +99,7 @@ class TrainConfig(MethodOptions):
             )
 
     def with_defaults(self, parameters: int) -> TrainConfig:
-        """Return the same run with every None replaced by a default; of steps and epochs one stays.
+        """The same run with every None replaced by a default; of steps and epochs one stays.
 
         ``parameters`` is the size of the base model, which the learning rate depends on.
         """
@@ -116,7 +115,7 @@ class TrainConfig(MethodOptions):
         )
 
     def located(self) -> TrainConfig:
-        """Return the same run with absolute paths, so that it can be resumed from any folder."""
+        """The same run with absolute paths, so that it can be resumed from any folder."""
         names = {name: getattr(self, name) for name in INPUTS}
         paths: dict[str, Any] = {
             name: absolute(value) if name == "model" else os.path.abspath(value)
@@ -133,8 +132,7 @@ class TrainConfig(MethodOptions):
     def load(cls, folder: Path) -> TrainConfig:
         """Read the options of the run in ``folder``.
 
-        Raises:
-            TrainingError: there is no run in ``folder``, or its options cannot be read.
+        Raises TrainingError: there is no run in ``folder``, or its options cannot be read.
         """
         path = folder / CONFIG_FILE
         try:
@@ -151,13 +149,13 @@ class TrainConfig(MethodOptions):
 
 
 def absolute(model: str) -> str:
-    """Return the absolute path of a model's folder; a name of the hub as it is."""
+    """The absolute path of a model's folder; a name of the hub as it is."""
     local = model.startswith((".", "/")) or Path(model).is_dir()
     return os.path.abspath(model) if local else model
 
 
 def option_name(field: str) -> str:
-    """Return how the command line spells a field of :class:`TrainConfig`."""
+    """How the command line spells a field of :class:`TrainConfig`."""
     return "--" + field.replace("_", "-")
 
 

@@ -35,10 +35,9 @@ class Rows:
 
 
 def load_rows(config: TrainConfig) -> Rows:
-    """Return the run's examples, training and held-out ones.
+    """The run's examples, training and held-out ones.
 
-    Raises:
-        TrainingError: a file is missing, unreadable or too small, or a line is malformed.
+    Raises TrainingError: a file is missing, unreadable or too small, or a line is malformed.
     """
     if config.data == BUILTIN:
         return _builtin_rows(config.seed)
@@ -65,8 +64,7 @@ def load_rows(config: TrainConfig) -> Rows:
 def split_rows(rows: list[Row], seed: int, source: str) -> tuple[list[Row], list[Row]]:
     """Hold out a tenth, at least one. Rows with the same text stay on the same side.
 
-    Raises:
-        TrainingError: all rows of ``source`` have the same text, or there is only one row.
+    Raises TrainingError: all rows of ``source`` have the same text, or there is only one row.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:

@@ -44,12 +44,12 @@ class EffectiveRanks(TrainerCallback, ExportableState):
             self.history.append((step, found))
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """What a checkpoint stores."""
         return {"args": {}, "attributes": {"history": self.history}}
 
 
 def layer_ranks(model: nn.Module) -> Ranks:
-    """Return effective and stable rank of B A in every layer with a low-rank product."""
+    """Effective and stable rank of B A in every layer with a low-rank product."""
     found: Ranks = {}
     for name, left, right in low_rank_products(model):
         values = product_singular_values(left, right)
@@ -59,7 +59,7 @@ def layer_ranks(model: nn.Module) -> Ranks:
 
 @torch.no_grad()
 def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """Return the singular values of ``left @ right`` ([N,R] and [R,K]), descending, float32.
+    """The singular values of ``left @ right`` ([N,R] and [R,K]), descending, float32.
 
     At most min(N, R, K) of them: the rest are zero. NaN where the product is not finite.
     """
@@ -73,7 +73,7 @@ def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """Return exp(−Σ pᵢ ln pᵢ) with p = σ / Σσ (Roy and Vetterli 2007, eq. 4); 0 for zero."""
+    """exp(−Σ pᵢ ln pᵢ) with p = σ / Σσ (Roy and Vetterli 2007, eq. 4); 0 for zero."""
     total = singular_values.sum()
     if total == 0:
         return 0.0
@@ -82,7 +82,7 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def stable_rank(singular_values: Tensor) -> float:
-    """Return ‖·‖²_F / ‖·‖²₂ = Σσ² / σ₁² (Rudelson and Vershynin 2007); 0 for zero."""
+    """‖·‖²_F / ‖·‖²₂ = Σσ² / σ₁² (Rudelson and Vershynin 2007); 0 for zero."""
     largest = singular_values.max()
     if largest == 0:
         return 0.0
@@ -118,7 +118,7 @@ def low_rank_products(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def summarise(history: list[tuple[int, Ranks]]) -> dict[str, Any] | None:
-    """Return the entry of ``metrics.json``: means over layers by step, and each layer at the end.
+    """The entry of ``metrics.json``: means over layers by step, and each layer at the end.
 
     None if nothing was recorded.
     """

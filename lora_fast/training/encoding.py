@@ -29,10 +29,9 @@ class Encoded:
 
 
 def encode(rows: list[Row], tokenizer: Any, config: TrainConfig) -> Encoded:
-    """Return token ids (and labels) of every row, cut to ``config.max_length`` tokens.
+    """Token ids (and labels) of every row, truncated to ``config.max_length`` tokens.
 
-    Raises:
-        TrainingError: no row has a token to train on, or the template rejects a conversation.
+    Raises TrainingError: no row has a token to train on, or the template rejects a conversation.
     """
     if config.task == "classification":
         return _encode_pairs(rows, tokenizer, config.max_length)
@@ -42,7 +41,7 @@ def encode(rows: list[Row], tokenizer: Any, config: TrainConfig) -> Encoded:
 def count_examples(
     sides: dict[str, Encoded], config: TrainConfig, *, chats: bool, whole_model: bool
 ) -> dict[str, Any]:
-    """Return how the examples were used, as ``metrics.json`` records it.
+    """How the examples were used, as ``metrics.json`` records it.
 
     ``whole_model``: the limit on their length is the model's.
     """
@@ -63,7 +62,7 @@ def count_examples(
 
 
 def describe_examples(counts: dict[str, Any]) -> str:
-    """Return a line with the number of examples, how many were left out and how many truncated."""
+    """A line with the number of examples, how many were left out and how many truncated."""
     text = f"{counts['train']:,} examples to train"
     if counts["validation"]:
         text += f", {counts['validation']:,} to stop by"

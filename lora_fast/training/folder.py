@@ -63,7 +63,7 @@ class RunFolder:
         self._begun = False
 
     def results(self) -> dict[str, Any] | None:
-        """Return ``metrics.json`` of a run that is resumed although it has finished, else None."""
+        """``metrics.json`` of a run that is resumed although it has finished, else None."""
         path = self.path / METRICS_FILE
         if not self.resumed or not path.exists():
             return None
@@ -95,8 +95,7 @@ class RunFolder:
     def publishing(self) -> Iterator[Path]:
         """A folder to write files to; they then move into the run's, ``metrics.json`` last.
 
-        Raises:
-            TrainingError: a file of that name exists that the run has not written.
+        Raises TrainingError: a file of that name exists that the run has not written.
         """
         staging = self.path / STAGING
         shutil.rmtree(staging, ignore_errors=True)
@@ -151,10 +150,8 @@ def open_run(
     for the inputs in ``moved``. A run that ends before it has saved anything leaves the folder as
     it was. Files that no run has written are never touched.
 
-    Raises:
-        TrainingError: ``out`` holds another run, or other files, or no run to resume; or is in use.
-        Interrupted: for KeyboardInterrupt.
-        OSError: ``out`` cannot be written.
+    Raises TrainingError: ``out`` holds another run, or other files, or no run to resume; or is in
+    use; Interrupted: for KeyboardInterrupt; OSError: ``out`` cannot be written.
     """
     if resume:
         out = out or last_run()
@@ -197,10 +194,8 @@ def open_comparison(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
 
     One that ends before its first method has finished leaves the folder as it was.
 
-    Raises:
-        TrainingError: ``out`` holds another comparison, or other files, or is in use.
-        Interrupted: for KeyboardInterrupt.
-        OSError: ``out`` cannot be written.
+    Raises TrainingError: ``out`` holds another comparison, or other files, or is in use;
+    Interrupted: for KeyboardInterrupt; OSError: ``out`` cannot be written.
     """
     with held(out) as path:
         finished = compared_methods(path)
@@ -220,7 +215,7 @@ def open_comparison(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
 
 
 def compared_methods(out: Path) -> list[str] | None:
-    """Return the methods that the comparison in ``out`` has finished, None if there is none."""
+    """The methods that the comparison in ``out`` has finished, None if there is none."""
     try:
         found = json.loads((out / COMPARISON_FILE).read_text())
         return list(found["methods"]) if found.keys() >= {"baselines", "config", "seeds"} else None
@@ -231,8 +226,7 @@ def compared_methods(out: Path) -> list[str] | None:
 def _refuse_files(path: Path, kind: str) -> None:
     """Check that ``path`` is empty, or name the files in the way of a new ``kind``.
 
-    Raises:
-        TrainingError: there is something in it.
+    Raises TrainingError: there is something in it.
     """
     names = sorted(entry.name for entry in path.iterdir())
     if names:
@@ -260,7 +254,7 @@ def holds_run(out: Path) -> bool:
 
 
 def last_run() -> Path:
-    """Return the run in ``runs`` with the highest number, ``runs/1`` without any."""
+    """The run in ``runs`` with the highest number, ``runs/1`` without any."""
     numbers = [number for number in _numbers() if (RUNS / str(number) / CONFIG_FILE).exists()]
     return RUNS / str(max(numbers, default=1))
 
@@ -271,10 +265,8 @@ def held(out: Path | None) -> Iterator[Path]:
 
     Folders that were made here and are empty in the end are removed again.
 
-    Raises:
-        TrainingError: another process has locked it.
-        Interrupted: for KeyboardInterrupt, with the last step that was saved.
-        OSError: it cannot be written.
+    Raises TrainingError: another process has locked it; Interrupted: for KeyboardInterrupt, with
+    the last step that was saved; OSError: it cannot be written.
     """
     check_utf8("--out", str(out))
     path, made = _made(out)

@@ -17,7 +17,7 @@ Inputs = dict[str, Any]
 
 
 def inputs_of(config: TrainConfig, rows: Rows) -> Inputs:
-    """Return a digest of each input by the name of its option, as ``run.json`` keeps them.
+    """A digest of each input by the name of its option, as ``run.json`` keeps them.
 
     Examples are digested as they were parsed, not as the bytes of their file. None for a base whose
     weights are not in safetensors, or not on this machine.
@@ -32,12 +32,11 @@ def inputs_of(config: TrainConfig, rows: Rows) -> Inputs:
 
 
 def changed(before: Inputs, now: Inputs, config: TrainConfig, given: set[str]) -> dict[str, str]:
-    """Return the inputs that differ from ``before``, by option, and what differs.
+    """The inputs that differ from ``before``, by option, and what differs.
 
     Those in ``given`` were given explicitly when the run was resumed.
 
-    Raises:
-        TrainingError: an input has changed that was not given, or the labels have.
+    Raises TrainingError: an input has changed that was not given, or the labels have.
     """
     found = {}
     value: Any

@@ -28,7 +28,7 @@ class StepTimes:
 
 
 def saved_activation_bytes(model: nn.Module, batch: Batch, dtype: torch.dtype) -> int:
-    """Return the bytes that a forward pass keeps alive for backward.
+    """The bytes that a forward pass keeps alive for backward.
 
     Counted with ``torch.autograd.graph.saved_tensors_hooks``: whole storages, each once, without
     those that exist anyway (parameters, buffers, quantisation constants, the batch itself).
@@ -100,7 +100,7 @@ def interleaved_ratio(
     *,
     repeats: int = 2,
 ) -> float:
-    """Return the median over batches of the time of ``step`` over that of ``floor``, in turns."""
+    """The median over batches of the time of ``step`` over that of ``floor``, in turns."""
     device = next(iter(batches[0].values())).device
     for run in (step, floor):
         run(batches[0])
@@ -113,10 +113,9 @@ def interleaved_ratio(
 
 
 def peak_memory(step: Callable[[Batch], None], batch: Batch) -> int:
-    """Return the peak of bytes allocated on the GPU during one step.
+    """The peak of bytes allocated on the GPU during one step.
 
-    Raises:
-        ValueError: the batch is not on a GPU.
+    Raises ValueError: the batch is not on a GPU.
     """
     device = next(iter(batch.values())).device
     if device.type != "cuda":

@@ -23,7 +23,7 @@ Scores = dict[str, float]
 def evaluate_classification(
     model: nn.Module, examples: list[Example], collator: Collator, dtype: torch.dtype
 ) -> Scores:
-    """Return loss, accuracy, F1 and ROC AUC of a sequence classifier."""
+    """Loss, accuracy, F1 and ROC AUC of a sequence classifier."""
     logits = predict_logits(model, examples, collator, dtype)
     labels = np.array([example["labels"] for example in examples])
     log_probabilities = torch.from_numpy(logits).log_softmax(-1)
@@ -32,7 +32,7 @@ def evaluate_classification(
 
 
 def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> Scores:
-    """Return accuracy, F1 and ROC AUC of ``probabilities`` [examples, classes].
+    """Accuracy, F1 and ROC AUC of ``probabilities`` [examples, classes].
 
     With two classes, F1 and ROC AUC are those of class 1; with more, F1 is the mean over classes
     and ROC AUC the mean of each class against the rest, over the classes that occur.
@@ -52,7 +52,7 @@ def classification_scores(labels: np.ndarray, probabilities: np.ndarray) -> Scor
 def evaluate_causal_lm(
     model: nn.Module, examples: list[Example], collator: Collator, dtype: torch.dtype
 ) -> Scores:
-    """Return the mean negative log-likelihood per trained token in nats, and its exponential."""
+    """The mean negative log-likelihood per trained token in nats, and its exponential."""
     total, tokens = 0.0, 0
     for _, batch in _batches(model, examples, collator, EVAL_BATCH // 8):
         with torch.no_grad(), compute_context(batch["input_ids"].device, dtype):
@@ -71,7 +71,7 @@ def evaluate_causal_lm(
 def predict_logits(
     model: nn.Module, examples: list[Example], collator: Collator, dtype: torch.dtype
 ) -> np.ndarray:
-    """Return the logits of every example, float32 [examples, classes], in the given order."""
+    """The logits of every example, float32 [examples, classes], in the given order."""
     found: list[tuple[int, np.ndarray]] = []
     for indices, batch in _batches(model, examples, collator, EVAL_BATCH):
         with torch.no_grad(), compute_context(batch["input_ids"].device, dtype):
@@ -81,7 +81,7 @@ def predict_logits(
 
 
 def majority_baseline(train: list[Example], held_out: list[Example], classes: int) -> Scores:
-    """Return the scores of always answering with the most frequent training label."""
+    """The scores of always answering with the most frequent training label."""
     counts = Counter(example["labels"] for example in train)
     probabilities = np.zeros((len(held_out), classes))
     probabilities[:, counts.most_common(1)[0][0]] = 1.0
@@ -95,7 +95,7 @@ def linear_probe(
     collator: Collator,
     dtype: torch.dtype,
 ) -> Scores:
-    """Return the scores of logistic regression on the frozen model's mean token states.
+    """The scores of logistic regression on the frozen model's mean token states.
 
     The features are those of the inputs that the adapter trains on, of at most ``PROBE_EXAMPLES``.
     """
@@ -117,7 +117,7 @@ def linear_probe(
 
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return autocast to ``dtype`` if it is a 16-bit type, else a context that does nothing."""
+    """Autocast to ``dtype`` if it is a 16-bit type, else a context that does nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

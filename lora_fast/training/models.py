@@ -23,10 +23,9 @@ from .config import TrainConfig, absolute
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return the model's tokenizer, with a padding token.
+    """The model's tokenizer, with a padding token.
 
-    Raises:
-        TrainingError: it cannot be loaded.
+    Raises TrainingError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -49,9 +48,8 @@ def load_tokenizer(name: str) -> Any:
 def load_base(config: TrainConfig, labels: list[str]) -> Base:
     """Load the base model in the run's dtype, on the GPU if there is one, in NF4 if asked to.
 
-    Raises:
-        TrainingError: it cannot be loaded, or has no linear layers to quantise.
-        MissingPackageError: it is to be quantised, and bitsandbytes is not installed.
+    Raises TrainingError: it cannot be loaded, or has no linear layers to quantise;
+    MissingPackageError: it is to be quantised, and bitsandbytes is not installed.
     """
     name = resolve_model(config.model)
     _check_readable(name)
@@ -83,7 +81,7 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
 
 
 def quantization_config(dtype: torch.dtype, skipped: list[str] | None) -> Any:
-    """Return NF4 with double quantisation, as in QLoRA; ``skipped`` modules stay as they are."""
+    """NF4 with double quantisation, as in QLoRA; ``skipped`` modules stay as they are."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -96,7 +94,7 @@ def quantization_config(dtype: torch.dtype, skipped: list[str] | None) -> Any:
 
 
 def choose_device_and_dtype(name: str) -> tuple[torch.device, torch.dtype]:
-    """Return the GPU and its best 16-bit type, or the CPU and float32; ``name`` overrides."""
+    """The GPU and its best 16-bit type, or the CPU and float32; ``name`` overrides."""
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         automatic = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -108,27 +106,26 @@ def choose_device_and_dtype(name: str) -> tuple[torch.device, torch.dtype]:
 
 
 def position_limit(base: Base) -> int:
-    """Return how many tokens the model and its tokenizer accept."""
+    """How many tokens the model and its tokenizer accept."""
     positions = getattr(base.model.config, "max_position_embeddings", None) or 2**31
     return int(min(positions, base.tokenizer.model_max_length))
 
 
 def add_adapter(base: Base, config: TrainConfig, steps: int) -> Any:
-    """Return the model that trains, by the method of the run; all that trains is float32.
+    """The model that trains, by the method of the run; all that trains is float32.
 
-    Raises:
-        TrainingError: the method or ``--target-modules`` does not fit this model.
+    Raises TrainingError: the method or ``--target-modules`` does not fit this model.
     """
     return method_of(config).build(base, config, steps)
 
 
 def base_parameters(model: Any) -> int:
-    """Return the parameters of a model; bitsandbytes packs two in a byte."""
+    """The parameters of a model; bitsandbytes packs two in a byte."""
     return sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in model.parameters())
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Return (trainable, all) parameters; one in 4 bits counts as one."""
+    """(trainable, all) parameters; one in 4 bits counts as one."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), base_parameters(model)
 
 

@@ -172,7 +172,7 @@ def window_of(values: list[float]) -> int:
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """Return the mean of the last tenth of the curve (at most 20 values) at every step."""
+    """The mean of the last tenth of the curve (at most 20 values) at every step."""
     window = window_of(values)
     means = []
     for end in range(1, len(values) + 1):

@@ -32,10 +32,10 @@ Read = Callable[[dict[str, Any]], Row]
 
 
 def read_jsonl(path: Path, read: Read) -> list[Row]:
-    """Return ``read(object)`` for every non-blank line of a jsonl file.
+    """``read(object)`` for every non-blank line of a jsonl file.
 
-    Raises:
-        TrainingError: the file cannot be read, or a line is malformed (the message has its number).
+    Raises TrainingError: the file cannot be read, or a line is malformed (the message has its
+    number).
     """
     rows = []
     try:
@@ -66,8 +66,7 @@ def read_jsonl(path: Path, read: Read) -> list[Row]:
 def classification_row(found: dict[str, Any]) -> Row:
     """Check a line of ``--task classification``.
 
-    Raises:
-        ValueError: a field is absent or of another type.
+    Raises ValueError: a field is absent or of another type.
     """
     row = Row(text=_text(found, "text"), label=_label(found))
     if found.get("text_pair") is not None:
@@ -79,8 +78,7 @@ def classification_row(found: dict[str, Any]) -> Row:
 def causal_row(found: dict[str, Any]) -> Row:
     """Check a line of ``--task causal-lm``.
 
-    Raises:
-        ValueError: a field is absent or of another type.
+    Raises ValueError: a field is absent or of another type.
     """
     if "messages" in found and "text" in found:
         raise ValueError("has 'text' and 'messages': give one of them")

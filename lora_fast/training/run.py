@@ -63,9 +63,8 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
 
     A finished run stays as it is.
 
-    Raises:
-        TrainingError: the data, the model or an option does not allow it.
-        Interrupted: the user stopped it.
+    Raises TrainingError: the data, the model or an option does not allow it; Interrupted: the user
+    stopped it.
     """
     config, out = folder.config, folder.path
     finished = folder.results()
@@ -110,8 +109,7 @@ def run_training(folder: RunFolder, observer: Observer) -> Outcome:
 def check_machine(config: TrainConfig) -> None:
     """Check, before anything is read, that the optimizer and the backend run on this machine.
 
-    Raises:
-        TrainingError: one of them does not run here.
+    Raises TrainingError: one of them does not run here.
     """
     device, _ = models.choose_device_and_dtype(config.dtype)
     check_optimizer(config.optim, device)
@@ -127,8 +125,7 @@ def read_material(config: TrainConfig, rows: Rows, base: Base) -> Material:
 
     ``config`` has no unknowns.
 
-    Raises:
-        TrainingError: too few examples are left to train on.
+    Raises TrainingError: too few examples are left to train on.
     """
     train_rows, validation_rows = rows.train, list[Any]()
     if config.early_stopping:
@@ -159,8 +156,7 @@ def assemble(config: TrainConfig, base: Base, material: Material) -> Experiment:
 
     ``config`` has no unknowns.
 
-    Raises:
-        TrainingError: the method does not fit this model.
+    Raises TrainingError: the method does not fit this model.
     """
     steps = total_steps(config, len(material.train))
     torch.manual_seed(config.seed)
@@ -180,10 +176,9 @@ def assemble(config: TrainConfig, base: Base, material: Material) -> Experiment:
 
 
 def complete(config: TrainConfig, base: Base) -> TrainConfig:
-    """Return the options without unknowns, for this model.
+    """The options without unknowns, for this model.
 
-    Raises:
-        TrainingError: ``--max-length`` is more than the model accepts.
+    Raises TrainingError: ``--max-length`` is more than the model accepts.
     """
     chosen = config.with_defaults(models.base_parameters(base.model))
     limit = _room(chosen, base)
@@ -209,7 +204,7 @@ def run_fused(model: Any) -> None:
 
 
 def evaluate(setting: Experiment) -> metrics.Scores:
-    """Return the model's scores on the held-out examples."""
+    """The model's scores on the held-out examples."""
     score: Callable[..., metrics.Scores] = metrics.evaluate_causal_lm
     if setting.config.task == "classification":
         score = metrics.evaluate_classification

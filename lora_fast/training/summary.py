@@ -31,7 +31,7 @@ Summary = dict[str, Any]
 
 
 def facts(setting: Experiment) -> list[tuple[str, str]]:
-    """Return the properties of a run, by name: model, data, method, run."""
+    """The properties of a run, by name: model, data, method, run."""
     config, base = setting.config, setting.base
     trainable, total = parameter_counts(setting.model)
     size = f"{(total - trainable) / 1e6:,.0f}M"
@@ -48,7 +48,7 @@ def facts(setting: Experiment) -> list[tuple[str, str]]:
 
 
 def picture_title(setting: Experiment) -> str:
-    """Return what the pictures of a run are of: method and model, data and steps, seed, device."""
+    """What the pictures of a run are of: method and model, data and steps, seed, device."""
     config, base = setting.config, setting.base
     kind = "NF4" if base.quantized else "unquantised"
     rank = f", r = {config.r}" if config.r else ""
@@ -62,14 +62,14 @@ def picture_title(setting: Experiment) -> str:
 
 
 def notes(setting: Experiment) -> list[str]:
-    """Return what to say of the adapter before it trains."""
+    """What to say of the adapter before it trains."""
     everywhere = setting.config.target_modules == ALL_LINEAR
     left_out = about_bypassed(setting.base.model) if everywhere else None
     return [text for text in (_rank_note(setting), left_out) if text]
 
 
 def _rank_note(setting: Experiment) -> str | None:
-    """Return a note on a rank that exceeds the smaller side of some layers."""
+    """A note on a rank that exceeds the smaller side of some layers."""
     config = setting.config
     layers: list[Any] = [
         layer for _, layer in adapted_layers(setting.model) if hasattr(layer, "lora_A")
@@ -85,7 +85,7 @@ def _rank_note(setting: Experiment) -> str | None:
 
 
 def method_options(config: TrainConfig) -> dict[str, str]:
-    """Return the options that define the method, by name, as text."""
+    """The options that define the method, by name, as text."""
     shown = [name for name in method_of(config).options if name not in ("optim", "target_modules")]
     given = {name: getattr(config, name) for name in shown}
     return {
@@ -96,7 +96,7 @@ def method_options(config: TrainConfig) -> dict[str, str]:
 
 
 def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Summary:
-    """Return one arm's results. Call it while the model still computes as in that arm.
+    """One arm's results. Call it while the model still computes as in that arm.
 
     ``step_seconds`` is the median optimizer step, ``tokens_per_second`` counts tokens that are not
     padding; both cover all steps, whichever process ran them. ``saved_activation_bytes`` is None
@@ -122,7 +122,7 @@ def arm_summary(arm: Arm, setting: Experiment, held_out: dict[str, float]) -> Su
 def run_summary(
     setting: Experiment, layers: lora_fast.Report, results: dict[str, Summary]
 ) -> Summary:
-    """Return everything about a run except the comparison of its arms."""
+    """Everything about a run except the comparison of its arms."""
     trainable, total = parameter_counts(setting.model)
     return {
         "lora_fast": lora_fast.__version__,
@@ -154,7 +154,7 @@ def run_summary(
 def comparison_summary(
     stock: Arm, ours: Arm, setting: Experiment, results: dict[str, Summary]
 ) -> Summary:
-    """Return stock PEFT beside lora_fast: curves, step times taken in turns, saved bytes.
+    """Stock PEFT beside lora_fast: curves, step times taken in turns, saved bytes.
 
     Ratios are lora_fast / stock. ``max_relative_loss_difference`` is over all steps.
     """
@@ -174,7 +174,7 @@ def comparison_summary(
 
 
 def training_batches(setting: Experiment, count: int) -> list[Batch]:
-    """Return the first ``count`` batches of the run, on the model's device."""
+    """The first ``count`` batches of the run, on the model's device."""
     size = setting.config.batch_size or 1
     lengths = [len(example["input_ids"]) for example in setting.train]
     step_size = size * setting.config.grad_accum

@@ -126,9 +126,8 @@ def train_arm(
 ) -> Arm:
     """Train the model in place, from the arm's last checkpoint if it has one.
 
-    Raises:
-        Interrupted: the user asked to stop; a checkpoint is written.
-        TrainingError: the loss is no longer a number, or the optimizer's package is absent.
+    Raises Interrupted: the user asked to stop (a checkpoint is written); TrainingError: the loss is
+    no longer a number, or the optimizer's package is absent.
     """
     folder = out / CHECKPOINTS / name
     checkpoint = latest_checkpoint(folder)
@@ -204,7 +203,7 @@ def _build_trainer(
 def training_arguments(
     config: TrainConfig, folder: Path, steps: int, dtype: torch.dtype
 ) -> TrainingArguments:
-    """Return the Trainer's arguments for ``steps`` steps of a configuration without unknowns."""
+    """The Trainer's arguments for ``steps`` steps of a configuration without unknowns."""
     checkpointing: dict[str, Any] = {}
     if config.gradient_checkpointing:
         checkpointing["gradient_checkpointing"] = True
@@ -258,8 +257,7 @@ def training_arguments(
 def check_optimizer(name: str | None, device: torch.device) -> None:
     """Check that transformers has the optimizer and that the device can run it.
 
-    Raises:
-        TrainingError: either is not the case.
+    Raises TrainingError: either is not the case.
     """
     if name is None:
         return
@@ -271,7 +269,7 @@ def check_optimizer(name: str | None, device: torch.device) -> None:
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:
-    """Return the number of optimizer steps of a configuration without unknowns."""
+    """The number of optimizer steps of a configuration without unknowns."""
     if config.steps is not None:
         return config.steps
     per_epoch = math.ceil(math.ceil(examples / (config.batch_size or 1)) / config.grad_accum)

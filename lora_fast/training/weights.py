@@ -27,7 +27,7 @@ Read = Callable[[str], Tensor]
 
 
 def capture(model: nn.Module, *, frozen: bool) -> Tensors:
-    """Return copies of everything that a training step may change, by name.
+    """Copies of everything that a training step may change, by name.
 
     That is every parameter that trains, the state of AdaLoRA's rank allocator and, with
     ``frozen``, the frozen weights below LoRA layers, which Delta-LoRA moves.
@@ -42,9 +42,8 @@ def capture(model: nn.Module, *, frozen: bool) -> Tensors:
 def restore(model: nn.Module, tensors: Tensors | Path) -> None:
     """Put back what :func:`capture` returned, in place: the tensors, or the file that holds them.
 
-    Raises:
-        ValueError: a tensor does not belong to this model or has another shape, or one that
-            trains is missing; the model is then unchanged.
+    Raises ValueError: a tensor does not belong to this model or has another shape, or one that
+    trains is missing; the model is then unchanged.
     """
     with _opened(tensors) as (shapes, read, source):
         state = {name: s for name, s in shapes.items() if not name.startswith(ALLOCATOR)}
@@ -56,12 +55,12 @@ def restore(model: nn.Module, tensors: Tensors | Path) -> None:
 
 
 def trained(model: nn.Module) -> Tensors:
-    """Return every parameter that trains, by name."""
+    """Every parameter that trains, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def base_weights(model: nn.Module) -> Tensors:
-    """Return the frozen weight of every LoRA layer, by its name in ``model``."""
+    """The frozen weight of every LoRA layer, by its name in ``model``."""
     from ..acceleration.report import adapted_layers
 
     found: Tensors = {}
@@ -73,7 +72,7 @@ def base_weights(model: nn.Module) -> Tensors:
 
 
 def unwrapped(tensors: Tensors) -> Tensors:
-    """Return ``tensors`` under the names that they have in the model without PEFT around it."""
+    """``tensors`` under the names that they have in the model without PEFT around it."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
         for name, tensor in tensors.items()
@@ -88,10 +87,9 @@ def save_weights(tensors: Tensors, path: Path) -> None:
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load into ``model``, in place, weights that ``lora-fast train`` saved; return ``model``.
 
-    Raises:
-        ValueError: the file is no safetensors or cut off, a name is not of this model, a shape
-            differs, or the one is quantised and the other is not; the model is then unchanged.
-        FileNotFoundError: there is no such file.
+    Raises ValueError: the file is truncated or not safetensors, a name is not of this model, a
+    shape differs, or the one is quantised and the other is not; the model is then unchanged;
+    FileNotFoundError: there is no such file.
     """
     forbid_packing(model)
     with _opened(Path(path)) as (shapes, read, source):

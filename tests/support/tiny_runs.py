@@ -109,7 +109,7 @@ def save_llama(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Pa
 
 
 def sentiment_rows(count: int = 96) -> list[dict[str, Any]]:
-    """Return sentences of differing length whose label is whether they say good or bad."""
+    """Sentences of differing length whose label is whether they say good or bad."""
     rng = random.Random(0)
     rows = []
     for index in range(count):
@@ -147,7 +147,7 @@ def library_logging() -> Iterator[None]:
 
 
 def metrics_of(out: Path) -> dict[str, Any]:
-    """Return what a run wrote to ``metrics.json``."""
+    """What a run wrote to ``metrics.json``."""
     return json.loads((out / "metrics.json").read_text())
 
 
@@ -178,7 +178,7 @@ def interrupt() -> None:
 
 
 def logits(config: TrainConfig, model: Any) -> np.ndarray:
-    """Return the model's logits of the run's held-out examples.
+    """The model's logits of the run's held-out examples.
 
     Not those of bitsandbytes' packed product, which rounds the weights of a stock model once more.
     """
