@@ -353,3 +353,18 @@ def test_the_picture_of_a_training_step_has_the_counted_numbers() -> None:
     assert re.findall(r">\d+ MB<", picture) == each
     ours = re.findall(r", (\d+) MB<", picture[picture.index("lora_fast: 4") :])
     assert sum(map(int, ours[1:])) == pytest.approx(int(ours[0]), abs=2)
+
+
+def test_the_readme_tells_the_worst_case() -> None:
+    counts = command._load(command.RESULTS / command.FILE)["counts"]
+    case = ("layer", "M", "R", "weight", "p")
+    of = {(row["who"], *(row[n] for n in case)): row for row in counts if row["arch"] in (None, 90)}
+    times = {
+        key[1:]: (row["over_frozen"]["H100"], of["peft", *key[1:]]["over_frozen"]["H100"])
+        for key, row in of.items()
+        if key[0] == "lora_fast"
+    }
+    (layer, M, R, *_), (ours, peft) = max(times.items(), key=lambda item: item[1][0] / item[1][1])
+    readme = " ".join((command.RESULTS.parents[2] / "README.md").read_text().split())
+    assert f"for a {layer}, M = {M}, r = {R}, the kernels are modelled at {ours:.2f}" in readme
+    assert f"where PEFT is at {peft:.2f}" in readme
