@@ -183,6 +183,15 @@ def cpu_kind(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def libraries_as_before() -> Iterator[None]:
+    """A run silences the libraries; the next test finds them as they were."""
+    from tiny_runs import library_logging
+
+    with library_logging():
+        yield
+
+
+@pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each call of the function of several layers computed."""
     from lora_fast.operation import dispatch

@@ -96,14 +96,14 @@ def cost_table(found: dict[str, Any]) -> Table:
     trained, share = found["trainable_parameters"], found["trainable_percent"]
     row("trainable parameters", [f"{trained:,} ({share:.2f}%)"] * len(arms))
     # Of two arms, one after the other: the load of the machine may differ by more than they do.
-    apart = ", one run after the other" if comparison else ""
+    apart = ", one after the other" if comparison else ""
     row(f"tokens/s{apart}", [_number(results[a]["tokens_per_second"], "{:,.0f}") for a in arms])
     row(f"step time{apart}", [_number(results[a]["step_seconds"], "{:.3f} s") for a in arms])
     if comparison:
         turns, pairs = comparison["forward_backward_seconds"], comparison["timed_pairs"]
         values = [f"{turns[a]:.3f} s" for a in arms]
         quotient = turns["lora_fast"] / turns["stock"]
-        row("forward + backward in turns, medians", values, quotient)
+        row("forward + backward, in turns", values, quotient)
         row(f"ratio of {pairs} pairs, median", [""] * len(arms), comparison["step_time_ratio"])
     saved = [results[a]["saved_activation_bytes"] for a in arms]
     ratio = comparison["saved_activation_ratio"] if comparison else None

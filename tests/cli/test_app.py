@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.table import Table
 from tiny_runs import (
-    library_logging,
     metrics_of,
     run_cli,
     save_bert,
@@ -39,14 +37,9 @@ from lora_fast.training import run as run_module
 from lora_fast.training import trainer as trainer_module
 from lora_fast.training.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    """A run silences the libraries; the next test finds them as they were."""
-    with library_logging():
-        yield
 
 
 @pytest.fixture(scope="module")

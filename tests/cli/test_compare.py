@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_runs import (
-    library_logging,
     metrics_of,
     run_cli,
     save_bert,
@@ -23,12 +21,7 @@ from lora_fast.cli.console import Terminal
 from lora_fast.methods.table import METHODS
 from lora_fast.training import comparison
 
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    """A run silences the libraries; the next test finds them as they were."""
-    with library_logging():
-        yield
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
 
 
 @pytest.fixture(scope="module")

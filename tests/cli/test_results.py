@@ -35,13 +35,13 @@ def shown(found: dict[str, Any]) -> dict[str, list[str]]:
 
 def test_the_ratio_beside_two_times_is_theirs() -> None:
     rows = shown(FOUND)
-    assert rows["forward + backward in turns, medians"] == ["0.202 s", "0.200 s", "0.990"]
+    assert rows["forward + backward, in turns"] == ["0.202 s", "0.200 s", "0.990"]
     assert rows["ratio of 12 pairs, median"] == ["0.896"]
 
 
 def test_times_of_arms_that_ran_one_after_the_other_are_called_that() -> None:
     rows = shown(FOUND)
-    assert rows["step time, one run after the other"] == ["0.100 s", "0.060 s"]
+    assert rows["step time, one after the other"] == ["0.100 s", "0.060 s"]
     alone = {**FOUND, "results": {"lora_fast": ARM}}
     del alone["comparison"]
     assert shown(alone)["step time"] == ["0.100 s"]

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runs import library_logging, metrics_of, run_cli, save_bert, sentiment_rows, write_jsonl
+from tiny_runs import metrics_of, run_cli, save_bert, sentiment_rows, write_jsonl
 
 from lora_fast.cli.console import Terminal
 from lora_fast.training import run as run_module
 from lora_fast.training.config import TrainConfig
 
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
 
 
 @pytest.fixture(scope="module")

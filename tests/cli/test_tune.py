@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from lora_models import quantised
 from peft import LoraConfig, get_peft_model
-from tiny_runs import LLAMA, library_logging, run_cli
+from tiny_runs import LLAMA, run_cli
 from transformers import LlamaForCausalLM
 
 pytest.importorskip("triton")
@@ -26,13 +24,9 @@ from lora_fast.tuning.plans import (
     query,
 )
 
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
+
 OPERATIONS = (FORWARD, BACKWARD, FORWARD_GROUP, BACKWARD_GROUP)
-
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
 
 
 @pytest.fixture

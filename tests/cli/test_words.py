@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from peft import LoraConfig, get_peft_model
-from tiny_runs import library_logging, run_cli, save_bert, save_llama, sentiment_rows, write_jsonl
+from tiny_runs import run_cli, save_bert, save_llama, sentiment_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from lora_fast.cli.app import app
 from lora_fast.cli.errors import one_line
+
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
 
 COMMANDS = typer.main.get_command(app).commands
 TRAINED = ["--model", "bert", "--data", "data.jsonl", "--steps", "1", "--quantize", "none"]
@@ -67,12 +68,6 @@ def _cases() -> list[Any]:
                 name = f"{command}-{option.name}-{kind}"
                 found.append(pytest.param(command, option, WRONG[kind], id=name, marks=marks))
     return found
-
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,13 @@ import huggingface_hub
 import pytest
 import transformers
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineModeIsEnabled
-from tiny_runs import library_logging, run_cli, sentiment_rows, write_jsonl
+from tiny_runs import run_cli, sentiment_rows, write_jsonl
 
 from lora_fast.files.model_source import check_hub
 
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
+
 UNREACHABLE = "it is not in the cache, and the hub does not answer"
-
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import library_logging, run_cli
+from tiny_runs import run_cli
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,6 +22,8 @@ from transformers import (
 from lora_fast.methods.table import METHODS
 from lora_fast.planning import plan
 from lora_fast.training.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -68,12 +69,6 @@ CONFIGS: dict[str, Any] = {
 }
 OTHERS = ["t5", "whisper", "vit", "mamba", "xlnet", "wavlm", "bloom"]
 NAMES = [*CONFIGS, *OTHERS]
-
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
 
 
 def config_of(name: str) -> Any:

@@ -13,7 +13,6 @@ import torch
 from tiny_runs import (
     AtStep,
     interrupt,
-    library_logging,
     metrics_of,
     run,
     run_cli,
@@ -29,6 +28,8 @@ from bench.instruments.accuracy import assert_models_agree
 from lora_fast.errors import Interrupted
 from lora_fast.methods.table import METHODS
 from lora_fast.training.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adding_a_method.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -58,12 +59,6 @@ class ScaledLoRALinear(AdapterModule):
 
 SVFTLinear = ScaledLoRALinear
 '''
-
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
 
 
 @pytest.fixture

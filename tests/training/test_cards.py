@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import (
-    library_logging,
     metrics_of,
     run,
     save_bert,
@@ -22,16 +20,12 @@ from transformers import AutoTokenizer
 from lora_fast.export import merge_checkpoint
 from lora_fast.training.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
+
 PLAIN_CHAT = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ! ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
 
 
 @pytest.fixture(scope="module")

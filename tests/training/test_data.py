@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import save_bert, save_llama, sentiment_rows, write_jsonl
-from transformers import AutoTokenizer
+from tiny_runs import sentiment_rows, write_jsonl
 
 from lora_fast.errors import TrainingError
 from lora_fast.training import builtin_task
@@ -18,18 +17,6 @@ from lora_fast.training.config import TrainConfig
 from lora_fast.training.data import Collator, LengthGroupedOrder, load_rows, split_rows
 from lora_fast.training.encoding import IGNORED, encode
 from lora_fast.training.rows import Row
-
-
-@pytest.fixture(scope="module")
-def bert_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return AutoTokenizer.from_pretrained(save_bert(tmp_path_factory.mktemp("bert")))
-
-
-@pytest.fixture(scope="module")
-def llama_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(save_llama(tmp_path_factory.mktemp("llama")))
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def classification(path: Path, **options: Any) -> TrainConfig:

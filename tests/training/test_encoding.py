@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_runs import save_bert, save_llama
-from transformers import AutoTokenizer
 
 from lora_fast.errors import TrainingError
 from lora_fast.training.config import TrainConfig
@@ -21,18 +19,6 @@ from lora_fast.training.rows import Row
 
 ANSWER = {"role": "assistant", "content": "blue"}
 CAUSAL = TrainConfig(model="m", data="d", task="causal-lm", max_length=8)
-
-
-@pytest.fixture(scope="module")
-def bert_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return AutoTokenizer.from_pretrained(save_bert(tmp_path_factory.mktemp("bert")))
-
-
-@pytest.fixture(scope="module")
-def llama_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(save_llama(tmp_path_factory.mktemp("llama")))
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def test_pairs_are_cut_and_typed(bert_tokenizer: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import (
     AtStep,
     interrupt,
-    library_logging,
     metrics_of,
     run,
     run_cli,
@@ -29,11 +27,7 @@ from lora_fast.files.fingerprint import weights_fingerprint
 from lora_fast.files.run_files import stored_record
 from lora_fast.training.config import TrainConfig
 
-
-@pytest.fixture(autouse=True)
-def _library_logging() -> Iterator[None]:
-    with library_logging():
-        yield
+pytestmark = pytest.mark.usefixtures("libraries_as_before")
 
 
 @pytest.fixture(scope="module")

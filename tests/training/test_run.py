@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from same_runs import adapter, assert_same_run
 from tiny_runs import (
-    AtStep,
-    interrupt,
     logits,
     metrics_of,
     run,
@@ -30,25 +26,12 @@ from tiny_runs import (
     write_jsonl,
 )
 
-from lora_fast.errors import Interrupted, TrainingError
+from lora_fast.errors import TrainingError
 from lora_fast.training import models
 from lora_fast.training.checkpoints import WEIGHTS, latest_checkpoint, stored_state
 from lora_fast.training.config import TrainConfig
 from lora_fast.training.events import Silent
 from lora_fast.training.run import Outcome
-
-
-@pytest.fixture(scope="module")
-def bert_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    folder = tmp_path_factory.mktemp("bert")
-    return TrainConfig(
-        model=str(save_bert(folder / "model")),
-        data=str(write_jsonl(folder / "data.jsonl", sentiment_rows())),
-        steps=8,
-        batch_size=8,
-        r=4,
-        lr=3e-3,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +51,6 @@ def llama_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         lr=1e-2,
         r=4,
     )
-
-
-@pytest.fixture(scope="module")
-def compared_on(
-    bert_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Outcome]:
-    """One run on each kind of CPU."""
-
-    @functools.cache
-    def compare(kind: str) -> Outcome:
-        config, out = replace(bert_config, compare=True), tmp_path_factory.mktemp(kind) / "out"
-        return run(config, out)
-
-    return compare
-
-
-@pytest.fixture
-def compared(cpu_kind: str, compared_on: Callable[[str], Outcome]) -> Outcome:
-    return compared_on(cpu_kind)
 
 
 def test_both_arms_have_the_same_curve_and_ours_ran_fused(compared: Outcome) -> None:
@@ -192,58 +156,6 @@ def test_seeds_differ(bert_config: TrainConfig, tmp_path: Path) -> None:
     run(replace(bert_config, steps=2, seed=1), tmp_path / "b")
     losses = [metrics_of(tmp_path / n)["results"]["lora_fast"]["losses"] for n in "ab"]
     assert losses[0] != losses[1]
-
-
-@pytest.mark.parametrize(("arm", "step"), [("stock", 3), ("lora_fast", 5)])
-def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
-    bert_config: TrainConfig, compared: Outcome, tmp_path: Path, arm: str, step: int
-) -> None:
-    config, out = replace(bert_config, compare=True), tmp_path / "out"
-    with pytest.raises(Interrupted) as caught:
-        run(config, out, AtStep(arm, step, interrupt))
-    # The loss of a step is reported after the step, so the run stops after the next one.
-    assert caught.value.step == step + 1
-    assert not (out / "metrics.json").exists()
-    run(TrainConfig(), out, resume=True)
-    assert_same_run(out, compared.out)
-
-
-def test_a_killed_run_resumes_from_its_last_complete_checkpoint(
-    bert_config: TrainConfig, tmp_path: Path
-) -> None:
-    # Two epochs of 11 batches: the order of the second one must be found again, too.
-    config = replace(bert_config, steps=16, save_every=4)
-    run(config, tmp_path / "whole")
-
-    class Killed(BaseException):
-        pass
-
-    def kill() -> None:
-        raise Killed
-
-    out = tmp_path / "killed"
-    with pytest.raises(Killed):
-        run(config, out, AtStep("lora_fast", 14, kill))
-    checkpoints = out / "checkpoints" / "lora_fast"
-    shutil.copytree(checkpoints / "checkpoint-12", checkpoints / "checkpoint-14")
-    (checkpoints / "checkpoint-14" / "trainer_state.json").write_text('{"global_step": 1')
-    assert latest_checkpoint(checkpoints) == checkpoints / "checkpoint-12"
-    run(TrainConfig(), out, resume=True)
-    assert_same_run(out, tmp_path / "whole")
-
-
-def test_a_run_stopped_behind_its_last_step_trains_no_further(
-    compared: Outcome, tmp_path: Path
-) -> None:
-    out = tmp_path / "again"
-    shutil.copytree(compared.out, out)
-    (out / "metrics.json").unlink()
-    shutil.rmtree(out / "checkpoints" / "lora_fast" / "checkpoint-6")
-    run(TrainConfig(), out, resume=True)
-    assert_same_run(out, compared.out)
-    times = [metrics_of(folder)["results"]["lora_fast"] for folder in (out, compared.out)]
-    for name in ("step_seconds", "tokens_per_second"):
-        assert times[0][name] == times[1][name], "nothing was timed anew"
 
 
 def test_gradient_accumulation_is_one_larger_batch(
@@ -372,23 +284,6 @@ def test_early_stopping_goes_back_to_the_best(bert_config: TrainConfig, tmp_path
     saved = load_file(out / "checkpoints" / "lora_fast" / f"checkpoint-{best}" / WEIGHTS)
     name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B"
     assert torch.equal(adapter(out)[f"{name}.weight"], saved[f"{name}.default.weight"])
-
-
-def test_early_stopping_resumes_and_does_not_train_on(
-    bert_config: TrainConfig, tmp_path: Path
-) -> None:
-    config = replace(bert_config, steps=40, lr=0.05, early_stopping=2, save_every=2)
-    whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
-    best = run(config, whole).metrics["results"]["lora_fast"]["best_step"]
-    with pytest.raises(Interrupted):
-        # After one evaluation without progress, before the second.
-        run(config, cut, AtStep("lora_fast", best + 2, interrupt))
-    run(TrainConfig(), cut, resume=True)
-    assert_same_run(cut, whole)
-    shutil.copytree(whole, again)
-    (again / "metrics.json").unlink()
-    run(TrainConfig(), again, resume=True)
-    assert_same_run(again, whole)
 
 
 @pytest.mark.parametrize(
