@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,11 +23,13 @@ class Constants(NamedTuple):
     rank_spans: Tensor | None = None
 
 
+NO_CONSTANTS = Constants()
+
+
 class Factors(NamedTuple):
     """Everything of y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias except x.
 
     weight [N, K], bias [N], A [R, K], B [N, R], b [N], d [R], g [N]; None if a factor is absent.
-    The last four are those of :class:`Constants`, in their order.
     """
 
     weight: Tensor | NF4Weight
@@ -36,14 +39,7 @@ class Factors(NamedTuple):
     b: Tensor | None = None
     d: Tensor | None = None
     g: Tensor | None = None
-    scaling: float = 1.0
-    dropout_p: float = 0.0
-    dropout_seed: int = 0
-    rank_spans: Tensor | None = None
-
-    @property
-    def has_adapter(self) -> bool:
-        return self.A is not None
+    constants: Constants = NO_CONSTANTS
 
 
 class Needs(NamedTuple):
@@ -75,11 +71,17 @@ class Needs(NamedTuple):
         return self.A or self.x
 
 
+def needs_of_all(needs: Sequence[Needs]) -> Needs:
+    """The gradients that any layer of a group requires."""
+    return Needs(*map(any, zip(*needs, strict=True)))
+
+
 class Saved(NamedTuple):
     """Tensors saved for backward, beside x and the factors.
 
-    S = drop(x) Aᵀ [M, R] · V = y before g and the bias [M, N] · mask [M, K] (bool) of dropout, from
-    a backend for which saving it is cheaper than drawing it again.
+    S = drop(x) Aᵀ [M, R], of a group side by side [M, Σ R_i] · V = y before g and the bias [M, N] ·
+    mask [M, K] (bool) of dropout, from a backend for which saving it is cheaper than drawing it
+    again.
     """
 
     S: Tensor | None = None
@@ -98,3 +100,17 @@ class Gradients(NamedTuple):
     b: Tensor | None = None
     d: Tensor | None = None
     g: Tensor | None = None
+
+
+def saved_input(x: Tensor, constants: Constants, needs: Needs, *, copies: bool) -> Tensor | None:
+    """x as the gradients of A and W read it, None if neither trains.
+
+    PEFT's layers save drop(x), or the rows of an adapter's samples, so x may be changed in place
+    afterwards; where they save x itself, autograd raises. A backend that `copies` saves a copy in
+    these cases. The kernels share x with the model, as without dropout: a copy would cost a pass
+    over x and M × K elements per layer. Autograd raises if x was changed.
+    """
+    if not (needs.A or needs.weight):
+        return None
+    owned = constants.dropout_p > 0.0 or constants.rank_spans is not None
+    return x.clone() if copies and owned and not needs.weight else x

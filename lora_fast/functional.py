@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .backends.choice import get_backend
-from .factors import Constants, Factors, Needs
+from .factors import Constants, Factors
 from .nf4 import NF4Weight
-from .operation import compiled_ops
-from .operation.autograd import (
-    AdaptedLinear,
-    AdaptedLinearGroup,
-    forward,
-    forward_group,
-    group_factors,
-    is_recording,
-)
-from .operation.validation import check_adapted_linear, check_dropout, check_rank_spans
+from .operation.autograd import compute
 
 
 def adapted_linear(
@@ -55,28 +44,8 @@ def adapted_linear(
     Sources: LoRA (Hu et al. 2021, eq. 3), QLoRA (Dettmers et al. 2023, eq. 5), VeRA (Kopiczko et
     al. 2023, eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
     """
-    check_adapted_linear(x, weight, {"bias": bias, "b": b, "d": d, "g": g}, A, B, scaling)
-    check_dropout(dropout_p, dropout_seed)
-    if rank_spans is not None:
-        check_rank_spans(rank_spans, x, A)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if isinstance(scaling, Tensor):
-        b = _scaled_gain(scaling, b, B)
-        scaling = 1.0
-    if A is None:
-        dropout_p = 0.0
-    if torch.compiler.is_compiling():
-        seed = compiled_ops.seed_of(dropout_p, dropout_seed)
-        vectors = (bias, A, B, b, d, g)
-        return compiled_ops.apply(x, weight, vectors, scaling, dropout_p, seed, rank_spans)
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = _draw_seed(x.device)
-    constants = Constants(float(scaling), float(dropout_p), dropout_seed or 0, rank_spans)
-    backend = get_backend()
-    if is_recording():
-        return AdaptedLinear.apply(x, weight, bias, A, B, b, d, g, constants, backend)
-    return forward(x, Factors(weight, bias, A, B, b, d, g, *constants), Needs(), backend)[0]
+    constants = Constants(scaling, dropout_p, 0, rank_spans)  # type: ignore[arg-type]
+    return compute(x, [Factors(weight, bias, A, B, b, d, g, constants)], dropout_seed)[0]
 
 
 class Member(NamedTuple):
@@ -106,59 +75,14 @@ def adapted_linears(
 
     Raises as :func:`adapted_linear` does, and ValueError without members or for trained weights.
     """
-    check_dropout(dropout_p, dropout_seed)
     if not members:
         raise ValueError("members must hold at least one layer, got none")
-    for member in members:
-        none: dict[str, Any] = {"b": None, "d": None, "g": None}
-        vectors = {"bias": member.bias, **none}
-        check_adapted_linear(x, member.weight, vectors, member.A, member.B, member.scaling)
-        if member.A is None or isinstance(member.scaling, Tensor):
+    fs = []
+    for W, bias, A, B, scaling in members:
+        if A is None or isinstance(scaling, Tensor):
             raise ValueError("members must have A and B and a scaling that is a number")
-        if isinstance(member.weight, Tensor) and member.weight.requires_grad:
+        if isinstance(W, Tensor) and W.requires_grad:
             raise ValueError("members must have frozen weights, got one that requires a gradient")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if torch.compiler.is_compiling():
-        seed = compiled_ops.seed_of(dropout_p, dropout_seed)
-        return tuple(
-            compiled_ops.apply(x, W, (bias, A, B, None, None, None), s, dropout_p, seed, None)
-            for W, bias, A, B, s in members
-        )
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = _draw_seed(x.device)
-    weights: list[Any] = []
-    constants: list[Constants] = []
-    vectors_of_all: list[Tensor | None] = []
-    for W, bias, A, B, s in members:
-        weights.append(W)
-        constants.append(Constants(float(s), float(dropout_p), dropout_seed or 0))
-        vectors_of_all += (bias, A, B)
-    backend = get_backend()
-    if is_recording():
-        return AdaptedLinearGroup.apply(x, weights, constants, backend, *vectors_of_all)
-    return forward_group(x, group_factors(weights, constants, vectors_of_all), backend)[0]
-
-
-def _scaled_gain(scaling: Tensor, b: Tensor | None, B: Tensor | None) -> Tensor | None:
-    """s as part of b, so that a scaling on the GPU is never waited for."""
-    if B is None:
-        return None
-    s = scaling.detach().reshape(()).to(device=B.device, dtype=torch.float32)
-    return s.expand(B.shape[0]) if b is None else b.float() * s
-
-
-def _draw_seed(device: torch.device) -> int:
-    """A seed from torch's generator of `device`, whose state advances; CUDA is not waited for."""
-    if device.type != "cuda":
-        return int(torch.randint(2**62, (), device=device))
-    if torch.cuda.is_current_stream_capturing():
-        raise NotImplementedError(
-            "dropout_p must be 0 while a CUDA graph is captured, or dropout_seed given: "
-            "every replay would use the same mask"
-        )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
-    offset = generator.get_offset()
-    generator.set_offset(offset + 4)
-    return (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset) % 2**62
+        constants = Constants(scaling, dropout_p)
+        fs.append(Factors(W, bias, A, B, constants=constants))
+    return tuple(compute(x, fs, dropout_seed))

@@ -193,16 +193,17 @@ def libraries_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the function of several layers computed."""
-    from lora_fast.operation import dispatch
+    """How many layers each forward pass of several layers computed, on the torch backend."""
+    from lora_fast.backends.torch_ops import TorchBackend
 
     calls: list[int] = []
-    forward = dispatch.forward_group
-    monkeypatch.setattr(
-        dispatch,
-        "forward_group",
-        lambda x, fs, *rest: calls.append(len(fs)) or forward(x, fs, *rest),
-    )
+    forward = TorchBackend.forward
+
+    def counted(self: TorchBackend, x: Any, fs: Any, needs: Any) -> Any:
+        calls.extend([len(fs)] if len(fs) > 1 else [])
+        return forward(self, x, fs, needs)
+
+    monkeypatch.setattr(TorchBackend, "forward", counted)
     return calls
 
 

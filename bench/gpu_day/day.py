@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_fast.backends.choice import Backend
+from lora_fast.backends.choice import BackendName
 
 from .steps import STUB_ARCH
 
@@ -26,7 +26,7 @@ class Day:
     device: torch.device
     arch: int
     rehearsal: bool
-    fused: Backend = "triton"
+    fused: BackendName = "triton"
     seconds: float = 3.0
     rounds: tuple[int, int] = (11, 101)
     warm_up_calls: int = 3
@@ -53,7 +53,7 @@ def day(*, rehearse: bool) -> Iterator[Day]:
     from . import stand_in
 
     interprets, stub_arch = triton.knobs.runtime.interpret, os.environ.get(STUB_ARCH)
-    fused: Backend = "triton" if interprets or stub_arch else "torch"
+    fused: BackendName = "triton" if interprets or stub_arch else "torch"
     with contextlib.ExitStack() as stack:
         stack.enter_context(stand_in.cuda())
         stack.enter_context(lora_fast.set_backend(fused))

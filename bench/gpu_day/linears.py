@@ -12,7 +12,7 @@ from lora_fast.kernels import launch_policy
 import lora_fast
 from bench.instruments.paired import Step
 from bench.linear_cases import DIRECTIONS, Case, Layer, build, fused_calls
-from lora_fast.backends.choice import Backend
+from lora_fast.backends.choice import BackendName
 from lora_fast.tuning.plans import Plan
 
 from . import plans
@@ -152,7 +152,7 @@ def _maker(layer: Layer, way: str) -> Callable[[], Step]:
     return lambda: _step(layer, way)
 
 
-def _fused(layer: Layer, way: str, backend: Backend = "auto") -> Callable[[], Step]:
+def _fused(layer: Layer, way: str, backend: BackendName = "auto") -> Callable[[], Step]:
     """Our layer, checked to run fused; ``auto`` with its defaults, cuBLAS included."""
 
     def make() -> Step:
@@ -168,7 +168,7 @@ def _fused(layer: Layer, way: str, backend: Backend = "auto") -> Callable[[], St
     return make
 
 
-def _on(backend: Backend, step: Step) -> Step:
+def _on(backend: BackendName, step: Step) -> Step:
     def run() -> object:
         with lora_fast.set_backend(backend):
             return step()

@@ -171,25 +171,27 @@ def _decoded(weight: lora_fast.NF4Weight, device: torch.device) -> Tensor:
 
 
 def _row_norms(day: Day, N: int, K: int) -> dict[str, Any]:
-    from lora_fast.operation import dispatch
+    from lora_fast.backends.selection import backend_for
 
     W, A, B = _factors(day, N, K)
     makers: _Makers = {
         "PyTorch": lambda: lambda: torch.linalg.vector_norm(W + 2.0 * (B @ A), dim=1),
-        "lora_fast": lambda: lambda: dispatch.row_norms(W, A, B, 2.0),
+        "lora_fast": lambda: lambda: backend_for(W.device).row_norms(W, A, B, 2.0),
     }
     work = {"flops": 2 * N * K * A.shape[0], "bytes": 2 * N * K}
     return _contest(day, makers, "PyTorch", N=N, K=K, R=A.shape[0], work=work)
 
 
 def _merging(day: Day, N: int, K: int) -> dict[str, Any]:
-    from lora_fast.operation import dispatch
+    from lora_fast.backends.selection import backend_for
 
     W, A, B = _factors(day, N, K)
     out = torch.empty_like(W)
     makers: _Makers = {
         "PyTorch": lambda: lambda: out.copy_(W.float() + 2.0 * (B.float() @ A.float())),
-        "lora_fast": lambda: lambda: dispatch.update_weight(W, out, A=A, B=B, scaling=2.0),
+        "lora_fast": lambda: (
+            lambda: backend_for(W.device).update_weight(W, out, A=A, B=B, scaling=2.0)
+        ),
     }
     work = {"flops": 2 * N * K * A.shape[0], "bytes": 4 * N * K}
     return _contest(day, makers, "PyTorch", N=N, K=K, R=A.shape[0], work=work)

@@ -16,7 +16,7 @@ import torch
 
 from bench.instruments.paired import Step
 from bench.linear_cases import Case, build
-from lora_fast.backends import routes
+from lora_fast.backends import triton_ops
 from lora_fast.tuning import cost_model
 from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan, Query, candidates
 
@@ -47,12 +47,12 @@ class _Fixed:
 
 @contextlib.contextmanager
 def _in_place_of_the_tuner(tuner: _Fixed) -> Iterator[None]:
-    chosen: Any = routes.tuner
-    routes.tuner = tuner  # type: ignore[assignment]
+    chosen: Any = triton_ops.tuner
+    triton_ops.tuner = tuner  # type: ignore[assignment]
     try:
         yield
     finally:
-        routes.tuner = chosen
+        triton_ops.tuner = chosen
 
 
 def fixed(make: Callable[[], Step], plan: Plan) -> Callable[[], Step]:

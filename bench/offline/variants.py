@@ -128,12 +128,13 @@ def of_tile(config: Any, arch: int, R: int) -> Variant:
 
 def of_weights(arch: int, R: int) -> Variant:
     """The kernels that read W alone: DoRA's norms, and merging."""
-    import lora_fast.backends.triton_ops as ops
+    from lora_fast.backends.triton_ops import TritonBackend
 
+    ops = TritonBackend(cublas=False)
     W, A, B = _empty(WIDTH, WIDTH), _empty(R, WIDTH), _empty(WIDTH, R)
     with stub_driver.recording(arch) as log:
         ops.row_norms(W, A, B, 1.0)
-        ops.update_weight(W, W, A, B, None, None, None, 1.0)
+        ops.update_weight(W, W, A=A, B=B)
     return Variant(log, R)
 
 
@@ -162,17 +163,18 @@ def _layer(
     plan: Any = None,
 ) -> stub_driver.Log:
     """Forward and backward pass of a dense layer on the Triton backend."""
-    import lora_fast.backends.triton_ops as ops
-    from lora_fast.factors import Factors, Needs
+    from lora_fast.backends.triton_ops import TritonBackend
+    from lora_fast.factors import Constants, Factors, Needs
     from lora_fast.tuning.plans import FUSED
 
     x, dY, W = (_empty(M, WIDTH, dtype=dtype) for M in (8192, 8192, WIDTH))
     vectors: dict[str, Any] = {name: _empty(R if name == "d" else WIDTH) for name in gains}
-    factors = Factors(W, A=_empty(R, WIDTH), B=_empty(WIDTH, R), scaling=2.0, **vectors)
-    needs = Needs(x=True, A=True, B=True, **dict.fromkeys(gains, True))
+    fs = [Factors(W, A=_empty(R, WIDTH), B=_empty(WIDTH, R), **vectors, constants=Constants(2.0))]
+    needs = [Needs(x=True, A=True, B=True, **dict.fromkeys(gains, True))]
+    ops = TritonBackend(cublas=False)
     with stub_driver.recording(arch) as log:
-        _, saved = ops.forward(x, factors, needs, plan or FUSED)
-        ops.backward(dY, x, saved, factors, needs, plan or FUSED)
+        _, saved = ops.forward(x, fs, needs, plan or FUSED)
+        ops.backward([dY], x, saved, fs, needs, plan or FUSED)
     return log
 
 

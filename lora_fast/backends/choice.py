@@ -24,32 +24,34 @@ import torch
 
 from ..features import MISCOMPILED, is_miscompiled
 
-Backend = Literal["auto", "triton", "torch"]
+BackendName = Literal["auto", "triton", "torch"]
 
 
-def _checked(name: str, origin: str) -> Backend:
-    if name not in get_args(Backend):
-        raise ValueError(f"{origin} must be one of {', '.join(get_args(Backend))}, got {name!r}")
-    return cast(Backend, name)
+def _checked(name: str, origin: str) -> BackendName:
+    if name not in get_args(BackendName):
+        raise ValueError(
+            f"{origin} must be one of {', '.join(get_args(BackendName))}, got {name!r}"
+        )
+    return cast(BackendName, name)
 
 
 # The process's choice, and who made it. The last one counts; earlier ones are restored if a call
 # turns out to belong to a block.
-_default: Backend = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
-_defaults: list[tuple[object, Backend]] = [(None, _default)]
+_default: BackendName = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
+_defaults: list[tuple[object, BackendName]] = [(None, _default)]
 _lock = threading.Lock()
 _KEY = "lora_fast_backend"
 # Before torch 2.12 torch releases a reference to thread-local objects that it never took: the
 # object would be freed while others still use it.
 _TORCH_TAKES_REFERENCES = hasattr(torch._C, "_remove_obj_from_tls")
-_override: ContextVar[Backend | None] = ContextVar(_KEY, default=None)
+_override: ContextVar[BackendName | None] = ContextVar(_KEY, default=None)
 
 
 class _OfThread(threading.local):
     """The override for torch.compile, which can trace and guard this, but no ContextVar."""
 
     def __init__(self) -> None:
-        self.override: Backend | None = None
+        self.override: BackendName | None = None
 
 
 _of_thread = _OfThread()
@@ -66,9 +68,9 @@ class set_backend:
     Raises ValueError for a name that is not auto, triton or torch.
     """
 
-    def __init__(self, name: Backend) -> None:
+    def __init__(self, name: BackendName) -> None:
         self._name = _checked(name, "name")
-        self._replaced: list[Backend | None] = []
+        self._replaced: list[BackendName | None] = []
         if torch.compiler.is_dynamo_compiling():
             self._before = _default
             _settle(self._name)
@@ -98,7 +100,7 @@ class set_backend:
             _override_here(replaced)
 
 
-def _override_here(name: Backend | None) -> None:
+def _override_here(name: BackendName | None) -> None:
     """Override the choice of the process for this thread or task, and for autograd's threads
     working for it, which inherit torch's thread-local objects."""
     _override.set(name)
@@ -128,14 +130,14 @@ def _operation_after_call() -> str:
     return "with" if starts_block else first
 
 
-def _settle(name: Backend) -> None:
+def _settle(name: BackendName) -> None:
     """Make `name` the process's choice for good."""
     global _default
     _defaults[:] = [(None, name)]
     _default = name
 
 
-def _set_default(owner: object, name: Backend) -> None:
+def _set_default(owner: object, name: BackendName) -> None:
     """Make `name` the process's choice, until `owner` withdraws it."""
     global _default
     with _lock:
@@ -152,7 +154,7 @@ def _withdraw_default(owner: object) -> None:
             _default = remaining[-1][1]
 
 
-def get_backend() -> Backend:
+def get_backend() -> BackendName:
     """The choice in force here, not yet resolved for a device."""
     if torch.compiler.is_dynamo_compiling():
         return _of_thread.override or _default
@@ -165,7 +167,7 @@ def get_backend() -> Backend:
     return chosen or _default
 
 
-def uses_triton(device: torch.device, backend: Backend | None = None) -> bool:
+def uses_triton(device: torch.device, backend: BackendName | None = None) -> bool:
     """Whether operations on tensors of `device` go to the Triton kernels, by `backend` or by the
     choice that is in force."""
     backend = backend or get_backend()
@@ -174,7 +176,7 @@ def uses_triton(device: torch.device, backend: Backend | None = None) -> bool:
     return backend == "triton"
 
 
-def check_driver(backend: Backend | None = None) -> None:
+def check_driver(backend: BackendName | None = None) -> None:
     """Check that Triton can launch kernels on this machine, and rightly, or interprets them.
 
     Raises ValueError, which says what to choose instead of `backend`, if it cannot.

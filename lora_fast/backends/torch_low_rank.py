@@ -45,8 +45,9 @@ def shrunk_gradient(dY: Tensor, f: Factors) -> Tensor:
     """dS = s · dY (g ⊙ Q) [M, R]: in bfloat16 where that is dY's dtype, else not rounded."""
     Q = times_gain(expand_factor(f, wide_dtype(dY.dtype)), f)
     Q, c = operand(Q, dY.dtype, dim=0)
-    dS = scaled_product(dY, Q, f.scaling) if c is None else product(dY, Q).mul_(c * f.scaling)
-    return dS if f.rank_spans is None else _in_spans(dS, f.rank_spans)
+    scaling, spans = f.constants.scaling, f.constants.rank_spans
+    dS = scaled_product(dY, Q, scaling) if c is None else product(dY, Q).mul_(c * scaling)
+    return dS if spans is None else _in_spans(dS, spans)
 
 
 def input_gradient(dS: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
@@ -76,7 +77,7 @@ def output_gradients(dY: Tensor, S: Tensor | None, f: Factors, needs: Needs) -> 
         dbias = dY.sum(0, dtype=wide_dtype(dY.dtype)).to(f.bias.dtype)
     if S is None or f.B is None or not (needs.B or needs.b or needs.d):
         return Gradients(bias=dbias)
-    T = times_gain(rows_product(dY, S.to(dY.dtype)), f) * f.scaling
+    T = times_gain(rows_product(dY, S.to(dY.dtype)), f) * f.constants.scaling
     if needs.B:
         dB = T if f.d is None else T * f.d
         dB = (dB if f.b is None else dB * f.b.unsqueeze(1)).to(f.B.dtype)

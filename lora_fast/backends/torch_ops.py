@@ -12,165 +12,194 @@ determines the dtype of products.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..factors import Factors, Gradients, Needs, Saved
+from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..nf4 import NF4Weight
 from . import torch_low_rank as low_rank
+from .protocol import columns_of, ranks_of, shaped_as
 from .torch_dropout import Dropout, dropout_mask
 from .torch_low_rank import given
 from .torch_products import rows_product, scaled_product, wide_dtype, working_dtype
-
-__all__ = ["backward", "dropout_mask", "forward", "update_weight"]
-
-
-def forward(
-    x: Tensor, f: Factors, needs: Needs, mask: Tensor | None = None
-) -> tuple[Tensor, Saved]:
-    """y [M, N] and what the backward pass needs of S, V and dropout's mask; x is [M, K].
-
-    The mask [M, K] is drawn here unless it is given.
-    """
-    dtype, work = x.dtype, working_dtype(x)
-    rows, W = x.to(work), _dense(f.weight, dtype).to(work)
-    S = V = dropout = None
-    if f.A is not None:
-        dropout = None if f.dropout_p == 0.0 else _dropout(f, x, mask)
-        S = low_rank.shrink(rows, f.A, dropout, f.rank_spans)
-    if f.g is None:
-        y = _adapted(rows, W, S, f, f.bias)
-    else:
-        y, V = _gained(rows, W, S, f)
-    return y.to(dtype), Saved(
-        S.to(dtype) if S is not None and needs.saves_S else None,
-        V.to(dtype) if V is not None and needs.saves_V else None,
-        dropout.mask if dropout is not None and needs.saves_mask else None,
-    )
-
-
-def backward(dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs) -> Gradients:
-    """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
-    dtype, work = dY.dtype, working_dtype(dY)
-    dYw = dY.to(work)
-    dropout = None if saved.mask is None else Dropout(saved.mask, f.dropout_p)
-    dS = low_rank.shrunk_gradient(dYw, f) if f.A is not None and (needs.A or needs.x) else None
-    found = low_rank.output_gradients(dYw, saved.S, f, needs)._asdict()
-    if x is not None and (needs.A or needs.weight):
-        rows = x.to(work)
-        if needs.A:
-            A = given(f.A)
-            found["A"] = low_rank.factor_gradient(given(dS), rows, dropout).to(A.dtype)
-        if needs.weight:
-            dW = low_rank.times_gain(rows_product(dYw, rows), f)
-            found["weight"] = dW.to(f.weight.dtype)
-    if needs.x:
-        W = _dense(f.weight, dtype).to(work)
-        found["x"] = _input_gradient(dYw, W, dS, f, dropout).to(dtype)
-    if needs.g:
-        found["g"] = _gain_gradient(dY, given(saved.V)).to(given(f.g).dtype)
-    return Gradients(**found)
-
-
-def forward_group(
-    x: Tensor, fs: Sequence[Factors], mask: Tensor | None = None
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """y [M, N_i] of layers that read the same x, their S [M, Σ R_i] side by side, the mask."""
-    dtype, work = x.dtype, working_dtype(x)
-    rows = x.to(work)
-    dropout = None if fs[0].dropout_p == 0.0 else _dropout(fs[0], x, mask)
-    A, ranks = _stacked(fs, work)
-    S = low_rank.shrink(rows, A, dropout)
-    ys = [
-        _adapted(rows, _dense(f.weight, dtype).to(work), S_i, f, f.bias).to(dtype)
-        for f, S_i in zip(fs, S.split(ranks, dim=1), strict=True)
-    ]
-    return ys, S.to(dtype), None if dropout is None else dropout.mask
-
-
-def backward_group(
-    dYs: Sequence[Tensor],
-    x: Tensor | None,
-    S: Tensor,
-    mask: Tensor | None,
-    fs: Sequence[Factors],
-    needs: list[Needs],
-) -> list[Gradients]:
-    """The gradients of every layer of a group; that of x, their sum, is with the first."""
-    dtype, work = dYs[0].dtype, working_dtype(dYs[0])
-    A, ranks = _stacked(fs, work)
-    dropout = None if mask is None else Dropout(mask, fs[0].dropout_p)
-    dYs = [dY.to(work) for dY in dYs]
-    grads = [
-        low_rank.output_gradients(dY, S_i, f, need)
-        for dY, S_i, f, need in zip(dYs, S.split(ranks, dim=1), fs, needs, strict=True)
-    ]
-    dS = torch.cat([low_rank.shrunk_gradient(dY, f) for dY, f in zip(dYs, fs, strict=True)], dim=1)
-    if any(need.x for need in needs):
-        dX = low_rank.input_gradient(dS, A, dropout)
-        for dY, f in zip(dYs, fs, strict=True):
-            dX.addmm_(dY, _dense(f.weight, dtype).to(work))
-        grads[0] = grads[0]._replace(x=dX.to(dtype))
-    if x is not None and any(need.A for need in needs):
-        dAs = low_rank.factor_gradient(dS, x.to(work), dropout).split(ranks)
-        grads = [
-            grad._replace(A=dA.to(given(f.A).dtype)) if need.A else grad
-            for grad, dA, f, need in zip(grads, dAs, fs, needs, strict=True)
-        ]
-    return grads
-
 
 # Elements of V widened at a time on a CPU, few enough to stay in the cache.
 _BLOCK_ELEMENTS = 1 << 18
 # Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.
 _UPDATE_ELEMENTS = 1 << 22
+_UNCHANGED = nullcontext()
 
 
-def update_weight(
-    W: Tensor,
-    out: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    b: Tensor | None,
-    d: Tensor | None,
-    g: Tensor | None,
-    scaling: float,
-) -> None:
-    """out [N, K] ← round(g ⊙ (W + s · (b ⊙ (B d)) A)), a few rows at a time; out may be W."""
-    wide = wide_dtype(W.dtype)
-    A = None if A is None else A.to(wide)
-    step = max(1, _UPDATE_ELEMENTS // max(1, W.shape[1]))
-    for start in range(0, W.shape[0], step):
-        rows = slice(start, start + step)
-        total = W[rows].to(wide, copy=True)
-        if A is not None and B is not None:
-            left = B[rows].to(wide)
-            left = left if d is None else left * d
-            left = left if b is None else left * b[rows].unsqueeze(1)
-            # The product alone first: adding −Δ then removes exactly what Δ added.
-            total.add_(left @ A, alpha=scaling)
-        if g is not None:
-            total.mul_(g[rows].unsqueeze(1))
-        out[rows].copy_(total)
+class TorchBackend:
+    """:class:`lora_fast.backends.protocol.Backend` in aten calls."""
+
+    name = "torch"
+    copies_input = True
+
+    def forward(
+        self, x: Tensor, fs: Sequence[Factors], needs: Sequence[Needs]
+    ) -> tuple[list[Tensor], Saved]:
+        f, need = fs[0], needs[0] if len(needs) == 1 else needs_of_all(needs)
+        dtype, work = x.dtype, working_dtype(x)
+        with without_autocast(x):
+            rows = x.reshape(-1, x.shape[-1]).to(work)
+            S = V = dropout = None
+            columns: Sequence[Tensor | None] = [None]
+            if f.A is not None:
+                dropout = None if f.constants.dropout_p == 0.0 else self._drawn(f, rows)
+                A, ranks = (f.A, None) if len(fs) == 1 else _stacked(fs, work)
+                S = low_rank.shrink(rows, A, dropout, f.constants.rank_spans)
+                columns = [S] if ranks is None else S.split(ranks, dim=1)
+            ys = []
+            for f, S_i in zip(fs, columns, strict=True):
+                W = self._dense(f.weight, dtype).to(work)
+                if f.g is None:
+                    y = _adapted(rows, W, S_i, f, f.bias)
+                else:
+                    y, V = _gained(rows, W, S_i, f)
+                ys.append(shaped_as(x, y.to(dtype)))
+        return ys, Saved(
+            S.to(dtype) if S is not None and need.saves_S else None,
+            V.to(dtype) if V is not None and need.saves_V else None,
+            dropout.mask if dropout is not None and need.saves_mask else None,
+        )
+
+    def backward(
+        self,
+        dYs: Sequence[Tensor],
+        x: Tensor | None,
+        saved: Saved,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+    ) -> list[Gradients]:
+        f, need, shape = fs[0], needs_of_all(needs), dYs[0].shape
+        dYs = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
+        dtype, work = dYs[0].dtype, working_dtype(dYs[0])
+        with without_autocast(dYs[0]):
+            dYw = [dY.to(work) for dY in dYs]
+            dropout = self._saved_dropout(saved, f, dYs[0], need)
+            dS = None
+            if f.A is not None and (need.A or need.x):
+                parts = [low_rank.shrunk_gradient(dY, f) for dY, f in zip(dYw, fs, strict=True)]
+                dS = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            S = columns_of(saved.S, fs)
+            grads = list(map(low_rank.output_gradients, dYw, S, fs, needs))
+            first: dict[str, Tensor] = {}
+            if x is not None and (need.A or need.weight):
+                rows = x.reshape(-1, x.shape[-1]).to(work)
+                if need.A:
+                    grads = _with_grad_A(grads, given(dS), rows, dropout, fs, needs)
+                if need.weight:
+                    dW = low_rank.times_gain(rows_product(dYw[0], rows), f)
+                    first["weight"] = dW.to(f.weight.dtype)
+            if need.x:
+                dX = self._input_gradient(dYw, dS, fs, dropout, dtype).to(dtype)
+                first["x"] = dX.view(*shape[:-1], dX.shape[-1])
+            if need.g:
+                first["g"] = _gain_gradient(dYs[0], given(saved.V)).to(given(f.g).dtype)
+            grads[0] = grads[0]._replace(**first)
+        return grads
+
+    def dropout_mask(self, seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
+        return dropout_mask(seed, M, K, p, device)
+
+    def row_norms(self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """Without an N × K product:
+
+        ‖W_i + s (B A)_i‖² = ‖W_i‖² + 2s (W Aᵀ)_i · B_i + s² B_i (A Aᵀ) B_iᵀ
+
+        If B A is zero it equals the norm that m was initialised with, so g is 1 before training.
+        """
+        with without_autocast(A):
+            W = self._dense(weight, torch.float32)
+            lengths = torch.linalg.vector_norm(W, dim=1)
+            a, b = A.float(), B.float()
+            cross = torch.linalg.vecdot(W @ a.T, b)
+            delta = torch.linalg.vecdot(b @ (a @ a.T), b)
+            change = 2.0 * scaling * cross + scaling * scaling * delta
+            # Rounding can make a row that cancels negative.
+            changed = (lengths * lengths + change).clamp_(min=0.0).sqrt_()
+            return torch.where(change == 0.0, lengths, changed)
+
+    @torch.no_grad()
+    def update_weight(
+        self,
+        W: Tensor,
+        out: Tensor,
+        *,
+        A: Tensor | None = None,
+        B: Tensor | None = None,
+        b: Tensor | None = None,
+        d: Tensor | None = None,
+        g: Tensor | None = None,
+        scaling: float = 1.0,
+    ) -> None:
+        wide = wide_dtype(W.dtype)
+        A = None if A is None else A.to(wide)
+        step = max(1, _UPDATE_ELEMENTS // max(1, W.shape[1]))
+        # A few rows at a time.
+        for start in range(0, W.shape[0], step):
+            rows = slice(start, start + step)
+            total = W[rows].to(wide, copy=True)
+            if A is not None and B is not None:
+                left = B[rows].to(wide)
+                left = left if d is None else left * d
+                left = left if b is None else left * b[rows].unsqueeze(1)
+                # The product alone first: adding −Δ then removes exactly what Δ added.
+                total.add_(left @ A, alpha=scaling)
+            if g is not None:
+                total.mul_(g[rows].unsqueeze(1))
+            out[rows].copy_(total)
+
+    def _input_gradient(
+        self,
+        dYs: Sequence[Tensor],
+        dS: Tensor | None,
+        fs: Sequence[Factors],
+        dropout: Dropout | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """dX = Σ dY (g ⊙ W) + drop'(dS A)."""
+        work, dX = dYs[0].dtype, None
+        if dS is not None:
+            dX = low_rank.input_gradient(dS, _stacked(fs, work)[0], dropout)
+        for dY, f in zip(dYs, fs, strict=True):
+            W = self._dense(f.weight, dtype).to(work)
+            if f.g is not None:
+                # g is put on the smaller one of dY [M, N] and W [N, K].
+                if dY.shape[0] < W.shape[1]:
+                    dY = _times(dY, f.g)
+                else:
+                    W = _times(W, f.g.unsqueeze(1))
+            dX = dY @ W if dX is None else dX.addmm_(dY, W)
+        return given(dX)
+
+    def _dense(self, weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+        """W [N, K] in `dtype`."""
+        return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+
+    def _drawn(self, f: Factors, x: Tensor) -> Dropout:
+        """The dropout of x [M, K] in a forward pass."""
+        (M, K), p, seed = x.shape, f.constants.dropout_p, f.constants.dropout_seed
+        return Dropout(dropout_mask(seed, M, K, p, x.device), p)
+
+    def _saved_dropout(self, saved: Saved, f: Factors, rows: Tensor, need: Needs) -> Dropout | None:
+        """The same dropout in a backward pass; None where nothing was dropped, or nobody asks."""
+        return None if saved.mask is None else Dropout(saved.mask, f.constants.dropout_p)
 
 
-def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """‖W_i + s (B A)_i‖₂ [N] in float32, without an N × K product.
+TORCH = TorchBackend()
 
-    ‖W_i + s (B A)_i‖² = ‖W_i‖² + 2s (W Aᵀ)_i · B_i + s² B_i (A Aᵀ) B_iᵀ
 
-    If B A is zero it equals the norm that m was initialised with, so g is 1 before training.
-    """
-    W = _dense(weight, torch.float32)
-    lengths = torch.linalg.vector_norm(W, dim=1)
-    a, b = A.float(), B.float()
-    cross = torch.linalg.vecdot(W @ a.T, b)
-    delta = torch.linalg.vecdot(b @ (a @ a.T), b)
-    change = 2.0 * scaling * cross + scaling * scaling * delta
-    # Rounding can make a row that cancels negative.
-    changed = (lengths * lengths + change).clamp_(min=0.0).sqrt_()
-    return torch.where(change == 0.0, lengths, changed)
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Every cast is made by hand: autocast would round float32 products a second time."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return _UNCHANGED
+    return torch.autocast(device, enabled=False)
 
 
 def _adapted(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors, bias: Tensor | None) -> Tensor:
@@ -180,8 +209,8 @@ def _adapted(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors, bias: Tensor
         return torch.nn.functional.linear(rows, W, bias)
     Q = low_rank.expand_factor(f, rows.dtype)
     if bias is None:
-        return scaled_product(S, Q.T, f.scaling).addmm_(rows, W.T)
-    return torch.addmm(bias, S, Q.T, alpha=f.scaling).addmm_(rows, W.T)
+        return scaled_product(S, Q.T, f.constants.scaling).addmm_(rows, W.T)
+    return torch.addmm(bias, S, Q.T, alpha=f.constants.scaling).addmm_(rows, W.T)
 
 
 def _gained(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors) -> tuple[Tensor, Tensor]:
@@ -197,21 +226,6 @@ def _gained(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors) -> tuple[Tens
     # In 16 bits V would be lost beside a large bias.
     V = _adapted(rows, W, S, f, None)
     return _times(V, g, bias), V
-
-
-def _input_gradient(
-    dY: Tensor, W: Tensor, dS: Tensor | None, f: Factors, dropout: Dropout | None
-) -> Tensor:
-    """dX = dY (g ⊙ W) + drop'(dS A)."""
-    if f.g is not None:
-        # g is put on the smaller one of dY [M, N] and W [N, K].
-        if dY.shape[0] < W.shape[1]:
-            dY = _times(dY, f.g)
-        else:
-            W = _times(W, f.g.unsqueeze(1))
-    if dS is None:
-        return dY @ W
-    return low_rank.input_gradient(dS, given(f.A).to(W.dtype), dropout).addmm_(dY, W)
 
 
 def _gain_gradient(dY: Tensor, V: Tensor) -> Tensor:
@@ -243,18 +257,27 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, M, step))
 
 
-def _dropout(f: Factors, x: Tensor, mask: Tensor | None) -> Dropout:
-    if mask is None:
-        M, K = x.shape
-        mask = dropout_mask(f.dropout_seed, M, K, f.dropout_p, x.device)
-    return Dropout(mask, f.dropout_p)
+def _with_grad_A(
+    grads: list[Gradients],
+    dS: Tensor,
+    rows: Tensor,
+    dropout: Dropout | None,
+    fs: Sequence[Factors],
+    needs: Sequence[Needs],
+) -> list[Gradients]:
+    dA = low_rank.factor_gradient(dS, rows, dropout)
+    parts = [dA] if len(fs) == 1 else dA.split(ranks_of(fs))
+    return [
+        grad._replace(A=part.to(given(f.A).dtype)) if need.A else grad
+        for grad, part, f, need in zip(grads, parts, fs, needs, strict=True)
+    ]
 
 
 def _stacked(fs: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-    """The A of all layers of a group [Σ R_i, K], and the R_i."""
-    factors = [f.A.to(dtype) for f in fs if f.A is not None]
-    return torch.cat(factors), [A.shape[0] for A in factors]
-
-
-def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+    """The A of all layers [Σ R_i, K] in `dtype`, and the R_i."""
+    factors, ranks = [], []
+    for f in fs:
+        if f.A is not None:
+            factors.append(f.A.to(dtype))
+            ranks.append(f.A.shape[0])
+    return factors[0] if len(fs) == 1 else torch.cat(factors), ranks

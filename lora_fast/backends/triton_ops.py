@@ -1,18 +1,22 @@
 """The Triton backend: the factors of the equation, handed to the kernels.
 
-One launch forward, at most three backward; for many rows one more per direction, which decodes an
+One launch a layer forward, for a group the first makes S for all; backward one a layer for what
+comes of dY and S, one for dX and dS, one for dA. For many rows one more per direction decodes an
 NF4 weight.
+
+Plans (tuning/plans.py) are ways to do it. What a plan saves, any other takes. With the backend set
+to ``triton`` the kernels compute; ``auto`` leaves the choice between them and cuBLAS to the tuner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..factors import Factors, Gradients, Needs, Saved
+from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..kernels import dropout as dropout_kernels
 from ..kernels import (
     environment,
@@ -27,196 +31,271 @@ from ..kernels import (
 from ..kernels import row_norms as row_norms_kernels
 from ..kernels.tiles import NO_GAINS, Gains
 from ..nf4 import NF4Weight
-from ..tuning.plans import FUSED, Plan
+from ..tuning.plans import (
+    BACKWARD,
+    BACKWARD_GROUP,
+    FORWARD,
+    FORWARD_GROUP,
+    FUSED,
+    Plan,
+    query,
+)
+from ..tuning.tuner import tuner
+from .protocol import columns_of, ranks_of, shaped_as
+from .torch_dropout import Dropout
+from .torch_ops import TORCH, TorchBackend, without_autocast
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a query holds of the needs of a forward pass.
+_NOTHING, _SAVES_V = Needs(), Needs(g=True)
 
 
-def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """The boolean [M, K] keep-mask that the kernels use for `seed`."""
-    return dropout_kernels.dropout_mask(M, K, dropout_kernels.Dropout(p, seed), device)
+class TritonBackend:
+    """:class:`lora_fast.backends.protocol.Backend` in kernels, or by cuBLAS where `cublas` allows
+    it."""
+
+    name = "triton"
+    copies_input = False
+
+    def __init__(self, *, cublas: bool) -> None:
+        self._cublas = cublas
+
+    def forward(
+        self,
+        x: Tensor,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+        plan: Plan | None = None,
+    ) -> tuple[list[Tensor], Saved]:
+        """As the protocol has it; by `plan`, where one is given."""
+        rows = x.reshape(-1, x.shape[-1])
+        need = needs[0] if len(needs) == 1 else needs_of_all(needs)
+        if plan is None:
+            plan = FUSED
+            if (self._cublas or tuner.times) and rows.shape[0]:
+                op = FORWARD if len(fs) == 1 else FORWARD_GROUP
+                asked = [_SAVES_V if need.saves_V else _NOTHING] * len(fs)
+                plan = self._plan(op, rows, fs, asked, lambda p: self.forward(x, fs, needs, p))
+        if plan.composed:
+            return PRODUCTS.forward(x, fs, needs)
+        _check_dtype(x)
+        made, shrinks = (None, [{"A": fs[0].A}]) if len(fs) == 1 else _shared_shrink(rows, fs)
+        ys = []
+        # Configurations go by the rank of the layer, also where the rows of its part of S start off
+        # 16 bytes for the ranks of the others: that takes 4 registers more, 248 on sm_80, and
+        # spills none.
+        with _Launching(rows):
+            for f, shrink in zip(fs, shrinks, strict=True):
+                f = _with_dense_vectors(f)
+                y, S, V = ticketed_gemm.forward(
+                    rows, _gemm_operand(f.weight, rows, plan.workspace), B=f.B,
+                    scaling=f.constants.scaling, bias=f.bias, gains=_gains(f), dropout=_dropout(f),
+                    rank_spans=f.constants.rank_spans, saves_V=need.saves_V, config=plan.gemm,
+                    **shrink,
+                )  # fmt: skip
+                ys.append(shaped_as(x, y))
+        return ys, Saved((S if made is None else made) if need.saves_S else None, V)
+
+    def backward(
+        self,
+        dYs: Sequence[Tensor],
+        x: Tensor | None,
+        saved: Saved,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+        plan: Plan | None = None,
+    ) -> list[Gradients]:
+        """As the protocol has it; by `plan`, where one is given."""
+        rows = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
+        if rows[0].shape[0] == 0:
+            return [_empty_batch(*each) for each in zip(dYs, fs, needs, strict=True)]
+        if plan is None:
+            plan = FUSED
+            if self._cublas or tuner.times:
+                op = BACKWARD if len(fs) == 1 else BACKWARD_GROUP
+                arguments = (dYs, x, saved, fs, needs)
+                plan = self._plan(op, rows[0], fs, needs, lambda p: self.backward(*arguments, p))
+        if plan.composed:
+            return PRODUCTS.backward(dYs, x, saved, fs, needs)
+        x = None if x is None else x.reshape(-1, x.shape[-1])
+        with _Launching(rows[0]):
+            grads = _gradients(rows, x, saved, [_with_dense_vectors(f) for f in fs], needs, plan)
+        dX = grads[0].x
+        if dX is not None:
+            grads[0] = grads[0]._replace(x=dX.view(*dYs[0].shape[:-1], dX.shape[-1]))
+        return grads
+
+    def dropout_mask(self, seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
+        return dropout_kernels.dropout_mask(M, K, dropout_kernels.Dropout(p, seed), device)
+
+    def row_norms(self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """In one launch; one more decodes NF4."""
+        with _Launching(A):
+            return row_norms_kernels.norms_of(dense(weight, weight.dtype), A, B, scaling)
+
+    @torch.no_grad()
+    def update_weight(
+        self,
+        W: Tensor,
+        out: Tensor,
+        *,
+        A: Tensor | None = None,
+        B: Tensor | None = None,
+        b: Tensor | None = None,
+        d: Tensor | None = None,
+        g: Tensor | None = None,
+        scaling: float = 1.0,
+    ) -> None:
+        """In one launch; in float64 the torch backend's."""
+        if W.dtype == torch.float64:
+            TORCH.update_weight(W, out, A=A, B=B, b=b, d=d, g=g, scaling=scaling)
+            return
+        _check_dtype(W)
+        gains = Gains(*(None if v is None else v.contiguous() for v in (b, d, g)))
+        with _Launching(W):
+            weight_update.update(W, out, A, B, gains, scaling)
+        # What autograd has saved of a tensor that a kernel overwrote must not pass for intact.
+        torch.autograd.graph.increment_version(out)
+
+    def _plan(
+        self,
+        op: str,
+        rows: Tensor,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+        run: Callable[[Plan], Any],
+    ) -> Plan:
+        return tuner.plan(query(op, rows, fs, needs, cublas=self._cublas), rows.device, run)
 
 
-def forward(x: Tensor, f: Factors, needs: Needs, plan: Plan = FUSED) -> tuple[Tensor, Saved]:
-    """y [M, N] and, where the backward pass needs them, S and V; x is [M, K]."""
-    _check_dtype(x)
-    f, gains = _with_dense_vectors(f)
-    with _Launching(x):
-        weight = _gemm_operand(f.weight, x, plan.workspace)
-        y, S, V = ticketed_gemm.forward(
-            x, weight, f.A, f.B, f.scaling, bias=f.bias, gains=gains, dropout=_dropout(f),
-            rank_spans=f.rank_spans, saves_V=needs.saves_V, config=plan.gemm,
-        )  # fmt: skip
-    return y, Saved(S if needs.saves_S else None, V)
+class _Products(TorchBackend):
+    """The torch backend on a Triton device: products by cuBLAS, with the kernels' own dropout mask
+    and NF4 decoding. It saves what the kernels save, so either can take the backward pass."""
+
+    name = "triton"
+    copies_input = False
+
+    def forward(
+        self, x: Tensor, fs: Sequence[Factors], needs: Sequence[Needs]
+    ) -> tuple[list[Tensor], Saved]:
+        with torch.cuda.device_of(x):
+            ys, saved = super().forward(x, fs, needs)
+        return ys, saved._replace(mask=None)
+
+    def backward(
+        self,
+        dYs: Sequence[Tensor],
+        x: Tensor | None,
+        saved: Saved,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+    ) -> list[Gradients]:
+        with torch.cuda.device_of(dYs[0]):
+            return super().backward(dYs, x, saved, fs, needs)
+
+    def _dense(self, weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+        return dense(weight, dtype)
+
+    def _drawn(self, f: Factors, x: Tensor) -> Dropout:
+        return _kernels_dropout(f, x.shape[0], x.shape[1], x.device)
+
+    def _saved_dropout(self, saved: Saved, f: Factors, rows: Tensor, need: Needs) -> Dropout | None:
+        if f.A is None or f.constants.dropout_p == 0.0 or not need.saves_mask:
+            return None
+        return _kernels_dropout(f, rows.shape[0], f.weight.shape[1], rows.device)
 
 
-def backward(
-    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, plan: Plan = FUSED
-) -> Gradients:
-    """Every wanted gradient for dY [M, N]; x [M, K] and `saved` as forward left them."""
-    if dY.shape[0] == 0:
-        return _empty_batch(dY, f, needs)
-    with _Launching(dY):
-        return _gradients(dY, x, saved, *_with_dense_vectors(f), needs, plan)
+PRODUCTS = _Products()
 
 
-def update_weight(
-    W: Tensor,
-    out: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    b: Tensor | None,
-    d: Tensor | None,
-    g: Tensor | None,
-    scaling: float,
-) -> None:
-    """out [N, K] ← round(g ⊙ (W + s · (b ⊙ (B d)) A)) in one launch; out may be W."""
-    _check_dtype(W)
-    gains = Gains(*(None if v is None else v.contiguous() for v in (b, d, g)))
-    with _Launching(W):
-        weight_update.update(W, out, A, B, gains, scaling)
-    # What autograd has saved of a tensor that a kernel overwrote must not pass for intact.
-    torch.autograd.graph.increment_version(out)
+def _kernels_dropout(f: Factors, M: int, K: int, device: torch.device) -> Dropout:
+    """The mask that the kernels draw, and the p that it has, by which what it keeps is scaled."""
+    drawn = _dropout(f)
+    return Dropout(dropout_kernels.dropout_mask(M, K, drawn, device), drawn.drawn)
 
 
-def forward_group(
-    x: Tensor, fs: Sequence[Factors], plan: Plan = FUSED
-) -> tuple[list[Tensor], Tensor, None]:
-    """y [M, N_i] of layers that read the same x, and their S [M, Σ R_i] side by side.
-
-    One launch a layer; of many rows the first makes S for all.
-    """
-    _check_dtype(x)
-    factors = _factors_A(fs)
-    made = x.new_empty(x.shape[0], sum(A.shape[0] for A in factors))
-    columns = made.split(_ranks(fs), dim=1)
-    shrinks = [{"A": A, "made": S} for A, S in zip(factors, columns, strict=True)]
-    if launch_policy.shares_shrink(x.shape[0]):
-        shrinks = [{"A": A, "S": S} for A, S in zip(factors, columns, strict=True)]
-        shrinks[0] = {"A": torch.cat(factors), "made": made}
-    ys = []
-    # Configurations go by the rank of the layer, also where the rows of its part of S start off 16
-    # bytes for the ranks of the others: that takes 4 registers more, 248 on sm_80, and spills none.
-    with _Launching(x):
-        for f, shrink in zip(fs, shrinks, strict=True):
-            y, *_ = ticketed_gemm.forward(
-                x, _gemm_operand(f.weight, x, plan.workspace), B=f.B, scaling=f.scaling,
-                bias=f.bias, dropout=_dropout(f), config=plan.gemm, **shrink,
-            )  # fmt: skip
-            ys.append(y)
-    return ys, made, None
+def _shared_shrink(
+    x: Tensor, fs: Sequence[Factors]
+) -> tuple[Tensor, list[dict[str, Tensor | None]]]:
+    """Memory for the S [M, Σ R_i] of a group, and what its launches are told about theirs: of many
+    rows the first makes S for all."""
+    made = x.new_empty(x.shape[0], sum(ranks_of(fs)))
+    columns = columns_of(made, fs)
+    if not launch_policy.shares_shrink(x.shape[0]):
+        return made, [{"A": f.A, "made": S} for f, S in zip(fs, columns, strict=True)]
+    shrinks = [{"A": f.A, "S": S} for f, S in zip(fs, columns, strict=True)]
+    shrinks[0] = {"A": torch.cat(_factors_A(fs)), "made": made}
+    return made, shrinks
 
 
-def backward_group(
+def _gradients(
     dYs: Sequence[Tensor],
     x: Tensor | None,
-    S: Tensor,
-    mask: None,
+    saved: Saved,
     fs: Sequence[Factors],
-    needs: list[Needs],
-    plan: Plan = FUSED,
+    needs: Sequence[Needs],
+    plan: Plan,
 ) -> list[Gradients]:
-    """The gradients of every layer of a group; that of x, their sum, is with the first.
-
-    One launch a layer, one for dX and one for all dA.
-    """
-    if S.shape[0] == 0:
-        return [_empty_batch(dY, f, need) for dY, f, need in zip(dYs, fs, needs, strict=True)]
-    needs_dS = any(need.A for need in needs)
-    with _Launching(S):
-        grads, layers = [], []
-        for dY, S_i, f, need in zip(dYs, S.split(_ranks(fs), dim=1), fs, needs, strict=True):
-            found, partials = _output_side(dY, S_i, f, need, needs_dS or need.x)
-            weight = _shape_only(f.weight, dY)
-            if need.x:
-                weight = _gemm_operand(f.weight, dY, plan.workspace)
-            grads.append(found)
-            layers.append(ticketed_gemm.Layer(dY, weight, f.A, f.B, f.scaling, partials))
-        if needs_dS or needs[0].x:
-            dropout = _dropout(fs[0])
-            dX, dS = ticketed_gemm.grad_input(
-                layers, dropout, wants_dX=needs[0].x, config=plan.gemm
-            )
-            grads[0] = grads[0]._replace(x=dX)
-        if needs_dS and x is not None:
-            dAs = _grad_A(x, dS, fs)
+    """The gradients of every layer for dY [M, N_i] and x [M, K]."""
+    f, need = fs[0], needs_of_all(needs)
+    needs_dS = f.A is not None and (need.x or need.A)
+    grads, layers = [], []
+    for dY, S, f_i, need_i in zip(dYs, columns_of(saved.S, fs), fs, needs, strict=True):
+        found, partials = _output_side(dY, S, saved.V, f_i, need_i, needs_dS)
+        weight = _shape_only(f_i.weight, dY)
+        if need.x:
+            weight = _gemm_operand(f_i.weight, dY, plan.workspace)
+        grads.append(found)
+        layers.append(
+            ticketed_gemm.Layer(dY, weight, f_i.A, f_i.B, f_i.constants.scaling, partials)
+        )
+    if needs_dS or need.x:
+        dX, dS = ticketed_gemm.grad_input(
+            layers, _dropout(f), gains=_gains(f), rank_spans=f.constants.rank_spans,
+            wants_dX=need.x, config=plan.gemm,
+        )  # fmt: skip
+        grads[0] = grads[0]._replace(x=dX)
+        if need.A and x is not None:
             grads = [
-                grad._replace(A=dA) if need.A else grad
-                for grad, dA, need in zip(grads, dAs, needs, strict=True)
+                grad._replace(A=dA) if need_i.A else grad
+                for grad, dA, need_i in zip(grads, _grad_A(x, dS, fs), needs, strict=True)
             ]
+    if need.weight and x is not None:
+        grads[0] = grads[0]._replace(weight=_weight_gradient(dYs[0], x, f))
     return grads
 
 
 def _output_side(
-    dY: Tensor, S: Tensor, f: Factors, need: Needs, needs_dS: bool
+    dY: Tensor, S: Tensor | None, V: Tensor | None, f: Factors, need: Needs, needs_dS: bool
 ) -> tuple[Gradients, Tensor | None]:
-    """dB and dbias of one layer, and the partials of its dS where they pay."""
-    wanted = strips.Wanted(B=need.B, bias=need.bias)
+    """dB, db, dd, dg and dbias of one layer, and the partials of its dS where they pay."""
+    wanted = strips.Wanted(need.B, need.b, need.d, need.g, need.bias)
     if not (wanted.needs_T or wanted.sums):
         return Gradients(), None
     grads, partials = strips.grad_expand(
-        dY, f.B, f.scaling, wanted=wanted, S=S, bias=f.bias,
-        stores_dS=needs_dS and need.B and _projection_pays(dY, f),
+        dY, f.B, f.constants.scaling, wanted=wanted, S=S, V=V, bias=f.bias, gains=_gains(f),
+        stores_dS=needs_dS and wanted.needs_T and _projection_pays(dY, f),
     )  # fmt: skip
     return Gradients(**grads), partials
 
 
-def _grad_A(x: Tensor, dS: Tensor, fs: Sequence[Factors]) -> list[Tensor]:
-    """dA of every layer of a group in one launch."""
+def _projection_pays(dY: Tensor, f: Factors) -> bool:
+    return f.A is not None and strips.projection_pays(dY.shape[1], f.A.shape[0], dY.dtype)
+
+
+def _grad_A(x: Tensor, dS: Any, fs: Sequence[Factors]) -> Sequence[Tensor]:
+    """dA of every layer in one launch."""
     factors = _factors_A(fs)
     dtypes = {A.dtype for A in factors}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    dAs = strips.grad_shrink(x, dS, dtype, _dropout(fs[0])).split(_ranks(fs))
-    return [dA.to(A.dtype) for dA, A in zip(dAs, factors, strict=True)]
+    dA = strips.grad_shrink(x, dS, dtype, _dropout(fs[0]))
+    if len(fs) == 1:
+        return [dA]
+    return [dA_i.to(A.dtype) for dA_i, A in zip(dA.split(ranks_of(fs)), factors, strict=True)]
 
 
 def _factors_A(fs: Sequence[Factors]) -> list[Tensor]:
     return [f.A for f in fs if f.A is not None]
-
-
-def _ranks(fs: Sequence[Factors]) -> list[int]:
-    return [A.shape[0] for A in _factors_A(fs)]
-
-
-def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """‖W_i + s (B A)_i‖₂ [N] in float32, in one launch; one more decodes NF4."""
-    with _Launching(A):
-        return row_norms_kernels.norms_of(dense(weight, weight.dtype), A, B, scaling)
-
-
-def _gradients(
-    dY: Tensor,
-    x: Tensor | None,
-    saved: Saved,
-    f: Factors,
-    gains: Gains,
-    needs: Needs,
-    plan: Plan,
-) -> Gradients:
-    grads: dict[str, Tensor | None] = {}
-    partials = None
-    needs_dS = f.has_adapter and (needs.x or needs.A)
-    wanted = strips.Wanted(needs.B, needs.b, needs.d, needs.g, needs.bias)
-    if wanted.needs_T or wanted.sums:
-        grads, partials = strips.grad_expand(
-            dY, f.B, f.scaling, wanted=wanted, S=saved.S, V=saved.V, bias=f.bias, gains=gains,
-            stores_dS=needs_dS and wanted.needs_T and _projection_pays(dY, f),
-        )  # fmt: skip
-    if needs_dS or needs.x:
-        weight = _shape_only(f.weight, dY)
-        if needs.x:
-            weight = _gemm_operand(f.weight, dY, plan.workspace)
-        layer = ticketed_gemm.Layer(dY, weight, f.A, f.B, f.scaling, partials)
-        dX, dS = ticketed_gemm.grad_input(
-            [layer], _dropout(f), gains=gains, rank_spans=f.rank_spans, wants_dX=needs.x,
-            config=plan.gemm,
-        )  # fmt: skip
-        grads["x"] = dX
-        if needs.A and f.A is not None:
-            grads["A"] = strips.grad_shrink(x, dS, f.A.dtype, _dropout(f))
-    if needs.weight and x is not None:
-        grads["weight"] = _weight_gradient(dY, x, f)
-    return Gradients(**grads)
 
 
 class _Launching:
@@ -238,16 +317,19 @@ class _Launching:
             self._device.__exit__(kind, *exc)
 
 
-def _with_dense_vectors(f: Factors) -> tuple[Factors, Gains]:
-    """The factors and their gains; kernels read vectors of N or R elements one after the other."""
-    if f.bias is None and f.b is None and f.d is None and f.g is None:
-        return f, NO_GAINS
-    bias, b, d, g = (None if v is None else v.contiguous() for v in (f.bias, f.b, f.d, f.g))
-    return f._replace(bias=bias, b=b, d=d, g=g), Gains(b, d, g)
+def _with_dense_vectors(f: Factors) -> Factors:
+    """The kernels read vectors of N or R elements one after the other."""
+    vectors = {"bias": f.bias, "b": f.b, "d": f.d, "g": f.g}
+    for name, vector in vectors.items():
+        if vector is not None and not vector.is_contiguous():
+            f = f._replace(**{name: vector.contiguous()})  # type: ignore[arg-type]
+    return f
 
 
-def _projection_pays(dY: Tensor, f: Factors) -> bool:
-    return f.A is not None and strips.projection_pays(dY.shape[1], f.A.shape[0], dY.dtype)
+def _gains(f: Factors) -> Gains:
+    if f.b is None and f.d is None and f.g is None:
+        return NO_GAINS
+    return Gains(f.b, f.d, f.g)
 
 
 def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:
@@ -257,13 +339,14 @@ def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:
         for name in Needs._fields[1:]
         if getattr(needs, name)
     }
-    return Gradients(x=dY.new_empty((0, K)) if needs.x else None, **zeros)
+    return Gradients(x=dY.new_empty((*dY.shape[:-1], K)) if needs.x else None, **zeros)
 
 
 def _weight_gradient(dY: Tensor, x: Tensor, f: Factors) -> Tensor:
     """dW = dVᵀ x: a plain product of two large matrices, which cuBLAS does best."""
-    dV = dY if f.g is None else (dY * f.g).to(dY.dtype)
-    return (dV.T @ x).to(f.weight.dtype)
+    with without_autocast(dY):
+        dV = dY if f.g is None else (dY * f.g).to(dY.dtype)
+        return (dV.T @ x).to(f.weight.dtype)
 
 
 def _gemm_operand(
@@ -294,10 +377,11 @@ def _shape_only(weight: Tensor | NF4Weight, like: Tensor) -> Tensor:
     return like.new_empty(()).expand(weight.shape)
 
 
-def _dropout(f: Factors) -> dropout_kernels.Dropout:
-    if f.dropout_p == 0.0 or f.A is None:
+def _dropout(f: Factors) -> Any:
+    """The dropout of x as the kernels take it."""
+    if f.constants.dropout_p == 0.0 or f.A is None:
         return dropout_kernels.NO_DROPOUT
-    return dropout_kernels.Dropout(f.dropout_p, f.dropout_seed)
+    return dropout_kernels.Dropout(f.constants.dropout_p, f.constants.dropout_seed)
 
 
 def _check_dtype(x: Tensor) -> None:

@@ -14,24 +14,40 @@ import torch
 from torch import Tensor, nn
 
 from .. import four_bit
+from ..factors import Constants, Factors
 from ..four_bit import is_four_bit, restore_quant_state
-from ..functional import Member, adapted_linear, adapted_linears
+from ..functional import Member, adapted_linears
 from ..nf4 import NF4Weight
+from ..operation.autograd import compute
 
 
-def adapted(base: Any, x: Tensor, *, bias: Tensor | None, **factors: Any) -> Tensor:
+def adapted(
+    base: Any,
+    x: Tensor,
+    *,
+    bias: Tensor | None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    b: Tensor | None = None,
+    d: Tensor | None = None,
+    g: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    rank_spans: Tensor | None = None,
+) -> Tensor:
     """The equation on the weight of `base`: x [..., K] → y [..., N], `bias` in place of its own.
 
-    `factors` are those of :func:`lora_fast.functional.adapted_linear`. The result has the dtype
+    The factors are those of :func:`lora_fast.functional.adapted_linear`. The result has the dtype
     that `base` alone would give: the compute dtype for a dense layer, x's for a 4-bit one. Call it
-    only when :func:`base_obstacle` and :func:`call_obstacle` find nothing.
+    only when ``base_obstacle`` and ``call_obstacle`` of obstacles.py find nothing.
     """
+    constants = Constants(scaling, dropout_p, 0, rank_spans)  # type: ignore[arg-type]
     if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
-        return adapted_linear(x, base.weight, bias, **factors)
-    dtype = _four_bit_dtype(base, x)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    y = adapted_linear(x if autocast else x.to(dtype), weight_of(base), bias, **factors)
-    return y.to(x.dtype)
+        return compute(x, [Factors(base.weight, bias, A, B, b, d, g, constants)])[0]
+    dtype, given = _four_bit_dtype(base, x), x.dtype
+    x = x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+    weight = NF4Weight.view(base.weight.data, base.weight.quant_state)
+    return compute(x, [Factors(weight, bias, A, B, b, d, g, constants)])[0].to(given)
 
 
 def adapted_together(

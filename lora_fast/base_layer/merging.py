@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.selection import backend_for
 from ..four_bit import is_four_bit
 from ..nf4 import NF4Weight
-from ..operation import dispatch
 from .linear import weight_shape
 
 # Elements of a weight that are checked at a time before it is overwritten.
@@ -157,9 +157,9 @@ def add_low_rank(
     sign: float = 1.0,
 ) -> None:
     """out ← round(g ⊙ (W + sign · Σ_i s_i · (b_i ⊙ (B_i d_i)) A_i)); W itself without `out`."""
-    dispatch.update_weight(
-        weight, weight if out is None else out, g=g, **_stacked(terms, weight.dtype, sign)
-    )
+    factors = _stacked(terms, weight.dtype, sign)
+    out = weight if out is None else out
+    backend_for(weight.device).update_weight(weight, out, g=g, **factors)
 
 
 def overwrite_nf4(weight: Any, dense: Tensor) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.selection import backend_for
 from ..nf4 import NF4Weight
-from ..operation import compiled_ops, dispatch
+from ..operation import compiled_ops
 
 
 @torch.no_grad()
@@ -21,7 +22,8 @@ def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float |
     W as the norms.
     """
     if not torch.compiler.is_compiling():
-        return dispatch.row_norms(weight, A.detach(), B.detach(), float(scaling))
+        backend = backend_for(weight.device)
+        return backend.row_norms(weight, A.detach(), B.detach(), float(scaling))
     if isinstance(scaling, Tensor):
         # Reading its value would wait for the device.
         B, scaling = B * scaling, 1.0

@@ -1,4 +1,4 @@
-"""The equation as two torch.autograd.Functions: one layer, and a group that reads the same x.
+"""The operation: one call for one layer, or for several that read the same x, and its gradients.
 
 Saved for backward, beside parameters: x if A (or W) trains, S = drop(x) Aᵀ if B, b or d trains, V =
 (y − bias) / g if g trains. For dropout the seed is saved; on the torch backend also a copy of x,
@@ -9,7 +9,6 @@ stays packed and is decoded again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,156 +16,87 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from ..backends.choice import Backend, uses_triton
-from ..factors import Constants, Factors, Gradients, Needs, Saved
-from ..nf4 import NF4Weight
-from . import dispatch
+from ..backends.protocol import Backend
+from ..backends.selection import backend_for
+from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
+from . import compiled_ops
+from .seeds import draw_seed
+from .validation import check_dropout, check_operands, check_scaling
 
-# Positions of the differentiable arguments of apply(), in the order of Needs.
-_DIFFERENTIABLE = ("x", "weight", "bias", "A", "B", "b", "d", "g")
-_UNCHANGED = nullcontext()
-
-
-def forward(x: Tensor, f: Factors, needs: Needs, backend: Backend) -> tuple[Tensor, Saved]:
-    """y [..., N] for x [..., K], and what the backward pass needs beside x and the factors."""
-    with _without_autocast(x):
-        y, saved = dispatch.forward(x.reshape(-1, x.shape[-1]), f, needs, backend)
-    return _shaped(y, x), saved
+# Tensors of one layer among the arguments of apply(): all that may need a gradient but x.
+_PER_LAYER = len(Needs._fields) - 1
+_NOTHING = Needs()
 
 
-def forward_group(
-    x: Tensor, fs: Sequence[Factors], backend: Backend
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-    """y_i [..., N_i] of layers that read the same x [..., K], the S [M, Σ R_i] of all, the mask."""
-    with _without_autocast(x):
-        ys, S, mask = dispatch.forward_group(x.reshape(-1, x.shape[-1]), fs, backend)
-    return tuple([_shaped(y, x) for y in ys]), S, mask
+def compute(x: Tensor, fs: Sequence[Factors], dropout_seed: int | None = None) -> Sequence[Tensor]:
+    """y [..., N] of every layer for x [..., K]: the equation, differentiable, after all checks.
+
+    `fs` as :class:`lora_fast.backends.protocol.Backend` takes them, but for a scaling, which may be
+    a tensor, and for dropout's seed, which is drawn unless it is given. Raises as
+    :func:`lora_fast.functional.adapted_linear` says.
+    """
+    layers = []
+    for f in fs:
+        if isinstance(f.constants.scaling, Tensor):
+            f = _with_number(f)
+        check_operands(x, f)
+        layers.append(f)
+    check_dropout(layers[0].constants.dropout_p, dropout_seed)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.compiler.is_compiling():
+        return compiled_ops.apply(x, layers, dropout_seed)
+    if layers[0].constants.dropout_p > 0.0:
+        layers = _with_seed(x, layers, dropout_seed)
+    backend = backend_for(x.device)
+    if not is_recording():
+        return backend.forward(x, layers, [_NOTHING] * len(layers))[0]
+    tensors: list[Any] = []
+    for f in layers:
+        tensors += (f.weight if isinstance(f.weight, Tensor) else None, *f[1:_PER_LAYER])
+    return AdaptedLinears.apply(x, layers, backend, *tensors)
 
 
-def backward(
-    dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs, backend: Backend
-) -> Gradients:
-    """The gradients that `needs` names, for dY [..., N] and what :func:`forward` saved."""
-    rows = None if x is None else x.reshape(-1, x.shape[-1])
-    with _without_autocast(dY):
-        grads = dispatch.backward(dY.reshape(-1, dY.shape[-1]), rows, saved, f, needs, backend)
-    if grads.x is None:
-        return grads
-    return grads._replace(x=grads.x.view(*dY.shape[:-1], grads.x.shape[-1]))
-
-
-class AdaptedLinear(torch.autograd.Function):
-    """apply(x, weight, bias, A, B, b, d, g, constants, backend) → y; x [..., K] is in the compute
-    dtype, everything else in its own; `constants` are :class:`lora_fast.factors.Constants`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | NF4Weight, *rest: Any) -> Tensor:
-        bias, A, B, b, d, g, constants, backend = rest
-        f = Factors(weight, bias, A, B, b, d, g, *constants)
-        needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
-        y, saved = forward(x, f, needs, backend)
-        nf4 = isinstance(weight, NF4Weight)
-        ctx.save_for_backward(
-            saved_input(x, constants, needs, backend),
-            *saved,
-            None if nf4 else weight,
-            bias,
-            A,
-            B,
-            b,
-            d,
-            g,
-        )
-        ctx.nf4 = weight if nf4 else None
-        ctx.constants, ctx.backend = constants, backend
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        x, S, V, mask, weight, *vectors = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
-        f = Factors(ctx.nf4 if weight is None else weight, *vectors, *ctx.constants)
-        grads = backward(dY, x, Saved(S, V, mask), f, needs, ctx.backend)
-        return (*grads, None, None)
-
-
-class AdaptedLinearGroup(torch.autograd.Function):
-    """apply(x, weights, constants, backend, bias_1, A_1, B_1, bias_2, …) → y_1, y_2, …: LoRA layers
-    that read the same x [..., K], with one shrink, one dX and one product for all dA. Their
-    weights, tensors or NF4Weights in a tuple, are frozen, and they share one dropout mask; saved
-    are x and the S of all layers."""
+class AdaptedLinears(torch.autograd.Function):
+    """apply(x, fs, backend, weight_1, bias_1, A_1, B_1, b_1, d_1, g_1, weight_2, …) → y_1, y_2, …;
+    x [..., K] is in the compute dtype, everything else in its own; the tensors are those of fs."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Sequence[Any],
-        constants: Sequence[Constants],
-        backend: Backend,
-        *vectors: Any,
+        ctx: Any, x: Tensor, fs: Sequence[Factors], backend: Backend, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ys, S, mask = forward_group(x, group_factors(weights, constants, vectors), backend)
-        needs = _group_needs(ctx)
-        trains_A, trains_B = any(need.A for need in needs), any(need.B for need in needs)
-        needs_mask = trains_A or ctx.needs_input_grad[0]
-        ctx.save_for_backward(
-            saved_input(x, constants[0], Needs(A=trains_A), backend),
-            S if trains_B else None,
-            mask if needs_mask else None,
-            *vectors,
-        )
-        ctx.weights, ctx.constants, ctx.backend = weights, constants, backend
-        ctx.x_shape, ctx.S_shape = x.shape, S.shape
-        ctx.set_materialize_grads(False)
-        return ys
+        needs = _needs_of(ctx, len(fs))
+        ys, saved = backend.forward(x, fs, needs)
+        need = needs[0] if len(needs) == 1 else needs_of_all(needs)
+        read = saved_input(x, fs[0].constants, need, copies=backend.copies_input)
+        ctx.save_for_backward(read, *saved, *tensors)
+        ctx.backend, ctx.others = backend, []
+        for f in fs:
+            packed = None if isinstance(f.weight, Tensor) else f.weight
+            ctx.others.append((packed, f.constants))
+        ctx.set_materialize_grads(len(fs) == 1)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, S, mask, *vectors = ctx.saved_tensors
-        fs = group_factors(ctx.weights, ctx.constants, vectors)
-        like = next(dY for dY in dYs if dY is not None)
-        rows = [
-            like.new_zeros(ctx.S_shape[0], f.weight.shape[0])
-            if dY is None
-            else dY.reshape(-1, dY.shape[-1])
-            for dY, f in zip(dYs, fs, strict=True)
-        ]
-        with _without_autocast(rows[0]):
-            grads = dispatch.backward_group(
-                rows,
-                None if x is None else x.reshape(-1, x.shape[-1]),
-                # Not read if no B trains.
-                rows[0].new_empty(ctx.S_shape) if S is None else S,
-                mask,
-                fs,
-                _group_needs(ctx),
-                ctx.backend,
-            )
-        dX = grads[0].x
-        # A layer whose output is unused gets no gradients, as if it were alone.
-        found = [
-            None if dY is None else gradient
-            for dY, grad in zip(dYs, grads, strict=True)
-            for gradient in (grad.bias, grad.A, grad.B)
-        ]
-        return (None if dX is None else dX.view(ctx.x_shape), None, None, None, *found)
-
-
-def saved_input(x: Tensor, constants: Constants, needs: Needs, backend: Backend) -> Tensor | None:
-    """x as the gradients of A and W read it, None if neither trains.
-
-    PEFT's layers save drop(x), or the rows of an adapter's samples, so x may be changed in place
-    afterwards; where they save x itself, autograd raises. The torch backend saves a copy in these
-    cases. The kernels share x with the model, as without dropout: a copy would cost a pass over x
-    and M × K elements per layer. Autograd raises if x was changed.
-    """
-    if not (needs.A or needs.weight):
-        return None
-    owned = constants.dropout_p > 0.0 or constants.rank_spans is not None
-    copies = owned and not needs.weight and not uses_triton(x.device, backend)
-    return x.clone() if copies else x
+        like = next((dY for dY in dYs if dY is not None), None)
+        if like is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, S, V, mask, *tensors = ctx.saved_tensors
+        fs, rows = [], []
+        for i, (dY, (packed, constants)) in enumerate(zip(dYs, ctx.others, strict=True)):
+            W, bias, A, B, b, d, g = tensors[i * _PER_LAYER : (i + 1) * _PER_LAYER]
+            f = Factors(packed if W is None else W, bias, A, B, b, d, g, constants)
+            fs.append(f)
+            rows.append(like.new_zeros(*like.shape[:-1], f.weight.shape[0]) if dY is None else dY)
+        needs = _needs_of(ctx, len(fs))
+        grads = ctx.backend.backward(rows, x, Saved(S, V, mask), fs, needs)
+        found: list[Tensor | None] = [grads[0].x, None, None]
+        for dY, grad in zip(dYs, grads, strict=True):
+            # A layer whose output is unused gets no gradients, as if it were alone.
+            found += [None] * _PER_LAYER if dY is None else grad[1:]
+        return tuple(found)
 
 
 def is_recording() -> bool:
@@ -179,34 +109,30 @@ def is_recording() -> bool:
     )
 
 
-def group_factors(
-    weights: Sequence[Any], constants: Sequence[Constants], vectors: Sequence[Any]
-) -> list[Factors]:
-    """The factors of every layer of a group; vectors are bias_1, A_1, B_1, bias_2, …"""
-    triples = zip(vectors[0::3], vectors[1::3], vectors[2::3], strict=True)
-    return [
-        Factors(weight, bias, A, B, None, None, None, *constant)
-        for weight, constant, (bias, A, B) in zip(weights, constants, triples, strict=True)
-    ]
+def _needs_of(ctx: Any, layers: int) -> list[Needs]:
+    needs_x, _, _, *rest = ctx.needs_input_grad
+    needs = []
+    for i in range(0, layers * _PER_LAYER, _PER_LAYER):
+        needs.append(Needs(needs_x, *rest[i : i + _PER_LAYER]))
+    return needs
 
 
-def _group_needs(ctx: Any) -> list[Needs]:
-    needs_x, _, _, _, *rest = ctx.needs_input_grad
-    return [
-        Needs(x=needs_x, bias=rest[i], A=rest[i + 1], B=rest[i + 2]) for i in range(0, len(rest), 3)
-    ]
+def _with_number(f: Factors) -> Factors:
+    """The factors with a scaling that is a tensor as part of b: on a GPU it is never waited for."""
+    scaling: Any = f.constants.scaling
+    check_scaling(scaling)
+    f = f._replace(constants=f.constants._replace(scaling=1.0))
+    if not isinstance(f.B, Tensor) or not (f.b is None or isinstance(f.b, Tensor)):
+        return f  # which is refused
+    s = scaling.detach().reshape(()).to(device=f.B.device, dtype=torch.float32)
+    b = s.expand(f.B.shape[0]) if f.b is None else f.b.float() * s
+    return f._replace(b=b)
 
 
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y [M, N] as [..., N]; not a view to autograd, so that the caller may modify it in place."""
-    if x.dim() == 2:
-        return y
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Every cast is made by hand: autocast would round float32 products a second time."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return _UNCHANGED
-    return torch.autocast(device, enabled=False)
+def _with_seed(x: Tensor, fs: Sequence[Factors], seed: int | None) -> list[Factors]:
+    """The factors with the seed of their mask, drawn here unless it is given; without dropout where
+    there is no A."""
+    if fs[0].A is None:
+        return [f._replace(constants=f.constants._replace(dropout_p=0.0)) for f in fs]
+    seed = draw_seed(x.device) if seed is None else seed
+    return [f._replace(constants=f.constants._replace(dropout_seed=seed)) for f in fs]

@@ -4,24 +4,26 @@
     lora_fast::adapted_linear_backward  the gradients of what trains
     lora_fast::row_norms                ‖W_i + s (B A)_i‖₂ of every row, for DoRA
 
-They call what the autograd.Function calls, with the same saved tensors. An NF4 weight is taken
-apart into its tensors and sizes, dropout's seed is a tensor on the CPU, so that a graph draws it
-and does not hold it as a constant, and what is not saved is an empty tensor. Eager code does
+They call the backend as the autograd.Function does, with the same saved tensors. An NF4 weight is
+taken apart into its tensors and sizes, dropout's seed is a tensor on the CPU, so that a graph draws
+it and does not hold it as a constant, and what is not saved is an empty tensor. Eager code does
 without them: the dispatch of a custom operator costs more than that of an autograd.Function.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.choice import Backend, get_backend, uses_triton
-from ..factors import Constants, Factors, Needs, Saved
+from ..backends.choice import BackendName, get_backend, uses_triton
+from ..backends.selection import backend_for
+from ..factors import Constants, Factors, Needs, Saved, saved_input
 from ..nf4 import NF4Weight
-from . import autograd, dispatch
+from .seeds import seed_tensor
 
 
 class FlatWeight(NamedTuple):
@@ -104,7 +106,7 @@ class Operands(NamedTuple):
     scaling: float
     dropout_p: float
     needs: list[bool]
-    backend: Backend
+    backend: BackendName
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -113,7 +115,7 @@ class Operands(NamedTuple):
     def factors(self, weight: Tensor | NF4Weight) -> Factors:
         seed = 0 if self.seed is None else int(self.seed)
         constants = Constants(self.scaling, self.dropout_p, seed, self.rank_spans)
-        return Factors(weight, self.bias, self.A, self.B, self.b, self.d, self.g, *constants)
+        return Factors(weight, self.bias, self.A, self.B, self.b, self.d, self.g, constants)
 
 
 _OPERANDS = (
@@ -132,7 +134,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[FlatWeight, Operands]:
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     flat, operands = _split(arguments)
     f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
-    y, saved = autograd.forward(x, f, needs, operands.backend)
+    (y,), saved = backend_for(x.device, operands.backend).forward(x, [f], [needs])
     return y, *(x.new_empty(0) if t is None else t for t in saved)
 
 
@@ -156,7 +158,8 @@ def _backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
     # S, V and mask have two dimensions, what was not saved has one.
     saved = Saved(*(t if t.dim() == 2 else None for t in arguments[:3]))
     f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
-    grads = autograd.backward(dY, x, saved, f, needs, operands.backend)
+    backend = backend_for(dY.device, operands.backend)
+    (grads,) = backend.backward([dY], x, saved, [f], [needs])
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -199,7 +202,7 @@ def _autograd(ctx: Any, dY: Tensor, *_: Any) -> tuple[Any, ...]:
 def _row_norms(*arguments: Any) -> Tensor:
     *flat, A, B, scaling, backend = arguments
     weight = FlatWeight(*flat).weight()
-    return dispatch.row_norms(weight, A, B, scaling, backend)
+    return backend_for(A.device, backend).row_norms(weight, A, B, scaling)
 
 
 def _fake_row_norms(*arguments: Any) -> Tensor:
@@ -234,34 +237,26 @@ _row_norms_op = _registered(
 )
 
 
-def seed_of(dropout_p: float, dropout_seed: int | None) -> Tensor | None:
-    """Dropout's seed; unless given, it is drawn in the graph, from torch's generator of the CPU."""
-    if dropout_p == 0.0:
-        return None
-    return torch.randint(2**62, ()) if dropout_seed is None else torch.tensor(dropout_seed)
-
-
-def apply(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    vectors: tuple[Tensor | None, ...],
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    rank_spans: Tensor | None,
-) -> Tensor:
-    """y of `lora_fast::adapted_linear`; `vectors` are bias, A, B, b, d and g."""
-    flat = FlatWeight.of(weight)
-    enabled = torch.is_grad_enabled()
-    needs = [enabled and t is not None and t.requires_grad for t in (x, flat.data, *vectors)]
-    constants = Constants(scaling, dropout_p, 0, rank_spans)
-    saved = autograd.saved_input(x, constants, Needs(*needs), get_backend())
-    # The operator saves its input: the copy, where there is one.
-    x = x if saved is None else saved
-    y, *_ = adapted_linear(
-        x, *flat, *vectors, seed, rank_spans, scaling, dropout_p, needs, get_backend()
-    )
-    return y
+def apply(x: Tensor, fs: Sequence[Factors], dropout_seed: int | None) -> list[Tensor]:
+    """y of `lora_fast::adapted_linear` for every layer; dropout is one and the same."""
+    seed, ys, name = None, [], get_backend()
+    if fs[0].constants.dropout_p > 0.0 and fs[0].A is not None:
+        seed = seed_tensor(dropout_seed)
+    for weight, *vectors, constants in fs:
+        flat = FlatWeight.of(weight)
+        enabled = torch.is_grad_enabled()
+        needs = [enabled and t is not None and t.requires_grad for t in (x, flat.data, *vectors)]
+        p = 0.0 if seed is None else constants.dropout_p
+        copies = not uses_triton(x.device, name)
+        drawn = Constants(constants.scaling, p, 0, constants.rank_spans)
+        saved = saved_input(x, drawn, Needs(*needs), copies=copies)
+        # The operator saves its input: the copy, where there is one.
+        read = x if saved is None else saved
+        y, *_ = adapted_linear(
+            read, *flat, *vectors, seed, constants.rank_spans, constants.scaling, p, needs, name
+        )
+        ys.append(y)
+    return ys
 
 
 def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:

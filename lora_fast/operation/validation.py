@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..factors import Factors
 from ..nf4 import NF4Weight
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_adapted_linear(
-    x: Any, weight: Any, vectors: dict[str, Any], A: Any, B: Any, scaling: Any
-) -> None:
-    """Raise TypeError or ValueError unless the operands of the equation fit together."""
-    # Runs before every call: simple comparisons are inline, and helpers only word the errors.
+def check_operands(x: Any, f: Factors) -> None:
+    """Raise TypeError or ValueError unless x and the factors fit together, whatever they are."""
+    weight: Any = f.weight
+    # Before every call: what is one comparison is made here, helpers only word the errors.
     if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
         raise _not_floating("x", x)
     if x.dim() == 0:
@@ -45,11 +45,13 @@ def check_adapted_linear(
         )
     if weight.device != x.device:
         raise _elsewhere("weight", weight, x)
-    R = _check_low_rank(A, B, N, K, x)
-    for name, vector in vectors.items():
+    R = _check_low_rank(f.A, f.B, N, K, x)
+    for name, vector in (("bias", f.bias), ("b", f.b), ("d", f.d), ("g", f.g)):
         if vector is not None:
             _check_vector(name, vector, R if name == "d" else N, x, needs_adapter=R is None)
-    check_scaling(scaling)
+    check_scaling(f.constants.scaling)
+    if f.constants.rank_spans is not None:
+        _check_rank_spans(f.constants.rank_spans, x, f.A)
 
 
 def check_dropout(p: Any, seed: Any) -> None:
@@ -64,10 +66,8 @@ def check_dropout(p: Any, seed: Any) -> None:
         raise ValueError(f"dropout_seed must lie in [0, 2**63), got {seed}")
 
 
-def check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
-    """Raise unless `spans` is None or [samples, 2] int32 with equally many rows of x a sample."""
-    if spans is None:
-        return
+def _check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
+    """Raise unless `spans` is [samples, 2] int32 with equally many rows of x a sample."""
     if not isinstance(spans, Tensor) or spans.dtype != torch.int32:
         kind = spans.dtype if isinstance(spans, Tensor) else type(spans).__name__
         raise TypeError(f"rank_spans must be an int32 tensor, got {kind}")

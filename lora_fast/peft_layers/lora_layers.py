@@ -27,11 +27,9 @@ from .lora_state import (
     Adapter,
     State,
     cast_obstacle,
-    rank_spans,
+    lora_factors,
     read_adapters,
-    stacked,
     together_obstacle,
-    total_bias,
 )
 from .shared_input import kept_output, output_with_siblings
 
@@ -89,7 +87,7 @@ class FusedLoRALayer(FusedForward):
             y = _dora(self, first, x)
         else:
             shared = output_with_siblings(self, state, x)
-            y = _lora(state, x) if shared is None else shared
+            y = adapted(state.base, x, **lora_factors(state, x)) if shared is None else shared
         return y.to(_result_dtype(self, y))
 
     kept = kept_output
@@ -130,26 +128,6 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     lora.Linear: FusedLinear,
     LoRALinear4bit: FusedLinear4bit,
 }
-
-
-def _lora(state: State, x: Tensor) -> Tensor:
-    adapters = state.adapters
-    A, B, scaling = stacked(adapters)
-    bias, spans = state.base.bias, None
-    if state.sample_adapters is None:
-        bias = total_bias(bias, adapters)
-    else:
-        spans = rank_spans(adapters, state.sample_adapters, x.device)
-    return adapted(
-        state.base,
-        x,
-        bias=bias,
-        A=A,
-        B=B,
-        scaling=scaling,
-        dropout_p=adapters[0].dropout_p,
-        rank_spans=spans,
-    )
 
 
 def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:

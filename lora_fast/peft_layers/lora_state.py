@@ -134,6 +134,25 @@ def member_of(state: State) -> Member:
     return Member(weight_of(state.base), bias, A, B, scaling)  # type: ignore[arg-type]
 
 
+def lora_factors(state: State, x: Tensor) -> dict[str, Any]:
+    """The arguments of :func:`lora_fast.base_layer.linear.adapted` for a call with x."""
+    adapters = state.adapters
+    A, B, scaling = stacked(adapters)
+    bias, spans = state.base.bias, None
+    if state.sample_adapters is None:
+        bias = total_bias(bias, adapters)
+    else:
+        spans = rank_spans(adapters, state.sample_adapters, x.device)
+    return {
+        "bias": bias,
+        "A": A,
+        "B": B,
+        "scaling": scaling,
+        "dropout_p": adapters[0].dropout_p,
+        "rank_spans": spans,
+    }
+
+
 def fingerprint(layer: Any) -> tuple[Any, ...] | None:
     """Changes with whatever :func:`read_adapters` and the output of a plain LoRA layer depend on,
     beside x, and takes one call; None for inference tensors, which do not tell of a write."""

@@ -123,7 +123,7 @@ def query(
     f = fs[0]
     switches = (
         f.bias is not None, f.b is not None, f.d is not None, f.g is not None,
-        f.dropout_p > 0.0, f.rank_spans is not None,
+        f.constants.dropout_p > 0.0, f.constants.rank_spans is not None,
     )  # fmt: skip
     # This runs before every launch: list comprehensions take half the time of generators.
     return Query(

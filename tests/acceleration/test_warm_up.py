@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from backend_calls import watch
 from lora_models import peft_model, quantised
 from torch import nn
 
@@ -96,24 +97,15 @@ def test_nothing_of_the_model_changes(kind, training):
 
 
 def test_siblings_run_as_a_group(monkeypatch):
-    from lora_fast.operation import dispatch
-
-    calls = []
-    for name in ("forward", "backward", "forward_group", "backward_group"):
-        original = getattr(dispatch, name)
-
-        def counted(*args, name=name, original=original):
-            calls.append(name)
-            return original(*args)
-
-        monkeypatch.setattr(dispatch, name, counted)
+    calls = watch(monkeypatch)
     warm_up(_model(), 65)
     # With a gradient of x and without one, then without any.
-    grouped, alone = (["forward" + kind, "backward" + kind] for kind in ("_group", ""))
-    assert calls == [*grouped, *grouped, "forward_group", *alone, *alone, "forward"]
+    passes = ["forward", "backward"] * 2 + ["forward"]
+    expected = [(name, layers) for layers in (3, 1) for name in passes]
+    assert [(call.name, call.layers) for call in calls] == expected
     calls.clear()
     warm_up(_model(), 64)
-    assert calls == [*grouped, *grouped, "forward_group", *alone, *alone, "forward"]
+    assert [(call.name, call.layers) for call in calls] == expected
 
 
 def test_modules_of_lora_fast_are_warmed_up_too_without_peft(monkeypatch):

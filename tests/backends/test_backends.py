@@ -12,11 +12,13 @@ import torch
 from tiny_runs import library_logging, run_cli
 
 from lora_fast import set_backend
-from lora_fast.backends import choice, torch_ops
-from lora_fast.backends.choice import get_backend, uses_triton
+from lora_fast.backends import choice, selection
+from lora_fast.backends.choice import uses_triton
+from lora_fast.backends.selection import backend_for
+from lora_fast.backends.torch_ops import TORCH
 from lora_fast.doctor.diagnosis import diagnose
+from lora_fast.factors import Factors, Needs
 from lora_fast.functional import adapted_linear
-from lora_fast.operation import dispatch
 
 
 @pytest.mark.parametrize(
@@ -67,14 +69,14 @@ def test_the_choice_decides():
         assert uses_triton(cpu)
     with set_backend("torch"):
         assert not uses_triton(cuda)
-        assert dispatch._select(cuda, get_backend()) is torch_ops
+        assert backend_for(cuda) is TORCH
 
 
 def test_triton_refuses_float64():
     triton_ops = pytest.importorskip("lora_fast.backends.triton_ops")
     x = torch.randn(2, 4, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="x must be float32"):
-        triton_ops.forward(x, dispatch.Factors(x), dispatch.Needs())
+        triton_ops.TritonBackend(cublas=False).forward(x, [Factors(x)], [Needs()])
 
 
 @pytest.fixture
@@ -89,9 +91,9 @@ def no_driver(monkeypatch):
     monkeypatch.setattr(module, "_create_driver", absent)
     for name in ("_default", "_active"):
         monkeypatch.setattr(module.driver, name, None)
-    dispatch._routes.cache_clear()
+    selection._triton.cache_clear()
     yield
-    dispatch._routes.cache_clear()
+    selection._triton.cache_clear()
 
 
 NO_DRIVER = (
@@ -112,11 +114,11 @@ def test_triton_without_a_driver_says_what_to_choose(no_driver):
 
 def test_a_driver_that_comes_later_is_found(no_driver, monkeypatch):
     with pytest.raises(ValueError, match=NO_DRIVER):
-        dispatch._routes("triton")
+        selection._triton("triton")
     target = SimpleNamespace(arch=90)
     active = SimpleNamespace(get_current_target=lambda: target)
     monkeypatch.setattr(sys.modules["triton.runtime.driver"].driver, "_active", active)
-    assert type(dispatch._routes("triton")).__module__ == "lora_fast.backends.routes"
+    assert type(selection._triton("triton")).__module__ == "lora_fast.backends.triton_ops"
 
 
 def test_the_interpreter_needs_no_driver(no_driver, monkeypatch):

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from backend_calls import watch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast import set_backend
 from lora_fast.backends.choice import get_backend
+from lora_fast.backends.torch_ops import TorchBackend
 from lora_fast.functional import Member, adapted_linear, adapted_linears
-from lora_fast.operation import dispatch
 
 
 def test_a_block_restores_the_choice():
@@ -158,21 +159,6 @@ def test_a_block_is_for_its_task_alone():
     assert asyncio.run(both()) == [["torch"] * 3, ["triton"] * 3]
 
 
-@pytest.fixture
-def backends_of(monkeypatch) -> dict[str, list[str]]:
-    """The backends that each operation was told."""
-    told: dict[str, list[str]] = {}
-    for name in ("forward", "backward", "forward_group", "backward_group"):
-        original = getattr(dispatch, name)
-
-        def recorded(*args, name=name, original=original):
-            told.setdefault(name, []).append(args[-1])
-            return original(*args)
-
-        monkeypatch.setattr(dispatch, name, recorded)
-    return told
-
-
 def one_layer(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return adapted_linear(x, W, A=A, B=B)
 
@@ -182,12 +168,13 @@ def two_layers(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("operation", "kind"),
-    [(one_layer, ""), (two_layers, "_group"), (torch.compile(one_layer, backend="aot_eager"), "")],
+    ("operation", "layers"),
+    [(one_layer, 1), (two_layers, 2), (torch.compile(one_layer, backend="aot_eager"), 1)],
     ids=["layer", "group", "compiled"],
 )
-def test_a_backward_pass_uses_what_its_forward_used(operation, kind, backends_of):
+def test_a_backward_pass_uses_what_its_forward_used(operation, layers, monkeypatch):
     """Outside of the block, in another thread, in another's block."""
+    calls = watch(monkeypatch)
     W, A, B = torch.randn(5, 4), torch.randn(2, 4, requires_grad=True), torch.randn(5, 2)
     with set_backend("torch"):
         ys = [operation(torch.randn(3, 4), W, A, B).sum() for _ in range(3)]
@@ -203,27 +190,26 @@ def test_a_backward_pass_uses_what_its_forward_used(operation, kind, backends_of
     in_a_block_of_this_thread = set_backend("triton")
     with in_a_block_of_this_thread:
         ys[2].backward()
-    assert backends_of["forward" + kind][-3:] == ["torch"] * 3
-    assert backends_of["backward" + kind] == ["torch"] * 3
+    assert calls[-6:] == [(name, "torch", layers) for name in ["forward"] * 3 + ["backward"] * 3]
 
 
 def test_operators_leave_the_choice_alone(monkeypatch):
-    from lora_fast.operation import autograd, compiled_ops
+    from lora_fast.operation import compiled_ops
 
     seen = []
-    forward = autograd.forward
+    forward = TorchBackend.forward
 
     def spied(*args):
-        seen.append((get_backend(), args[-1]))
+        seen.append(get_backend())
         return forward(*args)
 
-    monkeypatch.setattr(autograd, "forward", spied)
+    monkeypatch.setattr(TorchBackend, "forward", spied)
     W, none = torch.randn(5, 4), (None,) * 6
     flat = compiled_ops.FlatWeight.of(W)
     compiled_ops.adapted_linear(
         torch.randn(3, 4), *flat, *none, None, None, 1.0, 0.0, [False] * 8, "torch"
     )
-    assert seen == [(get_backend(), "torch")]
+    assert seen == [get_backend()]
 
 
 def test_what_a_thread_of_autograd_computes_again_uses_the_block_around_backward():

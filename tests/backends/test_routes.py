@@ -18,10 +18,9 @@ from lora_fast.kernels.launch_policy import GemmConfig
 import lora_fast
 from bench.instruments import stub_driver
 from lora_fast import NF4Weight
-from lora_fast.backends import routes, triton_ops
-from lora_fast.backends.routes import Routes
+from lora_fast.backends import selection, triton_ops
+from lora_fast.backends.triton_ops import TritonBackend
 from lora_fast.factors import Factors, Needs, Saved
-from lora_fast.operation import dispatch
 from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
 from lora_fast.tuning.tuner import Tuner
 
@@ -50,11 +49,12 @@ def choosing(monkeypatch):
     def choose(forward: Plan, backward: Plan) -> list[str]:
         asked: list[str] = []
 
-        def plan(op, rows, fs, needs, run, *, cublas):
-            asked.append(op)
-            return forward if op.startswith(FORWARD) else backward
+        def plan(query, device, run):
+            asked.append(query.op)
+            return forward if query.is_forward else backward
 
-        monkeypatch.setattr(routes, "_plan", plan)
+        monkeypatch.setattr(triton_ops.tuner, "times", True)
+        monkeypatch.setattr(triton_ops.tuner, "plan", plan)
         return asked
 
     return choose
@@ -115,16 +115,16 @@ def test_a_plan_reaches_every_launch(monkeypatch, choosing, plan):
     choosing(plan, plan)
     monkeypatch.setattr(triton_ops.ticketed_gemm, "forward", gemm)
     monkeypatch.setattr(triton_ops.ticketed_gemm, "grad_input", grad_input)
-    ops = Routes(cublas=False)
+    ops, two = TritonBackend(cublas=False), torch.cat([S, S], dim=1)
     for call in (
-        lambda: ops.forward(x, f, needs),
-        lambda: ops.backward(dY, x, Saved(S), f, needs),
-        lambda: ops.forward_group(x, [f]),
-        lambda: ops.backward_group([dY], x, S, None, [f], [needs]),
+        lambda: ops.forward(x, [f], [needs]),
+        lambda: ops.backward([dY], x, Saved(S), [f], [needs]),
+        lambda: ops.forward(x, [f, f], [needs] * 2),
+        lambda: ops.backward([dY, dY], x, Saved(two), [f, f], [needs] * 2),
     ):
         with pytest.raises(Seen):
             call()
-    assert seen == [(plan.gemm, not plan.workspace)] * 4
+    assert seen == [(plan.gemm, not plan.workspace)] * 5
 
 
 @pytest.mark.interpreter
@@ -148,8 +148,8 @@ def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
         timed.append(call)
         return float(-len(timed))
 
-    monkeypatch.setattr(routes, "tuner", Tuner(times=True, timer=timer))
-    monkeypatch.setattr(dispatch, "_routes", lambda backend: Routes(cublas=True))
+    monkeypatch.setattr(triton_ops, "tuner", Tuner(times=True, timer=timer))
+    monkeypatch.setattr(selection, "_triton", lambda name: TritonBackend(cublas=True))
     with lora_fast.set_backend("triton"):
         operands = make(replace(PLAIN, nf4=True))
         first = fused(operands)
@@ -166,30 +166,43 @@ def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
 @pytest.mark.offline
 def test_auto_leaves_ieee_products_to_cublas(monkeypatch):
     """What a GPU would do with float32 in both passes, done by torch on the CPU."""
-    monkeypatch.setattr(routes, "tuner", Tuner(times=False))
-    monkeypatch.setattr(dispatch, "_routes", lambda backend: Routes(cublas=True))
+    monkeypatch.setattr(triton_ops, "tuner", Tuner(times=False))
+    monkeypatch.setattr(selection, "_triton", lambda name: TritonBackend(cublas=True))
     with lora_fast.set_backend("triton"), stub_driver.recording(90) as log:
         check(replace(PLAIN, M=512, K=768, N=768, dtype=FP32, adapter_dtype=None))
         assert log.names == []
 
 
-def test_auto_asks_the_tuner_and_triton_does_not(monkeypatch):
+class Launched(Exception):
+    pass
+
+
+@pytest.fixture
+def no_launch(monkeypatch):
+    def launch(*args, config, **kwargs):
+        assert config is FUSED.gemm
+        raise Launched
+
+    monkeypatch.setattr(triton_ops.ticketed_gemm, "forward", launch)
+
+
+def test_auto_asks_the_tuner_and_triton_does_not(monkeypatch, no_launch):
     class Asked(Exception):
         pass
 
     def plan(query, device, run):
         raise Asked
 
-    monkeypatch.setattr(routes.tuner, "plan", plan)
-    monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
-    x, f = torch.zeros(4, 8), dispatch.Factors(torch.zeros(8, 8))
+    monkeypatch.setattr(triton_ops.tuner, "plan", plan)
+    x, f = torch.zeros(4, 8), Factors(torch.zeros(8, 8))
     with pytest.raises(Asked):
-        Routes(cublas=True).forward(x, f, dispatch.Needs())
-    assert Routes(cublas=False).forward(x, f, dispatch.Needs()) is FUSED
+        TritonBackend(cublas=True).forward(x, [f], [Needs()])
+    with pytest.raises(Launched):
+        TritonBackend(cublas=False).forward(x, [f], [Needs()])
 
 
-def test_an_empty_batch_needs_no_choice(monkeypatch):
-    monkeypatch.setattr(routes.tuner, "plan", lambda *args: pytest.fail("asked"))
-    monkeypatch.setattr(triton_ops, "forward", lambda x, f, needs, plan: plan)
-    f = dispatch.Factors(torch.zeros(8, 8))
-    assert Routes(cublas=True).forward(torch.zeros(0, 8), f, dispatch.Needs()) is FUSED
+def test_an_empty_batch_needs_no_choice(monkeypatch, no_launch):
+    monkeypatch.setattr(triton_ops.tuner, "plan", lambda *args: pytest.fail("asked"))
+    f = Factors(torch.zeros(8, 8))
+    with pytest.raises(Launched):
+        TritonBackend(cublas=True).forward(torch.zeros(0, 8), [f], [Needs()])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast import LoRALinear, NF4Weight
+from lora_fast.backends.torch_ops import TorchBackend
 from lora_fast.base_layer.merging import LowRank, Subtraction, merge, merged_linear, overwrite_nf4
-from lora_fast.operation import dispatch
 
 K, N = 48, 32
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -235,9 +235,9 @@ def test_overflow_of_the_weights_dtype_is_refused(kind: str, keep: bool) -> None
 def test_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many adapters, the weight is read and written once."""
     calls: list[dict[str, Any]] = []
-    update = dispatch.update_weight
+    update = TorchBackend.update_weight
     monkeypatch.setattr(
-        dispatch, "update_weight", lambda *args, **kw: (calls.append(kw), update(*args, **kw))
+        TorchBackend, "update_weight", lambda *args, **kw: (calls.append(kw), update(*args, **kw))
     )
     merge(_linear(BF16), _terms(), g=_gain())
     (call,) = calls

@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM
 
 pytest.importorskip("triton")
 import lora_fast
-from lora_fast.backends import routes, torch_ops
+from lora_fast.backends import selection, triton_ops
+from lora_fast.backends.torch_ops import TORCH
 from lora_fast.cli import tune
-from lora_fast.operation import dispatch
 from lora_fast.tuning import tuner
 from lora_fast.tuning.plans import (
     BACKWARD,
@@ -21,7 +21,6 @@ from lora_fast.tuning.plans import (
     COMPOSED,
     FORWARD,
     FORWARD_GROUP,
-    query,
 )
 
 pytestmark = pytest.mark.usefixtures("libraries_as_before")
@@ -70,14 +69,14 @@ def asked(monkeypatch) -> list[str]:
     """The keys that operations ask the tuner for; the operations themselves are PyTorch's."""
     keys: list[str] = []
 
-    def plan(op, rows, fs, needs, run, *, cublas):
-        keys.append(query(op, rows, fs, needs, cublas=True).key)
+    def plan(query, device, run):
+        keys.append(query.key)
         return COMPOSED
 
-    ops = routes.Routes(cublas=True)
-    monkeypatch.setattr(dispatch, "_routes", lambda backend: ops)  # without the driver it asks for
-    monkeypatch.setattr(routes, "_plan", plan)
-    monkeypatch.setattr(routes, "composed_ops", torch_ops)
+    ops = triton_ops.TritonBackend(cublas=True)
+    monkeypatch.setattr(selection, "_triton", lambda name: ops)  # without the driver it asks for
+    monkeypatch.setattr(triton_ops.tuner, "plan", plan)
+    monkeypatch.setattr(triton_ops, "PRODUCTS", TORCH)
     return keys
 
 

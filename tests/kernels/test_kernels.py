@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 import lora_fast
 from bench.instruments.accuracy import assert_all_accurate, assert_same_bits
 from lora_fast import functional
-from lora_fast.operation import dispatch
+from lora_fast.backends.selection import backend_for
 from tests.ptx_executor import GlobalRace
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -298,8 +298,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
     fused(operands)
     check_group(BF16, FP32, True)
     W, A, B = torch.randn(20, 24), torch.randn(3, 24), torch.randn(20, 3)
-    dispatch.row_norms(W, A, B, 0.5)
-    dispatch.update_weight(W, W, A=A, B=B)
+    backend_for(W.device).row_norms(W, A, B, 0.5)
+    backend_for(W.device).update_weight(W, W, A=A, B=B)
     kernels = {"nf4_decode", "ticketed_gemm", "strips", "row_norms"}
     assert {name for name, _ in launched} == kernels | {"weight_update"}
     assert [name for name, guarded in launched if not guarded] == []

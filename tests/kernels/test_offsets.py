@@ -19,8 +19,8 @@ from lora_fast.kernels import nf4_decode
 
 import lora_fast
 from lora_fast import NF4Weight
+from lora_fast.backends.selection import backend_for
 from lora_fast.functional import adapted_linear
-from lora_fast.operation import dispatch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # Linux's; Python names it from 3.13 on.
@@ -84,11 +84,11 @@ def test_operands_with_rows_far_apart(turned: bool) -> None:
 def test_weights_with_rows_far_apart() -> None:
     W, A, B = torch.randn(ROWS, 40), torch.randn(3, 40), torch.randn(ROWS, 3)
     far, out = far_apart(W), far_apart(torch.zeros(ROWS, 40))
-    expected = dispatch.row_norms(W, A, B, 0.7)
-    norms = dispatch.row_norms(far, A, B, 0.7)
+    expected = backend_for(W.device).row_norms(W, A, B, 0.7)
+    norms = backend_for(W.device).row_norms(far, A, B, 0.7)
     assert_same_bits(norms, expected, name="norms")
-    dispatch.update_weight(far, out, A=far_apart(A), B=far_apart(B), scaling=0.7)
-    dispatch.update_weight(W, W, A=A, B=B, scaling=0.7)
+    backend_for(far.device).update_weight(far, out, A=far_apart(A), B=far_apart(B), scaling=0.7)
+    backend_for(W.device).update_weight(W, W, A=A, B=B, scaling=0.7)
     assert_same_bits(out.contiguous(), W, name="W")
 
 

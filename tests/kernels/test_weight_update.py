@@ -11,7 +11,7 @@ from equation import lay_out
 
 import lora_fast
 from bench.instruments.accuracy import assert_accurate, assert_same_bits, orders
-from lora_fast.operation import dispatch
+from lora_fast.backends.selection import backend_for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -73,7 +73,7 @@ def specified(operands: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
 
 def update(operands: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
     factors = dict(operands)
-    dispatch.update_weight(factors.pop("W"), out, **factors)
+    backend_for(out.device).update_weight(factors.pop("W"), out, **factors)
     return out
 
 

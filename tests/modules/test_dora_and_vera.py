@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import lora_fast
 from bench.instruments.accuracy import assert_all_accurate, orders
 from lora_fast import DoRALinear, VeRALinear
+from lora_fast.backends.selection import backend_for
 from lora_fast.modules.vera import VeRAProjections
-from lora_fast.operation import dispatch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 METHODS = {"dora": (DoRALinear, {"r": 5, "lora_alpha": 8}), "vera": (VeRALinear, {"r": 37})}
@@ -86,7 +86,7 @@ def test_dropout_acts_on_what_enters_A(method: str) -> None:
     torch.manual_seed(4)
     y = layer(x)
     torch.manual_seed(4)
-    mask = dispatch.dropout_mask(int(torch.randint(2**62, ())), 6, K, 0.5, x.device)
+    mask = backend_for(x.device).dropout_mask(int(torch.randint(2**62, ())), 6, K, 0.5, x.device)
     term, g = layer.low_rank(), layer.gain()
     S = torch.where(mask, x, 0.0) * 2.0 @ term.A.T
     delta = (S if term.d is None else S * term.d) @ term.B.T * term.scaling

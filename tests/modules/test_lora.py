@@ -29,7 +29,7 @@ from bench.instruments.accuracy import (
     orders,
 )
 from lora_fast import LoRALinear, NF4Weight, reference
-from lora_fast.operation import dispatch
+from lora_fast.backends.selection import backend_for
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["dense", "nf4"]
@@ -139,7 +139,7 @@ def test_dropout_in_training_only(kind: str) -> None:
     torch.manual_seed(9)
     y = layer(x)
     torch.manual_seed(9)
-    mask = dispatch.dropout_mask(int(torch.randint(2**62, ())), 6, K, 0.5, x.device)
+    mask = backend_for(x.device).dropout_mask(int(torch.randint(2**62, ())), 6, K, 0.5, x.device)
     dropout = {"dropout_p": 0.5, "dropout_mask": mask}
     eager = orders(lambda: _specified(layer, x, **dropout))
     assert_accurate(y, _specified(layer, x.double(), **dropout), eager, name="y")

@@ -16,8 +16,8 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
 from bench.instruments.accuracy import assert_same_bits
-from lora_fast import functional, set_backend
-from lora_fast.operation import compiled_ops
+from lora_fast import set_backend
+from lora_fast.operation import autograd, compiled_ops
 
 CASE = Case(M=12, K=40, N=29, R=5, lead=(3, 4))
 EVERYTHING = replace(CASE, factors=FACTORS, p=0.3, spans=((0, 2), (1, 5), (2, 2)))
@@ -124,7 +124,7 @@ def test_fakes_say_what_the_kernels_make(name: str, make_arguments: Any, case: C
 def test_the_bits_of_the_autograd_function(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fused(make(case))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(functional.AdaptedLinear, "apply", None)
+    monkeypatch.setattr(autograd.AdaptedLinears, "apply", None)
     actual = fused(make(case))
     for name, value in expected.items():
         assert (value is None) == (actual[name] is None), name

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from bench.instruments.accuracy import assert_all_accurate, orders
 from lora_fast import reference
-from lora_fast.operation import dispatch
+from lora_fast.backends.selection import backend_for
+from lora_fast.backends.torch_ops import TorchBackend
 from lora_fast.peft_layers import lora_layers as fused_lora_layers
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -101,14 +102,14 @@ def test_a_gradient_off_by_one_percent_is_caught(
 ) -> None:
     stock = peft_model(kind, dtype, F32, compute_dtype=dtype)
     fused = accelerated_copy(stock)
-    backward = dispatch.backward
+    backward = TorchBackend.backward
     field = quantity.removeprefix("lora_")
 
     def wrong(*args: object) -> object:
-        grads = backward(*args)
-        return grads._replace(**{field: getattr(grads, field) * 1.01})
+        (grads,) = backward(*args)
+        return [grads._replace(**{field: getattr(grads, field) * 1.01})]
 
-    monkeypatch.setattr(dispatch, "backward", wrong)
+    monkeypatch.setattr(TorchBackend, "backward", wrong)
     with pytest.raises(AssertionError, match=rf"{quantity}.*best fit actual ≈ 1\.0"):
         compare(fused, stock, torch.randn(3, 7, K, dtype=dtype), compute_dtype=dtype)
 
@@ -268,7 +269,7 @@ def test_dropout_uses_one_mask_in_forward_and_backward(kind: str, p: float) -> N
 
     torch.manual_seed(11)
     seed = int(torch.randint(2**62, ()))
-    mask = dispatch.dropout_mask(seed, 12, K, p, x.device)
+    mask = backend_for(x.device).dropout_mask(seed, 12, K, p, x.device)
     assert not mask.any() if p == 1.0 else 0.3 < mask.float().mean() < 0.9
     wide, plain = (
         _Masked(lora_layers(model)[0], mask)

@@ -16,7 +16,7 @@ import torch
 
 from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
 from lora_fast import NF4Weight, functional, reference
-from lora_fast.operation import dispatch
+from lora_fast.backends.selection import backend_for
 
 FACTORS = ("x", "bias", "A", "B", "b", "d", "g")
 
@@ -114,7 +114,11 @@ def make(case: Case, device: torch.device | str = "cpu") -> Operands:
     dY = lay_out(torch.randn(M, N).to(case.dtype).to(device), case.dY_layout)
     mask = None
     if case.p:
-        mask = dispatch.dropout_mask(case.seed, M, K, case.p, torch.device(device)).cpu()
+        mask = (
+            backend_for(torch.device(device))
+            .dropout_mask(case.seed, M, K, case.p, torch.device(device))
+            .cpu()
+        )
     dY = dY.reshape(*case.lead, N) if case.lead else dY
     return Operands(case, tensors, weight, dense, dY, mask)
 

@@ -7,8 +7,8 @@ from equation import lay_out
 
 from bench.instruments.accuracy import assert_all_accurate, orders
 from lora_fast import NF4Weight, reference
+from lora_fast.backends.selection import backend_for
 from lora_fast.functional import Member, adapted_linears
-from lora_fast.operation import dispatch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -104,7 +104,7 @@ def check(dtype, adapter, nf4, device="cpu", drops=False, idle=(), **options):
     """The rule for every result; the outputs `idle` lead to no loss."""
     x, members, dYs = make(dtype, adapter, nf4, device=device, **options)
     dYs = [None if i in idle else dY for i, dY in enumerate(dYs)]
-    mask = dispatch.dropout_mask(11, *x.shape, 0.3, x.device).cpu() if drops else None
+    mask = backend_for(x.device).dropout_mask(11, *x.shape, 0.3, x.device).cpu() if drops else None
     call = _with_dropout if drops else adapted_linears
     results = results_of(call, x, members, dYs, lambda t: t)
     exact = results_of(_exact(mask), x, members, dYs, lambda t: t.detach().cpu().double())

@@ -19,8 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from bench.instruments import stub_driver, traffic
 from bench.offline.operations import OperationCounter
-from lora_fast.backends import torch_ops, triton_ops
-from lora_fast.factors import Factors, Needs
+from lora_fast.backends.torch_ops import TORCH
+from lora_fast.backends.triton_ops import TritonBackend
+from lora_fast.factors import Constants, Factors, Needs, Saved
 from lora_fast.tuning.counts import works
 from lora_fast.tuning.plans import (
     BACKWARD,
@@ -39,13 +40,15 @@ pytestmark = pytest.mark.skipif(
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCH = 90
 ALL = Needs(x=True, A=True, B=True)
+TRITON = TritonBackend(cublas=False)
 
 
 def _operands(M, N, K, R, dtype, adapter):
     def meta(*shape, of=dtype):
         return torch.empty(shape, dtype=of, device="meta")
 
-    f = Factors(meta(N, K), A=meta(R, K, of=adapter), B=meta(N, R, of=adapter), scaling=0.5)
+    A, B = meta(R, K, of=adapter), meta(N, R, of=adapter)
+    f = Factors(meta(N, K), A=A, B=B, constants=Constants(0.5))
     return meta(M, K), meta(M, N), f
 
 
@@ -69,9 +72,9 @@ def _launches(monkeypatch, call) -> list[Any]:
 @pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True, B=True)], ids=str)
 def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, dtypes, needs):
     x, dY, f = _operands(2048, 1536, 4096, R, *dtypes)
-    forward = _launches(monkeypatch, lambda: triton_ops.forward(x, f, needs))
-    saved = triton_ops.Saved(x.new_empty(2048, R))
-    backward = _launches(monkeypatch, lambda: triton_ops.backward(dY, x, saved, f, needs))
+    forward = _launches(monkeypatch, lambda: TRITON.forward(x, [f], [needs]))
+    saved = Saved(x.new_empty(2048, R))
+    backward = _launches(monkeypatch, lambda: TRITON.backward([dY], x, saved, [f], [needs]))
     for op, rows, launches in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
         asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
         counted = works(FUSED, asked, ARCH)
@@ -88,10 +91,8 @@ def test_the_fused_bytes_are_those_of_the_launches(monkeypatch, R, dtypes, needs
 def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, M, R, dtype, needs):
     (x, dY, q), (_, dK, k) = (_operands(M, N, 4096, R, dtype, FP32) for N in (1536, 512))
     fs, wanted, S = [q, k], [needs, needs], x.new_empty(M, 2 * R)
-    forward = _launches(monkeypatch, lambda: triton_ops.forward_group(x, fs))
-    backward = _launches(
-        monkeypatch, lambda: triton_ops.backward_group([dY, dK], x, S, None, fs, wanted)
-    )
+    forward = _launches(monkeypatch, lambda: TRITON.forward(x, fs, wanted))
+    backward = _launches(monkeypatch, lambda: TRITON.backward([dY, dK], x, Saved(S), fs, wanted))
     for op, rows, launches in ((FORWARD_GROUP, x, forward), (BACKWARD_GROUP, dY, backward)):
         asked = query(op, rows, fs, wanted if op == BACKWARD_GROUP else [Needs()] * 2, cublas=True)
         counted = works(FUSED, asked, ARCH)
@@ -107,9 +108,9 @@ def test_the_composed_bytes_are_those_of_the_operations(R, needs):
     x, dY, f = _operands(2048, 1536, 4096, R, FP32, FP32)
     S = x.new_empty(2048, R) if needs.saves_S else None
     with OperationCounter() as forward:
-        torch_ops.forward(x, f, needs)
+        TORCH.forward(x, [f], [needs])
     with OperationCounter() as backward:
-        torch_ops.backward(dY, x, torch_ops.Saved(S), f, needs)
+        TORCH.backward([dY], x, Saved(S), [f], [needs])
     for op, rows, counter in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
         asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
         counted = works(COMPOSED, asked, ARCH)

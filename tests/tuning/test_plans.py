@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from lora_fast.kernels import launch_policy
 
 from lora_fast import NF4Weight
-from lora_fast.factors import Factors, Needs
+from lora_fast.factors import Constants, Factors, Needs
 from lora_fast.tuning.plans import (
     BACKWARD_GROUP,
     COMPOSED,
@@ -53,7 +53,8 @@ def test_every_field_is_in_the_key():
 def test_a_query_describes_the_operands():
     x = torch.zeros(100, 72, dtype=BF16)
     weight = NF4Weight.from_dense(torch.randn(88, 72, dtype=BF16))
-    f = Factors(weight, A=torch.zeros(8, 72), B=torch.zeros(88, 8), g=torch.ones(88), dropout_p=0.1)
+    A, B, g = torch.zeros(8, 72), torch.zeros(88, 8), torch.ones(88)
+    f = Factors(weight, A=A, B=B, g=g, constants=Constants(dropout_p=0.1))
     asked = query(FORWARD, x, [f], [Needs()], cublas=True)
     assert (asked.M, asked.K, asked.N, asked.R) == (128, 72, (88,), (8,))
     assert (asked.dtype, asked.adapter, asked.weights) == (BF16, FP32, ((64, True),))

@@ -1,0 +1,94 @@
+"""The contract of a backend, and what all of them need to keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..factors import Factors, Gradients, Needs, Saved
+from ..nf4 import NF4Weight
+
+
+class Backend(Protocol):
+    """Computes the equation, and what is made of its factors beside it.
+
+        y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ)) + bias          S = drop(x) Aᵀ
+
+    `fs` and `needs` have an entry for each layer that reads x [..., K]. A layer by itself is a
+    group of one. Layers of a larger group are plain: A, B and perhaps a bias, W frozen, no
+    rank_spans, one dropout for all.
+
+    A backend knows neither autograd nor modules. It is chosen once for a call, by
+    :func:`lora_fast.backends.selection.backend_for`; the backward pass gets the one that computed
+    the forward pass. It computes in the dtype of x, whatever autocast says, and no product rounds
+    its sum before the end.
+    """
+
+    name: str
+    """"torch" or "triton"."""
+    copies_input: bool
+    """Whether a copy of x is saved where dropout or rank_spans make what PEFT saves its own."""
+
+    def forward(
+        self, x: Tensor, fs: Sequence[Factors], needs: Sequence[Needs]
+    ) -> tuple[list[Tensor], Saved]:
+        """y [..., N] of every layer for x [..., K], and what the backward pass needs."""
+
+    def backward(
+        self,
+        dYs: Sequence[Tensor],
+        x: Tensor | None,
+        saved: Saved,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+    ) -> list[Gradients]:
+        """The gradients that `needs` names, for dY [..., N] of every layer.
+
+        x [..., K] is None where neither A nor W trains, `saved` is as forward left it, whatever
+        route that took. dX [..., K] is one sum, and with the first layer.
+        """
+
+    def dropout_mask(self, seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
+        """The boolean keep-mask [M, K]: a pure function of its arguments."""
+
+    def row_norms(self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """‖W_i + s (B A)_i‖₂ [N] of every row i, in float32."""
+
+    def update_weight(
+        self,
+        W: Tensor,
+        out: Tensor,
+        *,
+        A: Tensor | None = None,
+        B: Tensor | None = None,
+        b: Tensor | None = None,
+        d: Tensor | None = None,
+        g: Tensor | None = None,
+        scaling: float = 1.0,
+    ) -> None:
+        """out ← round(g ⊙ (W + s · (b ⊙ (B d)) A)) for dense W and out [N, K]; out may be W itself.
+
+        Products and sums in float32, in float64 where W is float64; one rounding to out's dtype.
+        """
+
+
+def shaped_as(x: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] as [..., N] for x [..., K]; no view to autograd: callers may write to it."""
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def columns_of(S: Tensor | None, fs: Sequence[Factors]) -> Sequence[Tensor | None]:
+    """The S [M, R_i] of every layer, side by side in S [M, Σ R_i]."""
+    if S is None or len(fs) == 1:
+        return [S] * len(fs)
+    return S.split(ranks_of(fs), dim=1)
+
+
+def ranks_of(fs: Sequence[Factors]) -> list[int]:
+    """R_i of every layer; 0 without A."""
+    return [0 if f.A is None else f.A.shape[0] for f in fs]

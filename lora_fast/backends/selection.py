@@ -1,0 +1,31 @@
+"""Which backend computes a call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+from .choice import BackendName, check_driver, get_backend, uses_triton
+from .protocol import Backend
+from .torch_ops import TORCH
+
+
+def backend_for(device: torch.device, name: BackendName | None = None) -> Backend:
+    """The backend for tensors of `device`, by the choice that is in force unless one is given.
+
+    Raises ValueError where it is Triton's and Triton cannot launch kernels, or not rightly.
+    """
+    name = name or get_backend()
+    if name == "torch" or (name == "auto" and not uses_triton(device, name)):
+        return TORCH
+    return _triton(name)
+
+
+@functools.cache
+def _triton(name: BackendName) -> Backend:
+    """Imported when it is wanted, since Triton's own import takes its time; checked once."""
+    check_driver(name)
+    backend = importlib.import_module("lora_fast.backends.triton_ops").TritonBackend
+    return backend(cublas=name == "auto")
