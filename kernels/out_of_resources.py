@@ -2,13 +2,14 @@
 
 import contextlib
 import contextvars
-import functools
 from dataclasses import replace
 
 from triton.runtime.errors import OutOfResources
 
 from . import triton_version  # noqa: F401
 from .launch_policy import GemmConfig, StripConfig
+
+__all__ = ["OutOfResources", "descent", "instead_of", "recording_drops", "smaller"]
 
 _dropped = contextvars.ContextVar("dropped", default=None)
 
@@ -32,34 +33,21 @@ def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None
     return replace(config, **halves) if min(halves.values()) >= 16 else None
 
 
-def drops_to_smaller(launch):
-    """launch(config, …), again with the next smaller configuration while one does not fit.
-
-    Triton finds out before it launches, so nothing has been computed; the last OutOfResources is
-    raised where nothing smaller is left.
-    """
-
-    @functools.wraps(launch)
-    def launched(config, *args, **kwargs):
-        asked = config
-        while True:
-            try:
-                result = launch(config, *args, **kwargs)
-            except OutOfResources:
-                config = smaller(config)
-                if config is None:
-                    raise
-                continue
-            if config is not asked and (dropped := _dropped.get()) is not None:
-                dropped.append((asked, config))
-            return result
-
-    return launched
+def instead_of(config):
+    """The configuration to launch while Triton's OutOfResources for `config` is handled, which is
+    raised again where nothing smaller is left. It is found out before a launch: nothing ran yet."""
+    found = smaller(config)
+    if found is None:
+        raise
+    dropped = _dropped.get()
+    if dropped is not None:
+        dropped.append((config, found))
+    return found
 
 
 @contextlib.contextmanager
 def recording_drops():
-    """A list of (configuration asked for, smaller one that ran), for launches inside the block."""
+    """A list of (configuration that did not fit, the one tried next), for launches in the block."""
     dropped = []
     token = _dropped.set(dropped)
     try:

@@ -28,7 +28,7 @@ from .launch_policy import (
     row_ranges,
     settles_products,
 )
-from .out_of_resources import drops_to_smaller
+from .out_of_resources import OutOfResources, instead_of
 from .profile import shown_as, strips_name, strips_work
 from .scaling import Shrunk, column_scales, scaled_columns
 from .sync_layout import ARRIVALS, BLOCKS
@@ -333,7 +333,6 @@ def grad_shrink(x, dS, dtype, dropout=NO_DROPOUT, config=None):
     return dA
 
 
-@drops_to_smaller
 def _launch(
     config, x, shrunk, grads, R, *, wanted, V=None, B=None, gains=NO_GAINS, scaling=1.0,
     dropout=NO_DROPOUT, stores_dS=False, is_expand=False,
@@ -354,23 +353,29 @@ def _launch(
     if blocks == 0:
         return partials.dS
     seed_low, seed_high, threshold = dropout.words()
-    strips[(blocks, ranges, chunks)](
-        x, S, shrunk.largest, V, gains, B, partials, grads,
-        sync_words(x.device, ARRIVALS.value + blocks),
-        float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
-        M, L, R, rows_per_range, ranges, shrunk.tile_rows,
-        *x.stride(), 0 if S is None else S.stride(0), *_strides(V), *_strides(B),
-        *_strides(grads.factor),
-        IS_EXPAND=is_expand, DROPOUT=dropout.p > 0.0,
-        TILES=StripTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
-        TARGET=Target(
-            precision_of(x.dtype), drops_pairs(x.dtype, arch), settles_products(x.dtype, arch)
-        ),
-        num_warps=config.num_warps, enable_fp_fusion=True,
-        # A pipelined tile that is summed and multiplied loses its wait: Triton 3.7.1 lets cp.async
-        # overwrite on sm_90 what the previous iteration's wgmma still reads.
-        num_stages=1 if wanted.sums else config.num_stages,
-    )  # fmt: skip
+    try:
+        strips[(blocks, ranges, chunks)](
+            x, S, shrunk.largest, V, gains, B, partials, grads,
+            sync_words(x.device, ARRIVALS.value + blocks),
+            float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
+            M, L, R, rows_per_range, ranges, shrunk.tile_rows,
+            *x.stride(), 0 if S is None else S.stride(0), *_strides(V), *_strides(B),
+            *_strides(grads.factor),
+            IS_EXPAND=is_expand, DROPOUT=dropout.p > 0.0,
+            TILES=StripTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
+            TARGET=Target(
+                precision_of(x.dtype), drops_pairs(x.dtype, arch), settles_products(x.dtype, arch)
+            ),
+            num_warps=config.num_warps, enable_fp_fusion=True,
+            # A pipelined tile that is summed and multiplied loses its wait: Triton 3.7.1 lets
+            # cp.async overwrite on sm_90 what the previous iteration's wgmma still reads.
+            num_stages=1 if wanted.sums else config.num_stages,
+        )  # fmt: skip
+    except OutOfResources:
+        return _launch(
+            instead_of(config), x, shrunk, grads, R, wanted=wanted, V=V, B=B, gains=gains,
+            scaling=scaling, dropout=dropout, stores_dS=stores_dS, is_expand=is_expand,
+        )  # fmt: skip
     return partials.dS
 
 

@@ -39,7 +39,7 @@ from .launch_policy import (
     uses_mma_sync,
 )
 from .nf4_tile import weight_arguments
-from .out_of_resources import drops_to_smaller
+from .out_of_resources import OutOfResources, instead_of
 from .profile import gemm_name, gemm_work, shown_as
 from .scaling import Shrunk, new_gradient
 from .shrink_tiles import ShrunkPointers, Spans, produce
@@ -256,7 +256,6 @@ def grad_input(
     return dX, dS
 
 
-@drops_to_smaller
 def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, is_grad):
     """shrunk: S without what scales it, or dS."""
     S, x = shrunk.values, layers[0].X
@@ -283,27 +282,33 @@ def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, i
     seed_low, seed_high, threshold = dropout.words()
     descriptors = descriptors_of(layers, config, arch, is_grad)
     is_described = descriptors[0] is not None
-    ticketed_gemm[(tickets,)](
-        tuple(members), tuple(num_partials), S, shrunk.largest, gains, bias, y, V, rank_spans,
-        sync_words(x.device, FLAGS.value + blocks) if makes_S else None,
-        dropout.keep_scale, seed_low, seed_high, threshold,
-        M, N, num_chunks, M if rank_spans is None else M // rank_spans.shape[0],
-        0 if S is None else S.stride(0), N, *descriptors,
-        IS_GRAD=is_grad, DROPOUT=dropout.p > 0.0, EVEN_K=is_described or even_K,
-        TILES=GemmTiles(
-            config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, BLOCK_R, BLOCK_E, config.BLOCK_S,
-            config.GROUP_M, config.MASK_PARTS,
-        ),
-        TARGET=Target(
-            PRECISION=precision_of(x.dtype), PAIRS=drops_pairs(x.dtype, arch),
-            SETTLES=settles_products(x.dtype, arch), SHUFFLES=arch is not None,
-            MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
-        ),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        # absmax = code2 · absmax2 + offset has to be rounded twice, as bitsandbytes does.
-        enable_fp_fusion=not packed,
-        **debug_options(),
-    )  # fmt: skip
+    try:
+        ticketed_gemm[(tickets,)](
+            tuple(members), tuple(num_partials), S, shrunk.largest, gains, bias, y, V, rank_spans,
+            sync_words(x.device, FLAGS.value + blocks) if makes_S else None,
+            dropout.keep_scale, seed_low, seed_high, threshold,
+            M, N, num_chunks, M if rank_spans is None else M // rank_spans.shape[0],
+            0 if S is None else S.stride(0), N, *descriptors,
+            IS_GRAD=is_grad, DROPOUT=dropout.p > 0.0, EVEN_K=is_described or even_K,
+            TILES=GemmTiles(
+                config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, BLOCK_R, BLOCK_E, config.BLOCK_S,
+                config.GROUP_M, config.MASK_PARTS,
+            ),
+            TARGET=Target(
+                PRECISION=precision_of(x.dtype), PAIRS=drops_pairs(x.dtype, arch),
+                SETTLES=settles_products(x.dtype, arch), SHUFFLES=arch is not None,
+                MMA_SYNC=uses_mma_sync(config, x.dtype, arch),
+            ),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+            # absmax = code2 · absmax2 + offset has to be rounded twice, as bitsandbytes does.
+            enable_fp_fusion=not packed,
+            **debug_options(),
+        )  # fmt: skip
+    except OutOfResources:
+        _launch(
+            instead_of(config), layers, y=y, V=V, shrunk=shrunk, bias=bias, gains=gains,
+            dropout=dropout, rank_spans=rank_spans, is_grad=is_grad,
+        )  # fmt: skip
 
 
 def _member(layer, first_r, config, is_grad):

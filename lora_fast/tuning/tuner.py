@@ -114,12 +114,12 @@ class Tuner:
         while True:
             with out_of_resources.recording_drops() as drops:
                 took = self._timer(functools.partial(run, plan))
-            smaller = {ran for asked, ran in drops if asked == plan.gemm}
-            if not smaller:
+            order = [config.gemm for config in _descent(plan)]
+            tried = {smaller for asked, smaller in drops if asked in order}
+            if not tried:
                 return plan, took
             # If one of several launches does not fit, all are timed with the tile that fits.
-            order = [config.gemm for config in _descent(plan)]
-            plan = plan._replace(gemm=max(smaller, key=order.index))
+            plan = plan._replace(gemm=max(tried, key=order.index))
 
 
 def _descent(plan: Plan) -> Iterator[Plan]:

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from lora_fast.kernels import launch_policy, strips, ticketed_gemm
 from lora_fast.kernels.launch_policy import GemmConfig, StripConfig
-from lora_fast.kernels.out_of_resources import descent, drops_to_smaller, recording_drops
+from lora_fast.kernels.out_of_resources import descent, instead_of, recording_drops
 from lora_fast.kernels.scaling import Shrunk
 from triton.runtime.errors import OutOfResources
 
@@ -54,48 +54,31 @@ def test_each_step_down_is_smaller_and_the_last_one_is_small(config):
     assert (last.BLOCK_L if isinstance(last, StripConfig) else last.BLOCK_N) == 16
 
 
+def launch(config, room, tried):
+    """As the launchers do."""
+    tried.append(config)
+    try:
+        if config.num_stages > room:
+            raise OutOfResources(200, 100, "shared memory")
+    except OutOfResources:
+        launch(instead_of(config), room, tried)
+
+
 def test_the_error_is_raised_where_nothing_smaller_is_left():
     tried = []
-
-    @drops_to_smaller
-    def launch(config):
-        tried.append(config)
-        raise OutOfResources(200, 100, "shared memory")
-
     with pytest.raises(OutOfResources, match="shared memory"):
-        launch(GEMM)
+        launch(GEMM, 0, tried)
     assert tried == [GEMM, *_descent(GEMM)]
 
 
-def test_who_records_hears_what_ran_instead():
-    def launched(config, room):
-        @drops_to_smaller
-        def launch(config):
-            if config.num_stages > room:
-                raise OutOfResources(200, 100, "shared memory")
-
-        launch(config)
-
-    three, two = replace(GEMM, num_stages=3), replace(GEMM, num_stages=2)
-    launched(three, 2)
+def test_who_records_hears_what_was_tried_instead():
+    four, three, two = (replace(GEMM, num_stages=stages) for stages in (4, 3, 2))
+    launch(three, 2, [])
     with recording_drops() as drops:
-        launched(two, 2)
-        launched(three, 2)
-    launched(three, 2)
-    assert drops == [(three, two)]
-
-
-def test_other_errors_are_not_retried():
-    tried = []
-
-    @drops_to_smaller
-    def launch(config):
-        tried.append(config)
-        raise ValueError("x must be finite")
-
-    with pytest.raises(ValueError, match="finite"):
-        launch(GEMM)
-    assert tried == [GEMM]
+        launch(two, 2, [])
+        launch(four, 2, [])
+    launch(three, 2, [])
+    assert drops == [(four, three), (three, two)]
 
 
 @pytest.mark.offline

@@ -6,6 +6,7 @@ Those of Triton's launcher, of torch and of PEFT are theirs to count.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,20 +24,23 @@ import lora_fast
 BF16 = torch.bfloat16
 PACKAGE = Path(lora_fast.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
+WALK = PACKAGE.parent / "docs" / "kernels.md"
 # Of (kind, gradients): the most calls in lora_fast and in its kernels. A change may take fewer; one
 # that takes more makes every layer of every token slower.
 TORCH = {
-    ("dense", False): (52, 0),
-    ("dense", True): (54, 0),
-    ("nf4", False): (64, 0),
-    ("module", False): (42, 0),
+    ("dense", False): (49, 0),
+    ("dense", True): (52, 0),
+    ("nf4", False): (57, 0),
+    ("module", False): (38, 0),
 }
 TRITON = {
-    ("dense", False): (70, 26),
-    ("dense", True): (72, 26),
-    ("nf4", False): (78, 34),
+    ("dense", False): (55, 23),
+    ("dense", True): (58, 23),
+    ("nf4", False): (62, 31),
 }
-OF_A_GROUP = {True: 167, False: 159}
+OF_A_GROUP = {True: 157, False: 152}
+# Functions of ours between a layer's forward and a launch, and the files that they are in.
+MOST_FRAMES, MOST_FILES = 9, 6
 # All calls of a layer to those of stock PEFT's, which run some operations more.
 MOST_OF_PEFT = 2.75
 
@@ -130,3 +134,44 @@ def test_triton_backend(kind: str, gradients: bool) -> None:
     with stub_driver.recording(90) as log, lora_fast.set_backend("triton"):
         check(kind, gradients, TRITON[kind, gradients])
     assert log.names == ["ticketed_gemm"] * 3
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
+    """The functions of ours, file and name, that are running at every launch, outermost first."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[list[tuple[str, str]]] = []
+    run = JITFunction.run
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        way, frame = [], sys._getframe(1)
+        while frame is not None:
+            if _home(frame.f_code.co_filename) in ("lora_fast", "kernels"):
+                file = Path(frame.f_code.co_filename).relative_to(KERNELS.parent)
+                way.append((str(file), frame.f_code.co_qualname))
+            frame = frame.f_back  # type: ignore[assignment]
+        found.append(way[::-1])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", recorded)
+    return found
+
+
+@pytest.mark.offline
+def test_the_way_to_a_launch_is_as_short_as_the_documentation_says(ways: Any) -> None:
+    from bench.instruments import stub_driver
+
+    with stub_driver.recording(90) as log, lora_fast.set_backend("triton"):
+        layer, _ = layer_of("dense")
+        layer(torch.zeros(1, 1, K, dtype=BF16, requires_grad=True)).sum().backward()
+    assert log.names == ["ticketed_gemm", "strips", "ticketed_gemm", "strips"]
+    for way in ways:
+        assert len(way) <= MOST_FRAMES
+        assert len({file for file, _ in way}) <= MOST_FILES
+    there, back = (
+        re.findall(r"^\| `(\S+)` `(\S+)` \|", table, re.MULTILINE)
+        for table in re.split(r"\| stop \|", WALK.read_text())[1:]
+    )
+    assert ways[0] == there
+    assert ways[2] == back

@@ -117,7 +117,7 @@ def test_a_gradient_off_by_one_percent_is_caught(
 def test_a_dropped_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = peft_model()
     fused = accelerated_copy(stock)
-    monkeypatch.setattr("lora_fast.peft_layers.lora_layers.total_bias", lambda *arguments: None)
+    monkeypatch.setattr("lora_fast.peft_layers.lora_state.total_bias", lambda *arguments: None)
     with pytest.raises(AssertionError, match=r"y \("):
         compare(fused, stock, torch.randn(21, K), compute_dtype=F32)
 

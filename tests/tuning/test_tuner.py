@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_fast.kernels.out_of_resources import drops_to_smaller
+from lora_fast.kernels.out_of_resources import instead_of
 from triton.runtime.errors import OutOfResources
 from tuner_queries import FP32, PLAIN
 
@@ -162,11 +162,12 @@ class SmallDevice(Clock):
         self.ran.append(plan)
         assert plan.gemm in ran
 
-    @staticmethod
-    @drops_to_smaller
-    def _launch(config, too_large):
-        if config in too_large:
-            raise OutOfResources(300, 200, "shared memory")
+    def _launch(self, config, too_large):
+        try:
+            if config in too_large:
+                raise OutOfResources(300, 200, "shared memory")
+        except OutOfResources:
+            return self._launch(instead_of(config), too_large)
         return config
 
 
