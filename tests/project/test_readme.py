@@ -10,7 +10,8 @@ import torch
 from tiny_runs import tiny_llama
 from torch import nn
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
@@ -54,9 +55,20 @@ def test_it_fits_on_a_screen() -> None:
 
 
 def test_make_targets_of_the_readme_exist() -> None:
-    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^    make (\w+)|`make (\w+)`", README, re.MULTILINE))
     names = {name for pair in targets for name in pair if name}
     assert {"train", "test", "gpu"} <= names
     for name in names:
         assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+
+
+def test_versions_are_the_lower_bounds_of_pyproject() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for package in ("torch", "triton", "peft", "transformers", "bitsandbytes", "trl"):
+        # The first is that of the library; the command line asks for more.
+        bound = re.findall(rf'"{package}>=([\d.]+)', project)[0]
+        assert re.search(rf"\b{package} ≥ {re.escape(bound)}(?!\.?\d)", README, re.IGNORECASE), (
+            package
+        )
+    assert "compute capability 8.0 or more" in README
