@@ -276,6 +276,30 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 MODEL_DIFFERENCE = 2e-4
 
 
+# The same float32 sums in another order: some tens of roundings, of which most cancel.
+ORDER_DIFFERENCE = 1e-5
+# Losses, logits and parameters of float32 runs of a few steps, each of which adds its roundings.
+RUN_DIFFERENCE = 1e-4
+# The same in bfloat16, whose operations round by up to 2⁻⁹ each.
+BFLOAT16_RUN_DIFFERENCE = 2**-4
+
+
+def assert_agree(
+    actual: Any, expected: Any, *, within: float, beside: float = 0.0, name: str = ""
+) -> None:
+    """Assert ‖actual − expected‖ ≤ within · ‖expected‖, of tensors, arrays or lists of numbers.
+
+    `within` is one of the bounds of this file. `beside` is the norm of the largest tensor of their
+    kind, whose roundings in another order are allowed on top: some gradients are zero but for them.
+    NaN and infinity agree with nothing.
+    """
+    found, wanted = (torch.as_tensor(v).detach().double() for v in (actual, expected))
+    assert found.shape == wanted.shape, (name, tuple(found.shape), tuple(wanted.shape))
+    norm, difference = wanted.norm().item(), (found - wanted).norm().item()
+    allowed = within * norm + ORDER_DIFFERENCE * beside
+    assert difference <= allowed, f"{name}: norm {norm:.3e}, difference {difference:.3e}"
+
+
 def assert_models_agree(
     actual: Mapping[str, torch.Tensor | None], stock: Mapping[str, torch.Tensor | None]
 ) -> None:

@@ -23,6 +23,7 @@ from tiny_runs import (
     write_jsonl,
 )
 
+from bench.instruments.accuracy import RUN_DIFFERENCE, assert_agree
 from lora_fast.errors import Interrupted, TrainingError
 from lora_fast.methods.options import METHOD_OPTIONS
 from lora_fast.methods.table import METHODS
@@ -136,7 +137,7 @@ def test_what_trains_moves_and_the_rest_stays(
     with forced("plain"):  # bitsandbytes packs a stock model that predicts, with other absmax
         exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], scope)  # type: ignore[index]
     trained, loaded = logits(config, found.model), logits(config, scope["model"])
-    np.testing.assert_allclose(loaded, trained, atol=1e-4, rtol=0)
+    assert_agree(loaded, trained, within=RUN_DIFFERENCE)
     assert np.ptp(trained) > 0.1
 
     if METHODS[name].fused:
@@ -175,7 +176,7 @@ def test_delta_lora_moves_dense_weights_and_saves_them(config: TrainConfig, tmp_
     scope: dict[str, Any] = {}
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], scope)  # type: ignore[index]
     trained, loaded = logits(config, found.model), logits(config, scope["model"])
-    np.testing.assert_allclose(loaded, trained, atol=1e-4, rtol=0)
+    assert_agree(loaded, trained, within=RUN_DIFFERENCE)
     (tmp_path / "out" / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
         exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})  # type: ignore[index]

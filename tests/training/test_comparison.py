@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny_runs import AtStep, interrupt, save_bert, save_llama, sentiment_rows, write_jsonl
 
+from bench.instruments.accuracy import RUN_DIFFERENCE, assert_agree
 from lora_fast.errors import Interrupted, TrainingError
 from lora_fast.methods.table import METHODS
 from lora_fast.training import comparison
@@ -74,7 +74,7 @@ def test_costs_and_scores_of_every_method_and_seed(found: dict[str, Any]) -> Non
 def test_methods_see_the_same_data(found: dict[str, Any]) -> None:
     # Before the first update LoRA is the base model, and so is a probe: equal first losses.
     lora, probe = found["methods"]["lora"]["losses"], found["methods"]["probe"]["losses"]
-    np.testing.assert_allclose([x[0] for x in lora], [x[0] for x in probe], rtol=1e-4)
+    assert_agree([x[0] for x in lora], [x[0] for x in probe], within=RUN_DIFFERENCE)
 
 
 def test_what_is_left_on_disk(found: dict[str, Any]) -> None:

@@ -26,6 +26,12 @@ from tiny_runs import (
     write_jsonl,
 )
 
+from bench.instruments.accuracy import (
+    BFLOAT16_RUN_DIFFERENCE,
+    ORDER_DIFFERENCE,
+    RUN_DIFFERENCE,
+    assert_agree,
+)
 from lora_fast.errors import TrainingError
 from lora_fast.training import models
 from lora_fast.training.checkpoints import WEIGHTS, latest_checkpoint, stored_state
@@ -57,7 +63,7 @@ def test_both_arms_have_the_same_curve_and_ours_ran_fused(compared: Outcome) -> 
     found = compared.metrics
     stock, ours = (np.array(found["results"][arm]["losses"]) for arm in ("stock", "lora_fast"))
     assert len(stock) == len(ours) == 8
-    np.testing.assert_allclose(ours, stock, rtol=1e-4)
+    assert_agree(ours, stock, within=RUN_DIFFERENCE)
     assert found["comparison"]["max_relative_loss_difference"] <= 1e-4
     assert len(set(stock)) == 8
     fused = found["fused"]
@@ -141,7 +147,7 @@ def test_the_card_s_code_loads_the_adapter_in_stock_peft(
         exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], scope)  # type: ignore[index]
     assert type(scope["model"]).__mro__[1] is PeftModel
     trained, loaded = logits(config, kept[0]), logits(config, scope["model"])
-    np.testing.assert_allclose(loaded, trained, atol=1e-4, rtol=0)
+    assert_agree(loaded, trained, within=RUN_DIFFERENCE)
     assert np.ptp(trained) > 0.1
 
 
@@ -176,7 +182,7 @@ def test_gradient_accumulation_is_one_larger_batch(
     run(replace(config, batch_size=2, grad_accum=4), tmp_path / "parts")
     ours, theirs = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+        assert_agree(ours[name], theirs[name], within=RUN_DIFFERENCE, name=name)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(
@@ -185,7 +191,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     found = run(replace(bert_config, gradient_checkpointing=True), tmp_path / "out").metrics
     ours = found["results"]["lora_fast"]
     expected = compared.metrics["results"]["lora_fast"]["losses"]
-    np.testing.assert_allclose(ours["losses"], expected, rtol=1e-4)
+    assert_agree(ours["losses"], expected, within=RUN_DIFFERENCE)
     assert ours["saved_activation_bytes"] is None
 
 
@@ -197,8 +203,8 @@ def test_bfloat16_trains_float32_adapters(
     found = run(config, tmp_path / "out").metrics
     losses = [compared.metrics["results"]["lora_fast"]["losses"]]
     losses += [arm["losses"] for arm in found["results"].values()]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.2)
-    np.testing.assert_allclose(losses[2], losses[0], rtol=0.2)
+    assert_agree(losses[1], losses[0], within=BFLOAT16_RUN_DIFFERENCE)
+    assert_agree(losses[2], losses[0], within=BFLOAT16_RUN_DIFFERENCE)
     assert found["dtype"] == "bfloat16"
     assert {value.dtype for value in adapter(tmp_path / "out").values()} == {torch.float32}
     assert found["fused"]["all_fused"]
@@ -300,6 +306,6 @@ def test_schedule_and_warm_up(
 
     config = replace(bert_config, schedule=schedule, warmup=0.5, steps=8)
     run(config, tmp_path / "out", Rates())
-    np.testing.assert_allclose(rates[:5], [0, 0.75e-3, 1.5e-3, 2.25e-3, 3e-3], rtol=1e-6)
+    assert_agree(rates[:5], [0, 0.75e-3, 1.5e-3, 2.25e-3, 3e-3], within=ORDER_DIFFERENCE)
     assert (rates[-1] < rates[4]) == (last == 0.0)
     assert rates[-1] >= last

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench.instruments.accuracy import (
+    ORDER_DIFFERENCE,
     RMS_CEILING,
     assert_accurate,
+    assert_agree,
     assert_all_accurate,
     assert_same_bits,
     orders,
@@ -236,3 +242,27 @@ def test_the_largest_error_of_the_orders_is_the_yardstick() -> None:
 
 def test_ceilings_separate_one_percent_from_rounding() -> None:
     assert all(torch.finfo(d).eps / 4 < ceiling < 0.01 for d, ceiling in RMS_CEILING.items())
+
+
+def test_tolerances_come_from_here() -> None:
+    """No test has a number of its own for how wrong a result may be."""
+    tests = Path(__file__).resolve().parents[2]
+    literal = re.compile(r"\b(rtol|atol)=[\d.]+e?-?\d*\b(?! ?\*)")
+    found = [
+        f"{path.relative_to(tests)}: {line.strip()}"
+        for path in tests.rglob("test_*.py")
+        for line in path.read_text().splitlines()
+        if literal.search(line) and "not torch.allclose" not in line
+    ]
+    # An optimizer that rounds to bfloat16: the bound is derived where it is used.
+    assert [line.partition(":")[0] for line in found] == ["optim/test_lorafa.py"]
+
+
+@pytest.mark.parametrize("scale", [1.01, 1.0 + 2 * ORDER_DIFFERENCE])
+def test_a_difference_beyond_the_bound_is_seen(scale: float) -> None:
+    value = torch.randn(50)
+    assert_agree(value * (1 + ORDER_DIFFERENCE / 2), value, within=ORDER_DIFFERENCE)
+    with pytest.raises(AssertionError, match="difference"):
+        assert_agree(value * scale, value, within=ORDER_DIFFERENCE, name="x")
+    with pytest.raises(AssertionError):
+        assert_agree(value * math.nan, value, within=ORDER_DIFFERENCE)
