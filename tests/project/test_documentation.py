@@ -19,6 +19,8 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *(ROOT / folder / "README.md" for folder in ("bench", "examples", "tests")),
 ]
+CHECKLIST = sorted((ROOT / "tests" / "checklist").glob("*.md"))
+PAGES += CHECKLIST
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]+))?\)")
@@ -133,10 +135,20 @@ def _texts(function: ast.FunctionDef) -> Iterator[str]:
                 yield part.value.strip()
 
 
+def test_every_row_of_the_checklist_has_tests_and_mutations() -> None:
+    rows = [row for page in CHECKLIST for row in page.read_text().split("\n## ")[1:]]
+    assert sorted(int(row.split()[0]) for row in rows) == [*range(1, len(rows) + 1)]
+    for row in rows:
+        shown, _, broken = row.partition("\nBroken on purpose\n")
+        assert "\nShown by\n\n- " in shown and "`test_" in shown, row.split()[0]
+        assert broken.startswith("\n- "), row.split()[0]
+
+
 def test_tests_of_the_checklist_exist() -> None:
     """`test_x.py` opens a file, and the `test_…` after it are its functions."""
     functions: set[str] = set()
-    named = re.findall(r"`([\w/]*test_\w+)(\.py)?`", (ROOT / "tests" / "README.md").read_text())
+    text = "\n".join(page.read_text() for page in CHECKLIST)
+    named = re.findall(r"`([\w/]*test_\w+)(\.py)?`", text)
     assert len(named) > 100
     for name, suffix in named:
         if suffix:
