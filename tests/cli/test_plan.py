@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import run_cli, save_llama
 
+from lora_fast.cli import console, plan
+
 
 def test_the_command_says_what_fits_and_what_helps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -41,3 +43,25 @@ def test_the_command_tells_what_is_wrong_in_one_line(
     assert run_cli("plan", *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_what_takes_longer_than_two_seconds_says_so_in_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((0.0, 1.9, 2.1, 9.0))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.Working() as working:
+        for stage in ("Reading", "Counting", "Trying", "More"):
+            working.told(stage)
+    shown = capsys.readouterr()
+    assert shown.err.split() == ["Trying", "…", "More", "…"] and shown.out == ""
+
+
+def test_parts_too_small_to_see_have_no_row_and_sizes_are_in_steps_of_a_thousand() -> None:
+    parts = {"weights": 10**13, "rope": 512, "adapters": 10**9}
+    assert plan.visible(parts) == {"weights": 10**13, "adapters": 10**9}
+    assert plan.visible({"weights": 1000, "rope": 512}) == {"weights": 1000, "rope": 512}
+    assert [plan.human(size) for size in (999, 3.44e12, 235e6)] == ["999 B", "3.44 TB", "235 MB"]
+    assert [plan.millions(n) for n in (108_000, 41_940_000, 8_030_000_000)] == [
+        "0.108M", "41.9M", "8.03B",
+    ]  # fmt: skip
