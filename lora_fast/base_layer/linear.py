@@ -80,7 +80,9 @@ def describe(base: nn.Module) -> str:
     if is_four_bit(base):
         return str(getattr(base.weight, "quant_type", "4bit"))
     weight = getattr(base, "weight", None)
-    return str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else "unknown"
+    if not isinstance(weight, Tensor):  # experts, whose weights have names of their own
+        weight = next(base.parameters(recurse=False), None)
+    return "unknown" if weight is None else str(weight.dtype).removeprefix("torch.")
 
 
 def weight_shape(base: Any) -> tuple[int, ...]:

@@ -118,9 +118,12 @@ def fused_line(found: dict[str, Any]) -> str:
         return "No adapted linear layers: nothing to fuse"
     colour = "green" if fused["all_fused"] else "yellow"
     slow = sum(fused["fallback_calls"].values())
+    uncounted = fused.get("uncounted_layers", 0)  # not in the metrics of an older run
+    apart = f"; the {uncounted} that stay PEFT's run its code at every step" if uncounted else ""
+    calls = f"{fused['fused_calls']:,} fused calls, {slow:,} others{apart}"
     return (
         f"[{colour}]{fused['fused_layers']} of {fused['adapted_layers']} adapted layers fused[/] "
-        f"({fused['backend']} backend): {fused['fused_calls']:,} fused calls, {slow:,} others"
+        f"({fused['backend']} backend): {calls}"
     )
 
 

@@ -144,6 +144,7 @@ def run_summary(
             "fused_layers": sum(layer.fused for layer in layers.layers),
             "fused_calls": layers.fused_calls,
             "fallback_calls": layers.fallback_calls,
+            "uncounted_layers": sum(not layer.counted for layer in layers.layers),
             "all_fused": layers.all_fused,
         },
         "baselines": setting.baselines,

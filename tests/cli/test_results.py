@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_fast.cli.console import print_whole
-from lora_fast.cli.results import cost_table
+from lora_fast.cli.results import cost_table, fused_line
 
 ARM: dict[str, Any] = {
     "tokens_per_second": 1000.0, "step_seconds": 0.1, "saved_activation_bytes": 2**20,
@@ -45,3 +45,16 @@ def test_times_of_arms_that_ran_one_after_the_other_are_called_that() -> None:
     alone = {**FOUND, "results": {"lora_fast": ARM}}
     del alone["comparison"]
     assert shown(alone)["step time"] == ["0.100 s"]
+
+
+def test_layers_that_peft_computes_are_told_of() -> None:
+    fused = {
+        "backend": "torch", "adapted_layers": 14, "fused_layers": 8, "fused_calls": 800,
+        "fallback_calls": {}, "uncounted_layers": 6, "all_fused": False,
+    }  # fmt: skip
+    line = fused_line({"fused": fused})
+    assert "8 of 14 adapted layers fused" in line
+    assert line.endswith(
+        "800 fused calls, 0 others; the 6 that stay PEFT's run its code at every step"
+    )
+    assert fused_line({"fused": {**fused, "uncounted_layers": 0}}).endswith("0 others")

@@ -48,5 +48,6 @@ def test_experts_train_as_stock_and_the_report_says_that_they_are_not_fused(fami
     for line in experts:
         assert (line.fused, line.counted) == (False, False)
         assert line.obstacle == "lora.ParamWrapper has no fused path"
+        assert line.base == "float32"
     assert report.fused_calls == len(report.layers) - len(experts)
     assert not report.all_fused
