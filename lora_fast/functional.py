@@ -1,4 +1,4 @@
-"""The operation itself, for those who have their own modules."""
+"""The operation itself, for users with their own modules."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def adapted_linear(
     """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias, fused forward and backward.
 
     x [..., K] · weight [N, K], dense or :class:`NF4Weight` · bias, b, g [N] · A [R, K] · B [N, R] ·
-    d [R] → y [..., N]. Absent factors cost nothing. The compute dtype, and y's, is autocast's where
+    d [R] → y [..., N]. Absent factors cost nothing. The compute dtype, and y's, is autocast's if
     autocast is on, else x's; products accumulate in float32; gradients arrive in the dtype of their
     factor. ``scaling`` may be a tensor of one element, which is read on its device and must not
-    require a gradient: d and b are the factors that have one. ``dropout_p`` drops elements of x on
+    require a gradient: use d or b for that. ``dropout_p`` drops elements of x on
     their way into A, with a mask that is a pure function of ``dropout_seed``, row and column;
     without a seed one is drawn from torch's generator of x's device. ``rank_spans`` [samples, 2]
     (int32) gives samples of one batch different adapters, stacked along R: sample i, the i-th of
-    equal parts of the rows of x, takes part in columns start ≤ r < stop of S alone.
+    equal parts of the rows of x, uses only columns start ≤ r < stop of S.
 
     Raises TypeError or ValueError that names the argument for operands that do not fit together.
     Differentiating twice raises RuntimeError.
@@ -70,8 +70,8 @@ def adapted_linears(
     x [..., K] · weight [N_i, K] · bias [N_i] · A [R_i, K] · B [N_i, R_i] → y_i [..., N_i]. The
     numbers are those of :func:`adapted_linear`, up to rounding, but x is read once by one shrink
     for all A_i, once by one product for all of their gradients, and the gradient of x is one sum.
-    drop(x) is one and the same for all members.
-    The weights must be frozen. An output that leads to no loss leaves its layer without gradients.
+    All members share drop(x). The weights must be frozen. A layer whose output does not reach the
+    loss gets no gradients.
 
     Raises as :func:`adapted_linear` does, and ValueError without members or for trained weights.
     """

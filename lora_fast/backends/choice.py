@@ -3,7 +3,7 @@
 ``auto`` takes Triton for tensors on an NVIDIA GPU of compute capability 8.0 or more, else torch.
 ``triton`` launches on whatever device the tensors are on and asks no question about CUDA; where
 Triton has no driver or miscompiles the kernels, the first operation raises ValueError. ``torch``
-is the same autograd.Functions on aten and bitsandbytes calls. The environment variable
+computes the same equation in aten and bitsandbytes calls. The environment variable
 ``LORA_FAST_BACKEND`` sets the process's choice at start-up, :class:`set_backend` later, or for one
 thread or task alone. An operation reads the choice once; its backward pass uses the same.
 """

@@ -1,4 +1,4 @@
-"""The contract of a backend, and what all of them need to keep it."""
+"""The contract of a backend, and helpers that all of them share."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..nf4 import NF4Weight
 
 
 class Backend(Protocol):
-    """Computes the equation, and what is made of its factors beside it.
+    """Computes the equation, and other functions of its factors.
 
         y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ)) + bias          S = drop(x) Aᵀ
 
-    `fs` and `needs` have an entry for each layer that reads x [..., K]. A layer by itself is a
+    `fs` and `needs` have an entry for each layer that reads x [..., K]. A single layer is a
     group of one. Layers of a larger group are plain: A, B and perhaps a bias, W frozen, no
     rank_spans, one dropout for all.
 
     A backend knows neither autograd nor modules. It is chosen once for a call, by
-    :func:`lora_fast.backends.selection.backend_for`; the backward pass gets the one that computed
-    the forward pass. It computes in the dtype of x, whatever autocast says, and no product rounds
-    its sum before the end.
+    :func:`lora_fast.backends.selection.backend_for`; the backward pass uses the backend of the
+    forward pass. It computes in the dtype of x, regardless of autocast, and rounds the sum of a
+    product only at the end.
     """
 
     name: str
     """"torch" or "triton"."""
     copies_input: bool
-    """Whether a copy of x is saved where dropout or rank_spans make what PEFT saves its own."""
+    """Whether a copy of x is saved with dropout or rank_spans, where PEFT saves its own tensor."""
 
     def forward(
         self, x: Tensor, fs: Sequence[Factors], needs: Sequence[Needs]
@@ -47,8 +47,8 @@ class Backend(Protocol):
     ) -> list[Gradients]:
         """The gradients that `needs` names, for dY [..., N] of every layer.
 
-        x [..., K] is None where neither A nor W trains, `saved` is as forward left it, whatever
-        route that took. dX [..., K] is one sum, and with the first layer.
+        x [..., K] is None if neither A nor W trains; `saved` comes from forward, by any plan.
+        dX [..., K] is one sum, returned with the first layer.
         """
 
     def dropout_mask(self, seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
@@ -76,7 +76,7 @@ class Backend(Protocol):
 
 
 def shaped_as(x: Tensor, y: Tensor) -> Tensor:
-    """y [M, N] as [..., N] for x [..., K]; no view to autograd: callers may write to it."""
+    """y [M, N] as [..., N] for x [..., K]; not a view to autograd, so callers may write to it."""
     if x.dim() == 2:
         return y
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))

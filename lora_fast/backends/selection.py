@@ -1,4 +1,4 @@
-"""Which backend computes a call."""
+"""The backend of a call."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .torch_ops import TORCH
 
 
 def backend_for(device: torch.device, name: BackendName | None = None) -> Backend:
-    """The backend for tensors of `device`, by the choice that is in force unless one is given.
+    """The backend for tensors of `device`, by the choice in force unless one is given.
 
-    Raises ValueError where it is Triton's and Triton cannot launch kernels, or not rightly.
+    Raises ValueError if it is Triton's and Triton cannot launch kernels, or miscompiles them.
     """
     name = name or get_backend()
     if name == "torch" or (name == "auto" and not uses_triton(device, name)):
@@ -25,7 +25,7 @@ def backend_for(device: torch.device, name: BackendName | None = None) -> Backen
 
 @functools.cache
 def _triton(name: BackendName) -> Backend:
-    """Imported when it is wanted, since Triton's own import takes its time; checked once."""
+    """Imported on first use, since importing Triton is slow; checked once."""
     check_driver(name)
     backend = importlib.import_module("lora_fast.backends.triton_ops").TritonBackend
     return backend(cublas=name == "auto")

@@ -169,7 +169,7 @@ class TorchBackend:
         for dY, f in zip(dYs, fs, strict=True):
             W = self._dense(f.weight, dtype).to(work)
             if f.g is not None:
-                # g is put on the smaller one of dY [M, N] and W [N, K].
+                # g multiplies the smaller one of dY [M, N] and W [N, K].
                 if dY.shape[0] < W.shape[1]:
                     dY = _times(dY, f.g)
                 else:
@@ -187,7 +187,7 @@ class TorchBackend:
         return Dropout(dropout_mask(seed, M, K, p, x.device), p)
 
     def _saved_dropout(self, saved: Saved, f: Factors, rows: Tensor, need: Needs) -> Dropout | None:
-        """The same dropout in a backward pass; None where nothing was dropped, or nobody asks."""
+        """The same dropout in a backward pass; None if nothing was dropped, or it is not needed."""
         return None if saved.mask is None else Dropout(saved.mask, f.constants.dropout_p)
 
 
@@ -195,7 +195,7 @@ TORCH = TorchBackend()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Every cast is made by hand: autocast would round float32 products a second time."""
+    """A context without autocast, which would round float32 products a second time."""
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):
         return _UNCHANGED

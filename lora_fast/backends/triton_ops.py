@@ -1,10 +1,10 @@
 """The Triton backend: the factors of the equation, handed to the kernels.
 
-One launch a layer forward, for a group the first makes S for all; backward one a layer for what
-comes of dY and S, one for dX and dS, one for dA. For many rows one more per direction decodes an
-NF4 weight.
+Forward takes one launch per layer; in a group the first makes S for all. Backward takes one per
+layer for the gradients from dY and S, one for dX and dS, one for dA. With many rows one more per
+direction decodes an NF4 weight.
 
-Plans (tuning/plans.py) are ways to do it. What a plan saves, any other takes. With the backend set
+Plans (tuning/plans.py) are ways to do this; all of them save the same tensors. With the backend set
 to ``triton`` the kernels compute; ``auto`` leaves the choice between them and cuBLAS to the tuner.
 """
 
@@ -46,7 +46,7 @@ from .torch_dropout import Dropout
 from .torch_ops import TORCH, TorchBackend, without_autocast
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What a query holds of the needs of a forward pass.
+# The needs of a forward pass in a query.
 _NOTHING, _SAVES_V = Needs(), Needs(g=True)
 
 
@@ -154,7 +154,7 @@ class TritonBackend:
         gains = Gains(*(None if v is None else v.contiguous() for v in (b, d, g)))
         with _Launching(W):
             weight_update.update(W, out, A, B, gains, scaling)
-        # What autograd has saved of a tensor that a kernel overwrote must not pass for intact.
+        # Autograd must notice that a kernel has overwritten a saved tensor.
         torch.autograd.graph.increment_version(out)
 
     def _plan(
@@ -170,7 +170,7 @@ class TritonBackend:
 
 class _Products(TorchBackend):
     """The torch backend on a Triton device: products by cuBLAS, with the kernels' own dropout mask
-    and NF4 decoding. It saves what the kernels save, so either can take the backward pass."""
+    and NF4 decoding. It saves the same tensors, so either can compute the backward pass."""
 
     name = "triton"
     copies_input = False
@@ -209,7 +209,7 @@ PRODUCTS = _Products()
 
 
 def _kernels_dropout(f: Factors, M: int, K: int, device: torch.device) -> Dropout:
-    """The mask that the kernels draw, and the p that it has, by which what it keeps is scaled."""
+    """The mask that the kernels draw, and its p, by which the elements that survive are scaled."""
     drawn = _dropout(f)
     return Dropout(dropout_kernels.dropout_mask(M, K, drawn, device), drawn.drawn)
 
@@ -268,7 +268,7 @@ def _gradients(
 def _output_side(
     dY: Tensor, S: Tensor | None, V: Tensor | None, f: Factors, need: Needs, needs_dS: bool
 ) -> tuple[Gradients, Tensor | None]:
-    """dB, db, dd, dg and dbias of one layer, and the partials of its dS where they pay."""
+    """dB, db, dd, dg and dbias of one layer, and the partials of its dS if they pay off."""
     wanted = strips.Wanted(need.B, need.b, need.d, need.g, need.bias)
     if not (wanted.needs_T or wanted.sums):
         return Gradients(), None
@@ -299,7 +299,7 @@ def _factors_A(fs: Sequence[Factors]) -> list[Tensor]:
 
 
 class _Launching:
-    """Launch on x's device, which need not be the current one; leave no tickets of a failure."""
+    """Launch on x's device, which need not be the current one; clears tickets after a failure."""
 
     def __init__(self, x: Tensor) -> None:
         index = x.get_device()
@@ -318,7 +318,7 @@ class _Launching:
 
 
 def _with_dense_vectors(f: Factors) -> Factors:
-    """The kernels read vectors of N or R elements one after the other."""
+    """The factors with contiguous vectors, as the kernels read them."""
     vectors = {"bias": f.bias, "b": f.b, "d": f.d, "g": f.g}
     for name, vector in vectors.items():
         if vector is not None and not vector.is_contiguous():
@@ -343,7 +343,7 @@ def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:
 
 
 def _weight_gradient(dY: Tensor, x: Tensor, f: Factors) -> Tensor:
-    """dW = dVᵀ x: a plain product of two large matrices, which cuBLAS does best."""
+    """dW = dVᵀ x, a plain product of two large matrices, by cuBLAS."""
     with without_autocast(dY):
         dV = dY if f.g is None else (dY * f.g).to(dY.dtype)
         return (dV.T @ x).to(f.weight.dtype)
@@ -352,8 +352,8 @@ def _weight_gradient(dY: Tensor, x: Tensor, f: Factors) -> Tensor:
 def _gemm_operand(
     weight: Tensor | NF4Weight, x: Tensor, workspace: bool | None = None
 ) -> Tensor | nf4_tile.Nf4Operand:
-    """The weight in the dtype of x [M, …]; as it is packed where the GEMM of M rows decodes it,
-    which is for launch_policy.py to say unless the caller does."""
+    """The weight in the dtype of x [M, …], or packed if the GEMM of M rows decodes it, which
+    launch_policy.py decides unless the caller does."""
     if not isinstance(weight, NF4Weight):
         return weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if workspace is None:
@@ -373,7 +373,7 @@ def dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _shape_only(weight: Tensor | NF4Weight, like: Tensor) -> Tensor:
-    """Stands for a weight that no tile reads: only dS is wanted."""
+    """A placeholder for a weight that no tile reads, when only dS is required."""
     return like.new_empty(()).expand(weight.shape)
 
 

@@ -1,4 +1,4 @@
-"""The operation: one call for one layer, or for several that read the same x, and its gradients.
+"""The operation, for one layer or several that read the same x, and its gradients.
 
 Saved for backward, beside parameters: x if A (or W) trains, S = drop(x) Aᵀ if B, b or d trains, V =
 (y − bias) / g if g trains. For dropout the seed is saved; on the torch backend also a copy of x,
@@ -23,7 +23,7 @@ from . import compiled_ops
 from .seeds import draw_seed
 from .validation import check_dropout, check_operands, check_scaling
 
-# Tensors of one layer among the arguments of apply(): all that may need a gradient but x.
+# Tensors of one layer among the arguments of apply(): all that may need a gradient except x.
 _PER_LAYER = len(Needs._fields) - 1
 _NOTHING = Needs()
 
@@ -31,8 +31,8 @@ _NOTHING = Needs()
 def compute(x: Tensor, fs: Sequence[Factors], dropout_seed: int | None = None) -> Sequence[Tensor]:
     """y [..., N] of every layer for x [..., K]: the equation, differentiable, after all checks.
 
-    `fs` as :class:`lora_fast.backends.protocol.Backend` takes them, but for a scaling, which may be
-    a tensor, and for dropout's seed, which is drawn unless it is given. Raises as
+    `fs` as for :class:`lora_fast.backends.protocol.Backend`, except that a scaling may be a tensor,
+    and that dropout's seed is drawn unless it is given. Raises as
     :func:`lora_fast.functional.adapted_linear` says.
     """
     layers = []
@@ -118,19 +118,19 @@ def _needs_of(ctx: Any, layers: int) -> list[Needs]:
 
 
 def _with_number(f: Factors) -> Factors:
-    """The factors with a scaling that is a tensor as part of b: on a GPU it is never waited for."""
+    """The factors with a tensor scaling folded into b, so that nothing waits for a GPU."""
     scaling: Any = f.constants.scaling
     check_scaling(scaling)
     f = f._replace(constants=f.constants._replace(scaling=1.0))
     if not isinstance(f.B, Tensor) or not (f.b is None or isinstance(f.b, Tensor)):
-        return f  # which is refused
+        return f  # refused later
     s = scaling.detach().reshape(()).to(device=f.B.device, dtype=torch.float32)
     b = s.expand(f.B.shape[0]) if f.b is None else f.b.float() * s
     return f._replace(b=b)
 
 
 def _with_seed(x: Tensor, fs: Sequence[Factors], seed: int | None) -> list[Factors]:
-    """The factors with the seed of their mask, drawn here unless it is given; without dropout where
+    """The factors with the seed of their mask, drawn here unless it is given; without dropout if
     there is no A."""
     if fs[0].A is None:
         return [f._replace(constants=f.constants._replace(dropout_p=0.0)) for f in fs]

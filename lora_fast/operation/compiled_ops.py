@@ -5,9 +5,9 @@
     lora_fast::row_norms                ‖W_i + s (B A)_i‖₂ of every row, for DoRA
 
 They call the backend as the autograd.Function does, with the same saved tensors. An NF4 weight is
-taken apart into its tensors and sizes, dropout's seed is a tensor on the CPU, so that a graph draws
-it and does not hold it as a constant, and what is not saved is an empty tensor. Eager code does
-without them: the dispatch of a custom operator costs more than that of an autograd.Function.
+split into its tensors and sizes. Dropout's seed is a tensor on the CPU, so that a graph draws it
+instead of holding a constant, and tensors that are not saved are empty. Eager code does not use
+them: dispatching a custom operator costs more than an autograd.Function.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _WEIGHT = (
 
 
 class Operands(NamedTuple):
-    """What follows the weight among the arguments of forward and backward, in this order."""
+    """The arguments of forward and backward after the weight, in this order."""
 
     bias: Tensor | None
     A: Tensor | None
@@ -155,7 +155,7 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
     """The gradients that `needs` names, in its order."""
     flat, operands = _split(arguments[3:])
-    # S, V and mask have two dimensions, what was not saved has one.
+    # S, V and mask have two dimensions, placeholders have one.
     saved = Saved(*(t if t.dim() == 2 else None for t in arguments[:3]))
     f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
     backend = backend_for(dY.device, operands.backend)
@@ -238,7 +238,7 @@ _row_norms_op = _registered(
 
 
 def apply(x: Tensor, fs: Sequence[Factors], dropout_seed: int | None) -> list[Tensor]:
-    """y of `lora_fast::adapted_linear` for every layer; dropout is one and the same."""
+    """y of `lora_fast::adapted_linear` for every layer; they share one dropout mask."""
     seed, ys, name = None, [], get_backend()
     if fs[0].constants.dropout_p > 0.0 and fs[0].A is not None:
         seed = seed_tensor(dropout_seed)

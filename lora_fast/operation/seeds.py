@@ -6,7 +6,7 @@ import torch
 
 
 def draw_seed(device: torch.device) -> int:
-    """A seed from torch's generator of `device`, whose state advances; CUDA is not waited for."""
+    """A seed from torch's generator of `device`, whose state advances; does not wait for CUDA."""
     if device.type != "cuda":
         return int(torch.randint(2**62, (), device=device))
     if torch.cuda.is_current_stream_capturing():
@@ -22,6 +22,6 @@ def draw_seed(device: torch.device) -> int:
 
 
 def seed_tensor(dropout_seed: int | None) -> torch.Tensor:
-    """Dropout's seed in a compiled graph, which draws it, from torch's generator of the CPU, unless
-    it is given."""
+    """The seed of dropout in a compiled graph, which draws it from torch's generator of the CPU
+    unless it is given."""
     return torch.randint(2**62, ()) if dropout_seed is None else torch.tensor(dropout_seed)

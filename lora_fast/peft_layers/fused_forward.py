@@ -1,4 +1,4 @@
-"""What the fused forwards of all PEFT layers have in common: look for obstacles, count, compute."""
+"""The fused forward that all PEFT layers share: find obstacles, count, compute."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..base_layer.obstacles import environment_obstacle
 
 
 class FusedForward:
-    """Mixin before a PEFT layer class: the fused forward, or PEFT's own where there is an obstacle.
+    """Mixin before a PEFT layer class: the fused forward, or PEFT's own if there is an obstacle.
 
-    A subclass says what the layer holds at this moment (:meth:`active`), what rules an input out
-    (:meth:`input_obstacle`) and what is computed (:meth:`fused`).
+    A subclass defines the layer's current state (:meth:`active`), the obstacles of an input
+    (:meth:`input_obstacle`) and the computation (:meth:`fused`).
     """
 
     _lora_fast_calls: CallCounts
-    # The group of layers that share their input, and the place of this one in it.
+    # The group of layers that share their input, and the index of this one in it.
     _lora_fast_group: tuple[Any, int] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,11 +44,11 @@ class FusedForward:
         return y
 
     def active(self, **kwargs: Any) -> tuple[Any, str | None]:
-        """The active adapters, and why PEFT's own forward must run whatever the input, or None."""
+        """The active adapters, and why PEFT's own forward must run for any input, or None."""
         raise NotImplementedError
 
     def input_obstacle(self, state: Any, x: Any) -> str | None:
-        """Why x does not fit; where PEFT would raise for x, its own forward is called to do so."""
+        """Why x does not fit; if PEFT would raise for x, its own forward runs to do so."""
         raise NotImplementedError
 
     def fused(self, state: Any, x: Tensor) -> Tensor:
@@ -56,11 +56,12 @@ class FusedForward:
         raise NotImplementedError
 
     def kept(self, x: Any) -> Tensor | None:
-        """The result for x, if a layer of the same group has computed it and all is as it was."""
+        """The result for x, if a layer of the same group has computed it and nothing has
+        changed."""
         return None
 
     def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the further arguments of a call cannot be honoured; PEFT hands them to the base."""
+        """Why the other arguments of a call cannot be honoured; PEFT passes them to the base."""
         return "extra arguments"
 
     def _get_name(self) -> str:
@@ -68,17 +69,17 @@ class FusedForward:
 
 
 def switched_off(layer: Any) -> str | None:
-    """Whether no adapter of a PEFT layer takes part in its forward at all."""
+    """Why no adapter of a PEFT layer takes part in its forward; None if one does."""
     if layer.disable_adapters:
         return "adapters disabled"
     return "merged" if layer.merged else None
 
 
 def rate_of(dropout: nn.Module) -> float:
-    """The p with which PEFT's dropout, an nn.Dropout or nn.Identity, drops at this moment."""
+    """The current p of PEFT's dropout, an nn.Dropout or nn.Identity."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def casts_input(layer: Any) -> bool:
-    """Whether PEFT casts x to the adapter's dtype; without it, it multiplies what it gets."""
+    """Whether PEFT casts x to the adapter's dtype, or multiplies x as it is."""
     return bool(getattr(layer, "cast_input_dtype_enabled", True))

@@ -1,4 +1,4 @@
-"""What a LoRA layer of PEFT holds at the moment of a call, and the factors that it makes of it."""
+"""The state of a PEFT LoRA layer at a call, and the factors made from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .fused_forward import casts_input, rate_of, switched_off
 
 
 class Adapter(NamedTuple):
-    """One active adapter, as it is at this moment."""
+    """One active adapter in its current state."""
 
     name: str
     A: Tensor
@@ -41,7 +41,7 @@ class State(NamedTuple):
 def read_adapters(layer: Any, base: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
     """The adapters `names`, all of them unless the state of the layer holds an obstacle."""
     adapters: list[Adapter] = []
-    # Past the modules' own lookups, which are Python and add up.
+    # Bypasses the modules' attribute lookups, which are slow Python code.
     modules = layer._modules
     found = switched_off(layer)
     if found is not None:
@@ -99,15 +99,15 @@ def together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
     if any(adapter.magnitude is not None for adapter in adapters):
         return "DoRA with several adapters"
     if mixed and any(adapter.bias is not None for adapter in adapters):
-        # Each sample has the bias of its own adapter, which is no term of the equation.
+        # Each sample adds the bias of its own adapter; the equation has no such term.
         return "bias of lora_B in a mixed batch"
-    # A sample has one adapter in a mixed batch: one mask serves all adapters of the same p.
+    # In a mixed batch a sample has one adapter, so one mask serves all adapters of the same p.
     p = {adapter.dropout_p for adapter in adapters}
     return "dropout with several adapters" if len(p) > 1 or (any(p) and not mixed) else None
 
 
 def cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None:
-    """Without autocast, PEFT casts x to lora_A's dtype, and nothing else to anything."""
+    """Without autocast, PEFT casts x to lora_A's dtype, and nothing else."""
     for adapter in adapters:
         dtype = adapter.A.dtype
         if adapter.B.dtype != dtype or (adapter.bias is not None and adapter.bias.dtype != dtype):
@@ -118,8 +118,8 @@ def cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None:
 
 
 def is_plain(state: State) -> bool:
-    """Whether it is what a group computes: LoRA, one adapter or several, on a frozen weight, with
-    scalings that are numbers."""
+    """Whether a group can compute it: LoRA, one adapter or several, on a frozen weight, with
+    numeric scalings."""
     if state.sample_adapters is not None or state.base.weight.requires_grad:
         return False
     for adapter in state.adapters:
@@ -154,8 +154,8 @@ def lora_factors(state: State, x: Tensor) -> dict[str, Any]:
 
 
 def fingerprint(layer: Any) -> tuple[Any, ...] | None:
-    """Changes with whatever :func:`read_adapters` and the output of a plain LoRA layer depend on,
-    beside x, and takes one call; None for inference tensors, which do not tell of a write."""
+    """A value that changes with everything that :func:`read_adapters` and the output of a plain
+    LoRA layer depend on, except x; None for inference tensors, which have no version counter."""
     modules, scaling = layer._modules, layer.scaling
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     parts, dropouts = [modules["base_layer"]], modules["lora_dropout"]._modules
@@ -175,7 +175,7 @@ def fingerprint(layer: Any) -> tuple[Any, ...] | None:
             for t in own["_parameters"].values():
                 if t is not None:
                     found += (id(t), t.data_ptr(), t.requires_grad, t._version)
-    except RuntimeError:  # of _version
+    except RuntimeError:  # raised by _version
         return None
     return tuple(found)
 
@@ -194,7 +194,7 @@ def stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
 
 
 def rank_spans(adapters: list[Adapter], sample_adapters: list[str], device: torch.device) -> Tensor:
-    """[samples, 2]: the first and the last but one column of the stacked rank for each sample."""
+    """[samples, 2]: start and stop of each sample's columns of the stacked rank."""
     spans, start = {}, 0
     for adapter in adapters:
         spans[adapter.name] = (start, start + adapter.A.shape[0])
