@@ -233,8 +233,8 @@ def consume(
         )  # fmt: skip
     if HAS_ADAPTER and sync_ptr is not None:
         _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES, TARGET.SHUFFLES)
-        if len(num_partials) > 1 and TARGET.SHUFFLES:
-            # Kept through the K-loops of a group and the wait, rows cost registers to be spilled.
+        if len(num_partials) > 1 and not members[0].IS_NF4 and TARGET.SHUFFLES:
+            # Kept through the K-loops of dense weights and the wait, rows would be spilled.
             block_m = tl.inline_asm_elementwise(_MOVE, "=r,r", [block_m], tl.int32, False, 1)
             offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     u, keep_scale = None, words.keep_scale

@@ -317,7 +317,7 @@ def grad_expand(
     return found, dS
 
 
-def projection_pays(N, R, dtype, config=None):
+def storing_dS_pays(N, R, dtype, config=None):
     """Whether writing and reading partials of dS costs less than a second read of dY [M, N]."""
     config = config or pick_strips(dtype, R, current_arch())
     blocks = -(-N // config.BLOCK_L)

@@ -274,13 +274,13 @@ def _output_side(
         return Gradients(), None
     grads, partials = strips.grad_expand(
         dY, f.B, f.constants.scaling, wanted=wanted, S=S, V=V, bias=f.bias, gains=_gains(f),
-        stores_dS=needs_dS and wanted.needs_T and _projection_pays(dY, f),
+        stores_dS=needs_dS and wanted.needs_T and _storing_dS_pays(dY, f),
     )  # fmt: skip
     return Gradients(**grads), partials
 
 
-def _projection_pays(dY: Tensor, f: Factors) -> bool:
-    return f.A is not None and strips.projection_pays(dY.shape[1], f.A.shape[0], dY.dtype)
+def _storing_dS_pays(dY: Tensor, f: Factors) -> bool:
+    return f.A is not None and strips.storing_dS_pays(dY.shape[1], f.A.shape[0], dY.dtype)
 
 
 def _grad_A(x: Tensor, dS: Any, fs: Sequence[Factors]) -> Sequence[Tensor]:

@@ -76,17 +76,17 @@ class _Fused(_Counts):
         for i, ((N, R, weight), need) in enumerate(zip(self.layers, self.q.needs, strict=True)):
             needs_dS = R > 0 and (need.x or any(n.A for n in self.q.needs))
             first = int(i == 0)
-            outer, sums = need.B or need.b or need.d, need.bias or need.g
-            projects = (
-                needs_dS and outer and strips.projection_pays(N, R, self.q.dtype, self._strip(R))
+            needs_T, sums = need.B or need.b or need.d, need.bias or need.g
+            stores_dS = (
+                needs_dS and needs_T and strips.storing_dS_pays(N, R, self.q.dtype, self._strip(R))
             )
-            if outer or sums:
-                found += self._strips(N, R, outer, projects, need.B, self._S)
+            if needs_T or sums:
+                found += self._strips(N, R, needs_T, stores_dS, need.B, self._S)
                 if need.g:
                     found.append(Work(0, self.M * N * self.e, 0))
             if needs_dS or need.x:
                 if needs_dS:
-                    dS = self._sum(N, R) if projects else self._shrink(N, R, self._dS(R))
+                    dS = self._sum(N, R) if stores_dS else self._shrink(N, R, self._dS(R))
                     found.append(replace(dS, launches=first))
                 if need.x:
                     decoding, W = self._operand(N, weight)
@@ -129,23 +129,29 @@ class _Fused(_Counts):
         return Work(2 * M * N * (K + R), M * K * e + W + low_rank + y, launches)
 
     def _strips(
-        self, L: int, R: int, outer: bool, projects: bool, grad: bool, narrow: Callable[[int], int]
+        self,
+        L: int,
+        R: int,
+        needs_T: bool,
+        stores_dS: bool,
+        grad: bool,
+        bytes_of_S: Callable[[int], int],
     ) -> list[Work]:
-        """Walks over X [M, L], one for each chunk of the rank; narrow: the bytes of S, or of dS."""
+        """Walks over X [M, L], one for each chunk of the rank; bytes_of_S are those of S or dS."""
         M, e, config = self.M, self.e, self._strip(R)
-        blocks, chunks = _cdiv(L, config.BLOCK_L), _cdiv(R, _CHUNK) if outer else 1
+        blocks, chunks = _cdiv(L, config.BLOCK_L), _cdiv(R, _CHUNK) if needs_T else 1
         ranges, _ = launch_policy.row_ranges(M, blocks * chunks, config.BLOCK_M)
         found = []
         for chunk in range(chunks):
             width = min(_CHUNK, R - chunk * _CHUNK)
             moved, flops = M * L * e, 0
-            if projects:
+            if stores_dS:
                 moved += L * width * self.adapter + blocks * M * width * 4
                 flops += 2 * M * L * width
-            if outer:
-                moved += narrow(width) + ranges * L * width * 4
+            if needs_T:
+                moved += bytes_of_S(width) + ranges * L * width * 4
                 flops += 2 * M * L * width
-            if outer and chunk == chunks - 1:
+            if needs_T and chunk == chunks - 1:
                 moved += ranges * L * R * 4 + (L * R * self.adapter if grad else 0)
             found.append(Work(flops, moved, 1 if chunk == 0 else 0))
         return found
