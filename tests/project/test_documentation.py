@@ -200,3 +200,11 @@ def test_the_tree_has_a_line_for_every_folder_and_file() -> None:
     missing, unknown = (folders | wanted) - explained, explained - (folders | wanted)
     assert not missing, f"CONTRIBUTING.md's tree must have a line for {sorted(missing)}"
     assert not unknown, f"CONTRIBUTING.md's tree must not have {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("page", [name for name in NAMES if name != "CHANGELOG.md"])
+def test_sources_that_a_page_names_exist(page: str) -> None:
+    folders = ("kernels", "lora_fast", "bench", "tests", "docs", "examples")
+    files = [f"/{path}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for name in re.findall(r"`([\w./]+\.py)`", (ROOT / page).read_text()):
+        assert any(path.endswith(f"/{name}") for path in files), f"{page} names {name}"
