@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 
 import torch
 
@@ -27,5 +26,6 @@ def backend_for(device: torch.device, name: BackendName | None = None) -> Backen
 def _triton(name: BackendName) -> Backend:
     """Imported on first use, since importing Triton is slow; checked once."""
     check_driver(name)
-    backend = importlib.import_module("lora_fast.backends.triton_ops").TritonBackend
-    return backend(cublas=name == "auto")
+    from .triton_ops import TritonBackend
+
+    return TritonBackend(cublas=name == "auto")

@@ -86,10 +86,10 @@ class TritonBackend:
         # spills none.
         with _Launching(rows):
             for f, shrink in zip(fs, shrinks, strict=True):
-                f = _with_dense_vectors(f)
+                bias, gains = _vectors(f)
                 y, S, V = ticketed_gemm.forward(
                     rows, _gemm_operand(f.weight, rows, plan.workspace), B=f.B,
-                    scaling=f.constants.scaling, bias=f.bias, gains=_gains(f), dropout=_dropout(f),
+                    scaling=f.constants.scaling, bias=bias, gains=gains, dropout=_dropout(f),
                     rank_spans=f.constants.rank_spans, saves_V=need.saves_V, config=plan.gemm,
                     **shrink,
                 )  # fmt: skip
@@ -119,7 +119,7 @@ class TritonBackend:
             return PRODUCTS.backward(dYs, x, saved, fs, needs)
         x = None if x is None else x.reshape(-1, x.shape[-1])
         with _Launching(rows[0]):
-            grads = _gradients(rows, x, saved, [_with_dense_vectors(f) for f in fs], needs, plan)
+            grads = _gradients(rows, x, saved, fs, needs, plan)
         dX = grads[0].x
         if dX is not None:
             grads[0] = grads[0]._replace(x=dX.view(*dYs[0].shape[:-1], dX.shape[-1]))
@@ -241,7 +241,8 @@ def _gradients(
     needs_dS = f.A is not None and (need.x or need.A)
     grads, layers = [], []
     for dY, S, f_i, need_i in zip(dYs, columns_of(saved.S, fs), fs, needs, strict=True):
-        found, partials = _output_side(dY, S, saved.V, f_i, need_i, needs_dS)
+        bias, gains = _vectors(f_i)
+        found, partials = _output_side(dY, S, saved.V, f_i, bias, gains, need_i, needs_dS)
         weight = _shape_only(f_i.weight, dY)
         if need.x:
             weight = _gemm_operand(f_i.weight, dY, plan.workspace)
@@ -251,7 +252,7 @@ def _gradients(
         )
     if needs_dS or need.x:
         dX, dS = ticketed_gemm.grad_input(
-            layers, _dropout(f), gains=_gains(f), rank_spans=f.constants.rank_spans,
+            layers, _dropout(f), gains=gains, rank_spans=f.constants.rank_spans,
             wants_dX=need.x, config=plan.gemm,
         )  # fmt: skip
         grads[0] = grads[0]._replace(x=dX)
@@ -266,14 +267,21 @@ def _gradients(
 
 
 def _output_side(
-    dY: Tensor, S: Tensor | None, V: Tensor | None, f: Factors, need: Needs, needs_dS: bool
+    dY: Tensor,
+    S: Tensor | None,
+    V: Tensor | None,
+    f: Factors,
+    bias: Tensor | None,
+    gains: Gains,
+    need: Needs,
+    needs_dS: bool,
 ) -> tuple[Gradients, Tensor | None]:
     """dB, db, dd, dg and dbias of one layer, and the partials of its dS if they pay off."""
     wanted = strips.Wanted(need.B, need.b, need.d, need.g, need.bias)
     if not (wanted.needs_T or wanted.sums):
         return Gradients(), None
     grads, partials = strips.grad_expand(
-        dY, f.B, f.constants.scaling, wanted=wanted, S=S, V=V, bias=f.bias, gains=_gains(f),
+        dY, f.B, f.constants.scaling, wanted=wanted, S=S, V=V, bias=bias, gains=gains,
         stores_dS=needs_dS and wanted.needs_T and _storing_dS_pays(dY, f),
     )  # fmt: skip
     return Gradients(**grads), partials
@@ -317,19 +325,15 @@ class _Launching:
             self._device.__exit__(kind, *exc)
 
 
-def _with_dense_vectors(f: Factors) -> Factors:
-    """The factors with contiguous vectors, as the kernels read them."""
-    vectors = {"bias": f.bias, "b": f.b, "d": f.d, "g": f.g}
-    for name, vector in vectors.items():
-        if vector is not None and not vector.is_contiguous():
-            f = f._replace(**{name: vector.contiguous()})  # type: ignore[arg-type]
-    return f
-
-
-def _gains(f: Factors) -> Gains:
-    if f.b is None and f.d is None and f.g is None:
-        return NO_GAINS
-    return Gains(f.b, f.d, f.g)
+def _vectors(f: Factors) -> tuple[Tensor | None, Gains]:
+    """The bias and the gains, contiguous, as the kernels read them."""
+    if f.bias is None and f.b is None and f.d is None and f.g is None:
+        return None, NO_GAINS
+    bias, b, d, g = f.bias, f.b, f.d, f.g
+    bias = None if bias is None else bias.contiguous()
+    if b is None and d is None and g is None:
+        return bias, NO_GAINS
+    return bias, Gains(*(None if v is None else v.contiguous() for v in (b, d, g)))
 
 
 def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:
