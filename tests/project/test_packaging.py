@@ -2,7 +2,7 @@
 
 Our Triton sources lie in a folder called `kernels`, as does a package on PyPI that transformers
 imports. Each test runs in a process of its own, away from this checkout; those of a clone, in which
-nothing is installed, are in test_kernels_import.py.
+nothing is installed, are in kernels/test_import.py.
 """
 
 from __future__ import annotations

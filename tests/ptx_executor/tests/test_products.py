@@ -85,7 +85,7 @@ def test_tiles(sm, dtype, tile):
 @pytest.mark.parametrize("dtype", rest(BF16, FP16, keep=BF16))
 @pytest.mark.parametrize("shape", rest((128, 128, 128), (200, 150, 136), keep=(200, 150, 136)))
 def test_two_products_in_one_loop(sm, dtype, shape):
-    if sm == 100:  # Triton 3.7.1 reuses tensor memory here: test_ptx_executor_sm_100.py
+    if sm == 100:  # Triton 3.7.1 reuses tensor memory here: test_sm_100.py
         ptx_executor.install(sm, check_tensor=False)
     M, N, K = shape
     x, w, a, b = (whole_numbers(*size, dtype=dtype) for size in ((M, K), (N, K), (16, K), (N, 16)))
