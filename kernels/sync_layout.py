@@ -1,7 +1,9 @@
 """Where in a launch's words (workspace.py) its CTAs meet.
 
-ticketed_gemm  [next ticket, finished CTAs, stored tiles of S of row block 0, 1, …]
-strips         [finished blocks of columns, CTAs arrived at block 0, 1, …]
+    ticketed_gemm  [next ticket, finished CTAs, stored tiles of S of row block 0, 1, …]
+    strips         [finished blocks of columns, CTAs arrived at block 0, 1, …]
+
+All are zero before a launch and after it.
 """
 
 import triton.language as tl
