@@ -83,7 +83,7 @@ def test_the_dtype_and_the_targets_are_those_asked_for(llama):
     [
         ({"method": "bitfit"}, "method must be one with fused layers: lora"),
         ({"method": "dora", "quantize": "nf4"}, "quantize must be none for method dora"),
-        ({"quantize": "int8"}, "quantize must be one of none, nf4"),
+        ({"quantize": "int8"}, "quantize must be one of nf4, none"),
         ({"r": 0}, "r must be at least 1"),
     ],
 )
