@@ -157,3 +157,22 @@ def test_wrong_members():
         adapted_linears(x, [members[0]._replace(weight=trained)])
     with pytest.raises(ValueError, match="x must have K = 64 features"):
         adapted_linears(x[:, 1:], members)
+
+
+class _WithoutGradients(torch.autograd.Function):
+    """A loss whose backward pass has no gradient for anything."""
+
+    @staticmethod
+    def forward(ctx, *ys):
+        return ys[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return None, None, None
+
+
+def test_a_group_that_no_gradient_reaches_has_none():
+    x, members, _ = make(FP32, FP32, False)
+    _WithoutGradients.apply(*adapted_linears(x, members)).backward()
+    assert x.grad is None
+    assert all(member.A.grad is None and member.B.grad is None for member in members)
