@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..files.model_source import BUILTIN_PACKAGE, BUILTIN_TITLE
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

