@@ -89,14 +89,15 @@ def test_leading_dimensions_in_another_order():
 
 @settings(max_examples=40)
 @given(
-    M=st.integers(0, 40), K=st.integers(8, 70), N=st.integers(8, 70), R=st.integers(1, 40),
+    M=st.integers(0, 40), K=st.integers(16, 78), N=st.integers(16, 78), R=st.integers(1, 40),
     dtype=st.sampled_from([FP32, BF16, FP16]), nf4=st.booleans(),
     x_layout=st.sampled_from(["contiguous", "transposed", "sliced"]),
     dY_layout=st.sampled_from(["contiguous", "transposed", "sliced"]),
     gains=st.sets(st.sampled_from(["b", "d", "g", "bias"])),
 )  # fmt: skip
 def test_any_shape(M, K, N, R, dtype, nf4, x_layout, dY_layout, gains):
-    # Of results with fewer than 8 elements the maximum says little.
+    # Maximum and RMS of fewer than 16 elements say little: with 8, eager's own RMS is at the ceiling
+    # where terms cancel.
     factors = tuple(name for name in FACTORS if name in {"x", "A", "B", *gains})
     check(Case(M, K, N, R, dtype, nf4=nf4, factors=factors, x_layout=x_layout, dY_layout=dY_layout))
 
