@@ -96,8 +96,8 @@ def test_leading_dimensions_in_another_order():
     gains=st.sets(st.sampled_from(["b", "d", "g", "bias"])),
 )  # fmt: skip
 def test_any_shape(M, K, N, R, dtype, nf4, x_layout, dY_layout, gains):
-    # Maximum and RMS of fewer than 16 elements say little: with 8, eager's own RMS is at the ceiling
-    # where terms cancel.
+    # Maximum and RMS of fewer than 16 elements say little: with 8, eager's own RMS is at the
+    # ceiling where terms cancel.
     factors = tuple(name for name in FACTORS if name in {"x", "A", "B", *gains})
     check(Case(M, K, N, R, dtype, nf4=nf4, factors=factors, x_layout=x_layout, dY_layout=dY_layout))
 
