@@ -1,8 +1,8 @@
 """The Triton kernels, imported as ``lora_fast.kernels``.
 
-Hugging Face has a package `kernels`, which transformers and bitsandbytes import where it is
-installed. In a clone this folder stands before it on ``sys.path`` whenever Python runs in the
-repository root; imported under that name it gives way to the next `kernels`, and to none if there
+Hugging Face has a package `kernels`, which transformers and bitsandbytes import if it is installed.
+In a clone this folder comes before it on ``sys.path`` whenever Python runs in the repository root;
+imported under that name it gives way to the next `kernels`, or raises ModuleNotFoundError if there
 is none.
 """
 
@@ -19,12 +19,12 @@ def _next_spec():
     """Where the import system would find `kernels` if this folder were not there, or None."""
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     places = {os.path.realpath(entry): entry for entry in reversed(sys.path)}
-    # In the order of sys.path, each place once: two clones do not send for one another for ever.
+    # In the order of sys.path, each place once, so that two clones do not call each other forever.
     order = list(dict.fromkeys(map(os.path.realpath, sys.path)))
     rest = order[order.index(root) + 1 :] if root in order else order
     for finder in sys.meta_path:
         spec = finder.find_spec("kernels", [places[place] for place in rest])
-        # What has no loader is a folder like any other, and no package.
+        # Without a loader it is an ordinary folder, not a package.
         if spec is not None and spec.loader is not None and not _is_here(spec.origin):
             return spec
     return None

@@ -1,9 +1,9 @@
-"""Tensor descriptors: operands of ticketed_gemm that it reads through TMA instead of by pointers.
+"""Tensor descriptors: operands that ticketed_gemm reads through TMA instead of pointers.
 
-One instruction of one thread then fetches a block, and what lies outside of the matrix arrives as
-zeros. Descriptors made by the host are parameters of the launch: no memory has to be allocated for
-them, and a CUDA graph keeps them. Triton takes them as arguments of their own only, not within a
-tuple, so there are as many as ticketed_gemm has parameters for.
+One instruction of one thread then fetches a block, and elements outside the matrix arrive as zeros.
+Descriptors made by the host are parameters of the launch: they need no memory, and a CUDA graph
+keeps them. Triton accepts them only as separate arguments, not within a tuple, so their number is
+that of ticketed_gemm's parameters.
 """
 
 import os
@@ -14,14 +14,14 @@ from .triton_version import VERSION
 
 # Layers of one launch that may be described: q, k and v.
 MOST_LAYERS = 3
-# What other versions of Triton launch with descriptors, no test can execute.
+# Tests cannot execute the launches with descriptors of other Triton versions.
 EXECUTED = (3, 7) <= VERSION < (3, 9)
 
 
 def wanted(value: str | None) -> bool:
     """Whether to describe, by LORA_FAST_DESCRIPTORS: 1, 0 or, not set, what tests execute.
 
-    ValueError: it is something else.
+    ValueError: it is another value.
     """
     if value not in (None, "", "0", "1"):
         raise ValueError(f"LORA_FAST_DESCRIPTORS must be 0 or 1, got {value!r}")
@@ -51,12 +51,12 @@ def can_describe(matrix) -> bool:
 def descriptors_of(layers, config, arch, is_grad):
     """(X, W, X, W, …) of the layers' X and W [N, K]; Nones unless all can be described.
 
-    Blocks of W are as they lie in memory, which the forward pass transposes. Before Hopper Triton
-    would turn descriptors into pointers again, and not pipeline those.
+    Blocks of W keep their memory layout, which the forward pass transposes. Before Hopper Triton
+    would turn descriptors back into pointers, and not pipeline those.
     """
     if not (DESCRIBES and config.descriptors) or (arch or 90) < 90 or len(layers) > MOST_LAYERS:
         return _NONE
-    # An Nf4Operand is no tensor, and has nothing that TMA could read.
+    # An Nf4Operand is not a tensor, and TMA cannot read it.
     operands = [layer[:2] for layer in layers]
     if not all(hasattr(w, "stride") and can_describe(x) and can_describe(w) for x, w in operands):
         return _NONE

@@ -1,9 +1,9 @@
-"""The dropout mask: a pure function of seed, row and column, regenerated wherever it is needed.
+"""The dropout mask: a pure function of seed, row and column, regenerated where it is needed.
 
 Element (m, l) has 15 random bits, the lower ones of half l % 2 of word l % 8 // 2 of
-Philox4x32(seed, m, l // 8): drawing them is what a mask costs, so one call serves eight neighbours
-of a row. So p is a multiple of 2⁻¹⁵, and what is kept is scaled by 1 / (1 − p) of that p, which
-leaves expectations as they are.
+Philox4x32(seed, m, l // 8): drawing them is the cost of a mask, so one call serves eight neighbours
+of a row. So p is a multiple of 2⁻¹⁵, and the elements that survive are scaled by 1 / (1 − p) of
+that p, which preserves expectations.
 
 Philox has 7 rounds here: with as many it passes all tests of BigCrush, and 10, the usual number,
 are a margin of safety (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).

@@ -1,4 +1,4 @@
-"""What a launch reads of its surroundings: the device, and what torch's user allows products."""
+"""The environment of a launch: the device, and whether the user allows TF32."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ def current_arch() -> int | None:
 
 @functools.lru_cache(maxsize=8)
 def _arch_of(active: Any, device: int) -> int | None:
-    """Asked before every launch, and a driver takes its time to answer."""
+    """Cached, since it is needed before every launch and drivers answer slowly."""
     target = active.get_current_target()
     return int(target.arch) if target.backend == "cuda" else None
 

@@ -1,4 +1,4 @@
-"""The tiles of ticketed_gemm that follow: Σ over members of X W', then S · outᵀ, then g and bias.
+"""The consumer tiles of ticketed_gemm: Σ over members of X W', then S · outᵀ, then g and bias.
 
 The K-loops over the weights run one after the other into the same accumulator, before the tile
 waits for its row block's flag.

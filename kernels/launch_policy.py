@@ -1,4 +1,4 @@
-"""Which tiles a launch takes: one table of architectures, and pure functions of shape and dtype.
+"""The tiles of a launch: one table of architectures, and pure functions of shape and dtype.
 
 `arch` is the compute capability of an NVIDIA GPU as Triton names it (80, 89, 90, 100, 120), or None
 where there is none (the interpreter, other vendors). environment.py reads it.
@@ -19,7 +19,7 @@ class GemmConfig:
     A producer tile is BLOCK_S rows, which divide BLOCK_M, by at most MAX_R columns of the rank. A
     step of S · outᵀ takes at most MAX_E of them. With `descriptors` the K-loop over dense weights
     reads through tensor descriptors (TMA) wherever the operands have such (descriptors.py).
-    Where dropout masks the low-rank part of dX, MASK_PARTS of its columns are made one by one.
+    Where dropout masks the low-rank part of dX, its columns are computed in MASK_PARTS parts.
     """
 
     BLOCK_M: int
@@ -66,7 +66,7 @@ class WeightPassConfig:
 
 
 class Choices(NamedTuple):
-    """What an architecture takes for 16-bit numbers; None: as `plain`.
+    """The configurations of an architecture for 16-bit numbers; None: as `plain`.
 
     The tile of ticketed_gemm for many rows is `plain`, or one of a `ragged_rank`, which is no
     multiple of 16; with a `gain` g, which scales W or stores V beside y; or one where dropout masks
@@ -106,18 +106,18 @@ _A100_FULL = replace(_GENERAL, MAX_E=16)
 # sm_86, sm_89 and sm_120 have 99 KiB of shared memory for a block.
 _CONSUMER = GemmConfig(128, 128, 32, 64, 8, num_warps=8, num_stages=3)
 _CONSUMER_FULL = replace(_CONSUMER, MAX_E=16)
-# Hopper: blocks that one thread fetches leave the others 87 instructions for a step of K instead of
-# 121 (forward, by count), and W scaled by g the registers for two CTAs. So do 32 columns of S at a
-# time; and of a low-rank part that dropout masks, 32 columns and 16 of S.
+# Hopper: with TMA, a K step costs 87 instructions instead of 120 (forward, counted), and with W
+# scaled by g two CTAs fit. They also fit with 32 columns of S at a time; with a low-rank part that
+# dropout masks, with 32 of its columns and 16 of S.
 _H100 = replace(_GENERAL, descriptors=True, MAX_E=32)
 _H100_MASKS = replace(_H100, MAX_E=16, MASK_PARTS=4)
 # tcgen05 keeps the accumulator in tensor memory; 4 warps read it back without splitting lanes. By
-# pointers these would take 207 instructions to fetch what the tensor cores multiply in 256 cycles;
-# by descriptors it is 95.
+# pointers these would take 213 instructions to fetch what the tensor cores multiply in 256 cycles;
+# by descriptors it is 93.
 _B200 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3, descriptors=True)
 # Two accumulators of 128 columns do not fit the registers of 4 warps, nor one and a W that is
 # scaled, nor one and two results. MASK_PARTS would, but the kernel compiled with them
-# computes wrong numbers here, for a reason that is not known.
+# computes wrong numbers here, for reasons unknown.
 _B200_FULL = replace(_B200, BLOCK_N=64)
 # Of what a tuner may try: 256 columns take three quarters of the shared-memory traffic for each
 # product, and a CTA then has a multiprocessor to itself. 64 rows are for shapes whose tiles would
@@ -159,7 +159,7 @@ TABLE: dict[tuple[int | None, ...], Choices] = {
     (None,): Choices(plain=_GENERAL, others=(_WIDE, replace(_LOW, descriptors=True))),
 }
 _BY_ARCH = {arch: row for archs, row in TABLE.items() for arch in archs}
-# A device that nobody has looked at.
+# A device that is not in the table.
 _UNKNOWN = Choices(plain=_GENERAL)
 
 # Few rows read W at the speed of memory if enough of it is on its way: about 2 MB on an H100 (2.8
@@ -173,7 +173,7 @@ _16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16, M
 _GEMM_FLOAT32 = GemmConfig(32, 64, 16, 32, 8, num_warps=4, num_stages=2)
 
 _STRIPS_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
-# What every architecture takes.
+# The same on every architecture.
 OF_ALL = (_FEW_ROWS, _16_ROWS, _GEMM_FLOAT32, _STRIPS_FLOAT32)
 
 DECODE = DecodeConfig(4096, num_warps=4)
@@ -211,8 +211,8 @@ def pick_gemm(
 def other_gemms(
     M: int, dtype: torch.dtype, arch: int | None, *, plain: bool = True
 ) -> tuple[GemmConfig, ...]:
-    """What a tuner may try beside pick_gemm, where time depends on more than is modelled here: for
-    many rows, without a gain and a masked dX."""
+    """Candidates of the tuner beside pick_gemm, where time depends on more than is modelled here:
+    for many rows, without a gain and a masked dX."""
     if dtype == torch.float32 or M <= 64 or not plain:
         return ()
     return _BY_ARCH.get(arch, _UNKNOWN).others
@@ -227,10 +227,10 @@ def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:
 
 
 def shares_shrink(M: int) -> bool:
-    """Whether layers that read the same x [M, K] make all their S in the launch of the first.
+    """Whether layers that read the same x [M, K] compute all their S in the launch of the first.
 
-    That takes a copy of their A side by side, a launch of its own. For few rows reading x again,
-    from the L2 cache, costs less than the copy.
+    That takes a copy of their A side by side, a separate launch. With few rows, reading x again
+    from the L2 cache costs less than the copy.
     """
     return M > 64
 
@@ -243,7 +243,8 @@ def uses_mma_sync(config: GemmConfig, dtype: torch.dtype, arch: int | None) -> b
 
 
 def settles_products(dtype: torch.dtype, arch: int | None) -> bool:
-    """Whether a product whose operand is made in registers has to end with its iteration: wgmma."""
+    """Whether a product whose operand is made in registers must complete in its iteration:
+    wgmma."""
     return arch == 90 and dtype.itemsize == 2
 
 
@@ -265,7 +266,7 @@ _NF4_SLOTS_PER_WEIGHT = 8.0
 
 
 def why_nf4_workspace(M: int, K: int, dtype: torch.dtype, arch: int | None) -> str | None:
-    """Why an NF4 weight [N, K] is decoded by a launch of its own; None: ticketed_gemm decodes it.
+    """Why an NF4 weight [N, K] is decoded by a separate launch; None: ticketed_gemm decodes it.
 
     The launch writes W once, one byte of memory traffic for each; ticketed_gemm stores nothing but
     decodes W again for every block of rows.
@@ -302,7 +303,8 @@ def expand_block(R: int, dtype: torch.dtype) -> int:
 
 
 def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
-    """Number of ranges that strips cuts M rows into, and rows in a range (a multiple of block_m).
+    """The number of ranges into which strips splits M rows, and the rows per range, a multiple of
+    block_m.
 
     `programs` is the number of CTAs for one range.
     """

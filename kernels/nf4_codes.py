@@ -1,4 +1,4 @@
-"""What a nibble and an absmax of an NF4 weight stand for, for every kernel that decodes one.
+"""The values of a nibble and an absmax of an NF4 weight, for every kernel that decodes one.
 
     code of a nibble: one of 16 float32 numbers
     absmax[j] = code2[absmax_u8[j]] · absmax2[j // blocksize2] + offset     (double quantisation)

@@ -1,4 +1,4 @@
-"""A launch whose configuration asks for more than the device has takes a smaller one."""
+"""Smaller configurations for launches that need more resources than the device has."""
 
 import contextlib
 import contextvars
@@ -15,7 +15,7 @@ _dropped = contextvars.ContextVar("dropped", default=None)
 
 
 def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None:
-    """The configuration to try where this one does not fit; None after the smallest.
+    """The configuration to try if this one does not fit; None after the smallest.
 
     First fewer stages, which cost nothing but overlap, then tiles of half the size, which cost
     traffic: of K before N, since more products share the rest of a tile then.
@@ -27,7 +27,7 @@ def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None
     elif config.BLOCK_K > 32:
         halves = {"BLOCK_K": config.BLOCK_K // 2}
     else:
-        # What dropout masks of half the columns needs no parts.
+        # Half the columns need no parts for the part that dropout masks.
         config = replace(config, MASK_PARTS=1)
         halves = {"BLOCK_N": config.BLOCK_N // 2}
     return replace(config, **halves) if min(halves.values()) >= 16 else None

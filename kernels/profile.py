@@ -1,4 +1,4 @@
-"""What a profiler shows of a launch: a name with the tile sizes, its FLOPs and its bytes.
+"""What a profiler shows for a launch: a name with the tile sizes, its FLOPs and its bytes.
 
 Triton asks for the name when it compiles a kernel, and for the rest only while a profiler, such as
 Proton, hooks launches. FLOPs are those of the products, without padding; bytes are those of each

@@ -2,7 +2,7 @@
 
     norms[N] = ‖W_i[K] + s · B_i[R] A[R,K]‖₂ of every row i                                (float32)
 
-One launch. Nothing is remembered between calls: a write to W, A or B need leave no trace.
+One launch. Nothing is cached between calls, since a write to W, A or B may leave no trace.
 """
 
 import torch

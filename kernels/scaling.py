@@ -1,15 +1,15 @@
-"""Powers of two that keep what gradients pass through within the range of float16.
+"""Powers of two that keep the operands of gradients within the range of float16.
 
-float16 is exact down to 2⁻¹⁴ and gradients are smaller. So dS stays float32 in memory, beside it
-the largest |dS| of every column of a tile of rows, and whatever becomes a float16 operand of a
+float16 keeps full precision down to 2⁻¹⁴, and gradients are smaller. So dS stays float32 in memory,
+beside it the largest |dS| of every column of a tile of rows, and every float16 operand of a
 product, dS or the factor Q of dS = dY Q, is first multiplied by a power of two u, and the product
 by 1 / u:
 
     2¹⁴ ≤ u · max |operand| < 2¹⁵          2⁻¹⁰⁰ ≤ u ≤ 2¹⁰⁰
 
-It rounds nothing, and a number 2²⁸ times smaller than the largest keeps all its digits. Only finite
-numbers count, so that one row that is not finite spoils no other. bfloat16 and float32 have the
-exponents to do without.
+It does not round, and a number 2²⁸ times smaller than the largest keeps all its digits. Only finite
+numbers count, so a row that is not finite affects no other. bfloat16 and float32 have enough
+exponent bits without it.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The tiles of ticketed_gemm that come first: S, or dS, for a few rows each.
+"""The producer tiles of ticketed_gemm, which come first: S, or dS, for a few rows each.
 
     forward  S[M,R] = drop(x[M,K]) Aᵀ         dX  dS[M,R] = dY[M,N] (g ⊙ Q), or the sum of its parts
 

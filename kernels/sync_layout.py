@@ -1,4 +1,4 @@
-"""Where in a launch's words (workspace.py) its CTAs meet.
+"""The layout of the words (workspace.py) through which the CTAs of a launch synchronise.
 
     ticketed_gemm  [next ticket, finished CTAs, stored tiles of S of row block 0, 1, …]
     strips         [finished blocks of columns, CTAs arrived at block 0, 1, …]

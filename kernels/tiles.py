@@ -1,4 +1,4 @@
-"""What the kernels share: matrices and the tiles of them, gains, how the device computes.
+"""Code that the kernels share: matrices and their tiles, gains, how the device computes.
 
 Tiles are named by their index letters, m for rows (tokens), l for a long dimension (K or N), r for
 the rank. Offsets into tensors are int64.

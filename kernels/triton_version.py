@@ -1,15 +1,15 @@
-"""Which versions of Triton the kernels are made for: checked when one of them is imported."""
+"""The versions of Triton that the kernels support, checked when one of them is imported."""
 
 import re
 
 import triton
 
-# From the first to below the last. The suite runs with several in between: tests/matrix.py.
+# From the first to below the second. The suite runs with several in between: tests/matrix.py.
 SUPPORTED = ((3, 5, 1), (4, 0, 0))
 
 
 def supported(version: str) -> tuple[int, ...]:
-    """`version` as numbers. ImportError: it is not in the range; this is what to install."""
+    """`version` as numbers. ImportError: it is not in the range; says what to install."""
     first, end = SUPPORTED
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if first <= numbers < end:

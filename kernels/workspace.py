@@ -1,15 +1,15 @@
-"""Small int32 words that the CTAs of one launch meet on: tickets, flags, arrival counters.
+"""int32 words through which the CTAs of a launch synchronise: tickets, flags, arrival counters.
 
-Every kernel that uses them leaves zeros behind, so one buffer per device and stream serves all
-launches without a memset and without a host synchronisation.
+Every kernel that uses them resets them to zero, so one buffer per device and stream serves all
+launches without a memset or a host synchronisation.
 
-A launch that a CUDA graph captures gets words of its own for as long as the process lives: replays
-may overlap with anything, and nothing tells when a graph is gone. They come from an arena that was
-zeroed before the capture began (torch.cuda.graph synchronises there), so that a replay clears
-nothing; 16 thousand layers of 64 rows or fewer take 2 MiB.
+A launch captured by a CUDA graph gets its own words for the life of the process: replays may
+overlap with anything, and nothing tells when a graph is released. They come from an arena that was
+zeroed before the capture began (torch.cuda.graph synchronises there), so a replay clears nothing;
+16,000 layers of 64 rows or fewer take 2 MiB.
 
-A word that is not zero when a launch starts makes tiles wait for ever, or read S too early. With
-LORA_FAST_DEBUG=1 every launch that is not captured is preceded by a check, which waits for it.
+If a word is not zero when a launch starts, tiles wait forever or read S too early. With
+LORA_FAST_DEBUG=1 a check, which waits for the device, precedes every launch that is not captured.
 """
 
 import os
@@ -29,7 +29,7 @@ def _debugs_by_environment() -> bool:
 DEBUG = _debugs_by_environment()
 _MINIMUM = 1024
 _ARENA = 1 << 16
-# A cache line: launches do not share one, and pointers to words are as aligned as a buffer's.
+# A cache line: launches do not share one, and pointers to words are aligned like a buffer's.
 _LINE = 32
 _cache: dict[tuple[str, int | None, int], torch.Tensor] = {}
 _lock = threading.Lock()
@@ -67,7 +67,7 @@ def sync_words(device: torch.device, count: int) -> torch.Tensor:
 
 
 def debug_options() -> dict[str, bool]:
-    """What a launch passes to Triton so that tl.device_assert speaks, and nothing else does."""
+    """Options of a launch that enable tl.device_assert and no other check."""
     return {"debug": True, "sanitize_overflow": False} if DEBUG else {}
 
 
@@ -84,17 +84,17 @@ def _check_zero(words: torch.Tensor) -> None:
 
 
 def forget() -> None:
-    """Drop the cached words, after a launch that was aborted half-way."""
+    """Drop the cached words after an aborted launch."""
     _cache.clear()
 
 
 def _provide(device: torch.device) -> None:
-    """See to it that at least half an arena is there for the captures to come."""
+    """Ensure that at least half an arena is free for future captures."""
     arena = _arenas.get(device)
     if arena is not None and 2 * arena.used <= _ARENA:
         return
     with _lock:
-        # Another thread may have provided meanwhile.
+        # Another thread may have provided one in the meantime.
         if _arenas.get(device) is arena:
             if arena is not None:
                 _full.append(arena)
