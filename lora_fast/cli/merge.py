@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import RunFailure, TrainingError, first_line
+from ..errors import RunFailure, TrainingError, check_utf8, first_line
 from . import options as opt
 from .errors import one_line_errors
 
@@ -58,6 +58,7 @@ def merge(
     with one_line_errors(
         out, debug=debug, interruption=lambda *_: f"interrupted; {out} holds no half model"
     ):
+        check_utf8("OUT", str(out))
         try:
             _merge(base, adapter, out, dtype, max_shard_size, overwrite=overwrite, debug=debug)
         except FileExistsError as error:

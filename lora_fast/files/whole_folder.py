@@ -40,15 +40,17 @@ class WholeFolder:
     Links in `out` are followed. `inputs` are folders to read from, by argument name: they must not
     overlap with `out`.
 
-    Raises ValueError: `out` is, contains or lies in one of `inputs`; is a file or a mount point; or
-    is to be replaced and holds something that does not belong to a model; FileExistsError: `out` is
-    not empty, and must not be replaced; BlockingIOError: another process is writing the same
-    folder.
+    Raises ValueError: `out` is, contains or lies in one of `inputs`; is a file, a mount point or a
+    link that leads to itself; or is to be replaced and holds something that does not belong to a
+    model; FileExistsError: `out` is not empty, and must not be replaced; BlockingIOError: another
+    process is writing the same folder.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, **inputs: Path) -> None:
         self.out = Path(os.path.realpath(out))
         self.overwrite = overwrite
+        if self.out.is_symlink():
+            raise ValueError(f"out must be a folder, got {self.out}, a link that leads to itself")
         _refuse_inputs(self.out, inputs)
         self.path = self.out.with_name(f".{self.out.name}.merging")
         self._old = self.out.with_name(f".{self.out.name}.replaced")
