@@ -29,6 +29,7 @@ from bench.instruments.accuracy import (
 )
 from lora_fast import NF4Weight, functional, set_backend
 from lora_fast.backends.torch_ops import TorchBackend
+from lora_fast.operation.seeds import draw_seed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BASE = Case(M=37, K=41, N=29, R=5)
@@ -336,9 +337,9 @@ def test_dropout_seed_on_a_gpu_follows_its_generator():
     """The same state gives the same seed, every draw another one; nothing waits for the device."""
     device = torch.device("cuda")
     torch.manual_seed(5)
-    first, second = functional._draw_seed(device), functional._draw_seed(device)
+    first, second = draw_seed(device), draw_seed(device)
     torch.manual_seed(5)
-    assert functional._draw_seed(device) == first != second
+    assert draw_seed(device) == first != second
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from bench.instruments.paired import Step, Timings, cuda_timer, interleaved
-from lora_fast import functional
+from lora_fast.operation import autograd
 
 from . import absent
 from .day import Day
@@ -124,7 +124,7 @@ def _captured(
 @contextlib.contextmanager
 def _one_mask() -> Iterator[None]:
     """Allow capture with dropout, which our layers refuse since replays would share a mask."""
-    with mock.patch.object(functional, "_draw_seed", lambda device: 1):
+    with mock.patch.object(autograd, "draw_seed", lambda device: 1):
         yield
 
 
