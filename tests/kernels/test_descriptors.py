@@ -122,7 +122,7 @@ def test_the_variable_is_0_or_1(value):
 
 BOTH_DIRECTIONS = """
     import torch
-    from bench import stub_driver
+    from bench.instruments import stub_driver
     from lora_fast.kernels import launch_policy, ticketed_gemm
 
     def meta(*shape):
