@@ -18,7 +18,7 @@ from bench.instruments.paired import Step
 from bench.linear_cases import Case, build
 from lora_fast.backends import triton_ops
 from lora_fast.tuning import cost_model
-from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan, Query, candidates
+from lora_fast.tuning.plans import BACKWARD, FORWARD, FUSED, HYBRID, Plan, Query, candidates
 
 from .day import Day
 from .run_units import Unit
@@ -119,9 +119,9 @@ def _modelled(query: Query, arch: int, found: dict[str, Plan]) -> dict[str, Any]
     """The cost model's choice; the first candidate is FUSED for this query."""
     picked = cost_model.pick(query, arch)
     return {
-        "picked": picked.name if picked.composed else next(iter(found)),
+        "picked": picked.name if picked.route != "fused" else next(iter(found)),
         "modelled_seconds": {
-            plan.name: cost_model.seconds(plan, query, arch) for plan in (FUSED, COMPOSED)
+            plan.name: cost_model.seconds(plan, query, arch) for plan in (FUSED, HYBRID)
         },
     }
 

@@ -153,7 +153,7 @@ def candidates(rows: Rows) -> str:
         lost = medians[picked] / medians[fastest] if {picked, fastest} <= medians.keys() else None
         for name in row["contestants"]:
             note = " and ".join(["picked"] * (name == picked) + ["fastest"] * (name == fastest))
-            expected = modelled.get(name if name == "composed" else "fused")
+            expected = modelled.get(name if name == "hybrid" else "fused")
             lines.append(
                 (
                     *(unit, name, _number(medians.get(name), 1e3, 4), _number(expected, 1e3, 4)),

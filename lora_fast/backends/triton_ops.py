@@ -76,7 +76,7 @@ class TritonBackend:
                 op = FORWARD if len(fs) == 1 else FORWARD_GROUP
                 asked = [_SAVES_V if need.saves_V else _NOTHING] * len(fs)
                 plan = self._plan(op, rows, fs, asked, lambda p: self.forward(x, fs, needs, p))
-        if plan.composed:
+        if plan.route != "fused":
             return PRODUCTS.forward(x, fs, needs)
         _check_dtype(x)
         made, shrinks = (None, [{"A": fs[0].A}]) if len(fs) == 1 else _shared_shrink(rows, fs)
@@ -115,7 +115,7 @@ class TritonBackend:
                 op = BACKWARD if len(fs) == 1 else BACKWARD_GROUP
                 arguments = (dYs, x, saved, fs, needs)
                 plan = self._plan(op, rows[0], fs, needs, lambda p: self.backward(*arguments, p))
-        if plan.composed:
+        if plan.route != "fused":
             return PRODUCTS.backward(dYs, x, saved, fs, needs)
         x = None if x is None else x.reshape(-1, x.shape[-1])
         with _Launching(rows[0]):

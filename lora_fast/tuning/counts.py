@@ -28,8 +28,8 @@ class Work:
 
 
 def works(plan: Plan, q: Query, arch: int | None) -> list[Work]:
-    """The passes of FUSED or COMPOSED."""
-    count = _Composed(q, arch) if plan.composed else _Fused(q, arch)
+    """The passes of FUSED or HYBRID."""
+    count = _Hybrid(q, arch) if plan.route != "fused" else _Fused(q, arch)
     return count.forward() if q.is_forward else count.backward()
 
 
@@ -160,7 +160,7 @@ class _Fused(_Counts):
         return launch_policy.pick_strips(self.q.dtype, R, self.arch)
 
 
-class _Composed(_Counts):
+class _Hybrid(_Counts):
     """The operations of torch_ops.py; those on [M, R], [R, K] or [N, R] count as launches only."""
 
     def forward(self) -> list[Work]:

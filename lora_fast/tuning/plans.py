@@ -1,24 +1,22 @@
 """Descriptions of an operation (Query) and of the ways to compute it (Plan).
 
-Candidates of one operation, forward or backward:
+A plan follows one of three routes, forward or backward:
 
     fused       the Triton kernels, with the tiles that launch_policy.py picks or others;
                 an NF4 weight is decoded by a launch of its own (workspace) or inside the GEMM
-    composed    products by cuBLAS, the one with W on top of S · outᵀ
+    hybrid      the low-rank part first, then the product with W by cuBLAS on top of it
+    augmented   [x | S] [W | Q]ᵀ as one product by cuBLAS, for a W that is decoded anyway: NF4, and
+                forward alone (the gradient would need W above A)
 
-There is no "augmented K", [x | S] [W | Q]ᵀ as one cuBLAS product. It copies x [M, K] beside S,
-while composed reads and writes y [M, N] once more, so it pays only for N > K. But [W | Q] must be
-one matrix: every frozen W would be stored in rows of K + R, with R columns rewritten each step,
-which no checkpoint, shard or quantised weight is. The gradient needs another such matrix, W above
-A, and dY beside dS. There are no candidates for strips, the launches of dB and dA: one read of dY
-or x is bound by memory whatever its tiles, and timing must not decide the order of sums
-(launch_policy.py).
+Any route may take the backward pass of any other: all save the same tensors. There are no
+candidates for strips, the launches of dB and dA: one read of dY or x is bound by memory whatever
+its tiles, and timing must not decide the order of sums (launch_policy.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,19 +31,23 @@ FORWARD, BACKWARD = "forward", "backward"
 FORWARD_GROUP, BACKWARD_GROUP = "forward_group", "backward_group"
 
 
-class Plan(NamedTuple):
-    """One way to compute an operation; for a field of None launch_policy.py decides by shape."""
+Route = Literal["fused", "hybrid", "augmented"]
 
-    composed: bool = False
+
+class Plan(NamedTuple):
+    """One way to compute an operation; for a field of None launch_policy.py decides by shape.
+
+    workspace and gemm are those of the fused route.
+    """
+
+    route: Route = "fused"
     workspace: bool | None = None
     gemm: GemmConfig | None = None
 
     @property
     def name(self) -> str:
         """The name stored in the cache: ``fused 128x256x64/8/3 workspace``."""
-        if self.composed:
-            return "composed"
-        words = ["fused"]
+        words: list[str] = [self.route]
         if self.gemm is not None:
             c = self.gemm
             tile = (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K)
@@ -58,7 +60,9 @@ class Plan(NamedTuple):
 
 
 FUSED = Plan()
-COMPOSED = Plan(composed=True)
+HYBRID = Plan("hybrid")
+AUGMENTED = Plan("augmented")
+"""Of a forward pass over NF4 weights; its backward pass is HYBRID."""
 
 
 class Query(NamedTuple):
@@ -66,7 +70,7 @@ class Query(NamedTuple):
 
     weights: the dtype of a dense weight, or NF4's (blocksize, nested); switches: which of SWITCHES
     are on; needs: gradients that the backward pass makes, one Needs for each layer (forward: only
-    whether V is saved); cublas: whether the composed route may be taken.
+    whether V is saved); cublas: whether cuBLAS may be used.
     """
 
     op: str
@@ -153,7 +157,7 @@ def candidates(q: Query, arch: int | None) -> tuple[Plan, ...]:
     plain = not (q.has("g") or (q.has("dropout") and not q.is_forward))
     for gemm in launch_policy.other_gemms(q.M, q.dtype, arch, plain=plain):
         plans.append(Plan(workspace=True if q.is_nf4 else None, gemm=gemm))
-    return (*plans, COMPOSED) if q.cublas else tuple(plans)
+    return (*plans, HYBRID) if q.cublas else tuple(plans)
 
 
 def _routes(q: Query, arch: int | None) -> tuple[bool | None, ...]:

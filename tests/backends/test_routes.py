@@ -1,4 +1,4 @@
-"""Each route computes each pass: fused and composed, in all combinations of the tuner."""
+"""Each route computes each pass: fused and hybrid, in all combinations of the tuner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_fast import NF4Weight
 from lora_fast.backends import selection, triton_ops
 from lora_fast.backends.triton_ops import TritonBackend
 from lora_fast.factors import Factors, Needs, Saved
-from lora_fast.tuning.plans import BACKWARD, COMPOSED, FORWARD, FUSED, Plan
+from lora_fast.tuning.plans import BACKWARD, FORWARD, FUSED, HYBRID, Plan
 from lora_fast.tuning.tuner import Tuner
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -39,7 +39,7 @@ CASES = [
 # What one route saves for the other: S, V, the seed of a mask.
 MIXED = CASES[1:3]
 SMALL = GemmConfig(32, 32, 32, 32, 8, num_warps=4, num_stages=2)
-WAYS = [(COMPOSED, COMPOSED), (FUSED, COMPOSED), (COMPOSED, FUSED)]
+WAYS = [(HYBRID, HYBRID), (FUSED, HYBRID), (HYBRID, FUSED)]
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from lora_fast.tuning import tuner
 from lora_fast.tuning.plans import (
     BACKWARD,
     BACKWARD_GROUP,
-    COMPOSED,
     FORWARD,
     FORWARD_GROUP,
+    HYBRID,
 )
 
 pytestmark = pytest.mark.usefixtures("libraries_as_before")
@@ -71,7 +71,7 @@ def asked(monkeypatch) -> list[str]:
 
     def plan(query, device, run):
         keys.append(query.key)
-        return COMPOSED
+        return HYBRID
 
     ops = triton_ops.TritonBackend(cublas=True)
     monkeypatch.setattr(selection, "_triton", lambda name: ops)  # without the driver it asks for

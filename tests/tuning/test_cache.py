@@ -25,14 +25,14 @@ def _folder(tmp_path, monkeypatch):
 def test_what_is_put_is_found_by_the_next_process():
     cache = Cache(HEADER)
     assert cache.get("a") is None
-    cache.put("a", "fused", {"fused": 1.0, "composed": 2.0})
+    cache.put("a", "fused", {"fused": 1.0, "hybrid": 2.0})
     assert cache.get("a") == "fused"
     again = Cache(HEADER)
     assert again.get("a") == "fused"
     assert again.get("b") is None
     stored = json.loads(again.path.read_text())
     assert stored["plans"] == {
-        "a": {"plan": "fused", "milliseconds": {"fused": 1.0, "composed": 2.0}}
+        "a": {"plan": "fused", "milliseconds": {"fused": 1.0, "hybrid": 2.0}}
     }
     assert {name: stored[name] for name in HEADER} == HEADER
 
@@ -56,12 +56,12 @@ def test_the_folder(monkeypatch, tmp_path):
 def test_what_others_wrote_meanwhile_is_kept():
     ours, theirs = Cache(HEADER), Cache(HEADER)
     assert ours.get("a") is None
-    theirs.put("b", "composed", {})
-    theirs.put("c", "composed", {})
+    theirs.put("b", "hybrid", {})
+    theirs.put("c", "hybrid", {})
     ours.put("a", "fused", {})
     ours.put("c", "fused", {})
     found = Cache(HEADER)
-    assert [found.get(key) for key in "abc"] == ["fused", "composed", "composed"]
+    assert [found.get(key) for key in "abc"] == ["fused", "hybrid", "hybrid"]
     assert ours.get("c") == "fused"
 
 
@@ -121,9 +121,9 @@ def test_a_folder_that_cannot_be_made_costs_one_warning(monkeypatch, tmp_path):
     with pytest.warns(RuntimeWarning, match="timings") as caught:
         assert cache.get("a") is None
         cache.put("a", "fused", {})
-        cache.put("b", "composed", {})
+        cache.put("b", "hybrid", {})
     assert len(caught) == 1
-    assert (cache.get("a"), cache.get("b")) == ("fused", "composed")
+    assert (cache.get("a"), cache.get("b")) == ("fused", "hybrid")
 
 
 def test_a_write_that_fails_leaves_the_old_file(monkeypatch):

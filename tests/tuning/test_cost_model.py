@@ -11,7 +11,7 @@ import itertools
 from tuner_queries import BF16, FP16, FP32, NF4, PLAIN, TRAINED
 
 from lora_fast.tuning import cost_model
-from lora_fast.tuning.plans import BACKWARD_GROUP, COMPOSED, FORWARD, FORWARD_GROUP, FUSED
+from lora_fast.tuning.plans import BACKWARD_GROUP, FORWARD, FORWARD_GROUP, FUSED, HYBRID
 
 ARCHS = [None, 75, 80, 86, 89, 90, 100, 103, 120]
 GROUP = PLAIN._replace(N=(4096, 1024, 1024), R=(16,) * 3, weights=(BF16,) * 3, needs=(TRAINED,) * 3)
@@ -34,14 +34,14 @@ def test_small_ranks_run_fused_with_16_bit_operands(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_ieee_products_of_many_rows_are_left_to_cublas(arch):
     asked = PLAIN._replace(M=8192, dtype=FP32, weights=(FP32,))
-    assert cost_model.pick(asked, arch) == COMPOSED
-    assert cost_model.pick(_forward(asked), arch) == COMPOSED
+    assert cost_model.pick(asked, arch) == HYBRID
+    assert cost_model.pick(_forward(asked), arch) == HYBRID
 
 
 def test_a_wide_rank_makes_strips_read_dY_again_and_again():
     """At rank 1024 they walk over dY and x sixteen times; two products of cuBLAS read them once."""
     asked = PLAIN._replace(M=8192, R=(1024,))
-    assert cost_model.pick(asked, 90) == COMPOSED
+    assert cost_model.pick(asked, 90) == HYBRID
     assert cost_model.pick(asked._replace(cublas=False), 90) == FUSED
     dropout = asked._replace(R=(16,), switches=(False,) * 4 + (True, False))
     assert cost_model.pick(dropout, 90) == FUSED
@@ -51,7 +51,7 @@ def test_a_wide_rank_makes_strips_read_dY_again_and_again():
 def test_more_work_never_takes_less_time(op):
     def times(**changes):
         asked = PLAIN._replace(op=op, **changes)
-        return [cost_model.seconds(plan, asked, 90) for plan in (FUSED, COMPOSED)]
+        return [cost_model.seconds(plan, asked, 90) for plan in (FUSED, HYBRID)]
 
     for field, values in (
         ("M", (64, 512, 8192)),
@@ -74,7 +74,7 @@ def test_every_device_has_a_roofline():
 def test_a_product_takes_its_share_of_the_peak():
     """8192 × 4096 × 4096 in bfloat16 at 653 TFLOP/s, and one read of a weight at 2.8 TB/s."""
     frozen = PLAIN._replace(op=FORWARD, M=8192, R=(0,), adapter=None)
-    assert cost_model.seconds(COMPOSED, frozen, 90) == pytest.approx(
+    assert cost_model.seconds(HYBRID, frozen, 90) == pytest.approx(
         2 * 8192 * 4096 * 4096 / (989.4e12 * 0.66) + 2e-6
     )
     few = frozen._replace(M=16)

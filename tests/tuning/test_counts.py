@@ -26,10 +26,10 @@ from lora_fast.tuning.counts import works
 from lora_fast.tuning.plans import (
     BACKWARD,
     BACKWARD_GROUP,
-    COMPOSED,
     FORWARD,
     FORWARD_GROUP,
     FUSED,
+    HYBRID,
     query,
 )
 
@@ -104,7 +104,7 @@ def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, M, R,
 
 @pytest.mark.parametrize("R", [16, 200])
 @pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True)], ids=str)
-def test_the_composed_bytes_are_those_of_the_operations(R, needs):
+def test_the_hybrid_bytes_are_those_of_the_operations(R, needs):
     x, dY, f = _operands(2048, 1536, 4096, R, FP32, FP32)
     S = x.new_empty(2048, R) if needs.saves_S else None
     with OperationCounter() as forward:
@@ -113,7 +113,7 @@ def test_the_composed_bytes_are_those_of_the_operations(R, needs):
         TORCH.backward([dY], x, Saved(S), [f], [needs])
     for op, rows, counter in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
         asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
-        counted = works(COMPOSED, asked, ARCH)
+        counted = works(HYBRID, asked, ARCH)
         assert sum(w.launches for w in counted) == len(counter.operations), op
         assert sum(w.flops for w in counted) == sum(o.flops for o in counter.operations), op
         assert sum(w.bytes for w in counted) == sum(o.bytes for o in counter.operations), op

@@ -13,9 +13,9 @@ from lora_fast import NF4Weight
 from lora_fast.factors import Constants, Factors, Needs
 from lora_fast.tuning.plans import (
     BACKWARD_GROUP,
-    COMPOSED,
     FORWARD,
     FUSED,
+    HYBRID,
     bucket,
     candidates,
     query,
@@ -69,14 +69,14 @@ def test_a_query_describes_the_operands():
 def test_a_dense_layer_has_configurations_and_cublas():
     plans = candidates(PLAIN, 90)
     assert plans[0] == FUSED
-    assert plans[-1] == COMPOSED
+    assert plans[-1] == HYBRID
     others = launch_policy.other_gemms(2048, BF16, 90)
     assert [plan.gemm for plan in plans[1:-1]] == list(others)
     assert len(others) >= 1
 
 
-def test_without_cublas_there_is_no_composed_route():
-    assert COMPOSED not in candidates(PLAIN._replace(cublas=False), 90)
+def test_without_cublas_there_is_no_hybrid_route():
+    assert HYBRID not in candidates(PLAIN._replace(cublas=False), 90)
 
 
 def test_an_nf4_layer_has_both_routes_the_modelled_one_first():
@@ -84,13 +84,13 @@ def test_an_nf4_layer_has_both_routes_the_modelled_one_first():
         routes = [plan.workspace for plan in candidates(NF4._replace(M=M), 90) if not plan.gemm]
         assert routes == [workspace, not workspace, None]
     for asked in (NF4._replace(K=71), NF4._replace(needs=(TRAINED._replace(x=False),))):
-        assert [plan for plan in candidates(asked, 90) if not plan.gemm] == [FUSED, COMPOSED]
+        assert [plan for plan in candidates(asked, 90) if not plan.gemm] == [FUSED, HYBRID]
 
 
 def test_few_rows_float32_and_gains_have_one_configuration():
     gain = PLAIN._replace(switches=(False, False, False, True, False, False))
     for asked in (PLAIN._replace(M=64), PLAIN._replace(dtype=FP32), gain):
-        assert candidates(asked, 90) == (FUSED, COMPOSED)
+        assert candidates(asked, 90) == (FUSED, HYBRID)
 
 
 def test_a_group_has_the_candidates_of_a_layer():

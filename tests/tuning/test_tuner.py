@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 from tuner_queries import FP32, PLAIN
 
 from lora_fast.tuning import cost_model, tuner
-from lora_fast.tuning.plans import COMPOSED, FUSED, candidates
+from lora_fast.tuning.plans import FUSED, HYBRID, candidates
 from lora_fast.tuning.tuner import Place, Tuner, _descent
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def _clock(fastest):
 
 def test_without_timing_the_model_decides_and_no_file_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tuner, "Cache", lambda header: pytest.fail("asked the cache"))
-    clock = _clock(COMPOSED)
+    clock = _clock(HYBRID)
     chosen = Tuner(times=False, timer=clock).plan(PLAIN, CPU, clock.run)
     assert chosen == cost_model.pick(PLAIN, 90) == FUSED
     assert clock.ran == []
@@ -70,7 +70,7 @@ def test_each_candidate_is_timed_once_and_the_fastest_kept(fastest):
 
 
 def test_another_query_or_device_is_timed_anew(monkeypatch):
-    clock = _clock(COMPOSED)
+    clock = _clock(HYBRID)
     ours = Tuner(times=True, timer=clock)
     ours.plan(PLAIN, CPU, clock.run)
     ours.plan(PLAIN._replace(M=4096), CPU, clock.run)
@@ -83,7 +83,7 @@ def test_another_query_or_device_is_timed_anew(monkeypatch):
 
 @pytest.mark.parametrize("circumstance", ["capturing", "compiling"])
 def test_nothing_is_timed_while_a_graph_is_captured_or_traced(monkeypatch, circumstance):
-    clock = _clock(COMPOSED)
+    clock = _clock(HYBRID)
     ours = Tuner(times=True, timer=clock)
     with monkeypatch.context() as patch:
         if circumstance == "capturing":
@@ -97,23 +97,23 @@ def test_nothing_is_timed_while_a_graph_is_captured_or_traced(monkeypatch, circu
 
 
 def test_a_graph_captured_later_uses_what_was_timed(monkeypatch):
-    clock = _clock(COMPOSED)
+    clock = _clock(HYBRID)
     Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run)
     monkeypatch.setattr(tuner, "_is_capturing", lambda device: True)
-    assert Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run) == COMPOSED
+    assert Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run) == HYBRID
 
 
 def test_a_plan_that_is_no_candidate_any_more_is_not_taken():
-    clock = _clock(COMPOSED)
+    clock = _clock(HYBRID)
     ours = Tuner(times=True, timer=clock)
     ours.plan(PLAIN, CPU, clock.run)
     (file,) = (cache.path for cache in ours._caches.values())
-    file.write_text(file.read_text().replace('"plan": "composed"', '"plan": "os.system"'))
-    assert Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run) == COMPOSED
+    file.write_text(file.read_text().replace('"plan": "hybrid"', '"plan": "os.system"'))
+    assert Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run) == HYBRID
     assert len(clock.ran) == 2 * len(PLANS)
     # It is replaced on disk, too: the next process times nothing.
     later = Clock({})
-    assert Tuner(times=True, timer=later).plan(PLAIN, CPU, later.run) == COMPOSED
+    assert Tuner(times=True, timer=later).plan(PLAIN, CPU, later.run) == HYBRID
     assert later.ran == []
 
 
@@ -199,7 +199,7 @@ def test_if_nothing_can_be_timed_the_model_decides_and_nothing_is_kept(tmp_path)
 
 
 def test_threads_time_a_query_once():
-    clock = _clock(COMPOSED)
+    clock = _clock(HYBRID)
     ours = Tuner(times=True, timer=clock)
     found = []
     threads = [
@@ -210,13 +210,13 @@ def test_threads_time_a_query_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [COMPOSED] * 8
+    assert found == [HYBRID] * 8
     assert clock.ran == list(PLANS)
 
 
 def test_float32_is_left_to_cublas_without_a_clock():
     asked = PLAIN._replace(M=8192, dtype=FP32, weights=(FP32,))
-    assert Tuner(times=False).plan(asked, CPU, lambda plan: None) == COMPOSED
+    assert Tuner(times=False).plan(asked, CPU, lambda plan: None) == HYBRID
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", False), ("1", True), (None, False)])

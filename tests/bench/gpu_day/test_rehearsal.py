@@ -164,7 +164,7 @@ def test_kernels_run_in_a_rehearsal() -> None:
         assert all("graph" in found for found in row["contestants"].values())
     crossover, backward = rows
     assert {"workspace", "in the product", "bitsandbytes"} <= crossover["contestants"].keys()
-    assert list(backward["contestants"]) == ["fused in-gemm", "fused workspace", "composed"]
+    assert list(backward["contestants"]) == ["fused in-gemm", "fused workspace", "hybrid"]
     assert backward["picked"] in backward["contestants"]
     assert launched  # by the route with a workspace, which fused layers of so few rows do not take
 
