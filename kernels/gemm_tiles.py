@@ -15,7 +15,7 @@ from .nf4_codes import load_codes
 from .nf4_tile import load_nf4_tile, packed_pointers
 from .scaling import tile_scale
 from .shrink_tiles import load_spans, times_gain
-from .sync_layout import FLAGS
+from .sync_layout import FLAGS, leave
 from .tiles import Matrix, load_factor, load_tile, load_vector, store_tile, tile_pointers
 
 # Rounds of waiting before a launch is aborted: each goes to the L2 cache and back, so it takes
@@ -233,6 +233,8 @@ def consume(
         )  # fmt: skip
     if HAS_ADAPTER and sync_ptr is not None:
         _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES, TARGET.SHUFFLES)
+        # Here and not after the tile is stored, which the count would wait for.
+        leave(sync_ptr, M, TILES.BLOCK_M)
         if len(num_partials) > 1 and not members[0].IS_NF4 and TARGET.SHUFFLES:
             # Kept through the K-loops of dense weights and the wait, rows would be spilled.
             block_m = tl.inline_asm_elementwise(_MOVE, "=r,r", [block_m], tl.int32, False, 1)

@@ -16,7 +16,7 @@ add S · outᵀ to the same accumulator and store the tile once (gemm_tiles). Bo
 of X at the same time, so one of them finds them in the L2 cache. A producer waits for nobody and
 tickets are taken in start order, so there is no schedule in which it deadlocks.
 
-sync holds int32 zeros (sync_layout.py); the CTA that finishes last leaves zeros behind.
+sync holds int32 zeros (sync_layout.py); the last CTA that needs a word leaves zeros behind.
 """
 
 import functools
@@ -43,7 +43,7 @@ from .out_of_resources import OutOfResources, instead_of
 from .profile import gemm_name, gemm_work, shown_as
 from .scaling import Shrunk, new_gradient
 from .shrink_tiles import ShrunkPointers, Spans, produce
-from .sync_layout import FINISHED, FLAGS, TICKET
+from .sync_layout import FLAGS, TICKET
 from .tiles import NO_GAINS, Target
 from .workspace import debug_options, sync_words
 
@@ -179,13 +179,6 @@ def ticketed_gemm(
         Words(seed_low, seed_high, threshold, keep_scale), sync_ptr, num_chunks,
         IS_GRAD, DROPOUT, EVEN_K, TILES, TARGET,
     )  # fmt: skip
-    if MAKES_S:
-        finished = tl.atomic_add(sync_ptr + FINISHED, 1, sem="acq_rel")
-        if finished == tl.num_programs(0) - 1:
-            words = FLAGS + tl.cdiv(M, TILES.BLOCK_M)
-            for first in range(0, words, 128):
-                offs = first + tl.arange(0, 128)
-                tl.store(sync_ptr + offs, tl.zeros([128], tl.int32), mask=offs < words)
 
 
 class Layer(NamedTuple):

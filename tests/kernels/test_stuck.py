@@ -13,8 +13,8 @@ from tests.ptx_executor import DeviceAssert, PTXError
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(M=70, K=64, N=64, R=16, dtype=BF16, adapter_dtype=FP32, factors=("x", "A", "B"))
-# The ticket, the count of finished thread blocks, the flag of the first rows.
-TICKET, FINISHED, FLAG = 0, 1, 2
+# The ticket, the count of thread blocks that have left, the flag of the first rows.
+TICKET, LEFT, FLAG = 0, 1, 2
 CPU = torch.device("cpu")
 
 
@@ -57,7 +57,7 @@ def test_a_launch_for_debugging_says_what_is_wrong(ptx_executor, monkeypatch):
         fused(operands)
 
 
-@pytest.mark.parametrize("index", [TICKET, FINISHED, FLAG])
+@pytest.mark.parametrize("index", [TICKET, LEFT, FLAG])
 def test_debugging_refuses_words_that_are_not_zero(typical_executor, monkeypatch, index):
     operands = make(CASE, typical_executor.device)
     expected = fused(operands)
