@@ -7,6 +7,9 @@ that p, which preserves expectations.
 
 Philox has 7 rounds here: with as many it passes all tests of BigCrush, and 10, the usual number,
 are a margin of safety (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+
+The seed is a number, or one of 64 bits in memory, which a captured CUDA graph draws anew at each
+replay: a kernel reads it once, where it first drops.
 """
 
 import functools
@@ -37,11 +40,12 @@ _DROP_PAIR = tl.constexpr(
 class Dropout:
     """Probability p and seed of the mask; p = 0 is no dropout, 1 drops everything.
 
-    Between them p is rounded to one of 1, 2, … 32767 in 32768.
+    Between them p is rounded to one of 1, 2, … 32767 in 32768. The seed is a number or an int64
+    tensor of one element on the device, which stands for the number in it.
     """
 
     p: float = 0.0
-    seed: int = 0
+    seed: int | torch.Tensor = 0
 
     @functools.cached_property
     def dropped(self):
@@ -61,8 +65,11 @@ class Dropout:
         return 1.0 / (1.0 - self.drawn) if self.drawn < 1.0 else 0.0
 
     def words(self):
-        """seed (low, high), each as the int32 with those bits, and the threshold."""
-        return [_as_int32(self.seed), _as_int32(self.seed >> 32), self.dropped]
+        """The tensor that holds the seed or None, the seed (low, high), each as the int32 with
+        those bits, and the threshold."""
+        if isinstance(self.seed, torch.Tensor):
+            return [self.seed, 0, 0, self.dropped]
+        return [None, _as_int32(self.seed), _as_int32(self.seed >> 32), self.dropped]
 
 
 NO_DROPOUT = Dropout()
@@ -71,6 +78,7 @@ NO_DROPOUT = Dropout()
 class Words(NamedTuple):
     """What a kernel draws the mask from (Dropout.words), and by what it multiplies the rest."""
 
+    seed_ptr: Any
     seed_low: Any
     seed_high: Any
     threshold: Any
@@ -87,6 +95,16 @@ def _as_int32(word):
 
 
 @triton.jit
+def seed_of(words):
+    """The seed (low, high), read from memory where it lies there."""
+    if words.seed_ptr is None:
+        return words.seed_low, words.seed_high
+    else:
+        seed = tl.load(words.seed_ptr)
+        return seed.to(tl.int32), (seed >> 32).to(tl.int32)
+
+
+@triton.jit
 def _multiply(a: tl.constexpr, b):
     """The high and the low word of a product of 64 bits, which is one instruction."""
     product = b.to(tl.uint64) * a
@@ -94,13 +112,13 @@ def _multiply(a: tl.constexpr, b):
 
 
 @triton.jit
-def _random_words(words, offs_m, first_l, BLOCK_L: tl.constexpr):
+def _random_words(seed, offs_m, first_l, BLOCK_L: tl.constexpr):
     """Philox's words for a tile, [BLOCK_M, BLOCK_L / 8, 2, 2]: each serves two neighbours."""
     octets = (first_l // 8 + tl.arange(0, BLOCK_L // 8)).to(tl.uint32, bitcast=True)
     c0 = offs_m.to(tl.uint32, bitcast=True)[:, None] + tl.zeros([1, BLOCK_L // 8], tl.uint32)
     c1 = octets[None, :] + tl.zeros_like(c0)
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
-    k0, k1 = tl.cast(words.seed_low, tl.uint32), tl.cast(words.seed_high, tl.uint32)
+    k0, k1 = tl.cast(seed[0], tl.uint32), tl.cast(seed[1], tl.uint32)
     for _ in tl.static_range(_ROUNDS):
         high_0, low_0 = _multiply(0xD2511F53, c0)
         high_2, low_2 = _multiply(0xCD9E8D57, c2)
@@ -111,22 +129,23 @@ def _random_words(words, offs_m, first_l, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(words, offs_m, first_l, BLOCK_L: tl.constexpr):
+def keep_mask(words, seed, offs_m, first_l, BLOCK_L: tl.constexpr):
     """True where dropout keeps element (m, l): where its 15 bits are not below the threshold.
 
-    first_l must be a multiple of 8. The mask does not depend on how the matrix is cut into tiles.
+    The seed is `seed_of(words)`, which a kernel reads once. first_l must be a multiple of 8. The
+    mask does not depend on how the matrix is cut into tiles.
     """
-    random = _random_words(words, offs_m, first_l, BLOCK_L)
+    random = _random_words(seed, offs_m, first_l, BLOCK_L)
     # With − 1 a threshold of 2¹⁵, too, fits 32 bits.
     limit = (tl.cast(words.threshold, tl.uint32) << 17) - 1
     return tl.join(random << 17 > limit, random << 1 > limit).reshape(offs_m.shape[0], BLOCK_L)
 
 
 @triton.jit
-def drop(x, words, offs_m, first_l, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr):
+def drop(x, words, seed, offs_m, first_l, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr):
     """The tile x, zero where dropout does not keep it; PAIRS: two elements of 16 bits at once."""
     if PAIRS:
-        random = _random_words(words, offs_m, first_l, BLOCK_L)
+        random = _random_words(seed, offs_m, first_l, BLOCK_L)
         halves = tl.join(random.to(tl.uint16), (random >> 16).to(tl.uint16))
         halves = halves.reshape(offs_m.shape[0], BLOCK_L)
         thresholds = tl.cast(words.threshold, tl.uint32) * 0x10001
@@ -134,7 +153,7 @@ def drop(x, words, offs_m, first_l, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr):
             _DROP_PAIR, "=r,r,r,r,r", [x, halves, thresholds], x.dtype, True, 2
         )
     else:
-        keep = keep_mask(words, offs_m, first_l, BLOCK_L)
+        keep = keep_mask(words, seed, offs_m, first_l, BLOCK_L)
         return tl.where(keep, x, 0.0)
 
 
@@ -143,13 +162,15 @@ _VARYING = ("seed_low", "seed_high", "threshold")
 
 @triton.jit(do_not_specialize=_VARYING, **shown_as(mask_name, mask_work))
 def store_keep_mask(
-    mask_ptr, seed_low, seed_high, threshold, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    mask_ptr, seed_ptr, seed_low, seed_high, threshold, M, K,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of the mask [M, K] as bytes, for those who want to see it."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_k = tl.program_id(1) * BLOCK_K
     offs_k = first_k + tl.arange(0, BLOCK_K)
-    keep = keep_mask(Words(seed_low, seed_high, threshold), offs_m, first_k, BLOCK_K)
+    words = Words(seed_ptr, seed_low, seed_high, threshold)
+    keep = keep_mask(words, seed_of(words), offs_m, first_k, BLOCK_K)
     inside = (offs_m < M)[:, None] & (offs_k < K)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(mask_ptr + offs, keep.to(tl.int8), mask=inside)

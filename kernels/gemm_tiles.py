@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .descriptors import MOST_LAYERS
-from .dropout import keep_mask
+from .dropout import keep_mask, seed_of
 from .nf4_codes import load_codes
 from .nf4_tile import load_nf4_tile, packed_pointers
 from .scaling import tile_scale
@@ -202,7 +202,7 @@ def _store_masked(
         if MASK_PARTS > 1 and TARGET.SHUFFLES:
             # Or the compiler keeps what the parts have in common of their random words.
             rows = tl.inline_asm_elementwise(_MOVE, "=r,r", [rows], tl.int32, False, 1)
-        keep = keep_mask(words, rows, first_n, BLOCK_N)
+        keep = keep_mask(words, seed_of(words), rows, first_n, BLOCK_N)
         y = parts[i] + tl.where(keep, low_rank * tl.cast(keep_scale, tl.float32), 0.0)
         store_tile(Matrix(out.y_ptr, out.stride_ym, 1, out.M, out.N), y, offs_m, offs_n)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .dropout import drop
+from .dropout import drop, seed_of
 from .scaling import largest_finite, scaled_columns
 from .sync_layout import FLAGS, leave
 from .tiles import Matrix, load_factor, load_tile, load_vector, settled, store_tile, sum_partials
@@ -60,6 +60,8 @@ def _shrink_tile(
     x_mat = Matrix(member.x_ptr, member.stride_xm, member.stride_xk, M, member.K)
     in_mat = Matrix(member.in_ptr, member.stride_in_l, member.stride_in_r, member.K, member.R_made)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if DROPOUT:
+        seed = seed_of(words)
     for k in range(0, tl.cdiv(member.K, BLOCK_K)):
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         x = load_tile(x_mat, offs_m, offs_k)
@@ -67,7 +69,7 @@ def _shrink_tile(
             in_mat, gains, 1.0, offs_k, offs_r, IS_GRAD, tl.float32 if SCALES else dtype
         )
         if DROPOUT:
-            x = drop(x, words, offs_m, k * BLOCK_K, BLOCK_K, TARGET.PAIRS)
+            x = drop(x, words, seed, offs_m, k * BLOCK_K, BLOCK_K, TARGET.PAIRS)
         if IS_GRAD and gains.g is not None:
             factor = times_gain(factor, gains.g, offs_k, member.K)
         if SCALES:

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import NO_DROPOUT, Words, drop, drops_pairs
+from .dropout import NO_DROPOUT, Words, drop, drops_pairs, seed_of
 from .environment import current_arch, precision_of
 from .launch_policy import (
     pick_strips,
@@ -129,11 +129,13 @@ def _walk_rows(
             factor = factor.to(dtype)
     if largest_ptr is not None:
         s_scale, s_inverse = column_scales(largest_ptr, first_m, last_m, tile_rows, offs_r, R)
+    if DROPOUT:
+        seed = seed_of(words)
     for m in range(first_m, last_m, TILES.BLOCK_M):
         offs_m = m + tl.arange(0, TILES.BLOCK_M)
         x = load_tile(x_mat, offs_m, offs_l)
         if DROPOUT:
-            x = drop(x, words, offs_m, first_l, BLOCK_L, TARGET.PAIRS)
+            x = drop(x, words, seed, offs_m, first_l, BLOCK_L, TARGET.PAIRS)
         if NEEDS_T:
             S = load_tile(s_mat, offs_m, offs_r)
             if largest_ptr is not None:
@@ -213,9 +215,9 @@ def _store_column_gradients(sums_ptr, grads, offs_l, num_ranges, L):
 @triton.jit(do_not_specialize=_VARYING, **shown_as(strips_name, strips_work))
 def strips(
     x_ptr, s_ptr, largest_ptr, v_ptr, gains, B_ptr, partials, grads, sync_ptr,
-    scaling, keep_scale, seed_low, seed_high, threshold, M, L, R, rows_per_range, num_ranges,
-    tile_rows, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl, stride_br,
-    stride_gl, stride_gr,
+    scaling, keep_scale, seed_ptr, seed_low, seed_high, threshold, M, L, R, rows_per_range,
+    num_ranges, tile_rows, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl,
+    stride_br, stride_gl, stride_gr,
     IS_EXPAND: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns, range of rows, chunk of the rank).
@@ -238,7 +240,7 @@ def strips(
     T, sums, products = _walk_rows(
         Matrix(x_ptr, stride_xm, stride_xl, last_m, L), Matrix(s_ptr, stride_sm, 1, last_m, R),
         Matrix(v_ptr, stride_vm, stride_vl, last_m, L), B_mat, Matrix(dS_ptr, R, 1, last_m, R),
-        largest_ptr, gains, scaling, Words(seed_low, seed_high, threshold, keep_scale),
+        largest_ptr, gains, scaling, Words(seed_ptr, seed_low, seed_high, threshold, keep_scale),
         first_m, block * TILES.BLOCK_L, chunk * TILES.BLOCK_R, tile_rows,
         NEEDS_T, SUMS, grads.g is not None, DROPOUT, TILES, TARGET,
     )  # fmt: skip
@@ -352,12 +354,12 @@ def _launch(
     )
     if blocks == 0:
         return partials.dS
-    seed_low, seed_high, threshold = dropout.words()
+    seed, seed_low, seed_high, threshold = dropout.words()
     try:
         strips[(blocks, ranges, chunks)](
             x, S, shrunk.largest, V, gains, B, partials, grads,
             sync_words(x.device, ARRIVALS.value + blocks),
-            float(scaling), dropout.keep_scale, seed_low, seed_high, threshold,
+            float(scaling), dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, L, R, rows_per_range, ranges, shrunk.tile_rows,
             *x.stride(), 0 if S is None else S.stride(0), *_strides(V), *_strides(B),
             *_strides(grads.factor),

@@ -153,7 +153,7 @@ def _work_off(
 @triton.jit(do_not_specialize=_VARYING, **shown_as(gemm_name, gemm_work))
 def ticketed_gemm(
     members, num_partials, s_ptr, largest_ptr, gains, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
-    keep_scale, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
+    keep_scale, seed_ptr, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
     stride_sm, stride_ym, x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2, w_desc_2,
     IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, TILES: tl.constexpr,
     TARGET: tl.constexpr,
@@ -176,7 +176,7 @@ def ticketed_gemm(
         (x_desc_0, x_desc_1, x_desc_2), (w_desc_0, w_desc_1, w_desc_2),
         ShrunkPointers(s_ptr, largest_ptr, stride_sm), gains,
         Output(y_ptr, v_ptr, bias_ptr, M, N, stride_ym), Spans(spans_ptr, rows_per_sample),
-        Words(seed_low, seed_high, threshold, keep_scale), sync_ptr, num_chunks,
+        Words(seed_ptr, seed_low, seed_high, threshold, keep_scale), sync_ptr, num_chunks,
         IS_GRAD, DROPOUT, EVEN_K, TILES, TARGET,
     )  # fmt: skip
 
@@ -272,14 +272,14 @@ def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, i
     tickets = -(-M // config.BLOCK_S) * num_chunks + blocks * -(-N // config.BLOCK_N)
     if tickets == 0:
         return
-    seed_low, seed_high, threshold = dropout.words()
+    seed, seed_low, seed_high, threshold = dropout.words()
     descriptors = descriptors_of(layers, config, arch, is_grad)
     is_described = descriptors[0] is not None
     try:
         ticketed_gemm[(tickets,)](
             tuple(members), tuple(num_partials), S, shrunk.largest, gains, bias, y, V, rank_spans,
             sync_words(x.device, FLAGS.value + blocks) if makes_S else None,
-            dropout.keep_scale, seed_low, seed_high, threshold,
+            dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, N, num_chunks, M if rank_spans is None else M // rank_spans.shape[0],
             0 if S is None else S.stride(0), N, *descriptors,
             IS_GRAD=is_grad, DROPOUT=dropout.p > 0.0, EVEN_K=is_described or even_K,

@@ -14,12 +14,12 @@ class Constants(NamedTuple):
     """The operands of the equation that are not differentiated.
 
     rank_spans [samples, 2] (int32): the rows of each sample, M / samples consecutive ones, use only
-    columns [start, stop) of S.
+    columns [start, stop) of S. dropout_seed: a number, or an int64 tensor [1] that holds it.
     """
 
     scaling: float = 1.0
     dropout_p: float = 0.0
-    dropout_seed: int = 0
+    dropout_seed: int | Tensor = 0
     rank_spans: Tensor | None = None
 
 

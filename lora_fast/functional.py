@@ -24,7 +24,7 @@ def adapted_linear(
     d: Tensor | None = None,
     g: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     rank_spans: Tensor | None = None,
 ) -> Tensor:
     """y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias, fused forward and backward.
@@ -35,9 +35,11 @@ def adapted_linear(
     factor. ``scaling`` may be a tensor of one element, which is read on its device and must not
     require a gradient: use d or b for that. ``dropout_p`` drops elements of x on
     their way into A, with a mask that is a pure function of ``dropout_seed``, row and column;
-    without a seed one is drawn from torch's generator of x's device. ``rank_spans`` [samples, 2]
-    (int32) gives samples of one batch different adapters, stacked along R: sample i, the i-th of
-    equal parts of the rows of x, uses only columns start ≤ r < stop of S.
+    without a seed one is drawn from torch's generator of x's device. A seed may be a tensor of one
+    int64 on that device, with the mask of the number in it; while a CUDA graph is captured it is
+    such a tensor, and every replay draws another. ``rank_spans`` [samples, 2] (int32) gives samples
+    of one batch different adapters, stacked along R: sample i, the i-th of equal parts of the rows
+    of x, uses only columns start ≤ r < stop of S.
 
     Raises TypeError or ValueError that names the argument for operands that do not fit together.
     Differentiating twice raises RuntimeError.
@@ -63,7 +65,7 @@ def adapted_linears(
     members: Sequence[Member],
     *,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """y_i = x W_iᵀ + s_i · (drop(x) A_iᵀ) B_iᵀ + bias_i for several layers that read the same x.
 

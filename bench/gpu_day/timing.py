@@ -7,18 +7,15 @@ the replay of the same call from a CUDA graph, almost none. Contestants take tur
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
-from unittest import mock
 
 import torch
 
 from bench.instruments.paired import Step, Timings, cuda_timer, interleaved
-from lora_fast.operation import autograd
 
 from . import absent
 from .day import Day
@@ -110,7 +107,7 @@ def _captured(
                 step()
             torch.cuda.synchronize(day.device)
             graph = torch.cuda.CUDAGraph()
-            with _one_mask(), torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 step()
             graph.replay()
             torch.cuda.synchronize(day.device)
@@ -119,13 +116,6 @@ def _captured(
             contestants[name]["graph_failed"] = _reason(error)
             _raise_if_lost(day)
     return replays
-
-
-@contextlib.contextmanager
-def _one_mask() -> Iterator[None]:
-    """Allow capture with dropout, which our layers refuse since replays would share a mask."""
-    with mock.patch.object(autograd, "draw_seed", lambda device: 1):
-        yield
 
 
 def _peak_bytes(step: Step, day: Day) -> int:

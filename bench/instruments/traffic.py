@@ -129,8 +129,8 @@ def _cdiv(a: int, b: int) -> int:
 
 
 _GEMM_ARGUMENTS = _names(
-    "num_partials s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_low seed_high threshold "
-    "M N num_chunks rows_per_sample stride_sm stride_ym IS_GRAD "
+    "num_partials s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_ptr seed_low seed_high "
+    "threshold M N num_chunks rows_per_sample stride_sm stride_ym IS_GRAD "
     "DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION "
     "SHUFFLES MMA_SYNC PAIRS SETTLES "
     # the same X and W once more, where they have descriptors
@@ -221,7 +221,7 @@ def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> 
 
 _STRIP_ARGUMENTS = _names(
     "x_ptr s_ptr largest_ptr B_ptr partials.dS partials.T grads.factor sync_ptr scaling keep_scale "
-    "seed_low seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm "
+    "seed_ptr seed_low seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm "
     "stride_xl stride_sm stride_vm stride_vl stride_bl stride_br stride_gl stride_gr IS_EXPAND "
     "DROPOUT PAIRS SETTLES BLOCK_M BLOCK_L BLOCK_R PRECISION"
 )

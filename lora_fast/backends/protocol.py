@@ -51,8 +51,13 @@ class Backend(Protocol):
         dX [..., K] is one sum, returned with the first layer.
         """
 
-    def dropout_mask(self, seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
-        """The boolean keep-mask [M, K]: a pure function of its arguments."""
+    def dropout_mask(
+        self, seed: int | Tensor, M: int, K: int, p: float, device: torch.device
+    ) -> Tensor:
+        """The boolean keep-mask [M, K]: a pure function of its arguments.
+
+        A seed in a tensor [1] gives the mask of the number in it, except that the torch backend has
+        another one while a CUDA graph is captured."""
 
     def row_norms(self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """‖W_i + s (B A)_i‖₂ [N] of every row i, in float32."""

@@ -20,16 +20,32 @@ from .torch_products import scaled_product
 
 # Elements of drop(x) at a time on a CPU: two mebibytes in float32.
 _BLOCK_ELEMENTS = 1 << 19
+# Elements of a mask at a time while a CUDA graph is captured: 128 MiB of random words.
+_CAPTURED_ELEMENTS = 1 << 24
 
 
-def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str) -> Tensor:
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device` is being captured by a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def dropout_mask(
+    seed: int | Tensor, M: int, K: int, p: float, device: torch.device | str
+) -> Tensor:
     """Boolean [M, K], True where an element is kept: a pure function of seed, row, column and K.
+
+    A seed in a tensor [1] is read, for which a CPU waits; a graph that is being captured cannot,
+    and draws another mask of it.
 
     Only the rarer outcome is drawn, which for a typical p takes a tenth of the random numbers. A
     position is hit by Poisson(λ) of Poisson(λ M K) uniform draws, independently of all others
     (Kingman 1993, Poisson Processes, §2.2), so that λ = −ln(1 − p) hits it with probability p.
     """
     device, count = torch.device(device), M * K
+    if isinstance(seed, Tensor):
+        if is_capturing(seed.device):
+            return _mask_of_word(seed, count, p).view(M, K)
+        seed = int(seed)
     rarer = min(p, 1.0 - p)
     drops = p <= 0.5
     mask = torch.full((count,), drops, dtype=torch.bool, device=device)
@@ -43,6 +59,27 @@ def dropout_mask(seed: int, M: int, K: int, p: float, device: torch.device | str
         hits = torch.randint(max(1, count), (draws,), device=device, generator=generator)
         mask.index_fill_(0, hits, not drops)
     return mask.view(M, K)
+
+
+def _mask_of_word(seed: Tensor, count: int, p: float) -> Tensor:
+    """Boolean [count] of a seed [1] that only its device reads: the outputs of splitmix64 (Steele,
+    Lea and Flood 2014, Fast splittable pseudorandom number generators) are not below p."""
+    mask = torch.empty(count, dtype=torch.bool, device=seed.device)
+    for start in range(0, count, _CAPTURED_ELEMENTS):
+        stop = min(start + _CAPTURED_ELEMENTS, count)
+        # Products and sums wrap around at 64 bits.
+        z = torch.arange(start + 1, stop + 1, device=seed.device).mul_(-0x61C8864680B583EB)
+        z = z.add_(seed.reshape(1))
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            z = z.bitwise_xor_(_shifted(z, shift)).mul_(factor)
+        z = z.bitwise_xor_(_shifted(z, 31))
+        torch.ge(_shifted(z, 11), round(p * 2**53), out=mask[start:stop])
+    return mask
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """z >> bits without its sign."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 @dataclass(frozen=True, eq=False)

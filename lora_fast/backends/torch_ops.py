@@ -103,7 +103,9 @@ class TorchBackend:
             grads[0] = grads[0]._replace(**first)
         return grads
 
-    def dropout_mask(self, seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
+    def dropout_mask(
+        self, seed: int | Tensor, M: int, K: int, p: float, device: torch.device
+    ) -> Tensor:
         return dropout_mask(seed, M, K, p, device)
 
     def row_norms(self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -125,7 +125,9 @@ class TritonBackend:
             grads[0] = grads[0]._replace(x=dX.view(*dYs[0].shape[:-1], dX.shape[-1]))
         return grads
 
-    def dropout_mask(self, seed: int, M: int, K: int, p: float, device: torch.device) -> Tensor:
+    def dropout_mask(
+        self, seed: int | Tensor, M: int, K: int, p: float, device: torch.device
+    ) -> Tensor:
         return dropout_kernels.dropout_mask(M, K, dropout_kernels.Dropout(p, seed), device)
 
     def row_norms(self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -28,7 +28,9 @@ _PER_LAYER = len(Needs._fields) - 1
 _NOTHING = Needs()
 
 
-def compute(x: Tensor, fs: Sequence[Factors], dropout_seed: int | None = None) -> Sequence[Tensor]:
+def compute(
+    x: Tensor, fs: Sequence[Factors], dropout_seed: int | Tensor | None = None
+) -> Sequence[Tensor]:
     """y [..., N] of every layer for x [..., K]: the equation, differentiable, after all checks.
 
     `fs` as for :class:`lora_fast.backends.protocol.Backend`, except that a scaling may be a tensor,
@@ -41,7 +43,7 @@ def compute(x: Tensor, fs: Sequence[Factors], dropout_seed: int | None = None) -
             f = _with_number(f)
         check_operands(x, f)
         layers.append(f)
-    check_dropout(layers[0].constants.dropout_p, dropout_seed)
+    check_dropout(layers[0].constants.dropout_p, dropout_seed, x)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.compiler.is_compiling():
@@ -69,11 +71,16 @@ class AdaptedLinears(torch.autograd.Function):
         ys, saved = backend.forward(x, fs, needs)
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
         read = saved_input(x, fs[0].constants, need, copies=backend.copies_input)
-        ctx.save_for_backward(read, *saved, *tensors)
+        # A number stays with the constants.
+        seed = fs[0].constants.dropout_seed
+        ctx.save_for_backward(read, *saved, seed if isinstance(seed, Tensor) else None, *tensors)
         ctx.backend, ctx.others = backend, []
         for f in fs:
             packed = None if isinstance(f.weight, Tensor) else f.weight
-            ctx.others.append((packed, f.constants))
+            constants = f.constants
+            if isinstance(seed, Tensor):
+                constants = constants._replace(dropout_seed=0)
+            ctx.others.append((packed, constants))
         ctx.set_materialize_grads(len(fs) == 1)
         return tuple(ys)
 
@@ -83,9 +90,11 @@ class AdaptedLinears(torch.autograd.Function):
         like = next((dY for dY in dYs if dY is not None), None)
         if like is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, S, V, mask, *tensors = ctx.saved_tensors
+        x, S, V, mask, seed, *tensors = ctx.saved_tensors
         fs, rows = [], []
         for i, (dY, (packed, constants)) in enumerate(zip(dYs, ctx.others, strict=True)):
+            if seed is not None:
+                constants = constants._replace(dropout_seed=seed)
             W, bias, A, B, b, d, g = tensors[i * _PER_LAYER : (i + 1) * _PER_LAYER]
             f = Factors(packed if W is None else W, bias, A, B, b, d, g, constants)
             fs.append(f)
@@ -129,7 +138,7 @@ def _with_number(f: Factors) -> Factors:
     return f._replace(b=b)
 
 
-def _with_seed(x: Tensor, fs: Sequence[Factors], seed: int | None) -> list[Factors]:
+def _with_seed(x: Tensor, fs: Sequence[Factors], seed: int | Tensor | None) -> list[Factors]:
     """The factors with the seed of their mask, drawn here unless it is given; without dropout if
     there is no A."""
     if fs[0].A is None:

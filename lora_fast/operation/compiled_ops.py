@@ -5,9 +5,10 @@
     lora_fast::row_norms                ‖W_i + s (B A)_i‖₂ of every row, for DoRA
 
 They call the backend as the autograd.Function does, with the same saved tensors. An NF4 weight is
-split into its tensors and sizes. Dropout's seed is a tensor on the CPU, so that a graph draws it
-instead of holding a constant, and tensors that are not saved are empty. Eager code does not use
-them: dispatching a custom operator costs more than an autograd.Function.
+split into its tensors and sizes. Dropout's seed is a tensor, so that a graph draws it instead of
+holding a constant: on x's device for kernels, which read it there, else on the CPU. Tensors that
+are not saved are empty. Eager code does not use them: dispatching a custom operator costs more than
+an autograd.Function.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ..backends.selection import backend_for
 from ..factors import Constants, Factors, Needs, Saved, saved_input
 from ..nf4 import NF4Weight
 from .seeds import seed_tensor
+
+_CPU = torch.device("cpu")
 
 
 class FlatWeight(NamedTuple):
@@ -113,7 +116,9 @@ class Operands(NamedTuple):
         return self.bias, self.A, self.B, self.b, self.d, self.g
 
     def factors(self, weight: Tensor | NF4Weight) -> Factors:
-        seed = 0 if self.seed is None else int(self.seed)
+        seed: int | Tensor = 0
+        if self.seed is not None:
+            seed = self.seed if self.seed.device == weight.device else int(self.seed)
         constants = Constants(self.scaling, self.dropout_p, seed, self.rank_spans)
         return Factors(weight, self.bias, self.A, self.B, self.b, self.d, self.g, constants)
 
@@ -237,11 +242,11 @@ _row_norms_op = _registered(
 )
 
 
-def apply(x: Tensor, fs: Sequence[Factors], dropout_seed: int | None) -> list[Tensor]:
+def apply(x: Tensor, fs: Sequence[Factors], dropout_seed: int | Tensor | None) -> list[Tensor]:
     """y of `lora_fast::adapted_linear` for every layer; they share one dropout mask."""
     seed, ys, name = None, [], get_backend()
     if fs[0].constants.dropout_p > 0.0 and fs[0].A is not None:
-        seed = seed_tensor(dropout_seed)
+        seed = seed_tensor(dropout_seed, x.device if uses_triton(x.device, name) else _CPU)
     for weight, *vectors, constants in fs:
         flat = FlatWeight.of(weight)
         enabled = torch.is_grad_enabled()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from ..backends import torch_dropout
 
 
-def draw_seed(device: torch.device) -> int:
-    """A seed from torch's generator of `device`, whose state advances; does not wait for CUDA."""
+def draw_seed(device: torch.device) -> int | Tensor:
+    """A seed from torch's generator of `device`, whose state advances; does not wait for CUDA.
+
+    A number, or, while a CUDA graph is captured, a tensor [1] that every replay draws anew.
+    """
+    if torch_dropout.is_capturing(device):
+        return seed_tensor(None, device)
     if device.type != "cuda":
         return int(torch.randint(2**62, (), device=device))
-    if torch.cuda.is_current_stream_capturing():
-        raise NotImplementedError(
-            "dropout_p must be 0 while a CUDA graph is captured, or dropout_seed given: "
-            "every replay would use the same mask"
-        )
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
     offset = generator.get_offset()
@@ -21,7 +24,11 @@ def draw_seed(device: torch.device) -> int:
     return (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset) % 2**62
 
 
-def seed_tensor(dropout_seed: int | None) -> torch.Tensor:
-    """The seed of dropout in a compiled graph, which draws it from torch's generator of the CPU
-    unless it is given."""
-    return torch.randint(2**62, ()) if dropout_seed is None else torch.tensor(dropout_seed)
+def seed_tensor(dropout_seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed [1] of dropout in a graph, which draws it from torch's generator of `device` unless
+    it is given."""
+    if dropout_seed is None:
+        return torch.randint(2**62, (1,), device=device)
+    if isinstance(dropout_seed, Tensor):
+        return dropout_seed
+    return torch.full((1,), dropout_seed, dtype=torch.int64, device=device)

@@ -54,16 +54,27 @@ def check_operands(x: Any, f: Factors) -> None:
         _check_rank_spans(f.constants.rank_spans, x, f.A)
 
 
-def check_dropout(p: Any, seed: Any) -> None:
-    """Raise unless `p` is a probability and `seed` None or a non-negative integer below 2⁶³."""
+def check_dropout(p: Any, seed: Any, x: Tensor) -> None:
+    """Raise unless `p` is a probability and `seed` None, a non-negative integer below 2⁶³, or an
+    int64 tensor of one element on x's device."""
     if type(p) is not float or not 0.0 <= p <= 1.0:
         check_probability("dropout_p", p)
     if seed is None:
         return
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, Tensor):
+        _check_seed_tensor(seed, x)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"dropout_seed must be an integer, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
+    elif not 0 <= seed < 2**63:
         raise ValueError(f"dropout_seed must lie in [0, 2**63), got {seed}")
+
+
+def _check_seed_tensor(seed: Tensor, x: Tensor) -> None:
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        kind = f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise TypeError(f"dropout_seed must be an integer or one int64 in a tensor, got {kind}")
+    if seed.device != x.device:
+        raise _elsewhere("dropout_seed", seed, x)
 
 
 def _check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 import subprocess
@@ -31,7 +30,6 @@ from bench.gpu_day import (
 )
 from bench.gpu_day.day import Day, day
 from bench.gpu_day.modelled import Modelled
-from lora_fast import functional
 
 CPU = torch.device("cpu")
 ABOUT = {"name": "no GPU", "capability": [9, 0], "rehearsal": True}
@@ -69,23 +67,6 @@ def test_a_capture_that_fails_leaves_eager_times_and_a_reason(
     assert "capturing" in found["graph_failed"]
     assert row["new_process"]
     assert "failed" in tables.contests({"case": row}, Modelled(None))
-
-
-def test_captured_dropout_has_one_mask(today: Day) -> None:
-    """Eager calls draw a seed each, or two steps of training would drop the same."""
-    x, W, A, B = (torch.randn(8, 8) for _ in range(4))
-    captured: list[torch.Tensor] = []
-
-    def step() -> object:
-        y = functional.adapted_linear(x, W, A=A, B=B, dropout_p=0.5)
-        captured.append(y)
-        return y
-
-    timing.contest(today, {"lora_fast": lambda: step}, baseline="lora_fast")
-    *eager, in_graph = captured
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(eager, 2))
-    with timing._one_mask():
-        assert torch.equal(step(), in_graph)  # type: ignore[arg-type]
 
 
 def test_without_its_floor_a_contest_still_has_times(today: Day) -> None:
