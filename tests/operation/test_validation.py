@@ -51,6 +51,21 @@ X, W, A, B = torch.randn(3, 6), torch.randn(5, 6), torch.randn(2, 6), torch.rand
         ),
         (TypeError, "dropout_seed must be an integer, got float", {"dropout_seed": 1.5}),
         (ValueError, "dropout_seed must lie in", {"dropout_seed": -1}),
+        (
+            TypeError,
+            "dropout_seed must be an integer or one int64",
+            {"dropout_seed": torch.ones(1)},
+        ),
+        (
+            TypeError,
+            "dropout_seed must be an integer or one int64",
+            {"dropout_seed": torch.tensor([1, 2])},
+        ),
+        (
+            ValueError,
+            "dropout_seed must be on x's device",
+            {"dropout_seed": torch.ones(1, dtype=torch.int64, device="meta")},
+        ),
         (ValueError, "weight must have N ≥ 1 and K ≥ 1", {"x": X[:, :0], "weight": W[:, :0]}),
         (TypeError, "dropout_p must be a number", {"dropout_p": "0.1"}),
         (ValueError, "x must be on a device that computes, got meta", {"x": X.to("meta")}),
