@@ -133,6 +133,14 @@ def _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES: tl.constexpr, TRAPS: tl
 
 
 @triton.jit
+def leaves_early(members, y_ptr, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr):
+    """Whether consumers leave before they store their tile, which the count would wait for; in
+    kernels that are short of registers, by a mask or decoding, all CTAs leave at their end."""
+    masks: tl.constexpr = IS_GRAD and DROPOUT
+    return y_ptr is not None and not masks and not members[0].IS_NF4
+
+
+@triton.jit
 def _add_low_rank(
     acc, members, num_partials, offs_m, offs_n, shrunk, gains, spans, u, M, N,
     IS_GRAD: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
@@ -233,8 +241,8 @@ def consume(
         )  # fmt: skip
     if HAS_ADAPTER and sync_ptr is not None:
         _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES, TARGET.SHUFFLES)
-        # Here and not after the tile is stored, which the count would wait for.
-        leave(sync_ptr, M, TILES.BLOCK_M)
+        if leaves_early(members, out.y_ptr, IS_GRAD, DROPOUT):
+            leave(sync_ptr, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, TILES.BLOCK_N), M, BLOCK_M)
         if len(num_partials) > 1 and not members[0].IS_NF4 and TARGET.SHUFFLES:
             # Kept through the K-loops of dense weights and the wait, rows would be spilled.
             block_m = tl.inline_asm_elementwise(_MOVE, "=r,r", [block_m], tl.int32, False, 1)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .dropout import drop, seed_of
 from .scaling import largest_finite, scaled_columns
-from .sync_layout import FLAGS, leave
+from .sync_layout import FLAGS
 from .tiles import Matrix, load_factor, load_tile, load_vector, settled, store_tile, sum_partials
 
 
@@ -144,4 +144,3 @@ def produce(
     tl.debug_barrier()
     block_m = row_tile * TILES.BLOCK_S // TILES.BLOCK_M
     tl.atomic_add(sync_ptr + FLAGS + block_m, 1, sem="release")
-    leave(sync_ptr, M, TILES.BLOCK_M)

@@ -1,9 +1,10 @@
 """The layout of the words (workspace.py) through which the CTAs of a launch synchronise.
 
-    ticketed_gemm  [next ticket, CTAs that have left, stored tiles of S of row block 0, 1, …]
+    ticketed_gemm  [next ticket, CTAs that left, stored tiles of S of row block 0, 1, …]
     strips         [finished blocks of columns, CTAs arrived at block 0, 1, …]
 
-All are zero before a launch and after it. CTAs of ticketed_gemm leave once they need none any more.
+All are zero before a launch and after it. Consumers of ticketed_gemm leave once they need no more
+words. By then all producers have: it is their flags that consumers wait for.
 """
 
 import triton
@@ -18,16 +19,15 @@ ARRIVALS = tl.constexpr(1)
 
 
 @triton.jit
-def leave(sync_ptr, M, BLOCK_M: tl.constexpr):
-    """Count this CTA of ticketed_gemm as one that reads no more words; the last zeroes them all.
-
-    It need not have stored its tile: what orders the next launch is the stream.
+def leave(sync_ptr, leaving, M, BLOCK_M: tl.constexpr):
+    """Count this CTA of ticketed_gemm as one that needs no more words; the last of `leaving` CTAs
+    zeroes them all. They need not have stored their tiles: what orders the next launch is the
+    stream.
     """
-    programs = tl.num_programs(0)
-    if tl.atomic_add(sync_ptr + LEFT, 1, sem="release") == programs - 1:
+    if tl.atomic_add(sync_ptr + LEFT, 1, sem="release") == leaving - 1:
         # The last one acquires what the others released. Were all to, S would be ordered, too, and
         # nobody would notice a flag that does not order it.
-        is_last = tl.atomic_add(sync_ptr + LEFT, 0, sem="acquire") == programs
+        is_last = tl.atomic_add(sync_ptr + LEFT, 0, sem="acquire") == leaving
         words = FLAGS + tl.cdiv(M, BLOCK_M)
         for first in range(0, words, 128):
             offs = first + tl.arange(0, 128)

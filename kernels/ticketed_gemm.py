@@ -30,7 +30,7 @@ import triton.language as tl
 from .descriptors import descriptors_of
 from .dropout import NO_DROPOUT, Words, drops_pairs
 from .environment import current_arch, precision_of
-from .gemm_tiles import Output, consume
+from .gemm_tiles import Output, consume, leaves_early
 from .launch_policy import (
     expand_block,
     pick_gemm,
@@ -43,7 +43,7 @@ from .out_of_resources import OutOfResources, instead_of
 from .profile import gemm_name, gemm_work, shown_as
 from .scaling import Shrunk, new_gradient
 from .shrink_tiles import ShrunkPointers, Spans, produce
-from .sync_layout import FLAGS, TICKET
+from .sync_layout import FLAGS, TICKET, leave
 from .tiles import NO_GAINS, Target
 from .workspace import debug_options, sync_words
 
@@ -179,6 +179,8 @@ def ticketed_gemm(
         Words(seed_ptr, seed_low, seed_high, threshold, keep_scale), sync_ptr, num_chunks,
         IS_GRAD, DROPOUT, EVEN_K, TILES, TARGET,
     )  # fmt: skip
+    if MAKES_S and not leaves_early(members, y_ptr, IS_GRAD, DROPOUT):
+        leave(sync_ptr, tl.num_programs(0), M, TILES.BLOCK_M)
 
 
 class Layer(NamedTuple):
@@ -265,6 +267,8 @@ def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, i
         packed = packed or member.IS_NF4.value
     BLOCK_R = min(BLOCK_R, config.MAX_R)
     M, N = x.shape[0], 0 if y is None else y.shape[1]
+    # Without columns there are producers alone.
+    y = y if N else None
     makes_S = members[0].in_ptr is not None
     arch = current_arch()
     num_chunks = sum([-(-member.R_made // BLOCK_R) for member in members])
