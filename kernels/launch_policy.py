@@ -46,6 +46,18 @@ class StripConfig:
 
 
 @dataclass(frozen=True)
+class RowsConfig:
+    """Tile sizes of expand and shrink: rows, and columns of the long dimension (N or K). A tile of
+    expand takes at most MAX_R columns of the rank in a step."""
+
+    BLOCK_M: int
+    BLOCK_L: int
+    num_warps: int
+    num_stages: int
+    MAX_R: int = MAX_BLOCK_R
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """Packed bytes per CTA of nf4_decode."""
 
@@ -173,8 +185,20 @@ _16_ROWS = GemmConfig(16, 32, 256, 16, 8, num_warps=4, num_stages=4, MAX_R=16, M
 _GEMM_FLOAT32 = GemmConfig(32, 64, 16, 32, 8, num_warps=4, num_stages=2)
 
 _STRIPS_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
+
+# expand stores 16 KB a tile. shrink reads x at the speed of memory if enough of it is on its way:
+# 2048 rows are 128 CTAs, 8192 are 256, each with three blocks of 4 KB. Products of fewer than 64
+# rows are mma.sync everywhere. 64 columns of a float32 A beside 32 rows leave registers for two
+# CTAs on a multiprocessor, and dropout's random words, if a block has 64 columns of K.
+_EXPAND = RowsConfig(64, 128, num_warps=4, num_stages=1)
+_EXPAND_FLOAT32 = RowsConfig(32, 64, num_warps=4, num_stages=1, MAX_R=16)
+_SHRINK_16 = RowsConfig(16, 128, num_warps=4, num_stages=4)
+_SHRINK_32 = RowsConfig(32, 64, num_warps=4, num_stages=4)
+_SHRINK_FLOAT32 = RowsConfig(16, 32, num_warps=4, num_stages=2)
 # The same on every architecture.
 OF_ALL = (_FEW_ROWS, _16_ROWS, _GEMM_FLOAT32, _STRIPS_FLOAT32)
+# The same, of the routes that leave the product with W to cuBLAS.
+OF_ROUTES = (_EXPAND, _EXPAND_FLOAT32, _SHRINK_16, _SHRINK_32, _SHRINK_FLOAT32)
 
 DECODE = DecodeConfig(4096, num_warps=4)
 # IEEE products again, so fewer than 64 rows; 128 columns make full lines of a W that is read once.
@@ -224,6 +248,18 @@ def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:
         return _STRIPS_FLOAT32
     row = _BY_ARCH.get(arch, _UNKNOWN)
     return row.strips_wide_rank if R > 32 else row.strips
+
+
+def pick_expand(dtype: torch.dtype) -> RowsConfig:
+    """The tiles of expand."""
+    return _EXPAND_FLOAT32 if dtype == torch.float32 else _EXPAND
+
+
+def pick_shrink(M: int, dtype: torch.dtype) -> RowsConfig:
+    """The tiles of shrink for M rows."""
+    if dtype == torch.float32:
+        return _SHRINK_FLOAT32
+    return _SHRINK_16 if M <= 4096 else _SHRINK_32
 
 
 def shares_shrink(M: int) -> bool:

@@ -7,14 +7,15 @@ from dataclasses import replace
 from triton.runtime.errors import OutOfResources
 
 from . import triton_version  # noqa: F401
-from .launch_policy import GemmConfig, StripConfig
+from .launch_policy import GemmConfig, RowsConfig, StripConfig
 
 __all__ = ["OutOfResources", "descent", "instead_of", "recording_drops", "smaller"]
 
+_Config = GemmConfig | StripConfig | RowsConfig
 _dropped = contextvars.ContextVar("dropped", default=None)
 
 
-def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None:
+def smaller(config: _Config) -> _Config | None:
     """The configuration to try if this one does not fit; None after the smallest.
 
     First fewer stages, which cost nothing but overlap, then tiles of half the size, which cost
@@ -22,7 +23,7 @@ def smaller(config: GemmConfig | StripConfig) -> GemmConfig | StripConfig | None
     """
     if config.num_stages > 2:
         return replace(config, num_stages=config.num_stages - 1)
-    if isinstance(config, StripConfig):
+    if not isinstance(config, GemmConfig):
         halves = {"BLOCK_L": config.BLOCK_L // 2}
     elif config.BLOCK_K > 32:
         halves = {"BLOCK_K": config.BLOCK_K // 2}

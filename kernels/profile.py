@@ -78,6 +78,39 @@ def strips_work(arguments: Arguments) -> dict[str, int]:
     return _flops(flops, x) | _bytes(tensors)
 
 
+def expand_name(compiled: Any) -> str:
+    """expand_dX_64x128_r16: BLOCK_M × BLOCK_L, and the ranks in one step."""
+    tiles = compiled.constants["TILES"]
+    made = "dX" if compiled.constants["IS_GRAD"] else "y"
+    return f"expand_{made}_{tiles.BLOCK_M}x{tiles.BLOCK_L}_r{tiles.BLOCK_R}"
+
+
+def expand_work(arguments: Arguments) -> dict[str, int]:
+    """S · outᵀ of every member; the y of a gradient is one."""
+    flops, tensors = 0, [arguments["s_ptr"], arguments["largest_ptr"], *arguments["gains"]]
+    for i, member in enumerate(arguments["members"]):
+        flops += 2 * arguments["M"] * member.L * member.R
+        tensors += [member.out_ptr, member.bias_ptr]
+        if i == 0 or not arguments["IS_GRAD"]:
+            tensors.append(member.y_ptr)
+    return _flops(flops, arguments["members"][0].y_ptr) | _bytes(tensors)
+
+
+def shrink_name(compiled: Any) -> str:
+    """shrink_beside_x_32x128_r16: with the copy of x or without, BLOCK_M × BLOCK_K, BLOCK_R."""
+    tiles, words = compiled.constants["TILES"], ["shrink"]
+    if compiled.signature["wide_ptr"] != "constexpr":
+        words.append("beside_x")
+    return "_".join([*words, f"{tiles.BLOCK_M}x{tiles.BLOCK_K}", f"r{tiles.BLOCK_R}"])
+
+
+def shrink_work(arguments: Arguments) -> dict[str, int]:
+    """drop(x) Aᵀ."""
+    names = ("x_ptr", "A_ptr", "s_ptr", "wide_ptr", "spans_ptr")
+    flops = 2 * arguments["M"] * arguments["K"] * arguments["R"]
+    return _flops(flops, arguments["x_ptr"]) | _bytes(arguments[name] for name in names)
+
+
 def decode_name(compiled: Any) -> str:
     """nf4_decode_128x64: quantisation blocks × weights in a block."""
     return "nf4_decode_{ROWS}x{BLOCKSIZE}".format(**compiled.constants)
@@ -86,6 +119,16 @@ def decode_name(compiled: Any) -> str:
 def decode_work(arguments: Arguments) -> dict[str, int]:
     names = ("packed_ptr", "absmax_ptr", "absmax2_ptr", "code2_ptr", "offset_ptr", "code_ptr")
     return _bytes([*(arguments[name] for name in names), arguments["w_ptr"]])
+
+
+def augmented_name(compiled: Any) -> str:
+    """nf4_decode_augmented_64x64: quantisation blocks × weights in a block."""
+    return "nf4_decode_augmented_{ROWS}x{BLOCKSIZE}".format(**compiled.constants)
+
+
+def augmented_work(arguments: Arguments) -> dict[str, int]:
+    moved = decode_work(arguments)["bytes"]
+    return {"bytes": moved + _bytes([arguments["B_ptr"], *arguments["gains"]])["bytes"]}
 
 
 def norms_name(compiled: Any) -> str:

@@ -81,7 +81,7 @@ def column_scales(largest_ptr, first_m, last_m, tile_rows, offs_r, R):
 
 
 @triton.jit
-def tile_scale(largest_ptr, first_m, last_m, tile_rows: tl.constexpr, columns):
+def tile_scale(largest_ptr, first_m, last_m, tile_rows, columns):
     """u and 1 / u of all of dS in the rows [first_m, last_m), for all its columns."""
     first = first_m // tile_rows
     count = (tl.cdiv(last_m, tile_rows) - first) * columns

@@ -259,6 +259,63 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return passes
 
 
+_EXPAND_ARGUMENTS = _names(
+    "ranks s_ptr largest_ptr keep_scale seed_ptr seed_low seed_high threshold M columns tile_rows "
+    "stride_sm "
+    "IS_GRAD DROPOUT BLOCK_M BLOCK_L BLOCK_R PRECISION PAIRS SETTLES SHUFFLES MMA_SYNC "
+    # of each member
+    "out_ptr y_ptr bias_ptr scaling L R first_r stride_out_l stride_out_r"
+)
+
+
+def _expand(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
+    M, rows = v["M"], _cdiv(v["M"], v["BLOCK_M"])
+    expand = Pass("expand")
+    for i, member in enumerate(_Values(member._asdict()) for member in v["members"]):
+        L, R = member["L"], member["R"]
+        S, out = M * R * v.itemsize("s_ptr"), L * R * member.itemsize("out_ptr")
+        expand.flops += 2 * M * L * R
+        expand.reads("s_ptr", S, _cdiv(L, v["BLOCK_L"]) * S)
+        expand.reads("out_ptr", out, rows * out)
+        if member["bias_ptr"] is not None:
+            bias = L * member.itemsize("bias_ptr")
+            expand.reads("bias_ptr", bias, rows * bias)
+        if i == 0 or not v["IS_GRAD"]:
+            expand.writes("y_ptr", M * L * member.itemsize("y_ptr"))
+    if v["largest_ptr"] is not None:
+        largest = 4 * v.count("largest_ptr")
+        expand.reads("largest_ptr", largest, _largest_loaded(v))
+    return [expand]
+
+
+def _largest_loaded(v: _Values) -> int:
+    """A tile reads those of all columns in the tiles of dS that its rows are in."""
+    M, BLOCK_M, rows = v["M"], v["BLOCK_M"], v["tile_rows"]
+    firsts = range(0, M, BLOCK_M)
+    tiles = sum(_cdiv(min(first + BLOCK_M, M), rows) - first // rows for first in firsts)
+    return 4 * int(v["columns"]) * tiles * int(v["stride_sm"])
+
+
+_SHRINK_ARGUMENTS = _names(
+    "x_ptr A_ptr s_ptr wide_ptr keep_scale seed_ptr seed_low seed_high threshold M K R padded "
+    "rows_per_sample stride_xm stride_xk stride_ar stride_ak DROPOUT BLOCK_M BLOCK_K BLOCK_R "
+    "PRECISION PAIRS SETTLES SHUFFLES MMA_SYNC"
+)
+
+
+def _shrink(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
+    M, K, R, e = v["M"], v["K"], v["R"], v.itemsize("x_ptr")
+    tiles, chunks = grid[0], grid[1]
+    shrink, A = Pass("shrink", 2 * M * K * R), R * K * v.itemsize("A_ptr")
+    shrink.reads("x_ptr", M * K * e, chunks * M * K * e)
+    shrink.reads("A_ptr", A, tiles * A)
+    if v["s_ptr"] is not None:
+        shrink.writes("s_ptr", M * R * e)
+    if v["wide_ptr"] is not None:
+        shrink.writes("wide_ptr", M * (K + v["padded"]) * e)
+    return [shrink]
+
+
 _DECODE_ARGUMENTS = _names(
     "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr w_ptr num_bytes num_elements "
     "num_blocks BLOCKSIZE BLOCKSIZE2 ROWS SHUFFLES"
@@ -284,9 +341,42 @@ def _nf4_decode(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return [decode]
 
 
+_AUGMENTED_ARGUMENTS = _names(
+    "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr B_ptr w_ptr scaling K R "
+    "first_r columns parts stride_bn stride_br BLOCKSIZE BLOCKSIZE2 ROWS EVEN SHUFFLES"
+)
+
+
+def _nf4_decode_augmented(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
+    """Of rows that hold whole blocks; others load an absmax for each weight."""
+    programs, K, blocks = grid[0], v["K"], v.count("absmax_ptr")
+    rows = programs // v["parts"]
+    if not v["EVEN"]:
+        raise NotImplementedError("bench/instruments/traffic.py must model blocks across rows")
+    decode = Pass("decode")
+    decode.reads("packed_ptr", rows * K // 2, rows * K // 2)
+    absmax = blocks * v.itemsize("absmax_ptr")
+    decode.reads("absmax_ptr", absmax, absmax)
+    code = v.count("code_ptr") * v.itemsize("code_ptr")
+    decode.reads("code_ptr", code, programs * code)
+    if v["offset_ptr"] is not None:
+        outer, table = v.itemsize("absmax2_ptr"), v.itemsize("code2_ptr")
+        decode.reads("absmax2_ptr", _cdiv(blocks, v["BLOCKSIZE2"]) * outer, blocks * outer)
+        # Masked lanes of the last part of a row look up entry 0.
+        decode.reads("code2_ptr", v.count("code2_ptr") * table, programs * v["ROWS"] * table)
+        decode.reads("offset_ptr", v.itemsize("offset_ptr"), programs * v.itemsize("offset_ptr"))
+    B = rows * v["R"] * v.itemsize("B_ptr")
+    decode.reads("B_ptr", B, B)
+    decode.writes("w_ptr", rows * (K + v["columns"]) * v.itemsize("w_ptr"))
+    return [decode]
+
+
 _Count = Callable[[_Values, tuple[int, int, int]], list[Pass]]
 _KERNELS: dict[str, tuple[frozenset[str], _Count]] = {
     "ticketed_gemm": (_GEMM_ARGUMENTS, _ticketed_gemm),
     "strips": (_STRIP_ARGUMENTS, _strips),
+    "expand": (_EXPAND_ARGUMENTS, _expand),
+    "shrink": (_SHRINK_ARGUMENTS, _shrink),
     "nf4_decode": (_DECODE_ARGUMENTS, _nf4_decode),
+    "nf4_decode_augmented": (_AUGMENTED_ARGUMENTS, _nf4_decode_augmented),
 }

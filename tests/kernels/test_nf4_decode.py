@@ -49,3 +49,36 @@ def test_every_block_size(blocksize, nested):
     for dtype in DTYPES:
         expected = formula(weight.packed, weight.quant_state, dtype)
         assert_same_bits(decode(weight, dtype), expected, name=str(dtype))
+
+
+# N, K, blocksize: whole blocks in each row, several parts of a row, blocks across rows, odd rows.
+AUGMENTED = [(5, 128, 64), (3, 9 * 1024, 64), (9, 72, 64), (7, 75, 64), (3, 256, 128)]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wider_rows_hold_the_weight_and_the_factor_behind_it(executor, dtype, nested):
+    """[W | 0 | s · b dᵀ ⊙ B | 0], W with the bits of the formula and Q rounded once."""
+    from lora_fast.kernels import nf4_decode
+    from lora_fast.kernels.tiles import NO_GAINS, Gains
+
+    R, first_r, columns = 5, 16, 80
+    for N, K, blocksize in AUGMENTED:
+        weight = NF4Weight.from_dense(
+            torch.randn(N, K, device=executor.device), blocksize=blocksize, double_quant=nested
+        )
+        expected = formula(weight.packed, weight.quant_state, dtype)
+        B, b, d = (torch.randn(shape, device=executor.device) for shape in ((N, R), N, R))
+        for gains, Q in ((NO_GAINS, 0.5 * B), (Gains(b, d), 0.5 * B * b.unsqueeze(1) * d)):
+            with executor.counting_launches() as names:
+                wide = nf4_decode.augmented(
+                    weight.packed, weight.quant_state, dtype, B, 0.5,
+                    gains=gains, first_r=first_r, columns=columns,
+                )  # fmt: skip
+            assert names == ["nf4_decode_augmented"]
+            where = f"{N}x{K}/{blocksize}"
+            assert wide.shape == (N, K + columns)
+            assert_same_bits(wide[:, :K], expected, name=f"W {where}")
+            first = K + first_r
+            assert_same_bits(wide[:, first : first + R], Q.to(dtype), name=f"Q {where}")
+            assert not wide[:, K:first].any() and not wide[:, first + R :].any()

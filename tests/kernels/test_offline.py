@@ -23,10 +23,14 @@ from pins import is_pinned
 
 pytest.importorskip("triton")
 from lora_fast.kernels import (
+    dropout,
+    expand,
     launch_policy,
     nf4_decode,
     nf4_tile,
     row_norms,
+    scaling,
+    shrink,
     strips,
     ticketed_gemm,
     weight_update,
@@ -140,6 +144,23 @@ def _group_step(arch: int, dropout_p: float, R: int = 16, nf4: bool = False) -> 
     return log
 
 
+def _routes_step(arch: int, case: Case) -> stub_driver.Log:
+    """A layer and three that share x, on the routes that leave the product with W to cuBLAS."""
+    x, S = _meta(8192, case.K, dtype=case.dtype), _meta(8192, 3 * case.R, dtype=case.dtype)
+    A, B = (_meta(*s, dtype=case.adapter_dtype) for s in ((case.R, case.K), (case.N, case.R)))
+    drops, layer = dropout.Dropout(case.dropout_p, 3), expand.Layer(B, 2.0, _meta(case.N))
+    gains = Gains(_meta(case.N), _meta(case.R)) if case.gains else NO_GAINS
+    with stub_driver.recording(arch) as log:
+        for rows in (x[:2048], x):
+            shrink.beside_rows(rows, A, drops, saves_S=True)
+        shrink.of_rows(x, torch.cat([A] * 3), drops)
+        for count in (1, 3):
+            expand.outputs(S, case.dtype, [layer] * count, gains)
+            dS = scaling.new_gradient(x, count * case.R, 64)
+            expand.input_gradient(dS, case.dtype, [A] * count, drops)
+    return log
+
+
 def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     found, limits = launch.kernel.resources, resources.limits_of(arch)
     # Below the limit ptxas trades a few registers for another CTA; at the limit it had no choice.
@@ -165,7 +186,8 @@ def _assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
 def _expected_mma(launch: stub_driver.Launch, arch: int) -> set[str]:
     """The products of the generation; mma.sync for tiles that its larger ones do not fit."""
     arguments = launch.arguments
-    x = arguments["members"][0].x_ptr if "members" in arguments else arguments["x_ptr"]
+    x = arguments["members"][0] if "members" in arguments else None
+    x = arguments["x_ptr"] if x is None else getattr(x, "x_ptr", x[1])
     if x.dtype == torch.float32:
         return set()
     return {"HMMA" if launch.constexprs["BLOCK_M"] < 64 else resources.limits_of(arch).mma}
@@ -194,6 +216,18 @@ def test_a_group_of_layers_fits_the_device(arch: int, dropout_p: float) -> None:
         _assert_fits(launch, arch)
         _assert_products_run_on(launch, arch)
         assert set(launch.kernel.resources.mma) == {resources.limits_of(arch).mma}
+
+
+ROUTES = [PLAIN, R64, R100, FP32, FP16_DROPOUT, ALL_FACTORS]
+
+
+@pytest.mark.parametrize("case", ROUTES, ids=lambda case: case.name)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_kernels_beside_cublas_fit_the_device(arch: int, case: Case) -> None:
+    for launch in _routes_step(arch, case).launches:
+        _assert_fits(launch, arch)
+        _assert_products_run_on(launch, arch)
+        assert set(launch.kernel.resources.mma) == _expected_mma(launch, arch), launch.name
 
 
 @pytest.mark.exhaustive
@@ -236,6 +270,8 @@ def test_the_k_loops_stay_within_their_budget(arch: int) -> None:
 # Machine instructions for one weight. A GPU of 2.8 TB/s and 28 T thread instructions a second moves
 # the 2.5 bytes of a weight in the time of 25; decoding should leave most of them to others.
 NF4_BUDGET = 7.5
+# Half as many weights in a program, and the columns behind them, which one part of a row writes.
+AUGMENTED_BUDGET = 11.0
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -264,10 +300,13 @@ def test_nf4_decode_fits_the_device(arch: int, nested: bool) -> None:
     weight = _nf4(N, K, nested=nested)
     with stub_driver.recording(arch) as log:
         nf4_decode.decode(weight.packed, weight.quant_state, torch.bfloat16)
-    (launch,) = log.launches
-    _assert_fits(launch, arch)
-    executed = launch.kernel.resources.instructions.total() * launch.kernel.num_warps * 32
-    assert executed * launch.num_programs / (N * K) <= NF4_BUDGET
+        nf4_decode.augmented(
+            weight.packed, weight.quant_state, torch.bfloat16, _meta(N, 16), 2.0, columns=16
+        )
+    for launch, budget in zip(log.launches, (NF4_BUDGET, AUGMENTED_BUDGET), strict=True):
+        _assert_fits(launch, arch)
+        executed = launch.kernel.resources.instructions.total() * launch.kernel.num_warps * 32
+        assert executed * launch.num_programs / (N * K) <= budget
 
 
 def _in_gemm(arch: int, M: int, R: int, dtype: torch.dtype) -> stub_driver.Log:
@@ -342,11 +381,19 @@ def test_the_cases_use_every_shipped_configuration(monkeypatch: pytest.MonkeyPat
 
         return recorded
 
-    for module, name in ((ticketed_gemm, "pick_gemm"), (strips, "pick_strips")):
-        monkeypatch.setattr(module, name, recording_picks(getattr(module, name)))
+    pickers = {"gemm": ticketed_gemm, "strips": strips, "expand": expand, "shrink": shrink}
+    for name, module in pickers.items():
+        pick = recording_picks(getattr(module, f"pick_{name}"))
+        monkeypatch.setattr(module, f"pick_{name}", pick)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     for arch in ARCHS:
         for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):
             _training_step(arch, case)
+        for case in ROUTES:
+            _routes_step(arch, case)
     rows = [row.picked for row in launch_policy.TABLE.values()]
-    assert {*itertools.chain(*rows), *launch_policy.OF_ALL} - picked == set()
+    assert {
+        *itertools.chain(*rows),
+        *launch_policy.OF_ALL,
+        *launch_policy.OF_ROUTES,
+    } - picked == set()

@@ -15,7 +15,9 @@ from bench.instruments.accuracy import assert_all_accurate, assert_same_bits
 
 pytest.importorskip("triton")
 from bitsandbytes.functional import QuantState
-from lora_fast.kernels import nf4_decode
+from lora_fast.kernels import expand, nf4_decode, shrink
+from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.scaling import Shrunk
 
 import lora_fast
 from lora_fast import NF4Weight
@@ -90,6 +92,23 @@ def test_weights_with_rows_far_apart() -> None:
     backend_for(far.device).update_weight(far, out, A=far_apart(A), B=far_apart(B), scaling=0.7)
     backend_for(W.device).update_weight(W, W, A=A, B=B, scaling=0.7)
     assert_same_bits(out.contiguous(), W, name="W")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_in_place")
+def test_the_kernels_beside_cublas_with_rows_far_apart() -> None:
+    x, A, B = (torch.randn(ROWS, size) for size in (40, 40, 20))
+    weight = NF4Weight.from_dense(torch.randn(ROWS, 64))
+
+    def results(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> list[torch.Tensor]:
+        wide, S = shrink.beside_rows(x, A[:20], Dropout(0.3, 7), saves_S=True)
+        (y,) = expand.outputs(S, FP32, [expand.Layer(B, 0.5)])
+        dX = expand.input_gradient(Shrunk(B), FP32, [A[:20]], Dropout(0.3, 7))
+        W = nf4_decode.augmented(weight.packed, weight.quant_state, FP32, B, columns=32)
+        return [wide, S, y, dX, W]
+
+    for far, near in zip(results(*map(far_apart, (x, A, B))), results(x, A, B), strict=True):
+        assert_same_bits(far, near, name="far apart")
 
 
 def last_rows(case: Case, device: str) -> tuple[Any, Any]:

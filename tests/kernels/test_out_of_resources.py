@@ -33,8 +33,11 @@ def _descent(config: GemmConfig | StripConfig) -> list[GemmConfig | StripConfig]
         for dtype in (BF16, torch.float32)
         for arch in (80, 89, 90, 100)
     ]
+    + [launch_policy.pick_strips(dtype, R, 90) for dtype in (BF16, torch.float32) for R in (16, 64)]
     + [
-        launch_policy.pick_strips(dtype, R, 90) for dtype in (BF16, torch.float32) for R in (16, 64)
+        config
+        for dtype in (BF16, torch.float32)
+        for config in (launch_policy.pick_expand(dtype), launch_policy.pick_shrink(8192, dtype))
     ],
     ids=str,
 )
@@ -51,7 +54,7 @@ def test_each_step_down_is_smaller_and_the_last_one_is_small(config):
         assert all(small < large for large, small in changed.values())
     last = steps[-1]
     assert last.num_stages <= 2
-    assert (last.BLOCK_L if isinstance(last, StripConfig) else last.BLOCK_N) == 16
+    assert (last.BLOCK_N if isinstance(last, GemmConfig) else last.BLOCK_L) == 16
 
 
 def launch(config, room, tried):
