@@ -18,18 +18,10 @@ from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..kernels import dropout as dropout_kernels
-from ..kernels import (
-    environment,
-    launch_policy,
-    nf4_decode,
-    nf4_tile,
-    strips,
-    ticketed_gemm,
-    weight_update,
-    workspace,
-)
+from ..kernels import launch_policy, strips, ticketed_gemm, weight_update
 from ..kernels import row_norms as row_norms_kernels
-from ..kernels.tiles import NO_GAINS, Gains
+from ..kernels.scaling import Shrunk
+from ..kernels.tiles import Gains
 from ..nf4 import NF4Weight
 from ..tuning.plans import (
     BACKWARD,
@@ -41,9 +33,18 @@ from ..tuning.plans import (
     query,
 )
 from ..tuning.tuner import tuner
+from . import triton_routes
 from .protocol import columns_of, ranks_of, shaped_as
-from .torch_dropout import Dropout
-from .torch_ops import TORCH, TorchBackend, without_autocast
+from .torch_ops import TORCH, without_autocast
+from .triton_operands import (
+    Launching,
+    dense,
+    dropout,
+    factors_A,
+    gemm_operand,
+    shape_only,
+    vectors,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The needs of a forward pass in a query.
@@ -76,20 +77,24 @@ class TritonBackend:
                 op = FORWARD if len(fs) == 1 else FORWARD_GROUP
                 asked = [_SAVES_V if need.saves_V else _NOTHING] * len(fs)
                 plan = self._plan(op, rows, fs, asked, lambda p: self.forward(x, fs, needs, p))
-        if plan.route != "fused":
-            return PRODUCTS.forward(x, fs, needs)
         _check_dtype(x)
+        if plan.route != "fused":
+            augments = plan.route == "augmented" and triton_routes.can_augment(fs)
+            compute = triton_routes.augmented if augments else triton_routes.hybrid
+            with Launching(rows), without_autocast(rows):
+                ys, S, V = compute(rows, fs, need)
+            return [shaped_as(x, y) for y in ys], Saved(S, V)
         made, shrinks = (None, [{"A": fs[0].A}]) if len(fs) == 1 else _shared_shrink(rows, fs)
         ys = []
         # Configurations go by the rank of the layer, also where the rows of its part of S start off
         # 16 bytes for the ranks of the others: that takes 4 registers more, 248 on sm_80, and
         # spills none.
-        with _Launching(rows):
+        with Launching(rows):
             for f, shrink in zip(fs, shrinks, strict=True):
-                bias, gains = _vectors(f)
+                bias, gains = vectors(f)
                 y, S, V = ticketed_gemm.forward(
-                    rows, _gemm_operand(f.weight, rows, plan.workspace), B=f.B,
-                    scaling=f.constants.scaling, bias=bias, gains=gains, dropout=_dropout(f),
+                    rows, gemm_operand(f.weight, rows, plan.workspace), B=f.B,
+                    scaling=f.constants.scaling, bias=bias, gains=gains, dropout=dropout(f),
                     rank_spans=f.constants.rank_spans, saves_V=need.saves_V, config=plan.gemm,
                     **shrink,
                 )  # fmt: skip
@@ -115,10 +120,8 @@ class TritonBackend:
                 op = BACKWARD if len(fs) == 1 else BACKWARD_GROUP
                 arguments = (dYs, x, saved, fs, needs)
                 plan = self._plan(op, rows[0], fs, needs, lambda p: self.backward(*arguments, p))
-        if plan.route != "fused":
-            return PRODUCTS.backward(dYs, x, saved, fs, needs)
         x = None if x is None else x.reshape(-1, x.shape[-1])
-        with _Launching(rows[0]):
+        with Launching(rows[0]), without_autocast(rows[0]):
             grads = _gradients(rows, x, saved, fs, needs, plan)
         dX = grads[0].x
         if dX is not None:
@@ -132,7 +135,7 @@ class TritonBackend:
 
     def row_norms(self, weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """In one launch; one more decodes NF4."""
-        with _Launching(A):
+        with Launching(A):
             return row_norms_kernels.norms_of(dense(weight, weight.dtype), A, B, scaling)
 
     @torch.no_grad()
@@ -154,7 +157,7 @@ class TritonBackend:
             return
         _check_dtype(W)
         gains = Gains(*(None if v is None else v.contiguous() for v in (b, d, g)))
-        with _Launching(W):
+        with Launching(W):
             weight_update.update(W, out, A, B, gains, scaling)
         # Autograd must notice that a kernel has overwritten a saved tensor.
         torch.autograd.graph.increment_version(out)
@@ -170,52 +173,6 @@ class TritonBackend:
         return tuner.plan(query(op, rows, fs, needs, cublas=self._cublas), rows.device, run)
 
 
-class _Products(TorchBackend):
-    """The torch backend on a Triton device: products by cuBLAS, with the kernels' own dropout mask
-    and NF4 decoding. It saves the same tensors, so either can compute the backward pass."""
-
-    name = "triton"
-    copies_input = False
-
-    def forward(
-        self, x: Tensor, fs: Sequence[Factors], needs: Sequence[Needs]
-    ) -> tuple[list[Tensor], Saved]:
-        with torch.cuda.device_of(x):
-            ys, saved = super().forward(x, fs, needs)
-        return ys, saved._replace(mask=None)
-
-    def backward(
-        self,
-        dYs: Sequence[Tensor],
-        x: Tensor | None,
-        saved: Saved,
-        fs: Sequence[Factors],
-        needs: Sequence[Needs],
-    ) -> list[Gradients]:
-        with torch.cuda.device_of(dYs[0]):
-            return super().backward(dYs, x, saved, fs, needs)
-
-    def _dense(self, weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-        return dense(weight, dtype)
-
-    def _drawn(self, f: Factors, x: Tensor) -> Dropout:
-        return _kernels_dropout(f, x.shape[0], x.shape[1], x.device)
-
-    def _saved_dropout(self, saved: Saved, f: Factors, rows: Tensor, need: Needs) -> Dropout | None:
-        if f.A is None or f.constants.dropout_p == 0.0 or not need.saves_mask:
-            return None
-        return _kernels_dropout(f, rows.shape[0], f.weight.shape[1], rows.device)
-
-
-PRODUCTS = _Products()
-
-
-def _kernels_dropout(f: Factors, M: int, K: int, device: torch.device) -> Dropout:
-    """The mask that the kernels draw, and its p, by which the elements that survive are scaled."""
-    drawn = _dropout(f)
-    return Dropout(dropout_kernels.dropout_mask(M, K, drawn, device), drawn.drawn)
-
-
 def _shared_shrink(
     x: Tensor, fs: Sequence[Factors]
 ) -> tuple[Tensor, list[dict[str, Tensor | None]]]:
@@ -226,7 +183,7 @@ def _shared_shrink(
     if not launch_policy.shares_shrink(x.shape[0]):
         return made, [{"A": f.A, "made": S} for f, S in zip(fs, columns, strict=True)]
     shrinks = [{"A": f.A, "S": S} for f, S in zip(fs, columns, strict=True)]
-    shrinks[0] = {"A": torch.cat(_factors_A(fs)), "made": made}
+    shrinks[0] = {"A": torch.cat(factors_A(fs)), "made": made}
     return made, shrinks
 
 
@@ -243,26 +200,30 @@ def _gradients(
     needs_dS = f.A is not None and (need.x or need.A)
     grads, layers = [], []
     for dY, S, f_i, need_i in zip(dYs, columns_of(saved.S, fs), fs, needs, strict=True):
-        bias, gains = _vectors(f_i)
+        bias, gains = vectors(f_i)
         found, partials = _output_side(dY, S, saved.V, f_i, bias, gains, need_i, needs_dS)
-        weight = _shape_only(f_i.weight, dY)
-        if need.x:
-            weight = _gemm_operand(f_i.weight, dY, plan.workspace)
+        weight = shape_only(f_i.weight, dY)
+        if need.x and plan.route == "fused":
+            weight = gemm_operand(f_i.weight, dY, plan.workspace)
         grads.append(found)
         layers.append(
             ticketed_gemm.Layer(dY, weight, f_i.A, f_i.B, f_i.constants.scaling, partials)
         )
-    if needs_dS or need.x:
+    fused_dX = need.x and plan.route == "fused"
+    dX, dS = None, Shrunk(None)
+    if needs_dS or fused_dX:
         dX, dS = ticketed_gemm.grad_input(
-            layers, _dropout(f), gains=gains, rank_spans=f.constants.rank_spans,
-            wants_dX=need.x, config=plan.gemm,
+            layers, dropout(f), gains=gains, rank_spans=f.constants.rank_spans,
+            wants_dX=fused_dX, config=plan.gemm,
         )  # fmt: skip
+    if need.x:
+        dX = dX if fused_dX else triton_routes.input_gradient(dYs, dS, fs)
         grads[0] = grads[0]._replace(x=dX)
-        if need.A and x is not None:
-            grads = [
-                grad._replace(A=dA) if need_i.A else grad
-                for grad, dA, need_i in zip(grads, _grad_A(x, dS, fs), needs, strict=True)
-            ]
+    if need.A and x is not None:
+        grads = [
+            grad._replace(A=dA) if need_i.A else grad
+            for grad, dA, need_i in zip(grads, _grad_A(x, dS, fs), needs, strict=True)
+        ]
     if need.weight and x is not None:
         grads[0] = grads[0]._replace(weight=_weight_gradient(dYs[0], x, f))
     return grads
@@ -295,47 +256,13 @@ def _storing_dS_pays(dY: Tensor, f: Factors) -> bool:
 
 def _grad_A(x: Tensor, dS: Any, fs: Sequence[Factors]) -> Sequence[Tensor]:
     """dA of every layer in one launch."""
-    factors = _factors_A(fs)
+    factors = factors_A(fs)
     dtypes = {A.dtype for A in factors}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    dA = strips.grad_shrink(x, dS, dtype, _dropout(fs[0]))
+    dA = strips.grad_shrink(x, dS, dtype, dropout(fs[0]))
     if len(fs) == 1:
         return [dA]
     return [dA_i.to(A.dtype) for dA_i, A in zip(dA.split(ranks_of(fs)), factors, strict=True)]
-
-
-def _factors_A(fs: Sequence[Factors]) -> list[Tensor]:
-    return [f.A for f in fs if f.A is not None]
-
-
-class _Launching:
-    """Launch on x's device, which need not be the current one; clears tickets after a failure."""
-
-    def __init__(self, x: Tensor) -> None:
-        index = x.get_device()
-        elsewhere = index >= 0 and x.is_cuda and index != torch.cuda.current_device()
-        self._device = torch.cuda.device(index) if elsewhere else None
-
-    def __enter__(self) -> None:
-        if self._device is not None:
-            self._device.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
-        if kind is not None:
-            workspace.forget()
-        if self._device is not None:
-            self._device.__exit__(kind, *exc)
-
-
-def _vectors(f: Factors) -> tuple[Tensor | None, Gains]:
-    """The bias and the gains, contiguous, as the kernels read them."""
-    if f.bias is None and f.b is None and f.d is None and f.g is None:
-        return None, NO_GAINS
-    bias, b, d, g = f.bias, f.b, f.d, f.g
-    bias = None if bias is None else bias.contiguous()
-    if b is None and d is None and g is None:
-        return bias, NO_GAINS
-    return bias, Gains(*(None if v is None else v.contiguous() for v in (b, d, g)))
 
 
 def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:
@@ -350,44 +277,8 @@ def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:
 
 def _weight_gradient(dY: Tensor, x: Tensor, f: Factors) -> Tensor:
     """dW = dVᵀ x, a plain product of two large matrices, by cuBLAS."""
-    with without_autocast(dY):
-        dV = dY if f.g is None else (dY * f.g).to(dY.dtype)
-        return (dV.T @ x).to(f.weight.dtype)
-
-
-def _gemm_operand(
-    weight: Tensor | NF4Weight, x: Tensor, workspace: bool | None = None
-) -> Tensor | nf4_tile.Nf4Operand:
-    """The weight in the dtype of x [M, …], or packed if the GEMM of M rows decodes it, which
-    launch_policy.py decides unless the caller does."""
-    if not isinstance(weight, NF4Weight):
-        return weight if weight.dtype == x.dtype else weight.to(x.dtype)
-    if workspace is None:
-        arch = environment.current_arch()
-        reason = launch_policy.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch)
-        workspace = reason is not None
-    if workspace:
-        return dense(weight, x.dtype)
-    return nf4_tile.Nf4Operand(weight.packed, weight.quant_state)
-
-
-def dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`; NF4 decoded in one launch."""
-    if isinstance(weight, NF4Weight):
-        return nf4_decode.decode(weight.packed, weight.quant_state, dtype)
-    return weight.to(dtype)
-
-
-def _shape_only(weight: Tensor | NF4Weight, like: Tensor) -> Tensor:
-    """A placeholder for a weight that no tile reads, when only dS is required."""
-    return like.new_empty(()).expand(weight.shape)
-
-
-def _dropout(f: Factors) -> Any:
-    """The dropout of x as the kernels take it."""
-    if f.constants.dropout_p == 0.0 or f.A is None:
-        return dropout_kernels.NO_DROPOUT
-    return dropout_kernels.Dropout(f.constants.dropout_p, f.constants.dropout_seed)
+    dV = dY if f.g is None else (dY * f.g).to(dY.dtype)
+    return (dV.T @ x).to(f.weight.dtype)
 
 
 def _check_dtype(x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Each route computes each pass: fused and hybrid, in all combinations of the tuner."""
+"""Each route computes each pass, in all combinations of the tuner: fused, hybrid and augmented."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_fast import NF4Weight
 from lora_fast.backends import selection, triton_ops
 from lora_fast.backends.triton_ops import TritonBackend
 from lora_fast.factors import Factors, Needs, Saved
-from lora_fast.tuning.plans import BACKWARD, FORWARD, FUSED, HYBRID, Plan
+from lora_fast.tuning.plans import AUGMENTED, BACKWARD, FORWARD, FUSED, HYBRID, Plan
 from lora_fast.tuning.tuner import Tuner
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -35,11 +35,16 @@ CASES = [
     replace(PLAIN, R=13, spans=((0, 5), (5, 13)), dtype=FP32, adapter_dtype=None),
     replace(PLAIN, trains=("A",), p=0.3),
     replace(PLAIN, factors=("x", "bias")),
+    replace(PLAIN, factors=("x", "bias", "g"), dtype=FP16, adapter_dtype=None),
+    replace(PLAIN, adapter_dtype=None, R=16, nf4=True, x_layout="transposed", dY_layout="sliced"),
+    replace(PLAIN, factors=("x", "bias", "A", "B", "g"), M=160, N=40, nf4=True, p=0.1),
+    replace(PLAIN, K=75, R=13, spans=((0, 5), (5, 13)), p=0.1, nf4=True),
 ]
 # What one route saves for the other: S, V, the seed of a mask.
 MIXED = CASES[1:3]
 SMALL = GemmConfig(32, 32, 32, 32, 8, num_warps=4, num_stages=2)
 WAYS = [(HYBRID, HYBRID), (FUSED, HYBRID), (HYBRID, FUSED)]
+AUGMENTS = [(AUGMENTED, HYBRID), (AUGMENTED, FUSED)]
 
 
 @pytest.fixture
@@ -63,7 +68,10 @@ def choosing(monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("case", "ways"),
-    [(case, WAYS[0]) for case in CASES] + [(case, ways) for case in MIXED for ways in WAYS[1:]],
+    [(case, WAYS[0]) for case in CASES]
+    + [(case, ways) for case in MIXED for ways in WAYS[1:]]
+    + [(case, AUGMENTS[0]) for case in CASES if case.nf4]
+    + [(case, AUGMENTS[1]) for case in MIXED if case.nf4],
     ids=lambda value: str(value) if isinstance(value, Case) else "-".join(p.name for p in value),
 )
 def test_either_route_takes_either_pass(choosing, case, ways):
@@ -71,6 +79,35 @@ def test_either_route_takes_either_pass(choosing, case, ways):
     with lora_fast.set_backend("triton"):
         check(case)
     assert asked == [FORWARD, BACKWARD]
+
+
+# What is executed for every architecture: wide loads and pipelines, and ragged edges.
+COMPILED = [
+    (replace(PLAIN, M=160, K=128, N=256, R=16, p=0.3, factors=("x", "bias", "A", "B")), HYBRID),
+    (replace(PLAIN, factors=ALL, R=80, dtype=FP16, adapter_dtype=None, p=0.3), HYBRID),
+    (replace(PLAIN, M=35, dtype=FP32, adapter_dtype=None, p=0.3125), HYBRID),
+    (replace(PLAIN, M=160, K=128, N=256, R=16, p=0.3, nf4=True), AUGMENTED),
+    (replace(PLAIN, factors=ALL, nf4=True), AUGMENTED),
+]
+
+
+@pytest.mark.parametrize(("case", "forward"), COMPILED, ids=str)
+def test_routes_agree_with_the_reference(executor, choosing, case, forward):
+    asked = choosing(forward, HYBRID)
+    check(case, executor.device)
+    assert asked == [FORWARD, BACKWARD]
+
+
+@pytest.mark.parametrize("forward", [HYBRID, AUGMENTED], ids=lambda plan: plan.name)
+def test_every_schedule_gives_the_same_bits(ptx_executor, choosing, forward):
+    choosing(forward, HYBRID)
+    operands = make(replace(PLAIN, M=130, R=16, nf4=True, p=0.3))
+    expected = fused(operands)
+    with ptx_executor.with_options(schedule="reverse", resident=1):
+        results = fused(operands)
+    for name, value in expected.items():
+        if value is not None:
+            assert_same_bits(results[name], value, name=name)
 
 
 NF4_ROUTES = [Plan(workspace=True), Plan(workspace=False)]
@@ -128,7 +165,9 @@ def test_a_plan_reaches_every_launch(monkeypatch, choosing, plan):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "-".join(plan.name for plan in ways))
+@pytest.mark.parametrize(
+    "ways", WAYS + AUGMENTS, ids=lambda ways: "-".join(plan.name for plan in ways)
+)
 @pytest.mark.parametrize(("dtype", "nf4", "drops"), [(BF16, False, True), (FP16, True, False)])
 def test_a_group_mixes_routes_as_well(choosing, dtype, nf4, drops, ways):
     asked = choosing(*ways)
@@ -165,12 +204,18 @@ def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
 
 @pytest.mark.offline
 def test_auto_leaves_ieee_products_to_cublas(monkeypatch):
-    """What a GPU would do with float32 in both passes, done by torch on the CPU."""
+    """float32 in both passes: what is launched are the gradients of factors, and the sum of dS."""
     monkeypatch.setattr(triton_ops, "tuner", Tuner(times=False))
-    monkeypatch.setattr(selection, "_triton", lambda name: TritonBackend(cublas=True))
-    with lora_fast.set_backend("triton"), stub_driver.recording(90) as log:
-        check(replace(PLAIN, M=512, K=768, N=768, dtype=FP32, adapter_dtype=None))
-        assert log.names == []
+    x, dY, W, A, B = (
+        torch.empty(shape, device="meta")
+        for shape in ((512, 768), (512, 768), (768, 768), (8, 768), (768, 8))
+    )
+    f, needs, ops = Factors(W, A=A, B=B), Needs(x=True, A=True, B=True), TritonBackend(cublas=True)
+    with stub_driver.recording(90) as log:
+        _, saved = ops.forward(x, [f], [needs])
+        ops.backward([dY], x, saved, [f], [needs])
+    assert log.names == ["strips", "ticketed_gemm", "strips"]
+    assert "y_ptr" not in log.launches[1].arguments
 
 
 class Launched(Exception):

@@ -296,7 +296,7 @@ def test_launches_change_the_device_only_when_they_have_to(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: made.append(index) or "guard")
     for index, is_cuda, guard in ((-1, False, None), (0, True, None), (1, True, "guard")):
         x = SimpleNamespace(get_device=lambda index=index: index, is_cuda=is_cuda)
-        assert triton_ops._Launching(x)._device == guard
+        assert triton_ops.Launching(x)._device == guard
     assert made == [1]
 
 
@@ -308,7 +308,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
 
     inside, launched = [], []
 
-    class Launching(triton_ops._Launching):
+    class Launching(triton_ops.Launching):
         def __enter__(self):
             inside.append(self)
 
@@ -323,7 +323,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(interpreted, monkeypatch):
         return recorded
 
     operands = make(replace(RAGGED, M=400, nf4=True))
-    monkeypatch.setattr(triton_ops, "_Launching", Launching)
+    monkeypatch.setattr(triton_ops, "Launching", Launching)
     monkeypatch.setattr(GridExecutor, "__call__", recording(GridExecutor.__call__))
     fused(operands)
     check_group(BF16, FP32, True)

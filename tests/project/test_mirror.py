@@ -25,6 +25,7 @@ TESTED_IN = {
     "lora_fast/backends/torch_dropout.py": "test_functional.py",
     "lora_fast/backends/torch_low_rank.py": "backends/test_torch_products.py",
     "lora_fast/backends/torch_ops.py": "test_functional.py",
+    "lora_fast/backends/triton_operands.py": "backends/test_routes.py",
     "lora_fast/backends/triton_ops.py": "backends/test_routes.py",
     "lora_fast/base_layer/call_counts.py": "acceleration/test_report.py",
     "lora_fast/base_layer/obstacles.py": "base_layer/test_linear.py",

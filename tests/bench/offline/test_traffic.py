@@ -19,7 +19,10 @@ from triton.runtime import interpreter
 
 import lora_fast
 from bench.instruments import traffic
+from lora_fast.backends.triton_ops import TritonBackend
+from lora_fast.factors import Constants, Factors, Needs
 from lora_fast.functional import Member, adapted_linear, adapted_linears
+from lora_fast.tuning.plans import AUGMENTED, HYBRID
 
 pytestmark = pytest.mark.interpreter
 
@@ -185,6 +188,51 @@ def test_groups_of_layers_with_one_input_are_counted_too() -> None:
     names = [launch.name for launch in launches]
     assert names == ["ticketed_gemm"] * 2 + ["strips"] * 2 + ["ticketed_gemm", "strips"]
     assert [len(launch.arguments["members"]) for launch in (launches[0], launches[4])] == [1, 2]
+    _compare(launches)
+
+
+# M, N, K, R, dtype, dropout_p, whether W is NF4 and x lies beside S: the kernels of other routes.
+ROUTES = {
+    "hybrid": (150, 136, 72, 20, torch.bfloat16, 0.0, False),
+    "hybrid, float16": (150, 96, 72, 136, torch.float16, 0.1, False),
+    "hybrid, float32": (70, 80, 48, 20, torch.float32, 0.1, False),
+    "augmented": (70, 72, 128, 20, torch.bfloat16, 0.1, True),
+}
+
+
+@pytest.mark.parametrize("case", ROUTES.values(), ids=list(ROUTES))
+def test_routes_of_cublas_are_counted_too(case: tuple[Any, ...]) -> None:
+    M, N, K, R, dtype, p, nf4 = case
+    x, dY, W = (torch.randn(shape).to(dtype) for shape in ((M, K), (M, N), (N, K)))
+    weight = lora_fast.NF4Weight.from_dense(W) if nf4 else W
+    bias = None if nf4 else torch.randn(N).to(dtype)
+    f = Factors(weight, bias, torch.randn(R, K), torch.randn(N, R), constants=Constants(2.0, p, 3))
+    ops, needs = TritonBackend(cublas=True), Needs(x=True, A=True, B=True)
+    with observing() as launches:
+        _, saved = ops.forward(x, [f], [needs], AUGMENTED if nf4 else HYBRID)
+        ops.backward([dY], x, saved, [f], [needs], HYBRID)
+    there = ["shrink", "nf4_decode_augmented"] if nf4 else ["shrink", "expand"]
+    back = ["strips", "ticketed_gemm", "expand", *["nf4_decode"] * nf4, "strips"]
+    names = [launch.name for launch in launches]
+    if dtype == torch.float32:
+        # Factors in the dtype of x, which dropout is no part of: S Bᵀ is a product of cuBLAS.
+        there = ["shrink"]
+    assert names == [*there, *back]
+    _compare(launches)
+
+
+def test_groups_of_the_routes_of_cublas_are_counted_too() -> None:
+    M, K = 70, 72
+    x = torch.randn(M, K).to(torch.bfloat16)
+    fs = [
+        Factors(torch.randn(N, K).to(torch.bfloat16), A=torch.randn(R, K), B=torch.randn(N, R))
+        for N, R in ((72, 5), (136, 16))
+    ]
+    ops, needs = TritonBackend(cublas=True), [Needs(x=True)] * 2
+    with observing() as launches:
+        ys, saved = ops.forward(x, fs, needs, HYBRID)
+        ops.backward(ys, None, saved, fs, needs, HYBRID)
+    assert [launch.name for launch in launches] == ["shrink", "expand", "ticketed_gemm", "expand"]
     _compare(launches)
 
 

@@ -1,0 +1,175 @@
+"""Routes on which cuBLAS multiplies with W, and kernels compute what is narrow.
+
+    hybrid     y = s · b ⊙ ((d ⊙ S) Bᵀ) + bias, then y += x Wᵀ
+               dX = drop'(dS A), then dX += dY (g ⊙ W), one layer of a group after the other
+    augmented  y = [x | S] [W | s · b dᵀ ⊙ B]ᵀ + bias, in one product
+
+With g both make V in place of y, and then y = g ⊙ V + bias in one pass. Each sum is rounded once
+at its store; the low-rank part of hybrid once more before. A weight that is decoded lives until the
+product with it is enqueued, so a group holds one at a time. Products follow torch's settings, TF32
+among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..factors import Factors, Needs
+from ..kernels import expand, nf4_decode, shrink
+from ..nf4 import NF4Weight
+from .protocol import ranks_of
+from .torch_products import scaled_product, wide_dtype, working_dtype
+from .triton_operands import dense, dropout, factors_A, vectors
+
+_Outputs = tuple[list[Tensor], Tensor | None, Tensor | None]
+
+
+def hybrid(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
+    """y [M, N] of every layer for x [M, K]; S [M, ΣR] and V [M, N], None unless saved."""
+    S = V = None
+    low_rank: Sequence[Tensor | None] = [None] * len(fs)
+    if fs[0].A is not None:
+        S = _shrunk(rows, fs)
+        low_rank = _expanded(S, rows.dtype, fs)
+    ys = []
+    for f, part in zip(fs, low_rank, strict=True):
+        bias = f.bias if f.g is None and part is None else None
+        y = _add_product(part, rows, dense(f.weight, rows.dtype).T, bias)
+        if f.g is not None:
+            y, V = _gained(y, f, f.g, need)
+        ys.append(y)
+    return ys, S if need.saves_S else None, V
+
+
+def can_augment(fs: Sequence[Factors]) -> bool:
+    """Whether all weights are decoded and have a low-rank part."""
+    return all(f.A is not None and isinstance(f.weight, NF4Weight) for f in fs)
+
+
+def augmented(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
+    """As `hybrid`, where `can_augment`.
+
+    Layers of a group share [x | S_1 … S_n]: each has zeros in the columns of the others' S.
+    """
+    V, first_r, columns = None, 0, shrink.padding_of(sum(ranks_of(fs)))
+    wide, S = shrink.beside_rows(
+        rows, _stack(fs), dropout(fs[0]), fs[0].constants.rank_spans, saves_S=need.saves_S
+    )
+    ys = []
+    for f, R in zip(fs, ranks_of(fs), strict=True):
+        assert isinstance(f.weight, NF4Weight)
+        _, gains = vectors(f)
+        W = nf4_decode.augmented(
+            f.weight.packed, f.weight.quant_state, rows.dtype, f.B, f.constants.scaling,
+            gains=gains, first_r=first_r, columns=columns,
+        )  # fmt: skip
+        y = _add_product(None, wide, W.T, f.bias if f.g is None else None)
+        if f.g is not None:
+            y, V = _gained(y, f, f.g, need)
+        ys.append(y)
+        first_r += R
+    return ys, S, V
+
+
+def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Tensor:
+    """dX [M, K] = drop'(Σ dS_i A_i) + Σ dY_i (g ⊙ W_i), for dS, a Shrunk with the dS_i side by
+    side or without values where there is no adapter."""
+    dtype, dX = dYs[0].dtype, None
+    if dS.values is not None:
+        factors = factors_A(fs)
+        if dS.largest is None and _is_plain(dYs[0], fs, factors):
+            dX = dS.values @ _stack(fs)
+        else:
+            dX = expand.input_gradient(dS, dtype, factors, dropout(fs[0]))
+    for dY, f in zip(dYs, fs, strict=True):
+        W = dense(f.weight, dtype)
+        if f.g is not None:
+            # g multiplies the smaller one of dY [M, N] and W [N, K].
+            if dY.shape[0] < W.shape[1]:
+                dY = _times(dY, f.g)
+            else:
+                W = _times(W, f.g.unsqueeze(1))
+        dX = _add_product(dX, dY, W)
+    assert dX is not None
+    return dX
+
+
+def _shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
+    """S [M, ΣR] of all layers."""
+    spans = fs[0].constants.rank_spans
+    if spans is None and _is_plain(rows, fs, factors_A(fs)):
+        return rows @ _stack(fs).T
+    return shrink.of_rows(rows, _stack(fs), dropout(fs[0]), spans)
+
+
+def _expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[Tensor]:
+    """The low-rank part of every y, with the bias where no g comes after it."""
+    f = fs[0]
+    factors = [f.B for f in fs if f.B is not None]
+    biases = [None if f.g is not None else f.bias for f in fs]
+    scalings = [f.constants.scaling for f in fs]
+    has_gain = f.b is not None or f.d is not None
+    same = all(bias is None or bias.dtype == dtype for bias in biases)
+    if not has_gain and same and _are_operands(S, factors):
+        parts = [S] if len(fs) == 1 else S.split(ranks_of(fs), dim=1)
+        return [
+            scaled_product(S_i, B.T, s) if bias is None else torch.addmm(bias, S_i, B.T, alpha=s)
+            for S_i, B, s, bias in zip(parts, factors, scalings, biases, strict=True)
+        ]
+    _, gains = vectors(f)
+    layers = [
+        expand.Layer(B, s, None if bias is None else bias.contiguous())
+        for B, s, bias in zip(factors, scalings, biases, strict=True)
+    ]
+    return expand.outputs(S, dtype, layers, gains)
+
+
+def _is_plain(x: Tensor, fs: Sequence[Factors], factors: Sequence[Tensor]) -> bool:
+    """Whether products of x with these factors are as they stand: without dropout."""
+    return fs[0].constants.dropout_p == 0.0 and _are_operands(x, factors)
+
+
+def _are_operands(x: Tensor, factors: Sequence[Tensor]) -> bool:
+    """Whether cuBLAS may multiply x with these factors: they have its dtype, and the device too."""
+    same = all(factor.dtype == x.dtype for factor in factors)
+    return same and working_dtype(x) == x.dtype
+
+
+def _add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out + a b, in place; a b + bias without out. Rounded once, also on a CPU that multiplies
+    16-bit numbers as float32."""
+    work = working_dtype(a)
+    if work != a.dtype:
+        wide = a.to(work) @ b.to(work)
+        wide = wide if bias is None else wide + bias
+        return wide.to(a.dtype) if out is None else out.copy_(out + wide)
+    if out is not None:
+        return out.addmm_(a, b)
+    return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+
+
+def _gained(V: Tensor, f: Factors, g: Tensor, need: Needs) -> tuple[Tensor, Tensor | None]:
+    """y = g ⊙ V + bias, in the memory of V unless it is saved, and V if it is."""
+    y = _times(V, g, f.bias, out=None if need.saves_V else V)
+    return y, V if need.saves_V else None
+
+
+def _times(
+    matrix: Tensor, g: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """g ⊙ matrix + bias for g [N] or [M, 1], rounded once; a g close to 1 is not rounded to it."""
+    out = torch.empty_like(matrix) if out is None else out
+    g = g.to(wide_dtype(matrix.dtype))
+    if bias is None:
+        return torch.mul(matrix, g, out=out)
+    return torch.addcmul(bias, matrix, g, out=out)
+
+
+def _stack(fs: Sequence[Factors]) -> Tensor:
+    """The A of all layers [ΣR, K]."""
+    factors = factors_A(fs)
+    return factors[0] if len(factors) == 1 else torch.cat(factors)
