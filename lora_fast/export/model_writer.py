@@ -1,8 +1,7 @@
-"""The files of a model: its weights in shards, JSON, and copied files."""
+"""The files of a model: its weights in shards, and copied files."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files.json_files import write_json
 from ..files.safe_files import INDEX, Entry
 
 PATTERN = "model{suffix}.safetensors"
@@ -39,13 +39,8 @@ def write_shards(
     for file, names in split.filename_to_tensors.items():
         save_file({name: make(name) for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX, index)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value`, indented."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        files = dict(sorted(split.tensor_to_filename.items()))
+        write_json({"metadata": split.metadata, "weight_map": files}, folder / INDEX)
 
 
 def copy_files(folder: Path, patterns: Iterable[str], to: Path) -> None:

@@ -8,10 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"
+
 
 def write_json(value: Any, path: Path) -> None:
-    """Write ``value`` atomically, with None for NaN and infinity."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Write ``value`` atomically, with None for NaN and infinity.
+
+    A killed process may leave the file NAME + PARTIAL behind, which the next one replaces.
+    """
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
 

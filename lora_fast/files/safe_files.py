@@ -29,21 +29,6 @@ COMPANIONS = (
 )
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CONFIG = "config.json"
-# What belongs to a tokenizer or processor and goes along; weights and cards do not.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-)
 
 _DTYPES = {
     "F64": torch.float64,

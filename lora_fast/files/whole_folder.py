@@ -24,12 +24,13 @@ from pathlib import Path
 from ..errors import some
 from .adapter_files import CONFIG as ADAPTER_CONFIG
 from .adapter_files import WEIGHTS as ADAPTER_WEIGHTS
+from .json_files import PARTIAL
 from .safe_files import COMPANIONS, CONFIG, INDEX, SINGLE
 
 WEIGHTS = (SINGLE, "model-?????-of-?????.safetensors")
 MODEL_FILES = (CONFIG, INDEX, *WEIGHTS, *COMPANIONS)
-# The last one is an unfinished file of safetensors.
-BEGUN = (*MODEL_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ".tmp??????")
+# The last two are unfinished files: of the index, and of safetensors.
+BEGUN = (*MODEL_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX + PARTIAL, ".tmp??????")
 BESIDE = "what is left beside out must be nothing but a model"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 

@@ -9,6 +9,8 @@ import pytest
 from killing import kill, moments
 
 from lora_fast.files import whole_folder
+from lora_fast.files.json_files import PARTIAL
+from lora_fast.files.safe_files import INDEX
 from lora_fast.files.whole_folder import WholeFolder
 
 OLD = {"config.json": "old", "model.safetensors": "old", "merges.txt": "old"}
@@ -179,7 +181,8 @@ def test_what_comes_while_the_new_model_is_written_stays(tmp_path: Path) -> None
 
 
 def test_nothing_of_what_a_killed_writer_left_gets_into_the_new_model(tmp_path: Path) -> None:
-    write(tmp_path / ".out.merging", {"model-00002-of-00009.safetensors": "", ".tmpAbC123": ""})
+    begun = ("model-00002-of-00009.safetensors", ".tmpAbC123", INDEX + PARTIAL)
+    write(tmp_path / ".out.merging", dict.fromkeys(begun, ""))
     write(tmp_path / ".out.replaced", OLD)
     replace(write(tmp_path / "out", OLD))
     assert content(tmp_path / "out") == NEW and names(tmp_path) == ["out"]
