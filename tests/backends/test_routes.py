@@ -98,6 +98,51 @@ def test_routes_agree_with_the_reference(executor, choosing, case, forward):
     assert asked == [FORWARD, BACKWARD]
 
 
+SMALLEST = Case(M=37, K=40, N=44, R=5)
+# By method, with a rank of its own: factors, the dtype of adapters if not that of x, spans.
+METHODS = {
+    "LoRA": {},
+    "float32 adapters": {"adapter_dtype": FP32, "R": 16},
+    "VeRA": {"factors": ("x", "bias", "A", "B", "b", "d"), "trains": ("x", "b", "d"), "R": 72},
+    "DoRA": {"factors": ("x", "bias", "A", "B", "g")},
+    "all factors": {"factors": ALL, "R": 20},
+    "IA3": {"factors": ("x", "bias", "g")},
+    "frozen": {"factors": ("x", "bias")},
+    "mixed batch": {"M": 36, "R": 13, "spans": ((0, 5), (5, 13), (0, 0))},
+}
+
+
+def check_every_method(choosing, dtype, nf4, p, device):
+    for forward in (HYBRID, AUGMENTED) if nf4 else (HYBRID,):
+        choosing(forward, HYBRID)
+        for fields in METHODS.values():
+            check(replace(SMALLEST, dtype=dtype, nf4=nf4, p=p, **fields), device)
+        # The p of a group, 0.3, is drawn in steps of 2⁻¹⁵ as well, which float32 shows.
+        for adapter in {dtype, FP32} if dtype != FP32 or not p else ():
+            check_group(dtype, adapter, nf4, device=device, drops=p > 0)
+
+
+# Dropout draws p in steps of 2⁻¹⁵. In float32 the difference shows, so it gets such a p.
+DROPS = {BF16: 0.1, FP16: 0.1, FP32: 0.09375}
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("dtype", DROPS, ids=str)
+@pytest.mark.interpreter
+def test_every_method_on_every_route(choosing, dtype, nf4, drops):
+    with lora_fast.set_backend("triton"):
+        check_every_method(choosing, dtype, nf4, DROPS[dtype] * drops, "cpu")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("dtype", DROPS, ids=str)
+def test_every_method_on_every_route_compiled(ptx_executor, choosing, dtype, nf4, drops):
+    check_every_method(choosing, dtype, nf4, DROPS[dtype] * drops, ptx_executor.device)
+
+
 @pytest.mark.parametrize("forward", [HYBRID, AUGMENTED], ids=lambda plan: plan.name)
 def test_every_schedule_gives_the_same_bits(ptx_executor, choosing, forward):
     choosing(forward, HYBRID)
