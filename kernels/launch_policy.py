@@ -82,7 +82,9 @@ class Choices(NamedTuple):
 
     The tile of ticketed_gemm for many rows is `plain`, or one of a `ragged_rank`, which is no
     multiple of 16; with a `gain` g, which scales W or stores V beside y; or one where dropout masks
-    the low-rank part of dX. A tuner may try `others` beside plain. `strips` is for ranks up to 32.
+    the low-rank part of dX. A tuner may try `others` beside plain, and `wide` ones, also with a
+    gain or as `wide_masks_dX`, where their tiles fill `multiprocessors` twice. `strips` is for
+    ranks up to 32; one launch of strips aims for `strip_ctas`.
     """
 
     plain: GemmConfig
@@ -90,9 +92,16 @@ class Choices(NamedTuple):
     gain: GemmConfig | None = None
     masks_dX: GemmConfig | None = None
     others: tuple[GemmConfig, ...] = ()
+    wide: tuple[GemmConfig, ...] = ()
+    wide_masks_dX: tuple[GemmConfig, ...] = ()
+    multiprocessors: int = 132
     strips: StripConfig = StripConfig(64, 256, num_warps=8, num_stages=2)
     # T is BLOCK_L × BLOCK_R in registers: half the columns.
     strips_wide_rank: StripConfig = StripConfig(64, 128, num_warps=8, num_stages=2)
+    # Constants, not the number of multiprocessors of a device: the order of the sums, and with it
+    # every bit of the result, depends on the shape and on this row alone. Enough of dY must be on
+    # its way to keep the memory busy: bandwidth times about a microsecond.
+    strip_ctas: int = 128
 
     @property
     def picked(self) -> list[GemmConfig | StripConfig]:
@@ -131,11 +140,13 @@ _B200 = GemmConfig(128, 128, 64, 64, 8, num_warps=4, num_stages=3, descriptors=T
 # scaled, nor one and two results. MASK_PARTS would, but the kernel compiled with them
 # computes wrong numbers here, for reasons unknown.
 _B200_FULL = replace(_B200, BLOCK_N=64)
-# Of what a tuner may try: 256 columns take three quarters of the shared-memory traffic for each
-# product, and a CTA then has a multiprocessor to itself. 64 rows are for shapes whose tiles would
-# fill the device once and a bit. The tile that is picked also without descriptors: instructions are
-# counted here, not timed.
-_WIDE = GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3, descriptors=True)
+# Of what a tuner may try: 256 columns take four fifths of the traffic of 128 through shared memory
+# for each product and three quarters of it through L2, and a CTA then has a multiprocessor to
+# itself. Groups of 16 row blocks read W half as often from L2, and x from memory for longer. 64
+# rows are for shapes whose tiles would fill the device once and a bit. The tile that is picked also
+# without descriptors: instructions are counted here, not timed.
+_WIDE = GemmConfig(128, 256, 64, 64, 8, num_warps=8, num_stages=3, MAX_E=32, descriptors=True)
+_WIDE_4 = replace(_WIDE, num_stages=4)
 _LOW = GemmConfig(64, 128, 64, 64, 8, num_warps=4, num_stages=3)
 
 # By compute capability; what is not written in a row is as in its first column.
@@ -157,18 +168,22 @@ TABLE: dict[tuple[int | None, ...], Choices] = {
     (90,): Choices(
         plain=_H100,
         masks_dX=_H100_MASKS,
-        others=(_GENERAL, _WIDE, replace(_LOW, descriptors=True)),
+        others=(_GENERAL, replace(_LOW, descriptors=True)),
+        wide=(_WIDE_4, _WIDE, replace(_WIDE_4, GROUP_M=16)),
+        wide_masks_dX=(replace(_WIDE_4, MAX_E=16, MASK_PARTS=4),),
     ),
     TENSOR_MEMORY: Choices(
         plain=_B200,
         gain=_B200_FULL,
         masks_dX=_B200_FULL,
-        others=(replace(_B200, descriptors=False), _WIDE),
+        others=(replace(_B200, descriptors=False),),
+        wide=(_WIDE_4, _WIDE, replace(_WIDE_4, GROUP_M=16)),
+        multiprocessors=148,
         strips=StripConfig(64, 128, num_warps=4, num_stages=2),
         strips_wide_rank=StripConfig(64, 64, num_warps=4, num_stages=2),
     ),
     # The interpreter, which has Hopper's others, and devices of other vendors.
-    (None,): Choices(plain=_GENERAL, others=(_WIDE, replace(_LOW, descriptors=True))),
+    (None,): Choices(plain=_GENERAL, others=(replace(_LOW, descriptors=True),), wide=(_WIDE_4,)),
 }
 _BY_ARCH = {arch: row for archs, row in TABLE.items() for arch in archs}
 # A device that is not in the table.
@@ -204,11 +219,6 @@ DECODE = DecodeConfig(4096, num_warps=4)
 # IEEE products again, so fewer than 64 rows; 128 columns make full lines of a W that is read once.
 UPDATE = WeightPassConfig(32, 128, 16, num_warps=4, num_stages=2)
 
-# CTAs that one launch of strips aims for. A constant, not the number of multiprocessors: the order
-# of the sums, and with it every bit of the result, depends on the shape and on the tiles of an
-# architecture's row of TABLE alone.
-STRIP_CTAS = 128
-
 
 def pick_gemm(
     M: int,
@@ -233,13 +243,31 @@ def pick_gemm(
 
 
 def other_gemms(
-    M: int, dtype: torch.dtype, arch: int | None, *, plain: bool = True
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    arch: int | None,
+    *,
+    has_gain: bool = False,
+    masks_dX: bool = False,
 ) -> tuple[GemmConfig, ...]:
     """Candidates of the tuner beside pick_gemm, where time depends on more than is modelled here:
-    for many rows, without a gain and a masked dX."""
-    if dtype == torch.float32 or M <= 64 or not plain:
+    for many rows of 16-bit numbers, the most promising first. N: columns of the output."""
+    if dtype == torch.float32 or M <= 64:
         return ()
-    return _BY_ARCH.get(arch, _UNKNOWN).others
+    row = _BY_ARCH.get(arch, _UNKNOWN)
+    wide = row.wide_masks_dX if masks_dX else row.wide
+    found = [c for c in wide if _tiles(c, M, N) >= 2 * row.multiprocessors]
+    return tuple(found) if has_gain or masks_dX else (*found, *row.others)
+
+
+def _tiles(config: GemmConfig, M: int, N: int) -> int:
+    return -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
+
+
+def strip_ctas(arch: int | None) -> int:
+    """CTAs that one launch of strips aims for."""
+    return _BY_ARCH.get(arch, _UNKNOWN).strip_ctas
 
 
 def pick_strips(dtype: torch.dtype, R: int, arch: int | None) -> StripConfig:
@@ -338,13 +366,13 @@ def expand_block(R: int, dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 or R % 16 else rank_block(R)
 
 
-def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
+def row_ranges(M: int, programs: int, block_m: int, arch: int | None) -> tuple[int, int]:
     """The number of ranges into which strips splits M rows, and the rows per range, a multiple of
     block_m.
 
     `programs` is the number of CTAs for one range.
     """
     blocks = -(-M // block_m)
-    wanted = min(-(-STRIP_CTAS // max(1, programs)), blocks)
+    wanted = min(-(-strip_ctas(arch) // max(1, programs)), blocks)
     rows = -(-blocks // wanted) * block_m
     return -(-M // rows), rows

@@ -344,7 +344,7 @@ def _launch(
     BLOCK_R = rank_block(R)
     blocks = -(-L // config.BLOCK_L)
     chunks = -(-R // BLOCK_R) if wanted.needs_T or stores_dS else 1
-    ranges, rows_per_range = row_ranges(M, blocks * chunks, config.BLOCK_M)
+    ranges, rows_per_range = row_ranges(M, blocks * chunks, config.BLOCK_M, arch)
     float32 = {"dtype": torch.float32}
     partials = Partials(
         dS=x.new_empty((blocks, M, R), **float32) if stores_dS else None,

@@ -26,6 +26,9 @@ from tests import ptx_executor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+# Tests of the tuner bring a clock of their own; no other test launches what it did not ask for.
+os.environ.setdefault("LORA_FAST_AUTOTUNE", "0")
+
 # A shell makes background processes ignore Ctrl-C, which tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

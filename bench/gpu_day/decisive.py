@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import lora_fast
 from bench.instruments.paired import Step, interleaved
+from lora_fast.tuning.product_speed import tile_name
 
 from . import absent
 from .day import Day
@@ -132,7 +133,7 @@ def _forward(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
         return ticketed_gemm.forward(o.x, o.W, o.A, o.B, _SCALING, config=config)
 
     ways = {"cuBLAS": lambda: F.linear(o.x, o.W), **forward_ways(o)}
-    return _row(day, {**_ready(ways), **_tiles(day, M, fused)}, M, K, N)
+    return _row(day, {**_ready(ways), **_tiles(day, M, N, fused)}, M, K, N)
 
 
 def _grad_input(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _grad_input(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
         return ticketed_gemm.grad_input([layer], config=config)
 
     ways = {"cuBLAS": lambda: o.dY @ o.W, **grad_input_ways(o)}
-    return _row(day, {**_ready(ways), **_tiles(day, M, fused)}, M, K, N)
+    return _row(day, {**_ready(ways), **_tiles(day, M, K, fused)}, M, K, N)
 
 
 def _ready(ways: dict[str, Step]) -> _Makers:
@@ -158,26 +159,19 @@ def _row(day: Day, makers: _Makers, M: int, K: int, N: int) -> dict[str, Any]:
     return {**row, "M": M, "K": K, "N": N, "work": work, "summary": f"e: {_said(row, _e)}"}
 
 
-def _tiles(day: Day, M: int, run: Callable[[launch_policy.GemmConfig], object]) -> _Makers:
+def _tiles(day: Day, M: int, N: int, run: Callable[[launch_policy.GemmConfig], object]) -> _Makers:
     """Our launch by tile: the one that is picked, those the tuner may try, and variants."""
     if day.fused == "torch":
         return {}
     picked = launch_policy.pick_gemm(M, _DTYPE, day.arch, R=_RANK)
     wide = replace(picked, BLOCK_N=2 * picked.BLOCK_N, num_warps=8, num_stages=3)
     others = (
-        *launch_policy.other_gemms(M, _DTYPE, day.arch),
+        *launch_policy.other_gemms(M, N, _DTYPE, day.arch),
         *(wide, replace(wide, num_stages=4), replace(wide, descriptors=False)),
         *(replace(picked, GROUP_M=2 * picked.GROUP_M), replace(picked, descriptors=False)),
     )
-    tiles = {"lora_fast": picked, **{_name(c): c for c in others if c != picked}}
+    tiles = {"lora_fast": picked, **{tile_name(c): c for c in others if c != picked}}
     return {name: _only(config, run) for name, config in tiles.items()}
-
-
-def _name(config: launch_policy.GemmConfig) -> str:
-    """As the tuner names it, and the rows of tiles that share columns of W."""
-    tile = "x".join(map(str, (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)))
-    how = f"{tile}/{config.num_warps}/{config.num_stages} groups of {config.GROUP_M}"
-    return how + " descriptors" * config.descriptors
 
 
 def _only(
@@ -210,19 +204,17 @@ def _strips(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
 
     def ours(ctas: int) -> Callable[[], Step]:
         def step() -> object:
-            before, launch_policy.STRIP_CTAS = launch_policy.STRIP_CTAS, ctas
-            try:
+            with mock.patch.object(launch_policy, "strip_ctas", lambda arch: ctas):
                 return _parts(o), strips.grad_shrink(o.x, Shrunk(o.dS), _DTYPE)
-            finally:
-                launch_policy.STRIP_CTAS = before
 
         return lambda: step
 
     makers: _Makers = {"products": lambda: products}
     if day.fused != "torch":
         # The first is what the library launches.
-        makers |= {"lora_fast": ours(launch_policy.STRIP_CTAS)}
-        others = (c for c in _STRIP_CTAS if c != launch_policy.STRIP_CTAS)
+        shipped = launch_policy.strip_ctas(day.arch)
+        makers |= {"lora_fast": ours(shipped)}
+        others = (c for c in _STRIP_CTAS if c != shipped)
         makers |= {f"{ctas} CTAs": ours(ctas) for ctas in others}
     row = contest(day, makers, baseline="products")
     work = {"flops": None, "bytes": 2 * M * (N + K)}

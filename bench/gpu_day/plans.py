@@ -18,7 +18,7 @@ from bench.instruments.paired import Step
 from bench.linear_cases import Case, build
 from lora_fast.backends import triton_ops
 from lora_fast.tuning import cost_model
-from lora_fast.tuning.plans import BACKWARD, FORWARD, FUSED, HYBRID, Plan, Query, candidates
+from lora_fast.tuning.plans import BACKWARD, FORWARD, FUSED, Plan, Query, candidates
 
 from .day import Day
 from .run_units import Unit
@@ -116,12 +116,13 @@ def _measured(day: Day, case: Case, op: str) -> dict[str, Any]:
 
 
 def _modelled(query: Query, arch: int, found: dict[str, Plan]) -> dict[str, Any]:
-    """The cost model's choice; the first candidate is FUSED for this query."""
+    """The choice without a clock, and the modelled times; the first candidate is FUSED for this
+    query."""
     picked = cost_model.pick(query, arch)
     return {
-        "picked": picked.name if picked.route != "fused" else next(iter(found)),
+        "picked": next(iter(found)) if picked == FUSED else picked.name,
         "modelled_seconds": {
-            plan.name: cost_model.seconds(plan, query, arch) for plan in (FUSED, HYBRID)
+            name: cost_model.seconds(plan, query, arch) for name, plan in found.items()
         },
     }
 

@@ -88,7 +88,7 @@ def _candidates(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iter
     """What the tuner may time beside the configuration that is picked."""
     from lora_fast.kernels import launch_policy
 
-    for config in launch_policy.other_gemms(8192, layers.DTYPE, arch):
+    for config in launch_policy.other_gemms(8192, WIDTH, layers.DTYPE, arch):
         yield of_tile(config, arch, ranks[0])
 
 

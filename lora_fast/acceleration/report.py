@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..backends.choice import get_backend, uses_triton
 from ..base_layer.call_counts import CallCounts
 from ..base_layer.linear import describe
 from ..base_layer.obstacles import environment_obstacle, runs_own_forward
@@ -26,6 +27,8 @@ class LayerReport:
     inside torch.compile cannot be counted: ``compiled`` tells whether some of them ran fused; those
     that did not appear as one fallback call. ``counted`` is False for a layer of PEFT's own class,
     whose calls cannot be observed.
+    ``route``: how its operations are computed (guide): torch, fused, hybrid or augmented; of
+    those met so far, where each is chosen.
     ``siblings``: names of the layers that share its input and are computed with it; ``alone``: what
     prevents that, None for a layer that shares its input with no other.
     """
@@ -38,6 +41,7 @@ class LayerReport:
     fallback_calls: dict[str, int]
     compiled: bool
     counted: bool = True
+    route: str = ""
     siblings: tuple[str, ...] = ()
     alone: str | None = None
 
@@ -75,7 +79,7 @@ class Report:
         return bool(self.layers) and not self.fallback_calls and all(x.fused for x in self.layers)
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "base", "next call", "fused calls", "fallback calls")
+        header = ("layer", "kind", "base", "next call", "route", "fused calls", "fallback calls")
         rows = [header, *map(_row, self.layers)]
         if any(layer.siblings or layer.alone for layer in self.layers):
             together = ["computed with", *map(_siblings_in_words, self.layers)]
@@ -134,9 +138,40 @@ def _layer_report(name: str, layer: Any, parent: nn.Module) -> LayerReport:
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
         counted=hasattr(layer, "_lora_fast_calls"),
+        route=_route(base),
         siblings=siblings,
         alone=alone,
     )
+
+
+def _route(base: Any) -> str:
+    """The routes of a layer's operations, forward and backward, by rows where they differ."""
+    weight = getattr(base, "weight", None)
+    if weight is None or not uses_triton(weight.device):
+        return "torch"
+    if get_backend() == "triton":
+        return "fused"
+    tuner = sys.modules.get("lora_fast.tuning.tuner")
+    met = [] if tuner is None else tuner.tuner.chosen()
+    found = []
+    for direction, is_forward in (("forward", True), ("backward", False)):
+        routes = {
+            query.M: plan.route
+            for query, plan in sorted(met, key=lambda pair: pair[0].M)
+            if query.is_forward == is_forward
+            and (query.K, base.out_features in query.N) == (base.in_features, True)
+        }
+        if len(set(routes.values())) == 1:
+            found.append(f"{direction} {next(iter(routes.values()))}")
+        elif routes:
+            by_rows = ", ".join(f"{route} ({_rows(M)})" for M, route in routes.items())
+            found.append(f"{direction} {by_rows}")
+    return "; ".join(found) or "chosen at its first call"
+
+
+def _rows(M: int) -> str:
+    """A bucket of rows in words; the last one has no end."""
+    return f"M ≤ {M}" if M <= 2048 else "more"
 
 
 def _obstacle(layer: Any) -> str | None:
@@ -174,7 +209,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     fused = f"{layer.fused_calls} + compiled" if layer.compiled else str(layer.fused_calls)
     if not layer.counted:
         fused, slow = "-", "not counted"
-    return (layer.name, layer.kind, layer.base, path, fused, slow or "0")
+    route = layer.route if layer.obstacle is None else "-"
+    return (layer.name, layer.kind, layer.base, path, route, fused, slow or "0")
 
 
 def _siblings_in_words(layer: LayerReport) -> str:

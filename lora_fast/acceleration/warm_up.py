@@ -37,10 +37,11 @@ def warm_up(
     """Compile every kernel that the fused layers of `model` launch for `tokens` rows of input.
 
     `tokens`: rows of x, batch times length, or several such numbers; kernels differ for up to 16,
-    up to 64 and more rows, and for NF4 weights that are decoded first. With LORA_FAST_AUTOTUNE=1
-    the candidates of each operation are timed as well. Identical layers run once, on copies: the
-    model does not change, and no random number is drawn. ``progress(done, total, name)`` is called
-    before each run. Returns the number of runs; layers that would not run fused are left out.
+    up to 64 and more rows, and for NF4 weights that are decoded first. The candidates of each
+    operation are timed as well, unless LORA_FAST_AUTOTUNE=0. Identical layers run once, on copies:
+    the model does not change, and no random number is drawn. ``progress(done, total, name)`` is
+    called before each run. Returns the number of runs; layers that would not run fused are left
+    out.
 
     Raises TypeError or ValueError for tokens that are not positive integers.
     """

@@ -53,8 +53,8 @@ def tune(
 ) -> None:
     """Time every way to compute each kind of layer of a model, on this GPU, and keep the fastest.
 
-    Runs with LORA_FAST_AUTOTUNE=1 then start from these choices. One layer of each kind is built
-    with random weights; the model itself is not loaded.
+    Training then starts from these choices and times nothing. One layer of each kind is built with
+    random weights; the model itself is not loaded.
     """
     options = {
         "method": method,

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,11 @@ try:
     import fcntl
 except ImportError:  # no POSIX: replacing the file is atomic, merging is not
     fcntl = None  # type: ignore[assignment]
+
+
+# Of the keys and the names of plans; a file of another one has another name.
+FORMAT = "2"
+_POLL_SECONDS = 0.1
 
 
 def folder() -> Path:
@@ -42,6 +48,7 @@ def versions(device: str) -> dict[str, str]:
     from ..version import __version__
 
     return {
+        "format": FORMAT,
         "device": device,
         "lora_fast": __version__,
         "torch": torch.__version__,
@@ -57,6 +64,7 @@ class Cache:
         self.header = dict(header)
         self._plans: dict[str, dict[str, Any]] | None = None
         self._warned = False
+        self._writable: bool | None = None
 
     @property
     def path(self) -> Path:
@@ -72,6 +80,33 @@ class Cache:
             self._plans = self._read()
         entry = self._plans.get(key)
         return None if entry is None else entry["plan"]
+
+    def wait_for(self, key: str, seconds: float) -> str | None:
+        """As `get`; the file is read again until another process has stored the key."""
+        deadline = time.monotonic() + seconds
+        found = self.get(key)
+        while found is None and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            self._plans = {**(self._plans or {}), **self._read()}
+            found = self.get(key)
+        return found
+
+    def is_writable(self) -> bool:
+        """Whether plans can be stored; one warning if not."""
+        if self._writable is None:
+            try:
+                path = self.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path.parent):
+                    pass
+                self._writable = True
+            except (OSError, RuntimeError) as error:
+                self._writable = False
+                self._warn(
+                    f"nothing is timed, since it could not be stored: {error}; LORA_FAST_CACHE_DIR "
+                    "names another folder, LORA_FAST_AUTOTUNE=0 is silent"
+                )
+        return self._writable
 
     def put(
         self,
@@ -106,7 +141,7 @@ class Cache:
             ):
                 raise ValueError("not written by this version")
             return plans
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:
             self._warn(f"timings cannot be read: {error}")

@@ -6,102 +6,103 @@ Vectors of N or R elements are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels import launch_policy, strips
+from ..factors import Needs
+from ..kernels import launch_policy, shrink, strips
+from ..kernels.launch_policy import GemmConfig
 from .plans import Plan, Query
 
 # Columns of the rank in one walk of strips over its rows.
 _CHUNK = launch_policy.MAX_BLOCK_R
+Weight = torch.dtype | tuple[int, bool]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One pass over memory; ``launches`` is 0 where it shares the launch of another."""
+    """One pass over memory; ``launches`` is 0 where it shares the launch of another.
+
+    ``tile``: that of a Triton product with W, which may decode W on its way; ``added_to``: bytes of
+    a matrix that cuBLAS adds its product to; ``is_aten``: PyTorch launches it, not Triton.
+    """
 
     flops: int
     bytes: int
     launches: int = 1
+    tile: GemmConfig | None = None
+    decodes: bool = False
+    added_to: int = 0
+    is_aten: bool = False
+    issue_seconds: float = 0.0
 
 
 def works(plan: Plan, q: Query, arch: int | None) -> list[Work]:
-    """The passes of FUSED or HYBRID."""
-    count = _Hybrid(q, arch) if plan.route != "fused" else _Fused(q, arch)
-    return count.forward() if q.is_forward else count.backward()
+    """The passes of a plan."""
+    count = {"fused": _Fused, "hybrid": _Hybrid, "augmented": _Augmented}[plan.route](plan, q, arch)
+    return list(count.forward() if q.is_forward else count.backward())
 
 
 class _Counts:
-    def __init__(self, q: Query, arch: int | None) -> None:
-        self.q, self.arch = q, arch
+    """What all routes share: decoding, and the kernels that read x or dY for the low rank."""
+
+    def __init__(self, plan: Plan, q: Query, arch: int | None) -> None:
+        self.plan, self.q, self.arch = plan, q, arch
         self.M, self.K, self.e = q.M, q.K, q.dtype.itemsize
         self.adapter = self.e if q.adapter is None else q.adapter.itemsize
         self.layers = list(zip(q.N, q.R, q.weights, strict=True))
         self.R = sum(q.R)
+        self.float16 = q.dtype == torch.float16
 
-    def dense(self, N: int, weight: torch.dtype | tuple[int, bool]) -> list[Work]:
-        """The passes that bring W [N, K] into the dtype of x."""
+    def forward(self) -> Iterator[Work]:
+        raise NotImplementedError
+
+    def input_gradient(self) -> Iterator[Work]:
+        """dX, and dS where it is needed, after the strips of the output side."""
+        raise NotImplementedError
+
+    def backward(self) -> Iterator[Work]:
+        for N, R, need in self._wanted():
+            needs_T, sums = need.B or need.b or need.d, need.bias or need.g
+            if needs_T or sums:
+                yield from self._strips(N, R, needs_T, self._stores_dS(N, R, need), need.B, self._S)
+                if need.g:
+                    yield Work(0, self.M * N * self.e, 0)
+        yield from self.input_gradient()
+        if any(need.A for need in self.q.needs):
+            yield from self._strips(self.K, self.R, True, False, True, self._dS)
+
+    def _wanted(self) -> Iterator[tuple[int, int, Needs]]:
+        for (N, R, _), need in zip(self.layers, self.q.needs, strict=True):
+            yield N, R, need
+
+    def _needs_dS(self, R: int, need: Needs) -> bool:
+        return R > 0 and (need.x or any(n.A for n in self.q.needs))
+
+    def _stores_dS(self, N: int, R: int, need: Needs) -> bool:
+        needs_T = need.B or need.b or need.d
+        pays = R > 0 and strips.storing_dS_pays(N, R, self.q.dtype, self._strip(R))
+        return self._needs_dS(R, need) and needs_T and pays
+
+    def _make_dS(self, N: int, R: int, need: Needs, launches: int) -> Work:
+        """dS from its parts, or from dY [M, N]."""
+        if self._stores_dS(N, R, need):
+            blocks = _cdiv(N, self._strip(R).BLOCK_L)
+            return Work(0, blocks * self.M * R * 4 + self._dS(R), launches)
+        return replace(self._shrink(N, R, self._dS(R)), launches=launches)
+
+    def _dense(self, N: int, weight: Weight, columns: int = 0) -> Iterator[Work]:
+        """The pass that brings W [N, K] into the dtype of x, in rows of `columns` more."""
+        written = N * (self.K + columns) * self.e
         if isinstance(weight, torch.dtype):
-            size = weight.itemsize
-            return [] if weight == self.q.dtype else [Work(0, N * self.K * (size + self.e))]
+            if weight != self.q.dtype:
+                yield Work(0, N * self.K * weight.itemsize + written, is_aten=True)
+            return
         blocksize, nested = weight
         absmax = N * self.K // blocksize * (1 if nested else 4)
-        return [Work(0, N * self.K // 2 + absmax + N * self.K * self.e)]
-
-
-class _Fused(_Counts):
-    """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward.
-
-    In a group the first layer's shrink makes S for all if there are many rows, and one launch sums
-    dX.
-    """
-
-    def forward(self) -> list[Work]:
-        found = []
-        for i, (N, R, weight) in enumerate(self.layers):
-            decoding, W = self._operand(N, weight)
-            made = R
-            if launch_policy.shares_shrink(self.M):
-                made = self.R if i == 0 else 0
-            if made:
-                found.append(self._shrink(self.K, made, self._S(made)))
-            y = self.M * N * self.e * (2 if self.q.needs[i].g else 1)
-            found += [*decoding, self._gemm(self.K, N, R, W, y, 0 if made else 1, self._S(R))]
-        return found
-
-    def backward(self) -> list[Work]:
-        found = []
-        for i, ((N, R, weight), need) in enumerate(zip(self.layers, self.q.needs, strict=True)):
-            needs_dS = R > 0 and (need.x or any(n.A for n in self.q.needs))
-            first = int(i == 0)
-            needs_T, sums = need.B or need.b or need.d, need.bias or need.g
-            stores_dS = (
-                needs_dS and needs_T and strips.storing_dS_pays(N, R, self.q.dtype, self._strip(R))
-            )
-            if needs_T or sums:
-                found += self._strips(N, R, needs_T, stores_dS, need.B, self._S)
-                if need.g:
-                    found.append(Work(0, self.M * N * self.e, 0))
-            if needs_dS or need.x:
-                if needs_dS:
-                    dS = self._sum(N, R) if stores_dS else self._shrink(N, R, self._dS(R))
-                    found.append(replace(dS, launches=first))
-                if need.x:
-                    decoding, W = self._operand(N, weight)
-                    dX, launches = first * self.M * self.K * self.e, 0 if needs_dS else first
-                    found += [*decoding, self._gemm(N, self.K, R, W, dX, launches, self._dS(R))]
-        if any(need.A for need in self.q.needs):
-            found += self._strips(self.K, self.R, True, False, True, self._dS)
-        return found
-
-    def _operand(self, N: int, weight: torch.dtype | tuple[int, bool]) -> tuple[list[Work], int]:
-        """Launches before the GEMM, and the bytes of W that it reads."""
-        in_gemm = launch_policy.why_nf4_workspace(self.M, self.K, self.q.dtype, self.arch) is None
-        if isinstance(weight, tuple) and in_gemm:
-            return [], N * self.K // 2
-        return self.dense(N, weight), N * self.K * self.e
+        yield Work(0, N * self.K // 2 + absmax + written)
 
     def _S(self, R: int) -> int:
         """Bytes of S [M, R]."""
@@ -109,24 +110,15 @@ class _Fused(_Counts):
 
     def _dS(self, R: int) -> int:
         """Bytes of dS [M, R]; in float16 it is float32, with the largest of each tile of rows."""
-        if self.q.dtype != torch.float16:
+        if not self.float16:
             return self._S(R)
         rows = launch_policy.pick_gemm(self.M, self.q.dtype, self.arch).BLOCK_S
         return 4 * R * (self.M + _cdiv(self.M, rows))
 
     def _shrink(self, K: int, R: int, S: int) -> Work:
-        """S [M, R] from x [M, K], or dS from dY; it shares the launch of the GEMM after it."""
+        """S [M, R] from x [M, K], or dS from dY."""
         M, e = self.M, self.e
         return Work(2 * M * K * R, M * K * e + R * K * self.adapter + S)
-
-    def _sum(self, N: int, R: int) -> Work:
-        blocks = _cdiv(N, self._strip(R).BLOCK_L)
-        return Work(0, blocks * self.M * R * 4 + self._dS(R))
-
-    def _gemm(self, K: int, N: int, R: int, W: int, y: int, launches: int, S: int) -> Work:
-        M, e = self.M, self.e
-        low_rank = S + N * R * self.adapter
-        return Work(2 * M * N * (K + R), M * K * e + W + low_rank + y, launches)
 
     def _strips(
         self,
@@ -136,12 +128,11 @@ class _Fused(_Counts):
         stores_dS: bool,
         grad: bool,
         bytes_of_S: Callable[[int], int],
-    ) -> list[Work]:
+    ) -> Iterator[Work]:
         """Walks over X [M, L], one for each chunk of the rank; bytes_of_S are those of S or dS."""
         M, e, config = self.M, self.e, self._strip(R)
         blocks, chunks = _cdiv(L, config.BLOCK_L), _cdiv(R, _CHUNK) if needs_T else 1
-        ranges, _ = launch_policy.row_ranges(M, blocks * chunks, config.BLOCK_M)
-        found = []
+        ranges, _ = launch_policy.row_ranges(M, blocks * chunks, config.BLOCK_M, self.arch)
         for chunk in range(chunks):
             width = min(_CHUNK, R - chunk * _CHUNK)
             moved, flops = M * L * e, 0
@@ -153,84 +144,149 @@ class _Fused(_Counts):
                 flops += 2 * M * L * width
             if needs_T and chunk == chunks - 1:
                 moved += ranges * L * R * 4 + (L * R * self.adapter if grad else 0)
-            found.append(Work(flops, moved, 1 if chunk == 0 else 0))
-        return found
+            yield Work(flops, moved, 1 if chunk == 0 else 0)
 
     def _strip(self, R: int) -> launch_policy.StripConfig:
         return launch_policy.pick_strips(self.q.dtype, R, self.arch)
 
 
-class _Hybrid(_Counts):
-    """The operations of torch_ops.py; those on [M, R], [R, K] or [N, R] count as launches only."""
+class _Fused(_Counts):
+    """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward.
 
-    def forward(self) -> list[Work]:
-        M, K, e = self.M, self.K, self.e
-        found = self._cast(self.R * K)
-        if self.R:
-            found += self._dropped_x()
-            found.append(self._product(M, K, self.R))
-        for N, R, weight in self.layers:
-            if R:
-                found += self._cast(N * R)
-                found.append(self._product(M, R, N))
-            found += [*self.dense(N, weight), self._product(M, K, N, adds=R > 0)]
-            if self.q.has("g"):
-                found.append(Work(0, 2 * M * N * e))
-        return found
+    In a group the first layer's shrink makes S for all if there are many rows, and one launch sums
+    dX.
+    """
 
-    def backward(self) -> list[Work]:
-        M, K, e = self.M, self.K, self.e
-        found: list[Work] = []
-        for i, ((N, R, weight), need) in enumerate(zip(self.layers, self.q.needs, strict=True)):
-            needs_dS = R > 0 and (need.x or any(n.A for n in self.q.needs))
+    def forward(self) -> Iterator[Work]:
+        for i, (N, R, weight) in enumerate(self.layers):
+            made = R
+            if launch_policy.shares_shrink(self.M):
+                made = self.R if i == 0 else 0
+            if made:
+                yield self._shrink(self.K, made, self._S(made))
+            y = self.M * N * self.e * (2 if self.q.needs[i].g else 1)
+            yield from self._gemm(self.K, N, R, weight, y, 0 if made else 1, self._S(R))
+
+    def input_gradient(self) -> Iterator[Work]:
+        for i, (N, R, need) in enumerate(self._wanted()):
+            first = int(i == 0)
+            needs_dS = self._needs_dS(R, need)
             if needs_dS:
-                found += [*self._cast(N * R), self._product(M, N, R)]
-            if need.B or need.b or need.d:
-                found += [self._product(N, M, R, out=4), Work(0, 2 * N * R * 4)]
-                found += self._cast(N * R, 4, self.adapter)
-            if need.bias:
-                found.append(Work(0, M * N * e))
-            if need.g:
-                widened = 0 if e == 4 else 2 * M * N * (e + 4)
-                found.append(Work(0, widened + 2 * M * N * 4))
+                yield self._make_dS(N, R, need, first)
             if need.x:
-                found += [*self.dense(N, weight), self._product(M, N, K, adds=i > 0 or R > 0)]
-        if self.R and self.q.needs[0].x:
-            found += [*self._cast(self.R * K), self._product(M, self.R, K), *self._dropped_dX()]
-            # In float16 the product is scaled back.
-            found += [Work(0, 2 * M * K * e)] * (self.q.dtype == torch.float16)
-        if any(need.A for need in self.q.needs):
-            found += [*self._dropped_x(), self._product(self.R, M, K, out=4)]
-            found += self._cast(self.R * K, 4, self.adapter)
-        return found
+                dX, launches = first * self.M * self.K * self.e, 0 if needs_dS else first
+                weight = self.layers[i][2]
+                yield from self._gemm(N, self.K, R, weight, dX, launches, self._dS(R))
 
-    def _product(self, m: int, k: int, n: int, *, adds: bool = False, out: int = 0) -> Work:
-        """[m, k] · [k, n]; ``out`` is the size of an element of the result, if not that of x."""
-        result = m * n * (out or self.e)
-        return Work(2 * m * k * n, (m * k + k * n) * self.e + result * (2 if adds else 1))
+    def _gemm(
+        self, K: int, N: int, R: int, weight: Weight, y: int, launches: int, S: int
+    ) -> Iterator[Work]:
+        """X [M, K] W' [K, N] and the low rank on top, after W is decoded where that is a launch."""
+        M, e, decodes = self.M, self.e, isinstance(weight, tuple) and not self._workspace()
+        if not decodes:
+            yield from self._dense(K * N // self.K, weight)
+        W = N * K // 2 if decodes else N * K * e
+        moved = M * K * e + W + S + N * R * self.adapter + y
+        yield Work(2 * M * N * (K + R), moved, launches, self._tile(R), decodes)
 
-    def _cast(self, count: int, size: int = 0, to: int = 0) -> list[Work]:
-        """The elements of a factor, from its own dtype to that of x; nothing if they are equal."""
-        size, to = size or self.adapter, to or self.e
-        return [] if size == to else [Work(0, count * (size + to))]
+    def _workspace(self) -> bool:
+        if self.plan.workspace is not None:
+            return self.plan.workspace
+        reason = launch_policy.why_nf4_workspace(self.M, self.K, self.q.dtype, self.arch)
+        return reason is not None
 
-    def _dropped_x(self) -> list[Work]:
-        """The mask as bytes, as booleans and as numbers, and its product with x."""
-        if not self.q.has("dropout"):
-            return []
-        count, e = self.M * self.K, self.e
-        return [
-            Work(0, count),
-            Work(0, 2 * count),
-            Work(0, count * (1 + e)),
-            Work(0, 3 * count * e),
-        ]
+    def _tile(self, R: int) -> GemmConfig:
+        if self.plan.gemm is not None:
+            return self.plan.gemm
+        return launch_policy.pick_gemm(
+            self.M, self.q.dtype, self.arch, has_gain=self.q.has("g"), R=R,
+            masks_dX=self.q.has("dropout") and not self.q.is_forward,
+        )  # fmt: skip
 
-    def _dropped_dX(self) -> list[Work]:
-        if not self.q.has("dropout"):
-            return []
-        count, e = self.M * self.K, self.e
-        return [Work(0, count * (1 + e)), Work(0, 3 * count * e)]
+
+class _Hybrid(_Counts):
+    """The low-rank part by one product of cuBLAS or one kernel, then cuBLAS adds the product with
+    W; strips as everywhere."""
+
+    def forward(self) -> Iterator[Work]:
+        M, K, e = self.M, self.K, self.e
+        if self.R:
+            yield from self._stack()
+            yield replace(self._shrink(K, self.R, self._S(self.R)), is_aten=self._is_plain())
+            yield from self._expand()
+        for N, R, weight in self.layers:
+            yield from self._dense(N, weight)
+            yield self._product(M, K, N, adds=R > 0)
+            if self.q.has("g"):
+                yield Work(0, 2 * M * N * e, is_aten=True)
+
+    def input_gradient(self) -> Iterator[Work]:
+        M, K, e, needs_x = self.M, self.K, self.e, self.q.needs[0].x
+        for i, (N, R, need) in enumerate(self._wanted()):
+            if self._needs_dS(R, need):
+                yield self._make_dS(N, R, need, int(i == 0))
+        if self.R and needs_x:
+            plain = self._is_plain() and not self.float16
+            if plain:
+                yield from self._stack()
+            moved = self._dS(self.R) + self.R * K * self.adapter + M * K * e
+            yield Work(2 * M * self.R * K, moved, is_aten=plain)
+        for i, (N, _, weight) in enumerate(self.layers):
+            if not needs_x:
+                break
+            yield from self._dense(N, weight)
+            if self.q.has("g"):
+                yield Work(0, 2 * e * N * min(M, K), is_aten=True)
+            yield self._product(M, N, K, adds=i > 0 or self.R > 0)
+
+    def _stack(self) -> Iterator[Work]:
+        """The A of a group below one another."""
+        if len(self.layers) > 1:
+            yield Work(0, 2 * self.R * self.K * self.adapter, is_aten=True)
+
+    def _expand(self) -> Iterator[Work]:
+        """S_i Q_iᵀ of every layer: a product each, or one launch of ours for all."""
+        found = [
+            Work(
+                2 * self.M * R * N, self._S(R) + N * R * self.adapter + self.M * N * self.e,
+                is_aten=True,
+            )
+            for N, R, _ in self.layers
+        ]  # fmt: skip
+        if self._casts() or self.q.has("b") or self.q.has("d"):
+            found = [replace(w, is_aten=False, launches=int(i == 0)) for i, w in enumerate(found)]
+        yield from found
+
+    def _is_plain(self) -> bool:
+        """Whether products of x or dS with the factors A are cuBLAS's."""
+        return not (self._casts() or self.q.has("dropout") or self.q.has("spans"))
+
+    def _casts(self) -> bool:
+        return self.q.adapter not in (None, self.q.dtype)
+
+    def _product(self, m: int, k: int, n: int, *, adds: bool) -> Work:
+        """[m, k] · [k, n] by cuBLAS, added to what is there."""
+        result = m * n * self.e
+        moved = (m * k + k * n) * self.e + (2 if adds else 1) * result
+        return Work(2 * m * k * n, moved, added_to=result if adds else 0, is_aten=True)
+
+
+class _Augmented(_Hybrid):
+    """[x | S] and [W | Q], each in one pass, and one product of cuBLAS for each layer. Of forward
+    passes alone."""
+
+    def forward(self) -> Iterator[Work]:
+        M, K, e = self.M, self.K, self.e
+        padded = shrink.padding_of(self.R)
+        yield from self._stack()
+        wide = M * (K + padded) * e
+        yield self._shrink(K, self.R, self._S(self.R) + wide)
+        for N, R, weight in self.layers:
+            (decoding,) = self._dense(N, weight, padded)
+            yield replace(decoding, bytes=decoding.bytes + N * R * self.adapter)
+            yield self._product(M, K + padded, N, adds=False)
+            if self.q.has("g"):
+                yield Work(0, 2 * M * N * e, is_aten=True)
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -25,8 +25,11 @@ from ..factors import Factors, Needs
 from ..kernels import launch_policy
 from ..kernels.launch_policy import GemmConfig
 from ..nf4 import NF4Weight
+from .product_speed import tile_name
 
 SWITCHES = ("bias", "b", "d", "g", "dropout", "spans")
+_BUCKETS = (16, 64, 2048)
+MANY_ROWS = 8192
 FORWARD, BACKWARD = "forward", "backward"
 FORWARD_GROUP, BACKWARD_GROUP = "forward_group", "backward_group"
 
@@ -49,11 +52,7 @@ class Plan(NamedTuple):
         """The name stored in the cache: ``fused 128x256x64/8/3 workspace``."""
         words: list[str] = [self.route]
         if self.gemm is not None:
-            c = self.gemm
-            tile = (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K)
-            words.append(f"{'x'.join(map(str, tile))}/{c.num_warps}/{c.num_stages}")
-            if c.descriptors:
-                words.append("descriptors")
+            words.append(tile_name(self.gemm))
         if self.workspace is not None:
             words.append("workspace" if self.workspace else "in-gemm")
         return " ".join(words)
@@ -93,8 +92,21 @@ class Query(NamedTuple):
     def is_nf4(self) -> bool:
         return any(isinstance(weight, tuple) for weight in self.weights)
 
+    @property
+    def can_augment(self) -> bool:
+        """Whether AUGMENTED computes it: a forward pass, every weight NF4 with a low-rank part."""
+        nf4 = all(isinstance(weight, tuple) for weight in self.weights)
+        return self.is_forward and nf4 and all(self.R)
+
     def has(self, switch: str) -> bool:
         return self.switches[SWITCHES.index(switch)]
+
+    @property
+    def summary(self) -> str:
+        """A few words for the terminal."""
+        sizes = "+".join(map(str, self.N))
+        passes = self.op.replace("_", " of a ")
+        return f"the {passes} of {self.K} → {sizes}, up to {self.M} rows, {_name(self.dtype)}"
 
     @property
     def key(self) -> str:
@@ -146,18 +158,22 @@ def query(
 
 
 def bucket(M: int) -> int:
-    """Rows rounded up to a power of two, from 16 (below, time is that of reading W) to 16384
-    (above, time grows with M for every plan)."""
-    return min(16384, max(16, 1 << (M - 1).bit_length()))
+    """The rows that stand for M: 16 and 64, where one launch does all, then up to 2048 and more."""
+    return next((most for most in _BUCKETS if most >= M), MANY_ROWS)
 
 
 def candidates(q: Query, arch: int | None) -> tuple[Plan, ...]:
-    """The plans to time; the first is that of launch_policy.py."""
+    """The plans that compute it; the first is that of launch_policy.py."""
     plans = [Plan(workspace=route) for route in _routes(q, arch)]
-    plain = not (q.has("g") or (q.has("dropout") and not q.is_forward))
-    for gemm in launch_policy.other_gemms(q.M, q.dtype, arch, plain=plain):
+    masks_dX = q.has("dropout") and not q.is_forward
+    columns = max(q.N) if q.is_forward else q.K
+    for gemm in launch_policy.other_gemms(
+        q.M, columns, q.dtype, arch, has_gain=q.has("g"), masks_dX=masks_dX
+    ):
         plans.append(Plan(workspace=True if q.is_nf4 else None, gemm=gemm))
-    return (*plans, HYBRID) if q.cublas else tuple(plans)
+    if q.cublas:
+        plans += [HYBRID, *([AUGMENTED] if q.can_augment else [])]
+    return tuple(plans)
 
 
 def _routes(q: Query, arch: int | None) -> tuple[bool | None, ...]:

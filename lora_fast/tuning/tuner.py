@@ -1,30 +1,34 @@
-"""Picks the plan of a query: from the model, from the cache, or by timing the candidates once."""
+"""Picks the plan of a query: from the cache, by timing the candidates once, or from the model."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels import environment, out_of_resources
-from . import cost_model
+from . import cost_model, timing
 from .cache import Cache, versions
 from .plans import Plan, Query, candidates
+from .timing import Measured, Timer
 
-Timer = Callable[[Callable[[], Any]], float]
+logger = logging.getLogger("lora_fast.tuning")
 
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Median device time of a call, with a cold L2, on the current device and stream."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+# Device time that the candidates of one query may take together, compilation not counted.
+_BUDGET_SECONDS = 2.0
+# A query that takes longer is named on the terminal, while it is timed.
+_SILENT_SECONDS = 1.0
+# Time that the other ranks of a run wait in all for what rank 0 stores.
+_PATIENCE_SECONDS = 30.0
 
 
 class Place(NamedTuple):
@@ -37,23 +41,24 @@ class Place(NamedTuple):
 class Tuner:
     """One plan for each query and device, fixed once it is chosen.
 
-    So the first call and the second are bitwise equal, whatever is timed in between. If a candidate
-    does not fit the device, the smaller configuration that ran is timed and stored. While a CUDA
-    graph is captured or torch.compile traces, nothing is timed: the cache answers, or the model.
-    Every process chooses for itself; ranks with different choices differ by rounding, within the
-    same error bound.
+    So the first call and the second are bitwise equal, whatever is timed in between. What is timed
+    is stored: rank 0 times and writes, the other ranks of a run read its file. The model chooses
+    where nothing may be timed (timing.py), where the file cannot be written, under
+    torch.use_deterministic_algorithms, and everything if `times` is False. If a candidate does not
+    fit the device, the smaller configuration that ran is timed and stored.
     """
 
-    def __init__(self, *, times: bool, timer: Timer = milliseconds) -> None:
+    def __init__(self, *, times: bool, timer: Timer | None = None) -> None:
         self.times = times
         self._timer = timer
-        self._chosen: dict[tuple[Place, Query], Plan] = {}
+        self._chosen: dict[tuple[Place, Query, bool], Plan] = {}
         self._caches: dict[str, Cache] = {}
         self._lock = threading.Lock()
+        self._patience = _PATIENCE_SECONDS
 
     def plan(self, query: Query, device: torch.device, run: Callable[[Plan], Any]) -> Plan:
         """The plan of `query` on `device`; run(plan) computes the operation with a candidate."""
-        asked = (place_of(device), query)
+        asked = (place_of(device), query, torch.are_deterministic_algorithms_enabled())
         found = self._chosen.get(asked)
         if found is None:
             # Backward passes run in threads of their own; candidates are timed one at a time.
@@ -66,20 +71,34 @@ class Tuner:
         """The cache files in use, and how many plans each holds."""
         return {cache.path: len(cache) for cache in self._caches.values()}
 
+    def chosen(self) -> list[tuple[Query, Plan]]:
+        """The queries that were met so far, and their plans."""
+        return [(query, plan) for (_, query, _), plan in self._chosen.items()]
+
     def _decide(
-        self, place: Place, query: Query, device: torch.device, run: Callable[[Plan], Any]
+        self,
+        place: Place,
+        query: Query,
+        deterministic: bool,
+        device: torch.device,
+        run: Callable[[Plan], Any],
     ) -> Plan:
-        plans = candidates(query, place.arch)
-        modelled = cost_model.pick(query, place.arch)
-        if not self.times or len(plans) == 1:
+        plans = cost_model.shortlist(query, place.arch)
+        modelled = plans[0]
+        has_clock = self._timer is not None or device.type == "cuda"
+        if not self.times or deterministic or len(plans) == 1 or not has_clock:
             return modelled
         cache = self._caches.setdefault(place.name, Cache(versions(place.name)))
-        known = cache.get(query.key)
-        for plan in plans:
+        known = self._stored(cache, query)
+        for plan in (modelled, *candidates(query, place.arch)):
             for fitting_plan in _descent(plan):
                 if fitting_plan.name == known:
                     return fitting_plan
-        if torch.compiler.is_compiling() or _is_capturing(device):
+        if (
+            timing.reason_not_to_time(device, forward=query.is_forward)
+            or timing.rank() != 0
+            or not cache.is_writable()
+        ):
             return modelled
         times = self._time(plans, query, run)
         if not times:
@@ -89,37 +108,70 @@ class Tuner:
         cache.put(query.key, fastest.name, measured, instead_of=known)
         return fastest
 
+    def _stored(self, cache: Cache, query: Query) -> str | None:
+        """The name in the file; a rank that is not the first waits a while for it."""
+        if timing.rank() == 0:
+            return cache.get(query.key)
+        started = time.monotonic()
+        known = cache.wait_for(query.key, self._patience)
+        self._patience = max(0.0, self._patience - (time.monotonic() - started))
+        return known
+
     def _time(
-        self, plans: tuple[Plan, ...], query: Query, run: Callable[[Plan], Any]
+        self, plans: Sequence[Plan], query: Query, run: Callable[[Plan], Any]
     ) -> dict[Plan, float]:
+        """Milliseconds of the plans that ran, within the budget of device time."""
         times: dict[Plan, float] = {}
-        for plan in plans:
-            try:
-                ran, took = self._time_what_fits(plan, run)
-                times.setdefault(ran, took)
-            except torch.OutOfMemoryError:
-                # A candidate that does not fit into the free memory is skipped.
-                continue
-            except Exception as error:
-                # Any error of the compiler or launch; if no plan works, the call itself raises.
-                warnings.warn(
-                    f"lora_fast: {plan.name} cannot compute {query.key}: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        left = _BUDGET_SECONDS
+        line = f"lora_fast: timing {len(plans)} ways to compute {query.summary}, once"
+        slow = threading.Timer(_SILENT_SECONDS, _say, [line])
+        slow.daemon = True
+        slow.start()
+        try:
+            for plan in plans:
+                if left <= 0.0:
+                    break
+                try:
+                    ran, found = self._time_what_fits(plan, run, left)
+                except torch.OutOfMemoryError:
+                    # A candidate that does not fit into the free memory is skipped.
+                    continue
+                except Exception as error:
+                    # Any error of the compiler or launch; if no plan works, the call itself raises.
+                    warnings.warn(
+                        f"lora_fast: {plan.name} cannot compute {query.key}: {error}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    continue
+                times.setdefault(ran, found.milliseconds)
+                left -= found.seconds
+        finally:
+            slow.cancel()
         return times
 
-    def _time_what_fits(self, plan: Plan, run: Callable[[Plan], Any]) -> tuple[Plan, float]:
-        """The plan with the tiles that fit the device, and its milliseconds."""
+    def _time_what_fits(
+        self, plan: Plan, run: Callable[[Plan], Any], left: float
+    ) -> tuple[Plan, Measured]:
+        """The plan with the tiles that fit the device, and what it took."""
+        timer = self._timer or timing.on_device
         while True:
             with out_of_resources.recording_drops() as drops:
-                took = self._timer(functools.partial(run, plan))
+                took = timer(functools.partial(run, plan), left)
             order = [config.gemm for config in _descent(plan)]
             tried = {smaller for asked, smaller in drops if asked in order}
             if not tried:
                 return plan, took
             # If one of several launches does not fit, all are timed with the tile that fits.
             plan = plan._replace(gemm=max(tried, key=order.index))
+
+
+def _say(line: str) -> None:
+    """A line of progress: to the handlers of this logger, else to the terminal."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _descent(plan: Plan) -> Iterator[Plan]:
@@ -146,16 +198,12 @@ def _gpu(device: int) -> Place:
     return Place(properties.name, arch)
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _times_by_environment() -> bool:
-    value = os.environ.get("LORA_FAST_AUTOTUNE", "0")
+    value = os.environ.get("LORA_FAST_AUTOTUNE", "1")
     if value not in ("0", "1"):
         raise ValueError(f"LORA_FAST_AUTOTUNE must be 0 or 1, got {value!r}")
     return value == "1"
 
 
 tuner = Tuner(times=_times_by_environment())
-"""The process's own; LORA_FAST_AUTOTUNE=1 lets it time."""
+"""The process's own; with LORA_FAST_AUTOTUNE=0 it times nothing and reads no file."""

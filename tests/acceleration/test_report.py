@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from lora_models import (
     K,
@@ -21,6 +22,7 @@ from torch import nn
 
 import lora_fast
 from lora_fast import Report
+from lora_fast.acceleration import report as report_module
 
 
 def test_predicts_before_the_first_call_and_counts_after() -> None:
@@ -129,14 +131,48 @@ def test_prints_as_a_table() -> None:
         model(torch.randn(2, K))
     lora_layers(model)[1].enable_adapters(False)
     assert str(lora_fast.report(model)).splitlines() == [
-        "layer                 kind         base     next call                    "
+        "layer                 kind         base     next call                    route  "
         "fused calls  fallback calls",
-        "base_model.model.fc1  lora.Linear  float32  fused                        "
+        "base_model.model.fc1  lora.Linear  float32  fused                        torch  "
         "1            1 × adapters disabled",
-        "base_model.model.fc2  lora.Linear  float32  fallback: adapters disabled  "
+        "base_model.model.fc2  lora.Linear  float32  fallback: adapters disabled  -      "
         "1            1 × adapters disabled",
         "1 of 2 adapted layers fused; 2 fused calls, 2 fallback calls",
     ]
+
+
+def test_the_route_is_that_of_the_operations_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors on a CPU, as if it were a GPU."""
+    tuning = pytest.importorskip("lora_fast.tuning.tuner")
+    from tuner_queries import PLAIN
+
+    from lora_fast.tuning import plans
+
+    model = accelerated_copy(peft_model(model=Mlp()))
+
+    def routes() -> list[str]:
+        return [layer.route for layer in lora_fast.report(model).layers]
+
+    assert routes() == ["torch"] * 2
+    with lora_fast.set_backend("triton"):
+        assert routes() == ["fused"] * 2
+    monkeypatch.setattr(report_module, "uses_triton", lambda device: True)
+    assert routes() == ["chosen at its first call"] * 2
+    fc1, fc2 = (layer.base_layer for layer in lora_layers(model))
+    query = PLAIN._replace(op=plans.FORWARD, K=fc1.in_features)
+    met = [
+        (query._replace(N=(fc1.out_features,)), plans.AUGMENTED),
+        (query._replace(N=(fc1.out_features, 8), op=plans.BACKWARD_GROUP), plans.HYBRID),
+        (query._replace(N=(fc1.out_features,), M=8192), plans.HYBRID),
+        (query._replace(N=(fc1.out_features,), M=64), plans.FUSED),
+        (query._replace(N=(fc1.out_features + 1,)), plans.FUSED),
+    ]
+    monkeypatch.setattr(tuning.tuner, "chosen", lambda: met)
+    assert routes()[0] == (
+        "forward fused (M ≤ 64), augmented (M ≤ 2048), hybrid (more); backward hybrid"
+    )
+    assert fc2.in_features == fc1.in_features or routes()[1] == "chosen at its first call"
+    assert routes()[0] in str(lora_fast.report(model))
 
 
 def test_prediction_holds_for_every_state() -> None:

@@ -18,11 +18,14 @@ from lora_fast.kernels import launch_policy, strips, ticketed_gemm
 from lora_fast.kernels.dropout import Dropout
 from lora_fast.kernels.launch_policy import GemmConfig, StripConfig
 from lora_fast.kernels.ticketed_gemm import Layer
+from lora_fast.kernels.tiles import Gains
 
 from bench.instruments import resources, stub_driver
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHS = [None, 80, 86, 87, 89, 90, 100, 103, 120]
+# Columns that make two waves of wide tiles.
+N = 4096
 LAUNCHES: list[dict[str, Any]] = [{}, {"R": 21}, {"has_gain": True}, {"masks_dX": True}]
 
 
@@ -47,8 +50,9 @@ def _picked() -> Iterator[tuple[GemmConfig | StripConfig, torch.dtype]]:
             for M in (16, 64, 8192):
                 for launch in LAUNCHES:
                     yield launch_policy.pick_gemm(M, dtype, arch, **launch), dtype
-                for other in launch_policy.other_gemms(M, dtype, arch):
-                    yield other, dtype
+                for launch in ({}, {"masks_dX": True}):
+                    for other in launch_policy.other_gemms(M, N, dtype, arch, **launch):
+                        yield other, dtype
             for R in (16, 64):
                 yield launch_policy.pick_strips(dtype, R, arch), dtype
 
@@ -74,7 +78,11 @@ def _check_alone(config: GemmConfig | StripConfig, executor: Executor, **changes
 
 def test_all_are_known_to_this_file():
     rows = launch_policy.TABLE.values()
-    listed = {config for row in rows for config in (*row.picked, *row.others)}
+    listed = {
+        config
+        for row in rows
+        for config in (*row.picked, *row.others, *row.wide, *row.wide_masks_dX)
+    }
     assert set(SHIPPED) == {*listed, *launch_policy.OF_ALL}
 
 
@@ -89,13 +97,28 @@ def test_a_launch_takes_what_its_row_of_the_table_says(archs):
         assert pick(masks_dX=True, has_gain=True) == (row.masks_dX or row.plain)
         assert launch_policy.pick_strips(BF16, 32, arch) == row.strips
         assert launch_policy.pick_strips(BF16, 33, arch) == row.strips_wide_rank
-        assert launch_policy.other_gemms(8192, BF16, arch) == row.others
-        assert launch_policy.other_gemms(8192, BF16, arch, plain=False) == ()
+        others = functools.partial(launch_policy.other_gemms, 8192, N, BF16, arch)
+        assert others() == (*row.wide, *row.others)
+        assert others(has_gain=True) == row.wide
+        assert others(masks_dX=True) == row.wide_masks_dX
+        assert launch_policy.strip_ctas(arch) == row.strip_ctas
 
 
 def test_a_device_that_is_not_in_the_table_takes_pointers_and_tunes_nothing():
     assert not launch_policy.pick_gemm(8192, BF16, 75).descriptors
-    assert launch_policy.other_gemms(8192, BF16, 75) == ()
+    assert launch_policy.other_gemms(8192, N, BF16, 75) == ()
+
+
+@pytest.mark.parametrize(("arch", "least"), [(90, 17 * 16), (100, 19 * 16)])
+def test_wide_tiles_come_in_two_waves(arch, least):
+    """264 tiles of 128 × 256 on 132 multiprocessors, 296 on 148."""
+    rows, columns = 128 * (least // 16), 256 * 16
+    others = launch_policy.other_gemms(rows, columns, BF16, arch)
+    assert [c.BLOCK_N for c in others[:3]] == [256] * 3
+    assert [(c.num_stages, c.GROUP_M) for c in others[:3]] == [(4, 8), (3, 8), (4, 16)]
+    fewer = launch_policy.other_gemms(rows - 128, columns, BF16, arch)
+    assert fewer and all(c.BLOCK_N < 256 for c in fewer)
+    assert launch_policy.other_gemms(rows - 128, columns, BF16, arch, has_gain=True) == ()
 
 
 def _label(config: GemmConfig | StripConfig) -> str:
@@ -113,18 +136,23 @@ def test_a_configuration_alone_is_right(config):
         _check_alone(config, executor)
 
 
+def _short(config: GemmConfig) -> str:
+    tile = f"{config.BLOCK_M}x{config.BLOCK_N}-{config.num_stages}-{config.GROUP_M}"
+    return tile + "-tma" * config.descriptors + "-masks" * (config.MASK_PARTS > 1)
+
+
 def _compiled() -> Iterator[object]:
     """Those of the tuner, on the architectures they are for; test_kernels.py runs what is picked.
 
     Multiples of 16 make the loads wide and asynchronous."""
     for name, make, marks in MACHINES[1:]:
         arch = int(name.removeprefix("sm_")) if name.startswith("sm_") else 90
-        for config in launch_policy.other_gemms(8192, BF16, arch):
+        masked = launch_policy.other_gemms(8192, N, BF16, arch, masks_dX=True)
+        for config in (*launch_policy.other_gemms(8192, N, BF16, arch), *masked):
             for even in (False, True):
                 usual = (arch, config.BLOCK_M, even) == (90, 64, True)
                 slow = [] if usual else [pytest.mark.exhaustive]
-                tile = f"{config.BLOCK_M}x{config.BLOCK_N}" + "-tma" * config.descriptors
-                label = f"{name}-{tile}-{'even' if even else 'ragged'}"
+                label = f"{name}-{_short(config)}-{'even' if even else 'ragged'}"
                 yield pytest.param(make, config, even, marks=[*marks, *slow], id=label)
 
 
@@ -139,30 +167,64 @@ def test_a_tuned_configuration_compiles_to_the_right_thing(
 
 def _tuned() -> Iterator[object]:
     for arch in (80, 89, 90, 100, 120):
-        for config in launch_policy.other_gemms(8192, BF16, arch):
-            slow = [] if (arch, config.BLOCK_N) == (90, 256) else [pytest.mark.exhaustive]
-            label = f"sm_{arch}-{config.BLOCK_M}x{config.BLOCK_N}" + "-tma" * config.descriptors
-            yield pytest.param(arch, config, marks=slow, id=label)
+        for config in launch_policy.other_gemms(8192, N, BF16, arch):
+            # GROUP_M changes the order of tiles alone.
+            quick = (arch, config.BLOCK_N, config.GROUP_M) == (90, 256, 8)
+            slow = [] if quick else [pytest.mark.exhaustive]
+            yield pytest.param(arch, config, marks=slow, id=f"sm_{arch}-{_short(config)}")
 
 
 @pytest.mark.offline
 @pytest.mark.parametrize(("arch", "config"), [*_tuned()])
 def test_a_tuned_configuration_fits_the_device(arch, config):
-    """Forward and dX of 4096 × 4096, and dX of a group: no spilled register, tensor cores."""
+    """Forward and dX of 4096 × 4096, dX of a group, and where it is wide with a gain: no spilled
+    register, tensor cores."""
+    x, W, A, B, layer = _operands()
+    launches = [
+        lambda: ticketed_gemm.forward(x, W, A, B, 2.0, dropout=Dropout(0.1), config=config),
+        lambda: ticketed_gemm.grad_input([layer], config=config),
+        lambda: ticketed_gemm.grad_input([layer] * 2, config=config),
+    ]
+    if config in launch_policy.other_gemms(8192, N, BF16, arch, has_gain=True):
+        g = Gains(g=_meta(N, dtype=FP32))
+        launches += [
+            lambda: ticketed_gemm.forward(
+                x, W, A, B, 2.0, gains=g, saves_V=True, config=config
+            ),
+            lambda: ticketed_gemm.grad_input([layer], gains=g, config=config),
+        ]  # fmt: skip
+    _assert_fit(arch, config, launches)
 
-    def meta(*shape, dtype=BF16):
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    M, N, K, R = 8192, 4096, 4096, 16
-    A, B = meta(R, K, dtype=FP32), meta(N, R, dtype=FP32)
-    x, dY, W, partials = meta(M, K), meta(M, N), meta(N, K), meta(16, M, R, dtype=FP32)
-    layer = Layer(dY, W, A, B, 2.0, partials)
+@pytest.mark.offline
+def test_a_tuned_tile_that_masks_dX_fits_the_device():
+    _, _, _, _, layer = _operands()
+    for config in launch_policy.other_gemms(8192, N, BF16, 90, masks_dX=True):
+        _assert_fit(90, config, [
+            lambda config=config: ticketed_gemm.grad_input([layer], Dropout(0.1), config=config),
+            lambda config=config: ticketed_gemm.grad_input(
+                [layer] * 2, Dropout(0.1), config=config
+            ),
+        ])  # fmt: skip
+
+
+def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _operands() -> tuple[Any, ...]:
+    M, K, R = 8192, 4096, 16
+    A, B = _meta(R, K, dtype=FP32), _meta(N, R, dtype=FP32)
+    x, dY, W, partials = _meta(M, K), _meta(M, N), _meta(N, K), _meta(16, M, R, dtype=FP32)
+    return x, W, A, B, Layer(dY, W, A, B, 2.0, partials)
+
+
+def _assert_fit(arch: int, config: GemmConfig, launches: list[Callable[[], Any]]) -> None:
     with stub_driver.recording(arch) as log:
-        ticketed_gemm.forward(x, W, A, B, 2.0, dropout=Dropout(0.1), config=config)
-        for layers in ([layer], [layer] * 2):
-            ticketed_gemm.grad_input(layers, config=config)
+        for launch in launches:
+            launch()
     limits = resources.limits_of(arch)
-    assert len(log.kernels) == 3
+    assert len(log.kernels) == len(launches)
     for kernel in log.kernels:
         found = kernel.resources
         assert kernel.num_stages == config.num_stages, "dropped to a smaller one"
@@ -174,6 +236,6 @@ def test_a_tuned_configuration_fits_the_device(arch, config):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_is_tuned_is_not_what_is_picked(arch):
     for M in (128, 8192):
-        others = launch_policy.other_gemms(M, BF16, arch)
+        others = launch_policy.other_gemms(M, N, BF16, arch)
         assert others
         assert launch_policy.pick_gemm(M, BF16, arch) not in others

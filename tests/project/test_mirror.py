@@ -76,7 +76,6 @@ TESTED_IN = {
     "lora_fast/training/folder.py": "cli/test_runs.py",
     "lora_fast/training/summary.py": "training/test_run.py",
     "lora_fast/training/trainer.py": "training/test_run.py",
-    "lora_fast/tuning/rooflines.py": "tuning/test_cost_model.py",
     "bench/accuracy_table.py": "bench/test_bench.py",
     "bench/builtin_model.py": "bench/test_bench.py",
     "bench/decoder_layer.py": "bench/test_bench.py",

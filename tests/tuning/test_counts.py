@@ -15,27 +15,33 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from machines import NATIVE_DTYPES, multiplying
 from triton.runtime.jit import JITFunction
 
 from bench.instruments import stub_driver, traffic
 from bench.offline.operations import OperationCounter
-from lora_fast.backends.torch_ops import TORCH
 from lora_fast.backends.triton_ops import TritonBackend
 from lora_fast.factors import Constants, Factors, Needs, Saved
+from lora_fast.nf4 import NF4Weight
 from lora_fast.tuning.counts import works
 from lora_fast.tuning.plans import (
+    AUGMENTED,
     BACKWARD,
     BACKWARD_GROUP,
     FORWARD,
     FORWARD_GROUP,
     FUSED,
     HYBRID,
+    Plan,
     query,
 )
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="reads the launches of the compiler's JIT"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="reads the launches of the compiler's JIT"
+    ),
+    pytest.mark.usefixtures("allocating_as_users_do"),
+]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCH = 90
@@ -102,18 +108,68 @@ def test_the_fused_bytes_of_a_group_are_those_of_the_launches(monkeypatch, M, R,
         assert sum(work.flops for work in counted) == sum(p.flops for p in passes), op
 
 
+Counts = tuple[int, int, int]
+
+
+def _both(monkeypatch: Any, call: Any) -> Counts:
+    """Launches, FLOPs and bytes of kernels and of PyTorch's operations together."""
+    with multiplying(NATIVE_DTYPES["as cuBLAS"]), OperationCounter(compute=False) as counter:
+        launches = _launches(monkeypatch, call)
+    passes = [p for launch in launches for p in traffic.traffic(launch)]
+    # The words of a stream are allocated once.
+    operations = [op for op in counter.operations if op.name != "aten::zeros"]
+    found = [*passes, *operations]
+    return (
+        len(launches) + len(operations), sum(f.flops for f in found),
+        sum(f.bytes for f in found),
+    )  # fmt: skip
+
+
+def _modelled(plan: Plan, op: str, rows: Any, fs: Any, needs: Any) -> Counts:
+    asked = query(op, rows, fs, needs, cublas=True)._replace(M=rows.shape[0])
+    counted = works(plan, asked, ARCH)
+    return (
+        sum(w.launches for w in counted), sum(w.flops for w in counted),
+        sum(w.bytes for w in counted),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("R", [16, 200])
 @pytest.mark.parametrize("needs", [ALL, Needs(A=True, B=True), Needs(x=True)], ids=str)
-def test_the_hybrid_bytes_are_those_of_the_operations(R, needs):
-    x, dY, f = _operands(2048, 1536, 4096, R, FP32, FP32)
-    S = x.new_empty(2048, R) if needs.saves_S else None
-    with OperationCounter() as forward:
-        TORCH.forward(x, [f], [needs])
-    with OperationCounter() as backward:
-        TORCH.backward([dY], x, Saved(S), [f], [needs])
-    for op, rows, counter in ((FORWARD, x, forward), (BACKWARD, dY, backward)):
-        asked = query(op, rows, [f], [needs if op == BACKWARD else Needs()], cublas=True)
-        counted = works(HYBRID, asked, ARCH)
-        assert sum(w.launches for w in counted) == len(counter.operations), op
-        assert sum(w.flops for w in counted) == sum(o.flops for o in counter.operations), op
-        assert sum(w.bytes for w in counted) == sum(o.bytes for o in counter.operations), op
+def test_the_hybrid_bytes_are_those_of_launches_and_operations(monkeypatch, R, needs, adapter):
+    x, dY, f = _operands(2048, 1536, 4096, R, BF16, adapter)
+    saved = Saved(x.new_empty(2048, R) if needs.saves_S else None)
+    forward = _both(monkeypatch, lambda: TRITON.forward(x, [f], [needs], HYBRID))
+    assert forward == _modelled(HYBRID, FORWARD, x, [f], [Needs()])
+    backward = _both(monkeypatch, lambda: TRITON.backward([dY], x, saved, [f], [needs], HYBRID))
+    assert backward == _modelled(HYBRID, BACKWARD, dY, [f], [needs])
+
+
+@pytest.mark.parametrize("adapter", [BF16, FP32], ids=str)
+def test_the_hybrid_bytes_of_a_group_are_those_of_launches_and_operations(monkeypatch, adapter):
+    (x, dY, q), (_, dK, k) = (_operands(2048, N, 4096, 16, BF16, adapter) for N in (1536, 512))
+    fs, needs, S = [q, k], [ALL, ALL], x.new_empty(2048, 32)
+    forward = _both(monkeypatch, lambda: TRITON.forward(x, fs, needs, HYBRID))
+    assert forward == _modelled(HYBRID, FORWARD_GROUP, x, fs, [Needs()] * 2)
+    backward = _both(monkeypatch, lambda: TRITON.backward([dY, dK], x, Saved(S), fs, needs, HYBRID))
+    assert backward == _modelled(HYBRID, BACKWARD_GROUP, dY, fs, needs)
+
+
+@pytest.mark.parametrize("adapter", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_augmented_bytes_are_those_of_launches_and_operations(monkeypatch, layers, adapter):
+    fs = []
+    for N in (64, 32)[:layers]:
+        A, B = torch.zeros(8, 128, dtype=adapter), torch.zeros(N, 8, dtype=adapter)
+        weight = NF4Weight.from_dense(torch.randn(N, 128))
+        fs.append(Factors(weight, A=A, B=B, constants=Constants(0.5)))
+    x = torch.zeros(256, 128, dtype=BF16)
+    op = FORWARD if layers == 1 else FORWARD_GROUP
+    launches, flops, moved = _both(
+        monkeypatch, lambda: TRITON.forward(x, fs, [ALL] * layers, AUGMENTED)
+    )
+    assert (launches, flops) == _modelled(AUGMENTED, op, x, fs, [Needs()] * layers)[:2]
+    # Beside the weights themselves decoding reads tables of a few kilobytes.
+    modelled = _modelled(AUGMENTED, op, x, fs, [Needs()] * layers)[2]
+    assert 0 <= moved - modelled <= 3000 * layers

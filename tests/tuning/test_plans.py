@@ -12,19 +12,21 @@ from lora_fast.kernels import launch_policy
 from lora_fast import NF4Weight
 from lora_fast.factors import Constants, Factors, Needs
 from lora_fast.tuning.plans import (
+    AUGMENTED,
     BACKWARD_GROUP,
     FORWARD,
     FUSED,
     HYBRID,
+    MANY_ROWS,
     bucket,
     candidates,
     query,
 )
 
 
-def test_rows_fall_into_buckets_of_powers_of_two():
-    assert [bucket(M) for M in (1, 16, 17, 64, 65, 8192, 8193, 10**6)] == [
-        16, 16, 32, 64, 128, 8192, 16384, 16384,
+def test_rows_fall_into_few_buckets():
+    assert [bucket(M) for M in (1, 16, 17, 64, 65, 2048, 2049, 10**6)] == [
+        16, 16, 64, 64, 2048, 2048, MANY_ROWS, MANY_ROWS,
     ]  # fmt: skip
 
 
@@ -32,7 +34,7 @@ def test_every_field_is_in_the_key():
     others = [
         PLAIN._replace(op=FORWARD),
         PLAIN._replace(op=BACKWARD_GROUP),
-        PLAIN._replace(M=4096),
+        PLAIN._replace(M=8192),
         PLAIN._replace(K=4080),
         PLAIN._replace(N=(4080,)),
         PLAIN._replace(R=(32,)),
@@ -56,7 +58,7 @@ def test_a_query_describes_the_operands():
     A, B, g = torch.zeros(8, 72), torch.zeros(88, 8), torch.ones(88)
     f = Factors(weight, A=A, B=B, g=g, constants=Constants(dropout_p=0.1))
     asked = query(FORWARD, x, [f], [Needs()], cublas=True)
-    assert (asked.M, asked.K, asked.N, asked.R) == (128, 72, (88,), (8,))
+    assert (asked.M, asked.K, asked.N, asked.R) == (2048, 72, (88,), (8,))
     assert (asked.dtype, asked.adapter, asked.weights) == (BF16, FP32, ((64, True),))
     assert [name for name in ("bias", "b", "d", "g", "dropout", "spans") if asked.has(name)] == [
         "g",
@@ -66,31 +68,56 @@ def test_a_query_describes_the_operands():
     assert (frozen.R, frozen.adapter, frozen.weights) == ((0,), None, (BF16,))
 
 
-def test_a_dense_layer_has_configurations_and_cublas():
-    plans = candidates(PLAIN, 90)
-    assert plans[0] == FUSED
-    assert plans[-1] == HYBRID
-    others = launch_policy.other_gemms(2048, BF16, 90)
-    assert [plan.gemm for plan in plans[1:-1]] == list(others)
-    assert len(others) >= 1
+def test_a_dense_layer_has_tiles_and_cublas():
+    for asked in (PLAIN, PLAIN._replace(M=8192)):
+        plans = candidates(asked, 90)
+        assert plans[0] == FUSED
+        assert plans[-1] == HYBRID
+        others = launch_policy.other_gemms(asked.M, 4096, BF16, 90)
+        assert [plan.gemm for plan in plans[1:-1]] == list(others)
+        assert len(others) >= 2
 
 
-def test_without_cublas_there_is_no_hybrid_route():
-    assert HYBRID not in candidates(PLAIN._replace(cublas=False), 90)
+def test_without_cublas_there_are_kernels_alone():
+    routes = {plan.route for plan in candidates(NF4._replace(op=FORWARD, cublas=False), 90)}
+    assert routes == {"fused"}
 
 
-def test_an_nf4_layer_has_both_routes_the_modelled_one_first():
+def test_an_nf4_layer_is_decoded_first_or_not_the_modelled_choice_first():
     for M, workspace in ((64, False), (8192, True)):
-        routes = [plan.workspace for plan in candidates(NF4._replace(M=M), 90) if not plan.gemm]
+        plans = candidates(NF4._replace(M=M), 90)
+        routes = [plan.workspace for plan in plans if not plan.gemm]
         assert routes == [workspace, not workspace, None]
     for asked in (NF4._replace(K=71), NF4._replace(needs=(TRAINED._replace(x=False),))):
         assert [plan for plan in candidates(asked, 90) if not plan.gemm] == [FUSED, HYBRID]
 
 
-def test_few_rows_float32_and_gains_have_one_configuration():
-    gain = PLAIN._replace(switches=(False, False, False, True, False, False))
-    for asked in (PLAIN._replace(M=64), PLAIN._replace(dtype=FP32), gain):
+def test_a_forward_pass_over_nf4_weights_may_be_augmented():
+    forward = NF4._replace(op=FORWARD, needs=(Needs(),))
+    assert candidates(forward, 90)[-2:] == (HYBRID, AUGMENTED)
+    mixed = forward._replace(N=(4096, 1024), R=(16, 16), weights=(BF16, (64, True)))
+    for asked in (
+        NF4,
+        mixed,
+        forward._replace(R=(0,), adapter=None),
+        forward._replace(cublas=False),
+    ):
+        assert AUGMENTED not in candidates(asked, 90)
+
+
+def test_few_rows_and_float32_have_one_tile():
+    for asked in (PLAIN._replace(M=64), PLAIN._replace(dtype=FP32)):
         assert candidates(asked, 90) == (FUSED, HYBRID)
+
+
+def test_gains_and_dropout_have_wide_tiles_where_there_are_many():
+    gain = PLAIN._replace(M=8192, switches=(False, False, False, True, False, False))
+    masked = PLAIN._replace(M=8192, switches=(False,) * 4 + (True, False))
+    for asked in (gain, masked):
+        assert {plan.gemm.BLOCK_N for plan in candidates(asked, 90)[1:-1]} == {256}
+        assert candidates(asked._replace(M=2048), 90) == (FUSED, HYBRID)
+    parts = {plan.gemm.MASK_PARTS for plan in candidates(masked, 90)[1:-1]}
+    assert parts == {4}
 
 
 def test_a_group_has_the_candidates_of_a_layer():
@@ -102,7 +129,7 @@ def test_a_group_has_the_candidates_of_a_layer():
 
 @pytest.mark.parametrize("arch", [None, 80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("asked", [PLAIN, NF4], ids=["dense", "nf4"])
-def test_names_tell_the_candidates_apart_and_there_are_few(asked, arch):
-    plans = candidates(asked, arch)
-    assert len({plan.name for plan in plans}) == len(plans) == len(set(plans))
-    assert len(plans) <= 6
+def test_names_tell_the_candidates_apart(asked, arch):
+    for M in (2048, 8192):
+        plans = candidates(asked._replace(M=M), arch)
+        assert len({plan.name for plan in plans}) == len(plans) == len(set(plans))

@@ -119,7 +119,7 @@ def _gemm_configs(arch: int) -> list[launch_policy.GemmConfig]:
         for has_gain in (False, True)
         for R in (16, 100)
     ]
-    return [*picked, *launch_policy.other_gemms(8192, torch.bfloat16, arch)]
+    return [*picked, *launch_policy.other_gemms(8192, 4096, torch.bfloat16, arch)]
 
 
 def _strip_configs(arch: int) -> list[launch_policy.StripConfig]:
