@@ -30,7 +30,8 @@ class LayerReport:
     ``route``: how its operations are computed (guide): torch, fused, hybrid or augmented; of
     those met so far, where each is chosen.
     ``siblings``: names of the layers that share its input and are computed with it; ``alone``: what
-    prevents that, None for a layer that shares its input with no other.
+    prevents that, or prevented it in a graph of torch.compile, None for a layer that shares its
+    input with no other.
     """
 
     name: str
@@ -214,7 +215,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def _siblings_in_words(layer: LayerReport) -> str:
-    return ", ".join(layer.siblings) or (f"none: {layer.alone}" if layer.alone else "none")
+    words = ", ".join(layer.siblings) or "none"
+    return f"{words}: {layer.alone}" if layer.alone else words
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
 from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
-from . import compiled_ops
+from . import compiled_groups, compiled_ops
 from .seeds import draw_seed
 from .validation import check_dropout, check_operands, check_scaling
 
@@ -47,7 +47,9 @@ def compute(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.compiler.is_compiling():
-        return compiled_ops.apply(x, layers, dropout_seed)
+        if len(layers) == 1:
+            return [compiled_ops.apply(x, layers[0], dropout_seed)]
+        return compiled_groups.apply(x, layers, dropout_seed)
     if layers[0].constants.dropout_p > 0.0:
         layers = _with_seed(x, layers, dropout_seed)
     backend = backend_for(x.device)

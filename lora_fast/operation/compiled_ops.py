@@ -14,7 +14,6 @@ an autograd.Function.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,9 +115,7 @@ class Operands(NamedTuple):
         return self.bias, self.A, self.B, self.b, self.d, self.g
 
     def factors(self, weight: Tensor | NF4Weight) -> Factors:
-        seed: int | Tensor = 0
-        if self.seed is not None:
-            seed = self.seed if self.seed.device == weight.device else int(self.seed)
+        seed = seed_of(self.seed, weight.device)
         constants = Constants(self.scaling, self.dropout_p, seed, self.rank_spans)
         return Factors(weight, self.bias, self.A, self.B, self.b, self.d, self.g, constants)
 
@@ -129,6 +126,13 @@ _OPERANDS = (
 )
 
 _SAVED = "Tensor S, Tensor V, Tensor mask"
+
+
+def seed_of(seed: Tensor | None, device: torch.device) -> int | Tensor:
+    """The seed as a backend takes it: where it lies, if that is the device of the kernels."""
+    if seed is None:
+        return 0
+    return seed if seed.device == device else int(seed)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[FlatWeight, Operands]:
@@ -215,26 +219,27 @@ def _fake_row_norms(*arguments: Any) -> Tensor:
     return B.new_empty(B.shape[0], dtype=torch.float32)
 
 
-def _registered(name: str, schema: str, compute: Any, fake: Any) -> Any:
+def registered(name: str, schema: str, compute: Any, fake: Any) -> Any:
+    """lora_fast::name with this schema."""
     op = torch.library.custom_op(f"lora_fast::{name}", compute, mutates_args=(), schema=schema)
     op.register_fake(fake)
     return op
 
 
-adapted_linear_backward = _registered(
+adapted_linear_backward = registered(
     "adapted_linear_backward",
     f"(Tensor dY, Tensor? x, {_SAVED}, {_OPERANDS}) -> Tensor[]",
     _backward,
     _fake_backward,
 )
-adapted_linear = _registered(
+adapted_linear = registered(
     "adapted_linear",
     f"(Tensor x, {_OPERANDS}) -> (Tensor y, {_SAVED})",
     _forward,
     _fake_forward,
 )
 adapted_linear.register_autograd(_autograd, setup_context=_setup_context)
-_row_norms_op = _registered(
+_row_norms_op = registered(
     "row_norms",
     f"({_WEIGHT}, Tensor A, Tensor B, float scaling, str backend) -> Tensor",
     _row_norms,
@@ -242,26 +247,36 @@ _row_norms_op = _registered(
 )
 
 
-def apply(x: Tensor, fs: Sequence[Factors], dropout_seed: int | Tensor | None) -> list[Tensor]:
-    """y of `lora_fast::adapted_linear` for every layer; they share one dropout mask."""
-    seed, ys, name = None, [], get_backend()
-    if fs[0].constants.dropout_p > 0.0 and fs[0].A is not None:
-        seed = seed_tensor(dropout_seed, x.device if uses_triton(x.device, name) else _CPU)
-    for weight, *vectors, constants in fs:
-        flat = FlatWeight.of(weight)
-        enabled = torch.is_grad_enabled()
-        needs = [enabled and t is not None and t.requires_grad for t in (x, flat.data, *vectors)]
-        p = 0.0 if seed is None else constants.dropout_p
-        copies = not uses_triton(x.device, name)
-        drawn = Constants(constants.scaling, p, 0, constants.rank_spans)
-        saved = saved_input(x, drawn, Needs(*needs), copies=copies)
-        # The operator saves its input: the copy, where there is one.
-        read = x if saved is None else saved
-        y, *_ = adapted_linear(
-            read, *flat, *vectors, seed, constants.rank_spans, constants.scaling, p, needs, name
-        )
-        ys.append(y)
-    return ys
+def apply(x: Tensor, f: Factors, dropout_seed: int | Tensor | None) -> Tensor:
+    """y of `lora_fast::adapted_linear`."""
+    weight, *vectors, constants = f
+    name, flat = get_backend(), FlatWeight.of(weight)
+    seed, needs = seed_in_graph(x, f, dropout_seed, name), enabled_needs(x, flat.data, *vectors)
+    p = 0.0 if seed is None else constants.dropout_p
+    drawn = Constants(constants.scaling, p, 0, constants.rank_spans)
+    copies = not uses_triton(x.device, name)
+    saved = saved_input(x, drawn, Needs(*needs), copies=copies)
+    # The operator saves its input: the copy, where there is one.
+    read = x if saved is None else saved
+    y, *_ = adapted_linear(
+        read, *flat, *vectors, seed, constants.rank_spans, constants.scaling, p, needs, name
+    )
+    return y
+
+
+def seed_in_graph(
+    x: Tensor, f: Factors, dropout_seed: int | Tensor | None, name: BackendName
+) -> Tensor | None:
+    """The seed of the mask of x; None without dropout."""
+    if f.constants.dropout_p == 0.0 or f.A is None:
+        return None
+    return seed_tensor(dropout_seed, x.device if uses_triton(x.device, name) else _CPU)
+
+
+def enabled_needs(*tensors: Tensor | None) -> list[bool]:
+    """Whether each of the tensors gets a gradient."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and t is not None and t.requires_grad for t in tensors]
 
 
 def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -31,18 +31,21 @@ from torch import Tensor, nn
 
 from ..base_layer.linear import adapted_together
 from ..base_layer.obstacles import runs_own_forward
+from . import compiled_siblings
 from .call_reader import Condition, Together, Unreadable
+from .compiled_siblings import GROUP
 from .forward_source import called_together, code_of_forward
 from .lora_state import State, fingerprint, is_plain, member_of
 
-# Attributes of a layer: its group and its index there; why it is in none.
-GROUP, ALONE = "_lora_fast_group", "_lora_fast_alone"
+# Attributes of a layer: its group and its index there (GROUP); why it is in none.
+ALONE = "_lora_fast_alone"
 # Modules whose frames may lie between a forward and the fused forward of a layer it calls.
 _BETWEEN = frozenset(
     {
         "torch.nn.modules.module",
         "accelerate.hooks",
         __name__,
+        compiled_siblings.__name__,
         f"{__package__}.lora_layers",
         f"{__package__}.fused_forward",
     }
@@ -102,6 +105,8 @@ class Group:
     the source of that forward again, which may differ there.
     """
 
+    modules_between = _BETWEEN
+
     def __init__(
         self, names: tuple[str, ...], site: Site | None = None, parent: nn.Module | None = None
     ) -> None:
@@ -109,12 +114,16 @@ class Group:
         self.of_thread = _OfThread()
         self._site = site
         self._unsuited: CodeType | None = None
-        self._parent: Callable[[], nn.Module | None] = _nothing
+        # While torch.compile traces: compiled_siblings.py.
+        self.held: Any = None
+        self.held_in = 0
+        self.parent: Callable[[], nn.Module | None] = _nothing
         if parent is not None:
-            self._parent = weakref.ref(parent)
+            self.parent = weakref.ref(parent)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
-        return Group(self.names, self._site)
+        # The copy of a module is noted before what it holds is copied.
+        return Group(self.names, self._site, memo.get(id(self.parent())))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Group, (self.names,)
@@ -130,15 +139,23 @@ class Group:
         code = frame.f_code
         if self._site is not None and code is not self._site.code:
             return None
-        name, parent = self.names[index], self._parent()
+        name, parent = self.names[index], self.parent()
         if parent is None or parent._modules.get(name) is not layer:
             parent = frame.f_locals.get(code.co_varnames[0])
             if not isinstance(parent, nn.Module) or parent._modules.get(name) is not layer:
                 return None
-            self._parent = weakref.ref(parent)
+            self.parent = weakref.ref(parent)
         if self._site is None:
             self._read(code, parent)
         return parent
+
+    def is_called_by(self, code: CodeType, parent: nn.Module, index: int, layer: Any) -> bool:
+        """Whether `code`, the forward of `parent`, calls `layer`, the member `index`, as read."""
+        if self._site is None:
+            self._read(code, parent)
+        if self._site is None or code is not self._site.code:
+            return False
+        return parent._modules.get(self.names[index]) is layer and self.is_called_as_read(parent)
 
     def is_called_as_read(self, parent: nn.Module) -> bool:
         """Whether the current forward of `parent` calls all members, and runs no hooks in
@@ -182,7 +199,7 @@ def kept_output(layer: Any, x: Tensor) -> Tensor | None:
     """The output that a sibling has computed for `layer` and x, if nothing has changed since."""
     group, index = layer._lora_fast_group
     if torch.compiler.is_dynamo_compiling():
-        return None
+        return compiled_siblings.held_output(layer, x)
     kept: Kept | None = group.of_thread.kept
     if kept is None or kept.first >= index or kept.x() is not x:
         return None
@@ -195,8 +212,10 @@ def kept_output(layer: Any, x: Tensor) -> Tensor | None:
 def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     """The output of a layer, which also computes and keeps those of its siblings; None if the layer
     computes alone."""
-    if layer._lora_fast_group is None or torch.compiler.is_dynamo_compiling():
+    if layer._lora_fast_group is None:
         return None
+    if torch.compiler.is_dynamo_compiling():
+        return compiled_siblings.output_with_siblings(layer, state, x, _followers)
     group, index = layer._lora_fast_group
     kept: Kept | None = group.of_thread.kept
     if kept is not None and kept.first < index and kept.outputs and kept.x() is x:
@@ -232,6 +251,26 @@ def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     return kept.live_with(y)
 
 
+def _followers(
+    group: Group, index: int, parent: nn.Module, x: Tensor, state: State
+) -> list[tuple[int, Any, State]]:
+    """Index, layer and state of what can be computed with the member `index`, in their order."""
+    found: list[tuple[int, Any, State]] = []
+    if _runs_hooks(parent._modules.get(group.names[index])):
+        return found
+    for i in range(index + 1, len(group.names)):
+        sibling: Any = parent._modules.get(group.names[i])
+        mine = getattr(sibling, GROUP, None)
+        if mine is None or mine[0] is not group or mine[1] != i:
+            continue
+        if _runs_hooks(sibling):
+            break
+        its = _state_of(sibling, x, state)
+        if its is not None:
+            found.append((i, sibling, its))
+    return found
+
+
 def _state_of(layer: Any, x: Tensor, first: State) -> State | None:
     """The state of a sibling as its own call with x would find it; None if it cannot be computed
     with `first`, or may give another result."""
@@ -253,7 +292,8 @@ def outputs_together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
 
 def siblings_of(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:
     """Names of the children of `parent` that would currently be computed with `layer`, one of them,
-    or why none would; None for a layer that shares its input with no other."""
+    or why none would, or was in a graph of torch.compile; None for a layer that shares its input
+    with no other."""
     if layer.__dict__.get(GROUP) is None:
         return (), layer.__dict__.get(ALONE)
     group, index = layer.__dict__[GROUP]
@@ -265,7 +305,9 @@ def siblings_of(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | N
         parted = any(min(i, index) <= h <= max(i, index) for h in hooked)
         if i != index and p is not None and p == mine and not parted:
             names.append(group.names[i])
-    return tuple(names), None if names else "hooks, another dropout, or more than plain LoRA"
+    if names:
+        return tuple(names), layer.__dict__.get(compiled_siblings.ALONE)
+    return (), "hooks, another dropout, or more than plain LoRA"
 
 
 def _shared_rate(layer: Any) -> float | None:
@@ -342,3 +384,4 @@ def dissolve(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(GROUP, None)
         module.__dict__.pop(ALONE, None)
+        module.__dict__.pop(compiled_siblings.ALONE, None)

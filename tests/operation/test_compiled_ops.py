@@ -17,10 +17,16 @@ from torch.utils._pytree import tree_map_only
 
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast import set_backend
-from lora_fast.operation import autograd, compiled_ops
+from lora_fast.factors import Constants, Factors
+from lora_fast.operation import autograd, compiled_groups, compiled_ops
 
 CASE = Case(M=12, K=40, N=29, R=5, lead=(3, 4))
 EVERYTHING = replace(CASE, factors=FACTORS, p=0.3, spans=((0, 2), (1, 5), (2, 2)))
+GROUPS = [
+    replace(CASE, dtype=torch.bfloat16, adapter_dtype=torch.float32, nf4=True, p=0.3),
+    replace(CASE, nf4=True, nested=False, trains=("B",)),
+    CASE,
+]
 CASES = [
     replace(EVERYTHING, dtype=torch.bfloat16, adapter_dtype=torch.float32, nf4=True),
     replace(CASE, nf4=True, nested=False, blocksize=32, trains=("B",)),
@@ -59,10 +65,34 @@ def row_norms_arguments(o: Operands, backend: str = "torch") -> list[Any]:
     return [*compiled_ops.FlatWeight.of(o.weight), *factors, 0.7, backend]
 
 
+def group_arguments(o: Operands, backend: str = "torch") -> list[Any]:
+    """Those of lora_fast::adapted_linears: two layers, one without a bias."""
+    found: list[Any] = []
+    original = compiled_groups.adapted_linears
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_groups, "adapted_linears", lambda *a: found.extend(a) or [])
+        t, p = o.tensors, o.case.p
+        bias, A, B = t["bias"], t["A"], t["B"]
+        f = Factors(o.weight, bias, A, B, constants=Constants(o.case.scaling, p))
+        with set_backend(backend):
+            compiled_groups.apply(t["x"], [f, f._replace(bias=None)], o.case.seed if p else None)
+    assert original is compiled_groups.adapted_linears
+    return found
+
+
+def group_backward_arguments(o: Operands, backend: str = "torch") -> list[Any]:
+    """Those of lora_fast::adapted_linears_backward, after a forward pass; no loss reads y_2."""
+    x, *rest = tree_map_only(torch.Tensor, torch.Tensor.detach, group_arguments(o, backend))
+    y, _, *saved = compiled_groups.adapted_linears(x, *rest)
+    return [[torch.randn_like(y), None], x, *saved, *rest]
+
+
 # {operator: what makes its arguments, and for which cases}
 OPERATORS: dict[str, tuple[Callable[..., list[Any]], list[Case]]] = {
     "adapted_linear": (arguments, CASES),
     "adapted_linear_backward": (backward_arguments, CASES),
+    "adapted_linears": (group_arguments, GROUPS),
+    "adapted_linears_backward": (group_backward_arguments, GROUPS),
     "row_norms": (row_norms_arguments, [replace(CASE, nf4=nf4) for nf4 in (False, True)]),
 }
 CALLS = [
@@ -114,9 +144,9 @@ def test_fakes_say_what_the_kernels_make(name: str, make_arguments: Any, case: C
     expected, found = (
         [made] if isinstance(made, torch.Tensor) else list(made) for made in (expected, found)
     )
-    if name == "adapted_linear" and case.p:
-        assert expected[3].shape == (case.M, case.K)
-        expected[3] = expected[1].new_empty(0)
+    if name in ("adapted_linear", "adapted_linears") and case.p:
+        assert expected[-1].shape == (case.M, case.K)
+        expected[-1] = expected[1].new_empty(0)
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
 
 

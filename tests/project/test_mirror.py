@@ -55,6 +55,7 @@ TESTED_IN = {
     "lora_fast/modules/vera.py": "modules/test_dora_and_vera.py",
     "lora_fast/modules/weight_reads.py": "modules/test_model_families.py",
     "lora_fast/operation/autograd.py": "test_functional.py",
+    "lora_fast/operation/compiled_groups.py": "operation/test_compiled_ops.py",
     "lora_fast/peft_layers/adalora_layers.py": "peft_layers/test_methods.py",
     "lora_fast/peft_layers/call_reader.py": "peft_layers/test_forward_source.py",
     "lora_fast/peft_layers/four_bit_classes.py": "peft_layers/test_tuners.py",
