@@ -202,12 +202,12 @@ _GEMM_FLOAT32 = GemmConfig(32, 64, 16, 32, 8, num_warps=4, num_stages=2)
 _STRIPS_FLOAT32 = StripConfig(32, 32, num_warps=4, num_stages=2)
 
 # expand stores 16 KB a tile. shrink reads x at the speed of memory if enough of it is on its way:
-# 2048 rows are 128 CTAs, 8192 are 256, each with three blocks of 4 KB. Products of fewer than 64
-# rows are mma.sync everywhere. 64 columns of a float32 A beside 32 rows leave registers for two
-# CTAs on a multiprocessor, and dropout's random words, if a block has 64 columns of K.
+# 2048 rows are 128 CTAs, each with five blocks of 2 KB, and 8192 are 256, with three of 4 KB.
+# Products of fewer than 64 rows are mma.sync everywhere. Blocks of 64 columns of K leave registers
+# for two CTAs on a multiprocessor beside 64 columns of a float32 A and dropout's random words.
 _EXPAND = RowsConfig(64, 128, num_warps=4, num_stages=1)
 _EXPAND_FLOAT32 = RowsConfig(32, 64, num_warps=4, num_stages=1, MAX_R=16)
-_SHRINK_16 = RowsConfig(16, 128, num_warps=4, num_stages=4)
+_SHRINK_16 = RowsConfig(16, 64, num_warps=4, num_stages=6)
 _SHRINK_32 = RowsConfig(32, 64, num_warps=4, num_stages=4)
 _SHRINK_FLOAT32 = RowsConfig(16, 32, num_warps=4, num_stages=2)
 # The same on every architecture.

@@ -97,7 +97,7 @@ def expand_work(arguments: Arguments) -> dict[str, int]:
 
 
 def shrink_name(compiled: Any) -> str:
-    """shrink_beside_x_32x128_r16: with the copy of x or without, BLOCK_M × BLOCK_K, BLOCK_R."""
+    """shrink_beside_x_32x64_r16: with the copy of x or without, BLOCK_M × BLOCK_K, BLOCK_R."""
     tiles, words = compiled.constants["TILES"], ["shrink"]
     if compiled.signature["wide_ptr"] != "constexpr":
         words.append("beside_x")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, Needs
-from ..kernels import expand, nf4_decode, shrink
+from ..kernels import expand, launch_policy, nf4_decode, shrink
 from ..nf4 import NF4Weight
 from .protocol import ranks_of
+from .torch_low_rank import expand_factor
 from .torch_products import scaled_product, wide_dtype, working_dtype
 from .triton_operands import dense, dropout, factors_A, vectors
 
@@ -81,10 +82,11 @@ def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Ten
     dtype, dX = dYs[0].dtype, None
     if dS.values is not None:
         factors = factors_A(fs)
-        if dS.largest is None and _is_plain(dYs[0], fs, factors):
-            dX = dS.values @ _stack(fs)
-        else:
+        drops = fs[0].constants.dropout_p > 0.0
+        if drops or dS.largest is not None or not _multiplies(dYs[0], factors, max(ranks_of(fs))):
             dX = expand.input_gradient(dS, dtype, factors, dropout(fs[0]))
+        else:
+            dX = dS.values @ _stack(fs).to(dtype)
     for dY, f in zip(dYs, fs, strict=True):
         W = dense(f.weight, dtype)
         if f.g is not None:
@@ -100,25 +102,27 @@ def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Ten
 
 def _shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     """S [M, ΣR] of all layers."""
-    spans = fs[0].constants.rank_spans
-    if spans is None and _is_plain(rows, fs, factors_A(fs)):
-        return rows @ _stack(fs).T
-    return shrink.of_rows(rows, _stack(fs), dropout(fs[0]), spans)
+    A, constants = _stack(fs), fs[0].constants
+    plain = constants.dropout_p == 0.0 and constants.rank_spans is None
+    if plain and _multiplies(rows, [A], A.shape[0]):
+        return rows @ A.to(rows.dtype).T
+    return shrink.of_rows(rows, A, dropout(fs[0]), constants.rank_spans)
 
 
 def _expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[Tensor]:
     """The low-rank part of every y, with the bias where no g comes after it."""
-    f = fs[0]
+    f, ranks = fs[0], ranks_of(fs)
     factors = [f.B for f in fs if f.B is not None]
     biases = [None if f.g is not None else f.bias for f in fs]
     scalings = [f.constants.scaling for f in fs]
-    has_gain = f.b is not None or f.d is not None
     same = all(bias is None or bias.dtype == dtype for bias in biases)
-    if not has_gain and same and _are_operands(S, factors):
-        parts = [S] if len(fs) == 1 else S.split(ranks_of(fs), dim=1)
+    has_gain = (f.b is not None or f.d is not None) and max(ranks) <= launch_policy.MAX_BLOCK_R
+    if same and not has_gain and _multiplies(S, factors, max(ranks)):
+        parts = [S] if len(fs) == 1 else S.split(ranks, dim=1)
+        Qs = [expand_factor(f, dtype).T for f in fs]
         return [
-            scaled_product(S_i, B.T, s) if bias is None else torch.addmm(bias, S_i, B.T, alpha=s)
-            for S_i, B, s, bias in zip(parts, factors, scalings, biases, strict=True)
+            scaled_product(S_i, Q, s) if bias is None else torch.addmm(bias, S_i, Q, alpha=s)
+            for S_i, Q, s, bias in zip(parts, Qs, scalings, biases, strict=True)
         ]
     _, gains = vectors(f)
     layers = [
@@ -128,14 +132,11 @@ def _expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[
     return expand.outputs(S, dtype, layers, gains)
 
 
-def _is_plain(x: Tensor, fs: Sequence[Factors], factors: Sequence[Tensor]) -> bool:
-    """Whether products of x with these factors are as they stand: without dropout."""
-    return fs[0].constants.dropout_p == 0.0 and _are_operands(x, factors)
-
-
-def _are_operands(x: Tensor, factors: Sequence[Tensor]) -> bool:
-    """Whether cuBLAS may multiply x with these factors: they have its dtype, and the device too."""
-    same = all(factor.dtype == x.dtype for factor in factors)
+def _multiplies(x: Tensor, factors: Sequence[Tensor], R: int) -> bool:
+    """Whether cuBLAS multiplies x with these factors of rank R: on this device and in their dtype,
+    or, of ranks that are several steps of a kernel, with copies of them in the dtype of x."""
+    wide = R > launch_policy.MAX_BLOCK_R
+    same = wide or all(factor.dtype == x.dtype for factor in factors)
     return same and working_dtype(x) == x.dtype
 
 

@@ -6,7 +6,7 @@ Vectors of N or R elements are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -211,8 +211,11 @@ class _Hybrid(_Counts):
     def forward(self) -> Iterator[Work]:
         M, K, e = self.M, self.K, self.e
         if self.R:
-            yield from self._stack()
-            yield replace(self._shrink(K, self.R, self._S(self.R)), is_aten=self._is_plain())
+            plain = self._is_plain(self.R)
+            size = yield from self._stack(plain)
+            work = self._shrink(K, self.R, self._S(self.R))
+            less = self.R * K * (self.adapter - size)
+            yield replace(work, bytes=work.bytes - less, is_aten=plain)
             yield from self._expand()
         for N, R, weight in self.layers:
             yield from self._dense(N, weight)
@@ -226,10 +229,11 @@ class _Hybrid(_Counts):
             if self._needs_dS(R, need):
                 yield self._make_dS(N, R, need, int(i == 0))
         if self.R and needs_x:
-            plain = self._is_plain() and not self.float16
+            plain = self._is_plain(max(self.q.R)) and not self.float16
+            size = self.adapter
             if plain:
-                yield from self._stack()
-            moved = self._dS(self.R) + self.R * K * self.adapter + M * K * e
+                size = yield from self._stack(plain)
+            moved = self._dS(self.R) + self.R * K * size + M * K * e
             yield Work(2 * M * self.R * K, moved, is_aten=plain)
         for i, (N, _, weight) in enumerate(self.layers):
             if not needs_x:
@@ -239,27 +243,35 @@ class _Hybrid(_Counts):
                 yield Work(0, 2 * e * N * min(M, K), is_aten=True)
             yield self._product(M, N, K, adds=i > 0 or self.R > 0)
 
-    def _stack(self) -> Iterator[Work]:
-        """The A of a group below one another."""
+    def _stack(self, casts: bool = False) -> Generator[Work, None, int]:
+        """All A below one another, with `casts` in the dtype of x; the size of an element."""
         if len(self.layers) > 1:
             yield Work(0, 2 * self.R * self.K * self.adapter, is_aten=True)
+        if not (casts and self._casts()):
+            return self.adapter
+        yield Work(0, self.R * self.K * (self.adapter + self.e), is_aten=True)
+        return self.e
 
     def _expand(self) -> Iterator[Work]:
         """S_i Q_iᵀ of every layer: a product each, or one launch of ours for all."""
-        found = [
-            Work(
-                2 * self.M * R * N, self._S(R) + N * R * self.adapter + self.M * N * self.e,
-                is_aten=True,
-            )
-            for N, R, _ in self.layers
-        ]  # fmt: skip
-        if self._casts() or self.q.has("b") or self.q.has("d"):
-            found = [replace(w, is_aten=False, launches=int(i == 0)) for i, w in enumerate(found)]
-        yield from found
+        gains = self.q.has("b") + self.q.has("d")
+        wide = max(self.q.R) > launch_policy.MAX_BLOCK_R
+        launched = not wide and (self._casts() or gains > 0)
+        for i, (N, R, _) in enumerate(self.layers):
+            size = self.adapter if launched else self.e
+            moved = self._S(R) + N * R * size + self.M * N * self.e
+            if not launched:
+                for _ in range(gains):
+                    yield Work(0, 2 * 4 * N * R, is_aten=True)
+                if gains or self._casts():
+                    yield Work(0, N * R * ((4 if gains else self.adapter) + self.e), is_aten=True)
+            launches = int(i == 0 or not launched)
+            yield Work(2 * self.M * R * N, moved, launches, is_aten=not launched)
 
-    def _is_plain(self) -> bool:
-        """Whether products of x or dS with the factors A are cuBLAS's."""
-        return not (self._casts() or self.q.has("dropout") or self.q.has("spans"))
+    def _is_plain(self, R: int) -> bool:
+        """Whether products of x or dS with the factors A of this rank are cuBLAS's."""
+        casts = self._casts() and R <= launch_policy.MAX_BLOCK_R
+        return not (casts or self.q.has("dropout") or self.q.has("spans"))
 
     def _casts(self) -> bool:
         return self.q.adapter not in (None, self.q.dtype)

@@ -103,7 +103,8 @@ SMALLEST = Case(M=37, K=40, N=44, R=5)
 METHODS = {
     "LoRA": {},
     "float32 adapters": {"adapter_dtype": FP32, "R": 16},
-    "VeRA": {"factors": ("x", "bias", "A", "B", "b", "d"), "trains": ("x", "b", "d"), "R": 72},
+    "VeRA": {"factors": ("x", "A", "B", "b", "d"), "trains": ("x", "b", "d"), "R": 24},
+    "wide VeRA": {"factors": ALL[:-1], "trains": ("x", "b", "d"), "R": 72, "adapter_dtype": FP32},
     "DoRA": {"factors": ("x", "bias", "A", "B", "g")},
     "all factors": {"factors": ALL, "R": 20},
     "IA3": {"factors": ("x", "bias", "g")},

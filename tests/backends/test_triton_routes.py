@@ -129,6 +129,18 @@ def test_adapters_in_the_dtype_of_x_are_left_to_cublas_as_well() -> None:
 
 
 @pytest.mark.offline
+def test_wide_ranks_are_left_to_cublas_whatever_the_dtype_of_their_factors() -> None:
+    """VeRA: x would be read once for every 64 columns of S, and A for every 32 rows of x."""
+    (f,) = layers(False, (1024,), b=meta(1024, dtype=FP32), d=meta(256, dtype=FP32))
+    f = f._replace(A=meta(256, K, dtype=FP32), B=meta(1024, 256, dtype=FP32))
+    need = Needs(x=True, b=True, d=True)
+    with stub_driver.recording(90) as log:
+        _, saved = OPS.forward(meta(M, K), [f], [need], HYBRID)
+        OPS.backward([meta(M, 1024)], None, saved, [f], [need], HYBRID)
+    assert log.names == ["strips", "ticketed_gemm"]
+
+
+@pytest.mark.offline
 @pytest.mark.parametrize("adapter", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_nothing_of_the_size_of_x_or_y_is_made_beside_them(p: float, adapter: torch.dtype) -> None:

@@ -80,6 +80,7 @@ FP16 = replace(PLAIN, name="fp16", dtype=torch.float16)
 FP16_R64 = replace(FP16, name="fp16-r64", R=64)
 FP16_DROPOUT = replace(FP16, name="fp16-dropout", dropout_p=0.1)
 ALL_FACTORS = replace(DROPOUT, name="bf16-gains-dropout", gains="bdg")
+ROUTES = [PLAIN, R64, R100, FP32, FP16_DROPOUT, ALL_FACTORS]
 CASES: dict[int, list[Case]] = {
     80: [FP16, FP16_R64, FP16_DROPOUT, R64, R100, replace(FP32, name="fp32-r64", R=64), DORA],
     89: [R100, FP32, DROPOUT],
@@ -164,7 +165,10 @@ def _routes_step(arch: int, case: Case) -> stub_driver.Log:
 def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     found, limits = launch.kernel.resources, resources.limits_of(arch)
     # Below the limit ptxas trades a few registers for another CTA; at the limit it had no choice.
-    trades = not found.mma and found.registers <= 250
+    # Kernels beside cuBLAS wait for memory: they gain by it, if it is not within a loop.
+    in_loops = any(loop.by_class["local"] for loop in found.hot_loops)
+    costs = in_loops if launch.name in ("shrink", "expand") else found.mma
+    trades = found.registers <= 250 and not costs
     allowed = 32 if trades or not is_pinned("triton") else 0
     assert found.local_bytes <= allowed, f"{launch.name} spills: {found}"
     assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
@@ -186,8 +190,8 @@ def _assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
 def _expected_mma(launch: stub_driver.Launch, arch: int) -> set[str]:
     """The products of the generation; mma.sync for tiles that its larger ones do not fit."""
     arguments = launch.arguments
-    x = arguments["members"][0] if "members" in arguments else None
-    x = arguments["x_ptr"] if x is None else getattr(x, "x_ptr", x[1])
+    first = (arguments.get("members") or (None,))[0]
+    x = arguments["x_ptr"] if first is None else getattr(first, "x_ptr", first[1])
     if x.dtype == torch.float32:
         return set()
     return {"HMMA" if launch.constexprs["BLOCK_M"] < 64 else resources.limits_of(arch).mma}
@@ -216,9 +220,6 @@ def test_a_group_of_layers_fits_the_device(arch: int, dropout_p: float) -> None:
         _assert_fits(launch, arch)
         _assert_products_run_on(launch, arch)
         assert set(launch.kernel.resources.mma) == {resources.limits_of(arch).mma}
-
-
-ROUTES = [PLAIN, R64, R100, FP32, FP16_DROPOUT, ALL_FACTORS]
 
 
 @pytest.mark.parametrize("case", ROUTES, ids=lambda case: case.name)
@@ -270,8 +271,7 @@ def test_the_k_loops_stay_within_their_budget(arch: int) -> None:
 # Machine instructions for one weight. A GPU of 2.8 TB/s and 28 T thread instructions a second moves
 # the 2.5 bytes of a weight in the time of 25; decoding should leave most of them to others.
 NF4_BUDGET = 7.5
-# Half as many weights in a program, and the columns behind them, which one part of a row writes.
-AUGMENTED_BUDGET = 11.0
+AUGMENTED_BUDGET = 11.0  # half as many weights in a program, and the columns behind them
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -383,8 +383,8 @@ def test_the_cases_use_every_shipped_configuration(monkeypatch: pytest.MonkeyPat
 
     pickers = {"gemm": ticketed_gemm, "strips": strips, "expand": expand, "shrink": shrink}
     for name, module in pickers.items():
-        pick = recording_picks(getattr(module, f"pick_{name}"))
-        monkeypatch.setattr(module, f"pick_{name}", pick)
+        picks = recording_picks(getattr(module, f"pick_{name}"))
+        monkeypatch.setattr(module, f"pick_{name}", picks)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     for arch in ARCHS:
         for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):

@@ -168,8 +168,8 @@ def test_routes_of_cublas() -> None:
         expand.input_gradient(Shrunk(S), BF16, [A])
         nf4_decode.augmented(weight.packed, weight.quant_state, BF16, B, columns=R)
     assert [one["name"] for one in told] == [
-        "shrink_16x128_r16",
-        "shrink_beside_x_16x128_r16",
+        "shrink_16x64_r16",
+        "shrink_beside_x_16x64_r16",
         "expand_y_64x128_r16",
         "expand_dX_64x128_r16",
         "nf4_decode_augmented_8x64",
