@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .features import EQUAL_ABSMAX
+from .four_bit.decoded import Decoded
 from .four_bit.decoding import absmax_of, decode
 from .four_bit.layout import is_plain, plain_bytes, plain_state
 from .optional_packages import needed
@@ -33,11 +34,13 @@ class NF4Weight:
     """A frozen NF4 weight [N, K]: a view of bitsandbytes' storage, without a copy.
 
     packed: the quantised bytes, flat uint8. quant_state: bitsandbytes' own description of them.
+    decoded: where a backend leaves W that it has decoded, and finds it, if anywhere.
     Build one with :meth:`from_params4bit` or :meth:`from_dense`.
     """
 
     packed: Tensor
     quant_state: Any
+    decoded: Decoded | None = None
 
     quant_type = "nf4"
 

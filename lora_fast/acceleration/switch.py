@@ -11,6 +11,7 @@ from torch import nn
 
 from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import runs_own_forward
+from ..four_bit.decoded import provide_for
 from ..four_bit.layout import resume_packing, suspend_packing
 from .report import adapted_layers
 
@@ -53,6 +54,7 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     if "peft.tuners.tuners_utils" in sys.modules:
         _cover(model, group_shared_inputs)
     suspend_packing(model)
+    provide_for(model)
     return model
 
 

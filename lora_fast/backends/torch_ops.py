@@ -181,7 +181,11 @@ class TorchBackend:
 
     def _dense(self, weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
         """W [N, K] in `dtype`."""
-        return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+        if not isinstance(weight, NF4Weight):
+            return weight.to(dtype)
+        if weight.decoded is None:
+            return weight.dequantize(dtype)
+        return weight.decoded.once(dtype, lambda: weight.dequantize(dtype))
 
     def _drawn(self, f: Factors, x: Tensor) -> Dropout:
         """The dropout of x [M, K] in a forward pass."""

@@ -59,7 +59,10 @@ def dropout(f: Factors) -> Any:
 def dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     """W [N, K] in `dtype`; NF4 decoded in one launch."""
     if isinstance(weight, NF4Weight):
-        return nf4_decode.decode(weight.packed, weight.quant_state, dtype)
+        packed = weight.packed, weight.quant_state, dtype
+        if weight.decoded is None:
+            return nf4_decode.decode(*packed)
+        return weight.decoded.once(dtype, lambda: nf4_decode.decode(*packed))
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 
@@ -74,7 +77,7 @@ def gemm_operand(
         arch = environment.current_arch()
         reason = launch_policy.why_nf4_workspace(x.shape[0], weight.shape[1], x.dtype, arch)
         workspace = reason is not None
-    if workspace:
+    if workspace or (weight.decoded is not None and weight.decoded.dense is not None):
         return dense(weight, x.dtype)
     return nf4_tile.Nf4Operand(weight.packed, weight.quant_state)
 

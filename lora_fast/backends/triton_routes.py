@@ -68,6 +68,8 @@ def augmented(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
             f.weight.packed, f.weight.quant_state, rows.dtype, f.B, f.constants.scaling,
             gains=gains, first_r=first_r, columns=columns,
         )  # fmt: skip
+        if f.weight.decoded is not None:
+            f.weight.decoded.offer(W[:, : rows.shape[1]])
         y = _add_product(None, wide, W.T, f.bias if f.g is None else None)
         if f.g is not None:
             y, V = _gained(y, f, f.g, need)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..four_bit import is_four_bit
+from ..four_bit.decoded import provide_for
 from ..four_bit.layout import forbid_packing
 from ..optional_packages import needed
 from .adapter_module import AdapterModule, check_base
@@ -109,6 +110,7 @@ def convert(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapted[id(linear)])
     forbid_packing(model)
+    provide_for(model)
     return model
 
 

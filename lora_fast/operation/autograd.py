@@ -3,7 +3,7 @@
 Saved for backward, beside parameters: x if A (or W) trains, S = drop(x) Aᵀ if B, b or d trains, V =
 (y − bias) / g if g trains. For dropout the seed is saved; on the torch backend also a copy of x,
 which the caller may change in place as with PEFT, and the mask, one byte per element. An NF4 weight
-stays packed and is decoded again.
+stays packed and is decoded again, except where checkpointing recomputes (:mod:`recomputation`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
 from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
-from . import compiled_groups, compiled_ops
+from . import compiled_groups, compiled_ops, recomputation
 from .seeds import draw_seed
 from .validation import check_dropout, check_operands, check_scaling
 
@@ -70,12 +70,19 @@ class AdaptedLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, fs: Sequence[Factors], backend: Backend, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         needs = _needs_of(ctx, len(fs))
-        ys, saved = backend.forward(x, fs, needs)
+        reads_packed = False
+        for f in fs:
+            reads_packed = reads_packed or (needs[0].x and not isinstance(f.weight, Tensor))
+        ctx.saves_weights = reads_packed and recomputation.is_checkpointed_or_recomputed()
+        read_by = recomputation.remembering(fs) if ctx.saves_weights else fs
+        ys, saved = backend.forward(x, read_by, needs)
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
         read = saved_input(x, fs[0].constants, need, copies=backend.copies_input)
         # A number stays with the constants.
         seed = fs[0].constants.dropout_seed
-        ctx.save_for_backward(read, *saved, seed if isinstance(seed, Tensor) else None, *tensors)
+        weights = recomputation.saved_weights(read_by, x) if ctx.saves_weights else []
+        kept = seed if isinstance(seed, Tensor) else None
+        ctx.save_for_backward(read, *saved, kept, *tensors, *weights)
         ctx.backend, ctx.others = backend, []
         for f in fs:
             packed = None if isinstance(f.weight, Tensor) else f.weight
@@ -93,7 +100,8 @@ class AdaptedLinears(torch.autograd.Function):
         if like is None:
             return (None,) * len(ctx.needs_input_grad)
         x, S, V, mask, seed, *tensors = ctx.saved_tensors
-        fs, rows = [], []
+        fs: list[Factors] = []
+        rows = []
         for i, (dY, (packed, constants)) in enumerate(zip(dYs, ctx.others, strict=True)):
             if seed is not None:
                 constants = constants._replace(dropout_seed=seed)
@@ -101,6 +109,8 @@ class AdaptedLinears(torch.autograd.Function):
             f = Factors(packed if W is None else W, bias, A, B, b, d, g, constants)
             fs.append(f)
             rows.append(like.new_zeros(*like.shape[:-1], f.weight.shape[0]) if dY is None else dY)
+        if ctx.saves_weights:
+            fs = recomputation.with_saved(fs, tensors[len(fs) * _PER_LAYER :])
         needs = _needs_of(ctx, len(fs))
         grads = ctx.backend.backward(rows, x, Saved(S, V, mask), fs, needs)
         found: list[Tensor | None] = [grads[0].x, None, None]

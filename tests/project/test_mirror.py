@@ -40,6 +40,7 @@ TESTED_IN = {
     "lora_fast/export/base_checkpoint.py": "export/test_files.py",
     "lora_fast/export/changes.py": "export/test_methods.py",
     "lora_fast/export/model_writer.py": "export/test_merged_model.py",
+    "lora_fast/four_bit/decoded.py": "operation/test_recomputation.py",
     "lora_fast/files/adapter_files.py": "export/test_files.py",
     "lora_fast/files/fingerprint.py": "export/test_origin.py",
     "lora_fast/files/json_files.py": "training/test_artefacts.py",

@@ -1,0 +1,64 @@
+"""NF4 weights that a recomputed forward pass decodes once, for its backward pass, too.
+
+A decoded W is one of the tensors saved for backward. Without reentrant checkpointing the node that
+runs backward is that of the first forward pass, and the recomputed one only fills in what it saved;
+so wherever the recomputed one may save W, the first saves a placeholder of its shape, one element
+of memory, which checkpointing drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..factors import Factors
+from ..four_bit.decoded import Decoded
+from ..nf4 import NF4Weight
+
+
+def is_checkpointed_or_recomputed() -> bool:
+    """Whether a node that is made now may save decoded weights: a backward pass is running, or
+    checkpointing takes what is saved. Other hooks, which may copy it elsewhere, get none."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:
+        return bool(hooks[0].__module__ == "torch.utils.checkpoint")
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def remembering(fs: Sequence[Factors]) -> Sequence[Factors]:
+    """The factors with NF4 weights that remember W, if this forward pass runs in a backward
+    pass."""
+    if torch._C._current_graph_task_id() == -1:
+        return fs
+    return [_with(f, Decoded()) for f in fs]
+
+
+def saved_weights(fs: Sequence[Factors], x: Tensor) -> list[Tensor]:
+    """Of every NF4 weight what is saved: W [N, K], or a placeholder of its shape."""
+    return [_saved(f.weight, x) for f in fs if isinstance(f.weight, NF4Weight)]
+
+
+def _saved(weight: NF4Weight, x: Tensor) -> Tensor:
+    W = None if weight.decoded is None else weight.decoded.dense
+    return x.new_empty(()).expand(weight.shape) if W is None or W.dtype != x.dtype else W
+
+
+def with_saved(fs: Sequence[Factors], saved: Sequence[Tensor]) -> list[Factors]:
+    """The factors with the weights W that were saved."""
+    remaining, found = iter(saved), []
+    for f in fs:
+        if isinstance(f.weight, NF4Weight):
+            W = next(remaining)
+            if W.stride() != (0, 0):
+                f = _with(f, Decoded(W))
+        found.append(f)
+    return found
+
+
+def _with(f: Factors, decoded: Decoded) -> Factors:
+    if not isinstance(f.weight, NF4Weight):
+        return f
+    return f._replace(weight=NF4Weight(f.weight.packed, f.weight.quant_state, decoded))
