@@ -10,9 +10,12 @@ import pytest
 import torch
 from equation import Case, Operands, exact, fused, make, stock
 
+pytest.importorskip("triton")
 import lora_fast
 from bench.instruments.accuracy import assert_accurate, assert_same_bits
 from lora_fast import functional
+from lora_fast.backends import triton_ops
+from lora_fast.tuning.plans import HYBRID
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ADAPTERS = ("dA", "dB", "db", "dd", "dg")
@@ -71,6 +74,14 @@ def check(operands: Operands, names: Collection[str] = ()) -> None:
             results[name], ref64[name], yardstick[name],
             name=name, compute_dtype=operands.case.dtype,
         )  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["plain", "wide", "dropout", "DoRA"])
+def test_a_loss_of_a_large_batch_beside_cublas(interpreted, monkeypatch, name):
+    monkeypatch.setattr(triton_ops.tuner, "times", True)
+    monkeypatch.setattr(triton_ops.tuner, "plan", lambda *args: HYBRID)
+    check(_with(make(CASES[name]), 2.0**-20), ADAPTERS)
 
 
 @pytest.mark.interpreter
