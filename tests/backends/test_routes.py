@@ -22,6 +22,7 @@ from lora_fast.backends import selection, triton_ops
 from lora_fast.backends.triton_ops import TritonBackend
 from lora_fast.factors import Factors, Needs, Saved
 from lora_fast.tuning.plans import AUGMENTED, BACKWARD, FORWARD, FUSED, HYBRID, Plan
+from lora_fast.tuning.timing import Measured
 from lora_fast.tuning.tuner import Tuner
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -228,10 +229,10 @@ def test_the_second_call_has_the_bits_of_the_first(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_FAST_CACHE_DIR", str(tmp_path))
     timed = []
 
-    def timer(call):
+    def timer(call, left):
         call()
         timed.append(call)
-        return float(-len(timed))
+        return Measured(float(-len(timed)), 0.0)
 
     monkeypatch.setattr(triton_ops, "tuner", Tuner(times=True, timer=timer))
     monkeypatch.setattr(selection, "_triton", lambda name: TritonBackend(cublas=True))
