@@ -271,7 +271,7 @@ def test_the_k_loops_stay_within_their_budget(arch: int) -> None:
 # Machine instructions for one weight. A GPU of 2.8 TB/s and 28 T thread instructions a second moves
 # the 2.5 bytes of a weight in the time of 25; decoding should leave most of them to others.
 NF4_BUDGET = 7.5
-AUGMENTED_BUDGET = 11.0  # half as many weights in a program, and the columns behind them
+AUGMENTED_BUDGET = 15.5  # half as many weights in a program, and the columns behind them
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
