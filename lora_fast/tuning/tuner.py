@@ -89,16 +89,13 @@ class Tuner:
         if not self.times or deterministic or len(plans) == 1 or not has_clock:
             return modelled
         cache = self._caches.setdefault(place.name, Cache(versions(place.name)))
-        known = self._stored(cache, query)
+        may_time = timing.reason_not_to_time(device, forward=query.is_forward) is None
+        known = self._stored(cache, query, waits=may_time)
         for plan in (modelled, *candidates(query, place.arch)):
             for fitting_plan in _descent(plan):
                 if fitting_plan.name == known:
                     return fitting_plan
-        if (
-            timing.reason_not_to_time(device, forward=query.is_forward)
-            or timing.rank() != 0
-            or not cache.is_writable()
-        ):
+        if not may_time or timing.rank() != 0 or not cache.is_writable():
             return modelled
         times = self._time(plans, query, run)
         if not times:
@@ -108,9 +105,9 @@ class Tuner:
         cache.put(query.key, fastest.name, measured, instead_of=known)
         return fastest
 
-    def _stored(self, cache: Cache, query: Query) -> str | None:
+    def _stored(self, cache: Cache, query: Query, *, waits: bool) -> str | None:
         """The name in the file; a rank that is not the first waits a while for it."""
-        if timing.rank() == 0:
+        if timing.rank() == 0 or not waits:
             return cache.get(query.key)
         started = time.monotonic()
         known = cache.wait_for(query.key, self._patience)

@@ -218,6 +218,13 @@ def test_the_other_ranks_wait_a_while_in_all(monkeypatch):
     assert ours._patience == 0.0 and clock.ran == []
 
 
+def test_nobody_waits_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Cache, "wait_for", lambda *arguments: pytest.fail("waited"))
+    monkeypatch.setattr(timing, "reason_not_to_time", lambda device, *, forward: "captured")
+    assert Tuner(times=True, timer=_clock(OTHER)).plan(PLAIN, CPU, pytest.fail) == HYBRID
+
+
 def test_two_processes_have_the_plan_of_the_first(tmp_path):
     """Rank 1 starts first and finds nothing; rank 0 times, slowly, and stores."""
     code = """
