@@ -171,6 +171,7 @@ TABLE: dict[tuple[int | None, ...], Choices] = {
         others=(_GENERAL, replace(_LOW, descriptors=True)),
         wide=(_WIDE_4, _WIDE, replace(_WIDE_4, GROUP_M=16)),
         wide_masks_dX=(replace(_WIDE_4, MAX_E=16, MASK_PARTS=4),),
+        strip_ctas=264,
     ),
     TENSOR_MEMORY: Choices(
         plain=_B200,
@@ -181,6 +182,7 @@ TABLE: dict[tuple[int | None, ...], Choices] = {
         multiprocessors=148,
         strips=StripConfig(64, 128, num_warps=4, num_stages=2),
         strips_wide_rank=StripConfig(64, 64, num_warps=4, num_stages=2),
+        strip_ctas=528,
     ),
     # The interpreter, which has Hopper's others, and devices of other vendors.
     (None,): Choices(plain=_GENERAL, others=(replace(_LOW, descriptors=True),), wide=(_WIDE_4,)),

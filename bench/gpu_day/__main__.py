@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         for step in steps:
             journal.append("forget", step=step.name)
     print(_title({**about, "rehearsal": options.rehearse}), flush=True)
+    # What is timed on first use belongs to this day, not to the user's own file.
+    env["LORA_FAST_CACHE_DIR"] = str(out / "choices")
     runner = Runner(journal, _command(out, options.rehearse), out / "log.txt", ROOT, env)
     runner.run(steps, options.budget and options.budget - (time.monotonic() - started))
     reported = _report(out, env)

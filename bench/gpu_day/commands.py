@@ -38,8 +38,21 @@ _TRAINS = (
 )
 # pytest truncates lines at the width of the terminal, and reasons come at their end.
 _WIDE = "300"
+_FIRST = (
+    "tests/kernels/test_workspace.py",
+    "tests/operation/test_seeds.py",
+    "tests/acceleration/test_triton.py",
+)
 # Two tests that need no GPU, so that a rehearsal runs the command and reads its counts.
 _REHEARSED_TESTS = ("tests/support/test_fixtures.py", "-k", "allocations")
+
+
+def first_gpu_tests(day: Day) -> list[Unit]:
+    """One unit for each file that shows in two minutes whether anything is worth timing: streams
+    and graphs, masks in graphs, a Llama of two layers beside stock PEFT."""
+    if day.rehearsal or not all(map(absent.is_there, _PYTEST)):
+        return [_tests("default", "default", _REHEARSED_TESTS)]
+    return [_tests(file, "gpu", (file,)) for file in _FIRST]
 
 
 def gpu_tests(day: Day) -> list[Unit]:

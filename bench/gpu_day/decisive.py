@@ -28,6 +28,10 @@ from torch.nn import functional as F
 
 import lora_fast
 from bench.instruments.paired import Step, interleaved
+from lora_fast import NF4Weight
+from lora_fast.backends.triton_ops import TritonBackend
+from lora_fast.factors import Constants, Factors, Needs
+from lora_fast.tuning.plans import AUGMENTED, HYBRID
 from lora_fast.tuning.product_speed import tile_name
 
 from . import absent
@@ -133,7 +137,29 @@ def _forward(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
         return ticketed_gemm.forward(o.x, o.W, o.A, o.B, _SCALING, config=config)
 
     ways = {"cuBLAS": lambda: F.linear(o.x, o.W), **forward_ways(o)}
-    return _row(day, {**_ready(ways), **_tiles(day, M, N, fused)}, M, K, N)
+    makers = {**_ready(ways), **_routes(day, o), **_tiles(day, M, N, fused)}
+    return {**_row(day, makers, M, K, N), "direction": "forward", **_picked(day, M)}
+
+
+def _routes(day: Day, o: Operands) -> _Makers:
+    """The library's own other routes: hybrid, and augmented where W is NF4."""
+    if day.fused == "torch":
+        return {}
+    ops = TritonBackend(cublas=True)
+    fs = [Factors(o.W, A=o.A, B=o.B, constants=Constants(_SCALING))]
+    needs = [Needs(x=True, A=True, B=True)]
+    found: _Makers = {"lora_fast hybrid": lambda: lambda: ops.forward(o.x, fs, needs, HYBRID)}
+    if absent.is_there("bitsandbytes"):
+        fs4 = [fs[0]._replace(weight=NF4Weight.from_dense(o.W))]
+        found["lora_fast augmented, NF4"] = lambda: lambda: ops.forward(o.x, fs4, needs, AUGMENTED)
+    return found
+
+
+def _picked(day: Day, M: int) -> dict[str, Any]:
+    """The name of the tile that is picked, whose times are those of lora_fast."""
+    if day.fused == "torch":
+        return {}
+    return {"tile": tile_name(launch_policy.pick_gemm(M, _DTYPE, day.arch, R=_RANK))}
 
 
 def _grad_input(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
@@ -146,7 +172,8 @@ def _grad_input(day: Day, M: int, K: int, N: int) -> dict[str, Any]:
         return ticketed_gemm.grad_input([layer], config=config)
 
     ways = {"cuBLAS": lambda: o.dY @ o.W, **grad_input_ways(o)}
-    return _row(day, {**_ready(ways), **_tiles(day, M, K, fused)}, M, K, N)
+    row = _row(day, {**_ready(ways), **_tiles(day, M, K, fused)}, M, K, N)
+    return {**row, "direction": "dX", **_picked(day, M)}
 
 
 def _ready(ways: dict[str, Step]) -> _Makers:

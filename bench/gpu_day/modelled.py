@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.offline import contestants, layers
-from bench.offline.rooflines import BY_ARCH, Roofline
+from lora_fast.tuning.rooflines import BY_ARCH, Roofline
 
 _KEPT = Path(__file__).resolve().parents[1] / "results" / "offline" / "results.json"
 _LAYERS = {
     "Llama-3-8B": "Llama-3-8B and Mistral-7B layer",
     "Qwen3-8B": "Qwen3-8B layer",
 }
-# The counts are those of the fused kernels.
-_SAME = {"lora_fast fused": "lora_fast"}
 _KEY = ("layer", "M", "R", "weight", "p", "who")
 
 
@@ -46,7 +44,7 @@ class Modelled:
             who = "frozen"
         elif who == "frozen":
             return None  # the dense layer beside an NF4 one
-        return self._rows.get((*case, _SAME.get(who, who)))
+        return self._rows.get((*case, who))
 
     def over_floor(self, measured: dict[str, Any], who: str) -> float | None:
         """Modelled time over that of the frozen layer, as it is stored."""

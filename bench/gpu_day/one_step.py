@@ -11,6 +11,7 @@ import argparse
 
 import torch
 
+import lora_fast
 from bench.linear_cases import Case, build, fused_calls
 
 from .day import day
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args(arguments)
-    with day(rehearse=options.rehearse) as today:
+    with day(rehearse=options.rehearse) as today, lora_fast.set_backend(today.fused):
         bfloat16 = torch.bfloat16
         case = Case(
             *(options.rows, options.width, options.width, 16, bfloat16, options.weight),

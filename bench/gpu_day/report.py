@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import absent, tables
+from . import absent, measured_e, tables
 from .journal import Journal, Progress
 from .modelled import Modelled
 from .run_units import FILE
@@ -38,13 +38,13 @@ def write(folder: Path) -> None:
     """results.json, report.md and the pictures."""
     results = collected(Journal(folder / FILE))
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    drawn: list[Path] = measured_e.write(results, folder)
     modelled = Modelled(_arch(results))
     (folder / "report.md").write_text(text(results, modelled))
-    drawn = []
     if absent.is_there("matplotlib"):
         from . import plots
 
-        drawn = plots.draw(results, modelled, folder)
+        drawn += plots.draw(results, modelled, folder)
     else:
         print("no pictures: matplotlib is not installed")
     print("written:", *(folder / name for name in ("results.json", "report.md")), *drawn)

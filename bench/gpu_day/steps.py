@@ -25,14 +25,15 @@ class Step:
 
 STEPS = (
     Step("decisive", "decisive:units", 300, 120, "e of each route and tile, strips, host time"),
+    Step("first_tests", "commands:first_gpu_tests", 240, 120, "streams, graphs, a small Llama"),
+    Step("layers", "decoder_layers:long", 1200, 300, "whole decoder layers, 8192 tokens"),
+    Step("candidates", "plans:units", 900, 150, "every route and configuration"),
     Step("ceilings", "ceilings:units", 120, 90, "what the device reaches in a product and a copy"),
+    Step("shorter_layers", "decoder_layers:short", 900, 300, "decoder layers, 512 and 2048 tokens"),
     Step("tests", "commands:gpu_tests", 900, 900, "the suite's tests that need a GPU"),
     Step("accuracy", "accuracy:units", 600, 150, "errors against float64, beside eager PyTorch's"),
-    Step("layers", "decoder_layers:long", 1200, 300, "whole decoder layers, 8192 tokens"),
     Step("linears", "linears:sweep", 900, 150, "adapted linears of many sizes"),
     Step("crossover", "linears:crossover", 600, 120, "NF4 decoded before or inside the product"),
-    Step("candidates", "plans:units", 900, 150, "fused kernels, their configurations, cuBLAS"),
-    Step("shorter_layers", "decoder_layers:short", 900, 300, "decoder layers, 512 and 2048 tokens"),
     Step(
         "operations", "operations:units", 600, 120, "groups, DoRA, VeRA, decoding, norms, merging"
     ),

@@ -190,7 +190,7 @@ def profile(rows: Rows, modelled: Modelled) -> str:
     lines = []
     for unit, row in rows.items():
         if "kernels" in row:
-            counted = _number(modelled.bytes_moved(_profiled(row), "lora_fast"), 1e-6, 1)
+            counted = _number(modelled.bytes_moved(_profiled(row), "lora_fast fused"), 1e-6, 1)
             total = ("all kernels", "-", f"{row['bytes'] / 1e6:.1f} (counted: {counted})")
             lines.append((unit, *total, *("-",) * 6))
         for k in row.get("kernels", []):

@@ -18,10 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import band, counting, one_case, regression, tables, tasks, whole_layer
+from lora_fast.tuning.rooflines import BY_ARCH
+
+from . import counting, one_case, regression, tables, tasks, whole_layer
 from .contestants import Case
 from .counting import EVERYTHING, FAST, MAIN
-from .rooflines import BY_ARCH
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "offline"
 FILE = "results.json"
@@ -100,7 +101,7 @@ def _about() -> dict[str, str]:
 def _keep(new: dict[str, Any], folder: Path) -> None:
     """Write results, tables and pictures, with the parts that --check does not compare."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = {**new, "bands": band.rows(), "whole_layers": whole_layer.rows()}
+    new = {**new, "whole_layers": whole_layer.rows()}
     _write(folder / FILE, new)
     text = tables.everything(new, counting.breakdown(MAIN, 90))
     (folder / "tables.md").write_text(text)
@@ -108,7 +109,7 @@ def _keep(new: dict[str, Any], folder: Path) -> None:
     try:
         from . import plots
 
-        print("drawn:", *plots.draw(new["counts"], new["bands"], folder))
+        print("drawn:", *plots.draw(new["counts"], folder))
     except ImportError as error:
         print(f"not drawn: {error}")
 
@@ -122,7 +123,6 @@ def _write(path: Path, results: dict[str, Any]) -> None:
         "counts": _lines(counts),
         "launches": _lines(results["launches"]),
         "kernels": _lines(results["kernels"]),
-        "bands": _lines(results["bands"]),
         "whole_layers": _lines(results["whole_layers"]),
     }
     body = ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items())

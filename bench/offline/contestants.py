@@ -1,7 +1,9 @@
 """The steps that are compared, as lists of counted operations.
 
 frozen        nn.Linear or bitsandbytes' Linear4bit, nothing to train: the floor
-lora_fast     PEFT's layers after accelerate(): recorded launches, bytes by instruments.traffic
+lora_fast     PEFT's layers after accelerate(): recorded launches and operations, bytes by
+              instruments.traffic; on the routes that are taken until a device was measured
+lora_fast fused   the same with every product in our kernels, set_backend("triton")
 peft          stock PEFT with bfloat16 adapters; peft fp32: with its default, float32 ones
 unsloth       a model of Unsloth's graph, operation for operation
 lorafusion    a model of LoRAFusion's
@@ -9,10 +11,14 @@ lorafusion    a model of LoRAFusion's
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+from lora_fast.kernels.launch_policy import GemmConfig
 
 from bench.instruments import stub_driver, traffic
 
@@ -76,19 +82,37 @@ class LoraFast:
         model = layers.with_lora(base, case.R, case.dropout_p, "cpu", adapter_dtype=adapter_dtype)
         self.model = lora_fast.accelerate(model)
 
-    def step(self, case: Case, arch: int) -> tuple[LoraFastStep, stub_driver.Log]:
+    def step(
+        self, case: Case, arch: int, *, fused: bool = False
+    ) -> tuple[LoraFastStep, stub_driver.Log]:
         """Record a step on ``arch``; RuntimeError if a layer does not run fused."""
         import lora_fast
 
         # The first step also allocates what all later ones share.
         for _ in range(2):
             counter = OperationCounter(compute=False)
-            with lora_fast.set_backend("triton"), stub_driver.recording(arch) as log:
+            with on_routes(fused=fused), stub_driver.recording(arch) as log:
                 torch_step = _counted(self.model, case, counter, "cpu", log)
         report = lora_fast.report(self.model)
         if not report.all_fused or report.fused_calls == 0:
             raise RuntimeError(f"{case}: not every adapted linear ran fused:\n{report}")
         return _ours(torch_step, log, arch), log
+
+
+@contextlib.contextmanager
+def on_routes(*, fused: bool) -> Iterator[None]:
+    """The routes that `auto` takes on a GPU, with products in 16 bits, or fused alone; on a CPU."""
+    import lora_fast
+    from lora_fast.backends import selection, torch_products
+    from lora_fast.backends.triton_ops import TritonBackend
+
+    chooses = TritonBackend(cublas=not fused)
+    with (
+        lora_fast.set_backend("triton"),
+        mock.patch.object(selection, "_triton", lambda name: chooses),
+        mock.patch.object(torch_products, "native_dtypes", lambda: (torch.bfloat16, torch.float16)),
+    ):
+        yield
 
 
 def _counted(
@@ -133,6 +157,7 @@ def _ours(torch_step: Step, log: stub_driver.Log, arch: int) -> LoraFastStep:
                 sum(p.read.total() for p in passes),
                 sum(p.written.total() for p in passes),
                 sum(issue.issue_seconds(launch, p.name, arch) for p in passes),
+                _tile(launch),
             )
         )
         step.repeated_bytes += sum(p.bytes for p in passes) - traffic.compulsory_bytes(passes)
@@ -141,3 +166,12 @@ def _ours(torch_step: Step, log: stub_driver.Log, arch: int) -> LoraFastStep:
     step.backward += torch_step.backward
     step.issued_bytes += torch_step.bytes
     return step
+
+
+def _tile(launch: stub_driver.Launch) -> GemmConfig | None:
+    """The tile of a product with W."""
+    c = launch.constexprs
+    if launch.name != "ticketed_gemm" or launch.arguments.get("y_ptr") is None:
+        return None
+    sizes = (c[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S", "GROUP_M"))
+    return GemmConfig(*sizes, launch.kernel.num_warps, launch.kernel.num_stages)

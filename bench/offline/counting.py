@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.instruments import traffic
+from lora_fast.tuning.rooflines import BY_ARCH, ROOFLINES
 
-from . import contestants, layers, machine_code, variants
+from . import band, contestants, layers, machine_code, variants
 from .contestants import Case
 from .operations import Step
-from .rooflines import BY_ARCH, ROOFLINES
 
 COLUMNS = (
     *("layer", "M", "R", "weight", "p", "who", "arch"),
     *("launches_forward", "launches_backward", "flops", "bytes", "compulsory_bytes"),
-    *("issued_bytes", "extra_bytes", "saved_bytes", "over_frozen"),
+    *("issued_bytes", "extra_bytes", "saved_bytes", "over_frozen", "over_frozen_slow"),
 )
 KEY = COLUMNS[:7]
 MODELLED = ("unsloth", "lorafusion")
+OURS = ("lora_fast", "lora_fast fused")
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,16 @@ def lora_fast(selection: Selection, arch: int) -> list[dict[str, Any]]:
         for M in selection.rows:
             case = Case(shape, M, R, weight, p)
             ours = ours or contestants.LoraFast(case)
-            step, _ = ours.step(case, arch)
-            row = _row(case, "lora_fast", step, contestants.stock(case, "frozen"), arch)
-            row["launches_forward"] = step.forward_launches
-            row["launches_backward"] = step.launches - step.forward_launches
-            row["compulsory_bytes"] = step.bytes - step.repeated_bytes
-            row["issued_bytes"] = step.issued_bytes
-            found.append(row)
+            frozen = contestants.stock(case, "frozen")
+            # The kernels alone at one rank: other ranks differ in the low rank's part.
+            for who in OURS if selection.ranks[0] == R else OURS[:1]:
+                step, _ = ours.step(case, arch, fused=who != "lora_fast")
+                row = _row(case, who, step, frozen, arch)
+                row["launches_forward"] = step.forward_launches
+                row["launches_backward"] = step.launches - step.forward_launches
+                row["compulsory_bytes"] = step.bytes - step.repeated_bytes
+                row["issued_bytes"] = step.issued_bytes
+                found.append(row)
     return found
 
 
@@ -119,7 +123,7 @@ def code(selection: Selection, arch: int) -> dict[str, list[dict[str, Any]]]:
 
 def breakdown(case: Case, arch: int) -> list[dict[str, Any]]:
     """The bytes of one of our steps, one row for each argument of each pass."""
-    _, log = contestants.LoraFast(case).step(case, arch)
+    _, log = contestants.LoraFast(case).step(case, arch, fused=True)
     return [
         {
             "launch": f"{number} {machine_code.role(launch)}: {part.name}",
@@ -152,8 +156,6 @@ def _row(case: Case, who: str, step: Step, frozen: Step, arch: int | None = None
         "issued_bytes": None,
         "extra_bytes": step.bytes - frozen.bytes,
         "saved_bytes": step.saved_bytes,
-        "over_frozen": {
-            r.name: round(r.total(step.operations) / r.total(frozen.operations), 4)
-            for r in rooflines
-        },
+        "over_frozen": band.over_frozen(step, frozen, rooflines, 1.0),
+        "over_frozen_slow": band.over_frozen(step, frozen, rooflines, band.SLOW),
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from bench.instruments import sass, stub_driver
-
-from .rooflines import SPEEDS
+from lora_fast.tuning.rooflines import BY_ARCH
 
 SCHEDULERS = 4
+# Of a GeForce RTX 5090, which has no roofline: multiprocessors and boost clock.
+_SPEED_OF_120 = 170, 2.41e9, 512
 
 _SHAPE = re.compile(r"HMMA\.(16)(8)(16)\.|HGMMA\.(\d+)x(\d+)x(\d+)\.")
 
@@ -23,11 +25,15 @@ def issue_seconds(launch: stub_driver.Launch, pass_name: str, arch: int) -> floa
     if pass_name == "decode":
         count = launch.kernel.resources.instructions.total() * warps // SCHEDULERS
         return launch.num_programs * count / cycles_per_second(arch)
+    if launch.name not in ("ticketed_gemm", "strips", "shrink"):
+        return 0.0
     loop = loop_of(launch, pass_name.split()[0])
     if loop is None:
         return 0.0
     if launch.name == "strips":
         iterations = launch.grid[0] * _cdiv(values["M"], c["BLOCK_M"])
+    elif launch.name == "shrink":
+        iterations = launch.num_programs * _cdiv(values["K"], c["BLOCK_K"])
     elif pass_name == "shrink":
         row_tiles = _cdiv(values["M"], c["BLOCK_S"])
         iterations = row_tiles * sum(
@@ -46,7 +52,22 @@ def issue_cycles(loop: sass.Loop, num_warps: int) -> int:
 
 
 def cycles_per_second(arch: int) -> float:
-    return SPEEDS[arch].multiprocessors * SPEEDS[arch].boost_clock
+    multiprocessors, clock, _ = _speed(arch)
+    return multiprocessors * clock
+
+
+def tensor_per_cycle(arch: int) -> int:
+    """FLOPs of one multiprocessor's tensor cores in a clock."""
+    return _speed(arch)[2]
+
+
+def _speed(arch: int) -> tuple[int, float, int]:
+    if arch == 120:
+        return _SPEED_OF_120
+    roofline = BY_ARCH[arch]
+    # Data sheets round; a multiprocessor's FLOPs are a power of two.
+    per_cycle = 1 << round(math.log2(roofline.tensor_per_clock))
+    return roofline.multiprocessors, roofline.clock, per_cycle
 
 
 def _cdiv(a: int, b: int) -> int:

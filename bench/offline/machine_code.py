@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.instruments import stub_driver
 
-from .issue import cycles_per_second, issue_cycles, loop_flops, loop_of
-from .rooflines import SPEEDS
+from .issue import cycles_per_second, issue_cycles, loop_flops, loop_of, tensor_per_cycle
 
 if TYPE_CHECKING:
     from .variants import Variant
@@ -56,7 +55,7 @@ def _name(launch: stub_driver.Launch, variant: Variant, arch: int) -> str:
             words.append(f"of {len(members)} layers")
         if members[0].absmax_ptr is not None:
             words.append("NF4")
-    if launch.name in ("ticketed_gemm", "strips", "row_norms"):
+    if launch.name in ("ticketed_gemm", "strips", "row_norms", "shrink", "expand"):
         words.append(f"r{variant.R}")
     if launch.name == "ticketed_gemm" and not c["IS_GRAD"]:
         made = members[0].R_made
@@ -93,7 +92,7 @@ def _row(launch: stub_driver.Launch, variant: Variant, arch: int) -> dict[str, A
         row["main_loop_mma"] = sorted(main.mma)
         row["issue_cycles"] = issue_cycles(main, kernel.num_warps)
     if main is not None and launch.name in ("ticketed_gemm", "strips"):
-        row["tensor_cycles"] = loop_flops(launch) // SPEEDS[arch].tensor_per_cycle
+        row["tensor_cycles"] = loop_flops(launch) // tensor_per_cycle(arch)
     memory_bound = {"ticketed_gemm": "shrink", "strips": "walk"}.get(launch.name)
     loop = loop_of(launch, memory_bound) if memory_bound else None
     if memory_bound and loop is not None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import counting, layers, machine_code, tables, variants
+from lora_fast.tuning.rooflines import BY_ARCH
+
+from . import counting, layers, machine_code, variants
 from .contestants import Case
-from .rooflines import BY_ARCH
+from .kernel_table import kernel_table, table
 
 FORM = "LAYER,M,R,WEIGHT[,P]"
 
@@ -70,7 +72,7 @@ def text(case: Case, arch: int, found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n\n".join(
         [
             f"# {case}, sm_{arch}: counted and modelled, not measured",
-            tables.table((*head, f"time over frozen, {device}"), lines),
-            tables.kernel_table(found["kernels"]),
+            table((*head, f"time over frozen, {device}"), lines),
+            kernel_table(found["kernels"]),
         ]
     )

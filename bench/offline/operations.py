@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lora_fast.kernels.launch_policy import GemmConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -44,7 +45,9 @@ _SMALL = 1 << 16
 class Operation:
     """One launch: FLOPs of its matrix products, bytes read and written.
 
-    ``issue_seconds`` is a lower bound of its time from its instructions, where they are known.
+    ``issue_seconds`` is a lower bound of its time from its instructions, where they are known;
+    ``tile`` that of a Triton product with W; ``added_to``: bytes of a matrix that cuBLAS adds its
+    product to. lora_fast.tuning.rooflines makes a time of them.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Operation:
     read: int
     written: int
     issue_seconds: float = 0.0
+    tile: GemmConfig | None = None
+    added_to: int = 0
 
     @property
     def bytes(self) -> int:
@@ -104,13 +109,20 @@ class OperationCounter(TorchDispatchMode):
             read = [] if packet in ("zeros", "zero_", "fill_") else [*tree_leaves((args, kwargs))]
             if packet in ("addmm", "addmm_") and kwargs.get("beta") == 0:
                 read = read[1:]
-            flops = _product_flops(packet, args)
-            self.add(str(func.name()), flops, _bytes(read), _bytes(tree_leaves(result)))
+            flops, written = _product_flops(packet, args), _bytes(tree_leaves(result))
+            added_to = 0
+            if packet in ("addmm", "addmm_") and kwargs.get("beta") != 0:
+                added_to = min(written, _distinct_bytes(args[0]))
+            self.operations.append(
+                Operation(str(func.name()), flops, _bytes(read), written, added_to=added_to)
+            )
         return result
 
-    def add(self, name: str, flops: int, read: int, written: int) -> None:
+    def add(
+        self, name: str, flops: int, read: int, written: int, tile: GemmConfig | None = None
+    ) -> None:
         """Count a launch that is not a PyTorch operation."""
-        self.operations.append(Operation(name, flops, read, written))
+        self.operations.append(Operation(name, flops, read, written, tile=tile))
 
 
 def _bytes(values: Iterable[Any]) -> int:

@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lora_fast.tuning.rooflines import BY_ARCH, ROOFLINES
+
 from .contestants import LoraFast, stock
 from .counting import MAIN, MODELLED
 from .operations import Operation
-from .rooflines import ATTAINED_BYTES, ATTAINED_FLOPS, BY_ARCH, ROOFLINES
 from .tables import LAYER, LINEAR
 
 WIDTH = 8.2  # inches: a page
@@ -18,25 +19,26 @@ _COLOURS = {
     "peft": "#dd8452",
     "unsloth": "#8172b3",
     "lorafusion": "#937860",
+    "lora_fast fused": "#8fb1e0",
     "lora_fast": "#4c72b0",
 }
-_BAR = 0.16
+_BAR = 0.135
 
 Rows = list[dict[str, Any]]
 
 
-def draw(counts: Rows, bands: Rows, folder: Path) -> list[Path]:
-    """bars.png and roofline.png in ``folder``; ``bands``: the times of a lower e, as in band.py.
+def draw(counts: Rows, folder: Path) -> list[Path]:
+    """bars.png and roofline.png in ``folder``.
 
     ImportError: matplotlib is not installed.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    return [_bars(counts, bands, folder / "bars.png"), _roofline(folder / "roofline.png")]
+    return [_bars(counts, folder / "bars.png"), _roofline(folder / "roofline.png")]
 
 
-def _bars(counts: Rows, bands: Rows, path: Path) -> Path:
+def _bars(counts: Rows, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
@@ -49,8 +51,7 @@ def _bars(counts: Rows, bands: Rows, path: Path) -> Path:
             if (row["layer"], row["M"], row["R"], row["weight"], row["p"])
             == (layer, 8192, 16, "dense", 0.0)
         ]
-        slower = {row["who"]: row["over_frozen"] for row in bands if row["layer"] == layer}
-        _time_bars(axes[0][column], rows, slower)
+        _time_bars(axes[0][column], rows)
         _byte_bars(axes[1][column], rows)
         axes[0][column].set_title(layer, fontsize=10)
         for axis in axes[:, column]:
@@ -71,14 +72,15 @@ def _title(who: str) -> str:
     return f"{who} (model)" if who in MODELLED else who
 
 
-def _time_bars(axis: Any, rows: Rows, slower: dict[str, dict[str, float]]) -> None:
+def _time_bars(axis: Any, rows: Rows) -> None:
     """Bars from 0; the frozen layer is the line at 1."""
     for number, (who, colour) in enumerate(_COLOURS.items()):
         times = {n: t for r in rows if r["who"] == who for n, t in r["over_frozen"].items()}
         found = [(i, r.name) for i, r in enumerate(ROOFLINES) if r.name in times]
-        places = [i + _BAR * (number - 2) for i, _ in found]
+        places = [i + _BAR * (number - 2.5) for i, _ in found]
         lengths = [times[name] for _, name in found]
-        more = [max(0.0, slower.get(who, times).get(name, 0.0) - times[name]) for _, name in found]
+        slow = {n: t for r in rows if r["who"] == who for n, t in r["over_frozen_slow"].items()}
+        more = [max(0.0, slow[name] - times[name]) for _, name in found]
         axis.barh(places, lengths, 0.93 * _BAR, label=_title(who), color=colour)
         if any(more):
             axis.errorbar(
@@ -138,14 +140,15 @@ def _roofline(path: Path) -> Path:
 
 def _roof(axis: Any, steps: dict[str, list[Operation]]) -> None:
     h100 = BY_ARCH[90]
+    rates = h100.flops * h100.attained_flops, h100.copied
     intensities = [2.0 ** (e / 8) for e in range(16, 97)]
-    roof = [_attained(i, h100.flops, h100.bytes) for i in intensities]
+    roof = [_attained(i, *rates) for i in intensities]
     axis.loglog(intensities, roof, color="black", linewidth=1, label="attainable")
     for (who, operations), marker in zip(steps.items(), ("s", "o"), strict=True):
         points = Counter(
             round(op.flops / op.bytes, 1) for op in operations if op.flops and op.bytes
         )
-        heights = [_attained(i, h100.flops, h100.bytes) for i in points]
+        heights = [_attained(i, *rates) for i in points]
         style = {"s": 60, "facecolor": "none", "linewidth": 1.5}
         axis.scatter(
             list(points), heights, marker=marker, edgecolor=_COLOURS[who], label=who, **style
@@ -153,7 +156,7 @@ def _roof(axis: Any, steps: dict[str, list[Operation]]) -> None:
         for (intensity, number), height in zip(points.items(), heights, strict=True):
             if number > 1:
                 axis.annotate(
-                    f"{number} of {who}'s", (intensity, height), (8, -9),
+                    f"{number} of {who}'s", (intensity, height), (8, -9 if marker == "s" else -19),
                     textcoords="offset points", fontsize=8, color=_COLOURS[who],
                 )  # fmt: skip
     axis.set_xlabel("FLOP per byte of HBM traffic (counted)", fontsize=9)
@@ -182,4 +185,4 @@ def _times(axis: Any, steps: dict[str, list[Operation]]) -> None:
 
 
 def _attained(intensity: float, flops: float, moved: float) -> float:
-    return min(flops * ATTAINED_FLOPS, intensity * moved * ATTAINED_BYTES)
+    return min(flops, intensity * moved)

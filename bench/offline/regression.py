@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .counting import KEY
+from .counting import KEY, OURS
 
 MORE_INSTRUCTIONS = 0.05
 """Fraction by which a kernel or its main loop may grow: compilers vary a little."""
@@ -31,7 +31,7 @@ def regressions(
     found = []
     known = {_key(row): row for row in kept["counts"]}
     for row in new["counts"]:
-        if row["who"] != "lora_fast":
+        if row["who"] not in OURS:
             continue
         if _key(row) not in known:
             found.append(f"{_describe(row)}: not in the kept results")

@@ -92,6 +92,21 @@ def _candidates(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iter
         yield of_tile(config, arch, ranks[0])
 
 
+def _routes(arch: int, ranks: tuple[int, ...], dropouts: tuple[float, ...]) -> Iterator[Variant]:
+    """The kernels beside cuBLAS: of many rows on the routes that are taken by default."""
+    for p, weight in itertools.product(dropouts, ("dense", "nf4")):
+        case = Case(LINEAR, 8192, ranks[0], weight, p)
+        ours = contestants.LoraFast(case, adapter_dtype=torch.float32)
+        _, log = ours.step(case, arch)
+        new = [launch for launch in log.launches if launch.name in _OF_ROUTES]
+        log.launches[:] = new
+        note = "fp32 A, B" + " beside x" * (weight == "nf4")
+        yield Variant(log, case.R, p, note)
+
+
+_OF_ROUTES = ("shrink", "expand", "nf4_decode_augmented")
+
+
 def _others(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iterator[Variant]:
     """float32 models, DoRA's gain, ranks off 16, the norms of DoRA and merging."""
     R = ranks[0]
@@ -108,6 +123,7 @@ KINDS: dict[str, Make] = {
     "groups": _groups,
     "float32 adapters": _float32_adapters,
     "candidates": _candidates,
+    "routes": _routes,
     "others": _others,
 }
 
@@ -139,7 +155,7 @@ def of_weights(arch: int, R: int) -> Variant:
 
 
 def _counted(case: Case, arch: int, note: str = "", **options: Any) -> Variant:
-    step, log = contestants.LoraFast(case, **options).step(case, arch)
+    step, log = contestants.LoraFast(case, **options).step(case, arch, fused=True)
     return Variant(log, case.R, case.dropout_p, note, case, step)
 
 

@@ -120,9 +120,7 @@ def test_nothing_is_drawn_of_what_was_not_modelled(results: dict[str, Any], tmp_
 
 def test_the_counted_pictures_can_be_read(tmp_path: Path) -> None:
     kept = offline._load(offline.RESULTS / offline.FILE)
-    bars, roof = check_all(
-        lambda: offline_plots.draw(kept["counts"], kept["bands"], tmp_path), count=2
-    )
+    bars, roof = check_all(lambda: offline_plots.draw(kept["counts"], tmp_path), count=2)
     for texts in (bars, roof):
         assert any("counted and modelled, not measured" in text for text in texts)
     assert {"unsloth (model)", "lorafusion (model)", "peft fp32", "frozen layer"} <= set(bars)

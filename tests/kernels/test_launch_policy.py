@@ -136,6 +136,14 @@ def test_a_configuration_alone_is_right(config):
         _check_alone(config, executor)
 
 
+def test_strips_keep_the_memory_busy():
+    """Bytes of dY on their way: two stages of a tile in each CTA, for about a microsecond."""
+    for arch, bandwidth in ((80, 2.0e12), (90, 3.35e12), (100, 8.0e12)):
+        config = launch_policy.pick_strips(BF16, 16, arch)
+        tile = 2 * config.BLOCK_M * config.BLOCK_L
+        assert launch_policy.strip_ctas(arch) * tile >= 0.9e-6 * bandwidth, arch
+
+
 def _short(config: GemmConfig) -> str:
     tile = f"{config.BLOCK_M}x{config.BLOCK_N}-{config.num_stages}-{config.GROUP_M}"
     return tile + "-tma" * config.descriptors + "-masks" * (config.MASK_PARTS > 1)

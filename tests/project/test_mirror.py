@@ -90,6 +90,7 @@ TESTED_IN = {
     **{
         f"bench/gpu_day/{name}.py": f"bench/gpu_day/test_{test}.py"
         for test, names in {
+            "decisive": "measured_e",
             "rehearsal": "accuracy ceilings decoder_layers one_step operations plans run_units",
             "measuring": "device integrations linears modelled stand_in tables timing",
             "day": "commands journal report runner steps",
@@ -100,7 +101,7 @@ TESTED_IN = {
     **{
         f"bench/offline/{name}.py": f"bench/offline/test_{test}.py"
         for test, names in {
-            "offline": "contestants layers lorafusion_graph operations rooflines tables tasks "
+            "offline": "contestants kernel_table layers lorafusion_graph operations tables tasks "
             "unsloth_graph",
             "check": "band counting issue machine_code regression variants whole_layer",
         }.items()

@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lora_fast.kernels import launch_policy, strips
 
-from bench.gpu_day import absent, decisive, tables
+from bench.gpu_day import absent, commands, decisive, measured_e, report, tables
 from bench.gpu_day.day import Day, day
 from bench.gpu_day.decisive import Operands
 from bench.gpu_day.steps import STEPS
 from bench.instruments.accuracy import assert_accurate
 from lora_fast import reference
-from lora_fast.tuning.product_speed import tile_name
+from lora_fast.tuning import product_speed
+from lora_fast.tuning.product_speed import Row, tile_name
 
+ROOT = Path(__file__).resolve().parents[3]
 ON_A_GPU = Day(torch.device("cuda", 0), 90, rehearsal=False)
 
 
@@ -131,6 +134,55 @@ def test_strips_are_timed_with_other_numbers_of_ctas(monkeypatch: pytest.MonkeyP
     assert set(row["contestants"]) == {"products", "lora_fast", *(f"{c} CTAs" for c in others)}
     assert set(seen) == {128, 264, 528}
     assert before == launch_policy.strip_ctas(90)
+
+
+def _timed(over_cublas: float) -> dict[str, Any]:
+    ratio = {"median": over_cublas, "low": 1.0, "high": 1.0}
+    return {"graph": {"seconds": {"median": over_cublas * 1e-3}, "over_baseline": ratio}}
+
+
+@pytest.mark.parametrize("note", [None, report.REHEARSAL], ids=["measured", "rehearsed"])
+def test_the_library_reads_the_e_that_was_measured(
+    note: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picked = launch_policy.pick_gemm(8192, torch.bfloat16, 90, R=16)
+    (wide, *_) = launch_policy.other_gemms(8192, 4096, torch.bfloat16, 90)
+    row = {
+        "direction": "forward", "M": 8192, "K": 4096, "N": 14336, "tile": tile_name(picked),
+        "contestants": {
+            "cuBLAS": _timed(1.0), "hybrid": _timed(1.1), "lora_fast hybrid": _timed(1.09),
+            "lora_fast": _timed(1.25), tile_name(wide): _timed(1.05),
+            tile_name(replace(picked, GROUP_M=16)): {"failed": "OutOfResources: …"},
+        },
+    }  # fmt: skip
+    rows = {"forward": row, "dX": {**row, "direction": "dX"}, "host": {"host_seconds": {}}}
+    call = {"name": "H100", "capability": [9, 0], "torch": "2.13", "triton": "3.7.1"}
+    results = {"note": note, "calls": [call], "steps": {"decisive": {"rows": rows}}}
+    monkeypatch.setattr(product_speed, "FILE", tmp_path / "package.json")
+    product_speed._measured.cache_clear()
+    found = measured_e.write(results, tmp_path)
+    assert found == [tmp_path / "measured_e.json", *([] if note else [tmp_path / "package.json"])]
+    assert product_speed.read(found[0])["90"] == tuple(
+        Row(direction, 8192, 4096, 14336, tile_name(tile), e)
+        for direction in ("forward", "dX")
+        for tile, e in ((picked, 0.8), (wide, 0.9524))
+    )
+    assert product_speed.is_measured(90) == (note is None)
+    if note is None:
+        assert product_speed.e_of(wide, 90, "dX", 8192, 4096, 4096) == 0.9524
+    product_speed._measured.cache_clear()
+
+
+def test_without_kernels_there_is_nothing_to_write(tmp_path: Path) -> None:
+    results = {"note": None, "calls": [], "steps": {"decisive": {"rows": {"host": {}}}}}
+    assert measured_e.write(results, tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+def test_the_first_minutes_then_a_few_tests_then_layers() -> None:
+    names = [step.name for step in STEPS]
+    assert names[:4] == ["decisive", "first_tests", "layers", "candidates"]
+    first = {unit.name for unit in commands.first_gpu_tests(ON_A_GPU)}
+    assert all((ROOT / name).is_file() for name in first) and len(first) == 3
 
 
 def test_the_host_is_timed_without_peft_too(today: Day, monkeypatch: pytest.MonkeyPatch) -> None:
