@@ -2,8 +2,9 @@
 
     python -m bench.decoder_layer [--device cuda] [--rounds 15] [--json FILE]
 
-Llama-3-8B's and Qwen3-8B's shapes on a GPU, small ones on a CPU. Weights are random: they do not
-change the speed. Contestants:
+Llama-3-8B's shape on a GPU; on a CPU a Llama layer of width 512 in float32 and bfloat16, for 2048,
+64 and 1 tokens, then all-MiniLM-L6-v2 whole, each beside the most time that it may take. Weights
+are random: they do not change the speed. Contestants:
 
     frozen          nothing to train: in NF4 bitsandbytes' Linear4bit
     peft            stock PEFT, adapters in the dtype of the layer; peft fp32: PEFT's default ones
@@ -17,13 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import builtin_model
 from .instruments.device_label import default_device, label, steady
 from .instruments.paired import Step, measure
 from .linear_cases import linear4bit
@@ -54,6 +56,7 @@ class Shape:
 # Sizes: config.json of meta-llama/Meta-Llama-3-8B and Qwen/Qwen3-8B.
 LLAMA_3_8B = Shape("Llama-3-8B", "llama", 4096, 14336, 32, 8, 128)
 QWEN3_8B = Shape("Qwen3-8B", "qwen3", 4096, 12288, 32, 8, 128)
+LLAMA_512 = Shape("Llama-512", "llama", 512, 1408, 8, 8, 64)
 SMALL = (
     Shape("small Llama", "llama", 128, 256, 4, 2, 32),
     Shape("small Qwen3", "qwen3", 128, 256, 4, 2, 32),
@@ -71,13 +74,15 @@ class Case:
     batch: int
     length: int
     dtype: torch.dtype = torch.bfloat16
+    dora: bool = False
 
     @property
     def M(self) -> int:
         return self.batch * self.length
 
     def __str__(self) -> str:
-        return f"{self.shape.name} {self.weight} M{self.M} R{self.R} p{self.dropout_p:g}"
+        method = " DoRA" if self.dora else ""
+        return f"{self.shape.name} {self.weight}{method} M{self.M} R{self.R} p{self.dropout_p:g}"
 
 
 def build(case: Case, contestant: str, device: torch.device) -> nn.Module:
@@ -124,8 +129,9 @@ def adapted(model: Any, case: Case, *, float32: bool) -> Any:
 
     torch.manual_seed(1)
     config = LoraConfig(
-        r=case.R, lora_alpha=2 * case.R, lora_dropout=case.dropout_p, target_modules="all-linear"
-    )
+        r=case.R, lora_alpha=2 * case.R, lora_dropout=case.dropout_p, use_dora=case.dora,
+        target_modules="all-linear",
+    )  # fmt: skip
     peft_model = get_peft_model(model, config)
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
@@ -206,7 +212,21 @@ def cases(device: torch.device) -> list[Case]:
     """What the command below measures."""
     if device.type == "cuda":
         return [Case(LLAMA_3_8B, weight, 16, 0.0, 4, 2048) for weight in ("dense", "nf4")]
-    return [Case(SMALL[0], weight, 16, 0.0, 2, 32, torch.float32) for weight in ("dense", "nf4")]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = Case(LLAMA_512, "dense", 16, 0.0, 8, 256, dtype)
+        found += [plain, replace(plain, dropout_p=0.1), replace(plain, dora=True)]
+        found += [replace(plain, batch=1, length=length) for length in (64, 1)]
+    return found
+
+
+def most(case: Case) -> tuple[float | None, float]:
+    """The most time that lora_fast may take on a CPU: over the frozen layer, and over PEFT."""
+    if case.M < 2048:
+        return None, 1.15 if case.M == 1 else 1.05
+    if case.dora or case.dropout_p > 0.0:
+        return None, 0.80
+    return 1.18 if case.dtype == torch.float32 else 1.22, 0.95
 
 
 def run(case: Case, device: torch.device, rounds: int, sample_seconds: float) -> dict[str, Any]:
@@ -221,6 +241,22 @@ def run(case: Case, device: torch.device, rounds: int, sample_seconds: float) ->
     }
 
 
+def _line(row: dict[str, Any], most: tuple[float | None, float | None]) -> str:
+    times = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["over_frozen"].items())
+    ratios = [row["over_frozen"]["lora_fast"], row["lora_fast_over_peft"]]
+    found = ", ".join(
+        f"lora_fast/{base} {r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f}){_within(r, limit)}"
+        for base, r, limit in zip(("frozen", "peft"), ratios, most, strict=True)
+    )
+    return f"{row['layer']}: time over frozen: {times}; {found}"
+
+
+def _within(ratio: dict[str, float], limit: float | None) -> str:
+    if limit is None:
+        return ""
+    return f" {'≤' if ratio['median'] <= limit else 'NOT ≤'} {limit:.2f}"
+
+
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -230,14 +266,13 @@ def main() -> None:
     options = parser.parse_args()
     device = steady(options.device)
     print(f"{label(device)}, forward+backward, median of {options.rounds} interleaved rounds")
-    rows = [run(case, device, options.rounds, 0.05) for case in cases(device)]
-    for row in rows:
-        times = ", ".join(f"{v} {r['median']:.2f}" for v, r in row["over_frozen"].items())
-        last = row["lora_fast_over_peft"]
-        print(
-            f"{row['layer']}: time over frozen: {times}; "
-            f"lora_fast/peft {last['median']:.2f} ({last['low']:.2f}-{last['high']:.2f})"
-        )
+    rows = []
+    for case in cases(device):
+        row = run(case, device, options.rounds, 0.05)
+        print(_line(row, most(case) if device.type == "cpu" else (None, None)), flush=True)
+        rows.append(row)
+    if device.type == "cpu":
+        rows += builtin_model.table(options.rounds)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

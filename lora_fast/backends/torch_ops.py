@@ -4,9 +4,9 @@
     backward   dX = dY (g ⊙ W) + drop'(dS A)      dg = Σ_M dY ⊙ V      dW = g ⊙ (dYᵀ x)
                and dS, dA, dB, db, dd, dbias of torch_low_rank.py
 
-The low-rank part of y and dX is computed first and the product with W added to it, in one sum that
-is rounded once: in the other order the large product would be rounded twice. torch_products.py
-determines the dtype of products.
+In 16 bits the low-rank part of y and dX is computed first and the product with W added to it, in
+one sum that is rounded once: in the other order the large product would be rounded twice.
+torch_products.py determines the dtype of products, and by which library they are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from . import torch_low_rank as low_rank
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_dropout import Dropout, dropout_mask
 from .torch_low_rank import given
-from .torch_products import rows_product, scaled_product, wide_dtype, working_dtype
+from .torch_products import (
+    add_product,
+    linear,
+    product_dtypes,
+    rows_product,
+    wide_dtype,
+)
 
 # Elements of V widened at a time on a CPU, few enough to stay in the cache.
 _BLOCK_ELEMENTS = 1 << 18
@@ -43,24 +49,27 @@ class TorchBackend:
         self, x: Tensor, fs: Sequence[Factors], needs: Sequence[Needs]
     ) -> tuple[list[Tensor], Saved]:
         f, need = fs[0], needs[0] if len(needs) == 1 else needs_of_all(needs)
-        dtype, work = x.dtype, working_dtype(x)
+        dtype, (work, narrow) = x.dtype, product_dtypes(x)
         with without_autocast(x):
-            rows = x.reshape(-1, x.shape[-1]).to(work)
+            rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            rows = rows if work is dtype else rows.to(work)
             S = V = dropout = None
             columns: Sequence[Tensor | None] = [None]
             if f.A is not None:
                 dropout = None if f.constants.dropout_p == 0.0 else self._drawn(f, rows)
-                A, ranks = (f.A, None) if len(fs) == 1 else _stacked(fs, work)
-                S = low_rank.shrink(rows, A, dropout, f.constants.rank_spans)
+                A, ranks = (f.A, None) if len(fs) == 1 else _stacked(fs, narrow)
+                x_narrow = rows if narrow is work else rows.to(narrow)
+                S = low_rank.shrink(x_narrow, A, dropout, f.constants.rank_spans)
                 columns = [S] if ranks is None else S.split(ranks, dim=1)
             ys = []
             for f, S_i in zip(fs, columns, strict=True):
-                W = self._dense(f.weight, dtype).to(work)
+                W = self._dense(f.weight, dtype)
+                W = W if work is dtype else W.to(work)
                 if f.g is None:
                     y = _adapted(rows, W, S_i, f, f.bias)
                 else:
                     y, V = _gained(rows, W, S_i, f)
-                ys.append(shaped_as(x, y.to(dtype)))
+                ys.append(shaped_as(x, y if work is dtype else y.to(dtype)))
         return ys, Saved(
             S.to(dtype) if S is not None and need.saves_S else None,
             V.to(dtype) if V is not None and need.saves_V else None,
@@ -75,33 +84,32 @@ class TorchBackend:
         fs: Sequence[Factors],
         needs: Sequence[Needs],
     ) -> list[Gradients]:
-        f, need, shape = fs[0], needs_of_all(needs), dYs[0].shape
-        dYs = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
-        dtype, work = dYs[0].dtype, working_dtype(dYs[0])
+        f, need, shape = fs[0], needs[0] if len(fs) == 1 else needs_of_all(needs), dYs[0].shape
+        dtype, (work, narrow) = dYs[0].dtype, product_dtypes(dYs[0])
         with without_autocast(dYs[0]):
-            dYw = [dY.to(work) for dY in dYs]
+            dYs = [_rows_of(dY, work) for dY in dYs]
+            narrows = dYs if narrow is work else [dY.to(narrow) for dY in dYs]
             dropout = self._saved_dropout(saved, f, dYs[0], need)
             dS = None
             if f.A is not None and (need.A or need.x):
-                parts = [low_rank.shrunk_gradient(dY, f) for dY, f in zip(dYw, fs, strict=True)]
+                parts = list(map(low_rank.shrunk_gradient, narrows, fs))
                 dS = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             S = columns_of(saved.S, fs)
-            grads = list(map(low_rank.output_gradients, dYw, S, fs, needs))
-            first: dict[str, Tensor] = {}
-            if x is not None and (need.A or need.weight):
-                rows = x.reshape(-1, x.shape[-1]).to(work)
-                if need.A:
-                    grads = _with_grad_A(grads, given(dS), rows, dropout, fs, needs)
-                if need.weight:
-                    dW = low_rank.times_gain(rows_product(dYw[0], rows), f)
-                    first["weight"] = dW.to(f.weight.dtype)
+            found = list(map(low_rank.output_gradients, narrows, S, fs, needs))
+            first = found[0]
+            if x is not None and need.A:
+                dA = low_rank.factor_gradient(given(dS), _rows_of(x, narrow), dropout)
+                _set_gradients_of_A(found, dA, fs, needs)
+            if x is not None and need.weight:
+                dW = low_rank.times_gain(rows_product(dYs[0], _rows_of(x, work)), f)
+                first["weight"] = dW.to(f.weight.dtype)
             if need.x:
-                dX = self._input_gradient(dYw, dS, fs, dropout, dtype).to(dtype)
-                first["x"] = dX.view(*shape[:-1], dX.shape[-1])
+                dX = self._input_gradient(dYs, dS, fs, dropout, dtype, narrow)
+                dX = dX if work is dtype else dX.to(dtype)
+                first["x"] = dX if len(shape) == 2 else dX.view(*shape[:-1], dX.shape[-1])
             if need.g:
                 first["g"] = _gain_gradient(dYs[0], given(saved.V)).to(given(f.g).dtype)
-            grads[0] = grads[0]._replace(**first)
-        return grads
+        return [Gradients(**gradients) for gradients in found]
 
     def dropout_mask(
         self, seed: int | Tensor, M: int, K: int, p: float, device: torch.device
@@ -163,20 +171,23 @@ class TorchBackend:
         fs: Sequence[Factors],
         dropout: Dropout | None,
         dtype: torch.dtype,
+        narrow: torch.dtype,
     ) -> Tensor:
         """dX = Σ dY (g ⊙ W) + drop'(dS A)."""
         work, dX = dYs[0].dtype, None
         if dS is not None:
-            dX = low_rank.input_gradient(dS, _stacked(fs, work)[0], dropout)
+            dX = low_rank.input_gradient(dS, _stacked(fs, narrow)[0], dropout)
+            dX = dX if narrow is work else dX.to(work)
         for dY, f in zip(dYs, fs, strict=True):
-            W = self._dense(f.weight, dtype).to(work)
+            W = self._dense(f.weight, dtype)
+            W = W if work is dtype else W.to(work)
             if f.g is not None:
                 # g multiplies the smaller one of dY [M, N] and W [N, K].
                 if dY.shape[0] < W.shape[1]:
                     dY = _times(dY, f.g)
                 else:
                     W = _times(W, f.g.unsqueeze(1))
-            dX = dY @ W if dX is None else dX.addmm_(dY, W)
+            dX = add_product(dX, dY, W)
         return given(dX)
 
     def _dense(self, weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
@@ -208,15 +219,25 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def _rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., K] as [M, K] in `dtype`."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.dtype is dtype else rows.to(dtype)
+
+
 def _adapted(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ) + bias: the low-rank part first, the product with W on top."""
-    bias = None if bias is None else bias.to(rows.dtype)
+    """x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ) + bias, in 16 bits the product with W last."""
+    work, scaling = rows.dtype, f.constants.scaling
+    bias = None if bias is None else bias.to(work)
     if S is None:
-        return torch.nn.functional.linear(rows, W, bias)
-    Q = low_rank.expand_factor(f, rows.dtype)
-    if bias is None:
-        return scaled_product(S, Q.T, f.constants.scaling).addmm_(rows, W.T)
-    return torch.addmm(bias, S, Q.T, alpha=f.constants.scaling).addmm_(rows, W.T)
+        return linear(rows, W, bias)
+    Q = low_rank.expand_factor(f, S.dtype)
+    if work.itemsize > 2:
+        return linear(rows, W, bias).addmm_(S, Q.T, alpha=scaling)
+    # With beta = 0 the first argument is not read.
+    first, beta = (S.new_empty(1), 0.0) if bias is None else (bias.to(S.dtype), 1.0)
+    low = torch.addmm(first, S, Q.T, beta=beta, alpha=scaling)
+    return (low if S.dtype is work else low.to(work)).addmm_(rows, W.T)
 
 
 def _gained(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors) -> tuple[Tensor, Tensor]:
@@ -263,27 +284,27 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, M, step))
 
 
-def _with_grad_A(
-    grads: list[Gradients],
-    dS: Tensor,
-    rows: Tensor,
-    dropout: Dropout | None,
+def _set_gradients_of_A(
+    found: Sequence[dict[str, Tensor | None]],
+    dA: Tensor,
     fs: Sequence[Factors],
     needs: Sequence[Needs],
-) -> list[Gradients]:
-    dA = low_rank.factor_gradient(dS, rows, dropout)
+) -> None:
+    """Hand out the rows of dA [Σ R_i, K] to the layers that need them, each in its own dtype."""
     parts = [dA] if len(fs) == 1 else dA.split(ranks_of(fs))
-    return [
-        grad._replace(A=part.to(given(f.A).dtype)) if need.A else grad
-        for grad, part, f, need in zip(grads, parts, fs, needs, strict=True)
-    ]
+    for gradients, part, f, need in zip(found, parts, fs, needs, strict=True):
+        if need.A:
+            gradients["A"] = part.to(given(f.A).dtype)
 
 
 def _stacked(fs: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
     """The A of all layers [Σ R_i, K] in `dtype`, and the R_i."""
+    if len(fs) == 1:
+        A = given(fs[0].A)
+        return A if A.dtype is dtype else A.to(dtype), [A.shape[0]]
     factors, ranks = [], []
     for f in fs:
         if f.A is not None:
-            factors.append(f.A.to(dtype))
+            factors.append(f.A if f.A.dtype is dtype else f.A.to(dtype))
             ranks.append(f.A.shape[0])
-    return factors[0] if len(fs) == 1 else torch.cat(factors), ranks
+    return torch.cat(factors), ranks

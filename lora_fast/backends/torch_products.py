@@ -1,24 +1,34 @@
 """Matrix products of the torch backend: dtypes, operands, and sums in float32.
 
     product         a b        rows_product    aᵀ b over many rows        not below float32
-    scaled_product  s · (a b)                                             rounded once
+    scaled_product  s · (a b)  linear          a bᵀ + bias                rounded once
+    add_product     total + a b                                           rounded once
 
 A CPU without instructions for a 16-bit dtype multiplies it as float32: the same products, many
 times faster, and the factors need no rounding. If float16 operands are multiplied directly, those
 on the way to a gradient are first scaled by powers of two: float16 keeps full precision only down
 to 2⁻¹⁴, and gradients are smaller.
+
+Two libraries multiply float32 on a CPU. PyTorch asks MKL, which on a CPU by AMD uses half of its
+vector units: there oneDNN takes the larger products, in the same precision, twice as fast.
 """
 
 from __future__ import annotations
 
 import functools
+import platform
 
 import torch
 from torch import Tensor
 
 # Rows of a narrow bfloat16 product on a CPU that are summed before each rounding: torch has no such
-# product with a float32 result. Below the second number of rows, float32 is faster.
-_CHUNK, _FEW = 512, 128
+# product with a float32 result.
+_CHUNK = 512
+# Up to so many rows, the low-rank products of 16 bits are computed in float32: a bfloat16 product
+# of any size takes oneDNN's start, which is longer.
+_FEW = 16
+# Multiplications below which oneDNN's start outweighs its speed in float32.
+_ONEDNN_FROM = 1 << 21
 # The scale of a column of zeros, whose maximum has no logarithm.
 _SMALLEST = 2.0**-100
 _EXPONENT = 0x7F800000
@@ -30,11 +40,15 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return _WIDE.get(dtype, dtype)
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the operands of products with x: its own, or float32 in its place."""
-    if x.device.type != "cpu" or x.dtype not in _WIDE or x.dtype in native_dtypes():
-        return x.dtype
-    return torch.float32
+def product_dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the operands of products with x [..., K], and of the low-rank ones: its own, or
+    float32 in its place."""
+    dtype = x.dtype
+    if x.device.type != "cpu" or dtype not in _WIDE:
+        return dtype, dtype
+    if dtype not in native_dtypes():
+        return torch.float32, torch.float32
+    return dtype, torch.float32 if x.numel() <= _FEW * x.shape[-1] else dtype
 
 
 @functools.cache
@@ -42,6 +56,66 @@ def native_dtypes() -> tuple[torch.dtype, ...]:
     """The 16-bit dtypes that this CPU multiplies."""
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return (torch.bfloat16,) if has_bfloat16 else ()
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies float32 faster than what PyTorch asks: on CPUs by AMD with AVX-512,
+    of which MKL uses the AVX2 half."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _vendor() == "AuthenticAMD"
+    )
+
+
+def _vendor() -> str:
+    """The CPU's maker, as its CPUID instruction spells it; "" if nobody tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() == "vendor_id":
+                    return value.strip()
+    except OSError:
+        return platform.processor().rpartition(" ")[2]  # Windows: "…, AuthenticAMD"
+    return ""
+
+
+def linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a bᵀ + bias [M, N] for a [M, K] and b [N, K]."""
+    if a.shape[0] * b.numel() >= _ONEDNN_FROM and _takes_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return torch.nn.functional.linear(a, b, bias)
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b [M, N] for a [M, K] and b [K, N], in the memory of `total` if it is given."""
+    if a.shape[0] * b.numel() >= _ONEDNN_FROM and _takes_onednn(a, b):
+        ab = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        return ab if total is None else total.add_(ab)
+    return a @ b if total is None else total.addmm_(a, b)
+
+
+def _takes_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN multiplies a [M, K] with b, [N, K] or [K, N], faster if both are large."""
+    return (
+        a.dtype is torch.float32
+        and onednn_is_faster()
+        and a.device.type == "cpu"
+        and _is_packed(a)
+        and _is_packed(b)
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _is_packed(matrix: Tensor) -> bool:
+    """Whether the rows or the columns of a matrix lie apart, and their elements side by side."""
+    (rows, columns), (over_rows, over_columns) = matrix.shape, matrix.stride()
+    if over_columns == 1:
+        return over_rows >= columns
+    return over_rows == 1 and over_columns >= rows
 
 
 def scaled_product(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
@@ -59,20 +133,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def rows_product(a: Tensor, b: Tensor) -> Tensor:
+def rows_product(a: Tensor, b: Tensor, *, cancels: bool = False) -> Tensor:
     """aᵀ b [P, Q] for a [M, P] and b [M, Q], the sums over M not rounded below float32.
 
     On a CPU that multiplies bfloat16 neither is converted: the sum of every few hundred rows is
-    rounded once.
+    rounded once; no sum, if there is but one and what the caller adds up `cancels`.
     """
-    M = a.shape[0]
-    if a.dtype != torch.bfloat16 or a.is_cuda or M <= _FEW:
+    (M, P), Q = a.shape, b.shape[1]
+    if a.dtype is torch.float32:
+        if Q < P and M * P * Q >= _ONEDNN_FROM and _takes_onednn(b.T, a.T):
+            # The other way round it is slow.
+            return linear(b.T, a.T).T.contiguous()
+        return linear(a.T, b.T)
+    converts = (_CHUNK if cancels else _FEW) >= M
+    if converts or a.dtype is not torch.bfloat16 or a.is_cuda:
         return product(a.T, b)
-    total = (a[:_CHUNK].T @ b[:_CHUNK]).float()
-    for start in range(_CHUNK, M, _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        total += a[rows].T @ b[rows]
-    return total
+    if M <= _CHUNK:
+        return (a.T @ b).float()
+    whole = M - M % _CHUNK
+    chunks = [m[:whole].view(-1, _CHUNK, m.shape[1]) for m in (a, b)]
+    total = torch.bmm(chunks[0].transpose(1, 2), chunks[1]).sum(0, dtype=torch.float32)
+    return total if whole == M else total.add_(a[whole:].T @ b[whole:])
 
 
 def operand(matrix: Tensor, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor | None]:

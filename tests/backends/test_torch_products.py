@@ -38,8 +38,8 @@ def test_other_16_bit_dtypes_are_multiplied_as_float32(native: tuple[torch.dtype
     with multiplying(native):
         for dtype in (BF16, FP16, FP32, FP64):
             is_wide = dtype in (BF16, FP16) and dtype not in native
-            found = torch_products.working_dtype(torch.empty(1, dtype=dtype))
-            assert found == (FP32 if is_wide else dtype)
+            found = torch_products.product_dtypes(torch.empty(99, 4, dtype=dtype))
+            assert found == (FP32 if is_wide else dtype,) * 2
 
 
 @pytest.mark.parametrize("M", [0, 1, 100, 129, 512, 513, 1100])
@@ -131,14 +131,20 @@ def test_the_large_product_is_rounded_once(dtype: torch.dtype) -> None:
 
 
 class _Wide(TorchDispatchMode):
-    """Shapes of the float32 tensors that operations make."""
+    """Shapes of the float32 tensors that operations make, the names of the operations, and the
+    dtypes of their operands."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
+        self.operations: list[str] = []
+        self.operands: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        self.operations.append(str(func.overloadpacket))
+        if self.operations[-1].endswith((".mm", ".addmm", ".addmm_", ".bmm", "_linear_pointwise")):
+            self.operands.append(args[-1].dtype if isinstance(args[-1], torch.Tensor) else FP32)
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
             if isinstance(tensor, torch.Tensor) and tensor.dtype == FP32:
                 self.shapes.add(tuple(tensor.shape))
@@ -182,3 +188,84 @@ def test_both_kinds_of_cpu_agree_within_the_rule() -> None:
         with multiplying(native):
             check(case)
             check(replace(case, p=0.1, nf4=True))
+
+
+def _plain_step(case: Case) -> _Wide:
+    """What forward and backward of plain LoRA do."""
+    operands = make(case)
+    t = operands.tensors
+    with _Wide() as seen:
+        y = functional.adapted_linear(t["x"], operands.weight, A=t["A"], B=t["B"], scaling=2.0)
+        torch.autograd.grad(y, [t["x"], t["A"], t["B"]], operands.dY)
+    return seen
+
+
+@pytest.mark.usefixtures("allocating_as_users_do")
+@pytest.mark.parametrize(("dtype", "M", "most"), [(BF16, 1, 34), (BF16, 64, 21), (FP32, 64, 20)])
+def test_operations_of_a_step_of_few_rows(dtype: torch.dtype, M: int, most: int) -> None:
+    """The host's time binds there, and every operation adds to it, views included."""
+    with multiplying((BF16,)):
+        seen = _plain_step(Case(M=M, K=48, N=64, R=4, dtype=dtype, adapter_dtype=dtype))
+    assert len(seen.operations) <= most, seen.operations
+    if dtype == BF16:
+        # Products with W alone are worth the start of a bfloat16 product for one row.
+        assert seen.operands.count(BF16) == (2 if M == 1 else 8)
+
+
+@pytest.mark.parametrize("M", [64, 700, 2000])
+def test_plain_lora_converts_no_operand_with_a_row_per_token(M: int) -> None:
+    with multiplying((BF16,)):
+        seen = _plain_step(Case(M=M, K=520, N=600, R=4, dtype=BF16, adapter_dtype=FP32))
+    assert not [shape for shape in seen.shapes if M in shape]
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU by AMD with AVX-512."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    monkeypatch.setattr(torch_products, "onednn_is_faster", lambda: True)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("native", NATIVE_DTYPES.values(), ids=list(NATIVE_DTYPES))
+def test_products_by_onednn_obey_the_rule(native: tuple[torch.dtype, ...]) -> None:
+    case = Case(M=300, K=257, N=123, R=5, dtype=FP32, adapter_dtype=FP32)
+    with multiplying(native):
+        taken = _plain_step(case).operations.count("mkldnn._linear_pointwise")
+        assert taken == 2, "x Wᵀ and dY W"
+        check(case)
+        check(replace(case, factors=FACTORS, p=0.1))
+        check(replace(case, dtype=BF16, nf4=True, R=64))
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize(("P", "Q"), [(40, 300), (300, 40)])
+def test_products_over_rows_by_onednn(P: int, Q: int) -> None:
+    a, b = torch.randn(400, P), torch.randn(400, 2 * Q)[:, ::2]
+    with _Wide() as seen:
+        total = torch_products.rows_product(a, b.contiguous())
+    assert seen.operations.count("mkldnn._linear_pointwise") == 1 and total.is_contiguous()
+    exact, eager = a.double().T @ b.double(), orders(lambda: a.T @ b)
+    assert_accurate(total, exact, eager, name="aᵀ b")
+    # Neither rows nor columns side by side: left to PyTorch.
+    with _Wide() as seen:
+        assert_accurate(torch_products.rows_product(a, b), exact, eager, name="strided")
+    assert "mkldnn._linear_pointwise" not in seen.operations
+
+
+@pytest.mark.parametrize(("maker", "width"), [("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX2")])
+def test_other_cpus_multiply_float32_by_mkl(
+    maker: str, width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_products, "_vendor", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
+    assert not torch_products.onednn_is_faster.__wrapped__()
+
+
+@pytest.mark.parametrize("line", ["vendor_id\t: AuthenticAMD\n", ""])
+def test_the_maker_of_the_cpu(line: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"processor\t: 0\n{line}model name\t: AMD EPYC\n")
+    monkeypatch.setattr("builtins.open", lambda name, **options: told.open(**options))
+    assert torch_products._vendor() == ("AuthenticAMD" if line else "")
