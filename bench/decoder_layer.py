@@ -235,20 +235,26 @@ def run(case: Case, device: torch.device, rounds: int, sample_seconds: float) ->
     timings = measure(steps, rounds=rounds, device=device, sample_seconds=sample_seconds)
     return {
         "layer": str(case),
+        "dtype": str(case.dtype).removeprefix("torch."),
         "over_frozen": {v: asdict(timings.ratio(v, "frozen")) for v in CONTESTANTS[1:]},
         "lora_fast_over_peft": asdict(timings.ratio("lora_fast", "peft")),
+        "fp32_over_fp32": asdict(timings.ratio("lora_fast fp32", "peft fp32")),
         "median_seconds": {v: timings.median(v) for v in CONTESTANTS},
     }
 
 
 def _line(row: dict[str, Any], most: tuple[float | None, float | None]) -> str:
     times = ", ".join(f"{name} {r['median']:.2f}" for name, r in row["over_frozen"].items())
-    ratios = [row["over_frozen"]["lora_fast"], row["lora_fast_over_peft"]]
+    ratios = {
+        "lora_fast/frozen": (row["over_frozen"]["lora_fast"], most[0]),
+        "lora_fast/peft": (row["lora_fast_over_peft"], most[1]),
+        "both fp32": (row["fp32_over_fp32"], most[1]),
+    }
     found = ", ".join(
-        f"lora_fast/{base} {r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f}){_within(r, limit)}"
-        for base, r, limit in zip(("frozen", "peft"), ratios, most, strict=True)
+        f"{name} {r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f}){_within(r, limit)}"
+        for name, (r, limit) in ratios.items()
     )
-    return f"{row['layer']}: time over frozen: {times}; {found}"
+    return f"{row['dtype']} {row['layer']}: time over frozen: {times}; {found}"
 
 
 def _within(ratio: dict[str, float], limit: float | None) -> str:

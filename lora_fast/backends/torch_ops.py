@@ -56,14 +56,14 @@ class TorchBackend:
             S = V = dropout = None
             columns: Sequence[Tensor | None] = [None]
             if f.A is not None:
-                dropout = None if f.constants.dropout_p == 0.0 else self._drawn(f, rows)
+                dropout = None if f.constants.dropout_p == 0.0 else _drawn(f, rows)
                 A, ranks = (f.A, None) if len(fs) == 1 else _stacked(fs, narrow)
                 x_narrow = rows if narrow is work else rows.to(narrow)
                 S = low_rank.shrink(x_narrow, A, dropout, f.constants.rank_spans)
                 columns = [S] if ranks is None else S.split(ranks, dim=1)
             ys = []
             for f, S_i in zip(fs, columns, strict=True):
-                W = self._dense(f.weight, dtype)
+                W = _dense(f.weight, dtype)
                 W = W if work is dtype else W.to(work)
                 if f.g is None:
                     y = _adapted(rows, W, S_i, f, f.bias)
@@ -89,7 +89,7 @@ class TorchBackend:
         with without_autocast(dYs[0]):
             dYs = [_rows_of(dY, work) for dY in dYs]
             narrows = dYs if narrow is work else [dY.to(narrow) for dY in dYs]
-            dropout = self._saved_dropout(saved, f, dYs[0], need)
+            dropout = None if saved.mask is None else Dropout(saved.mask, f.constants.dropout_p)
             dS = None
             if f.A is not None and (need.A or need.x):
                 parts = list(map(low_rank.shrunk_gradient, narrows, fs))
@@ -124,7 +124,7 @@ class TorchBackend:
         If B A is zero it equals the norm that m was initialised with, so g is 1 before training.
         """
         with without_autocast(A):
-            W = self._dense(weight, torch.float32)
+            W = _dense(weight, torch.float32)
             lengths = torch.linalg.vector_norm(W, dim=1)
             a, b = A.float(), B.float()
             cross = torch.linalg.vecdot(W @ a.T, b)
@@ -179,7 +179,7 @@ class TorchBackend:
             dX = low_rank.input_gradient(dS, _stacked(fs, narrow)[0], dropout)
             dX = dX if narrow is work else dX.to(work)
         for dY, f in zip(dYs, fs, strict=True):
-            W = self._dense(f.weight, dtype)
+            W = _dense(f.weight, dtype)
             W = W if work is dtype else W.to(work)
             if f.g is not None:
                 # g multiplies the smaller one of dY [M, N] and W [N, K].
@@ -189,23 +189,6 @@ class TorchBackend:
                     W = _times(W, f.g.unsqueeze(1))
             dX = add_product(dX, dY, W)
         return given(dX)
-
-    def _dense(self, weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-        """W [N, K] in `dtype`."""
-        if not isinstance(weight, NF4Weight):
-            return weight.to(dtype)
-        if weight.decoded is None:
-            return weight.dequantize(dtype)
-        return weight.decoded.once(dtype, lambda: weight.dequantize(dtype))
-
-    def _drawn(self, f: Factors, x: Tensor) -> Dropout:
-        """The dropout of x [M, K] in a forward pass."""
-        (M, K), p, seed = x.shape, f.constants.dropout_p, f.constants.dropout_seed
-        return Dropout(dropout_mask(seed, M, K, p, x.device), p)
-
-    def _saved_dropout(self, saved: Saved, f: Factors, rows: Tensor, need: Needs) -> Dropout | None:
-        """The same dropout in a backward pass; None if nothing was dropped, or it is not needed."""
-        return None if saved.mask is None else Dropout(saved.mask, f.constants.dropout_p)
 
 
 TORCH = TorchBackend()
@@ -217,6 +200,21 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     if x.is_meta or not torch.is_autocast_enabled(device):
         return _UNCHANGED
     return torch.autocast(device, enabled=False)
+
+
+def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in `dtype`."""
+    if not isinstance(weight, NF4Weight):
+        return weight.to(dtype)
+    if weight.decoded is None:
+        return weight.dequantize(dtype)
+    return weight.decoded.once(dtype, lambda: weight.dequantize(dtype))
+
+
+def _drawn(f: Factors, x: Tensor) -> Dropout:
+    """The dropout of x [M, K] in a forward pass."""
+    (M, K), p, seed = x.shape, f.constants.dropout_p, f.constants.dropout_seed
+    return Dropout(dropout_mask(seed, M, K, p, x.device), p)
 
 
 def _rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:

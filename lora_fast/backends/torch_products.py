@@ -51,6 +51,11 @@ def product_dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return dtype, torch.float32 if x.numel() <= _FEW * x.shape[-1] else dtype
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The first of them alone."""
+    return product_dtypes(x)[0]
+
+
 @functools.cache
 def native_dtypes() -> tuple[torch.dtype, ...]:
     """The 16-bit dtypes that this CPU multiplies."""
