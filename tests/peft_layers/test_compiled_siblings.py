@@ -184,20 +184,32 @@ def test_a_change_after_the_first_sibling_is_noticed(action: Callable[[Any], Non
     assert operators(counter) == {GROUP: 1, ALONE: 1}
 
 
+class Doubling(nn.Module):
+    """Doubles x in place, and returns y."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        return y
+
+
 class Overwriting(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubling = Doubling()
+
     def forward(self, x: Tensor) -> Tensor:
         x = x * 1.0
-        q = self.q_proj(x)
-        x.mul_(2.0)
+        q = self.doubling(self.q_proj(x), x)
         return torch.cat([q, self.k_proj(x) * self.v_proj(x)], dim=-1)
 
 
 def test_an_input_changed_in_place_is_noticed() -> None:
     model = accelerated_copy(stock_model(base=Overwriting)).requires_grad_(False)
     alone = lora_fast.accelerate(copy.deepcopy(model), group_shared_inputs=False)
-    graph, _ = compiled(model)
+    graph, counter = compiled(model)
     x = torch.randn(3, K)
     torch.testing.assert_close(graph(x), alone(x))
+    assert operators(counter) == {GROUP: 1, ALONE: 2}
 
 
 def test_blocks_compiled_one_by_one_share_a_graph() -> None:
