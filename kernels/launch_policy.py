@@ -82,9 +82,9 @@ class Choices(NamedTuple):
 
     The tile of ticketed_gemm for many rows is `plain`, or one of a `ragged_rank`, which is no
     multiple of 16; with a `gain` g, which scales W or stores V beside y; or one where dropout masks
-    the low-rank part of dX. A tuner may try `others` beside plain, and `wide` ones, also with a
-    gain or as `wide_masks_dX`, where their tiles fill `multiprocessors` twice. `strips` is for
-    ranks up to 32; one launch of strips aims for `strip_ctas`.
+    the low-rank part of dX. A tuner may try `others` beside plain, and where their tiles fill
+    `multiprocessors` twice `wide` ones, or with a gain `wide_gain` and for dX `wide_masks_dX`.
+    `strips` is for ranks up to 32; one launch of strips aims for `strip_ctas`.
     """
 
     plain: GemmConfig
@@ -93,6 +93,7 @@ class Choices(NamedTuple):
     masks_dX: GemmConfig | None = None
     others: tuple[GemmConfig, ...] = ()
     wide: tuple[GemmConfig, ...] = ()
+    wide_gain: tuple[GemmConfig, ...] = ()
     wide_masks_dX: tuple[GemmConfig, ...] = ()
     multiprocessors: int = 132
     strips: StripConfig = StripConfig(64, 256, num_warps=8, num_stages=2)
@@ -170,6 +171,7 @@ TABLE: dict[tuple[int | None, ...], Choices] = {
         masks_dX=_H100_MASKS,
         others=(_GENERAL, replace(_LOW, descriptors=True)),
         wide=(_WIDE_4, _WIDE, replace(_WIDE_4, GROUP_M=16)),
+        wide_gain=(_WIDE_4, _WIDE, replace(_WIDE_4, GROUP_M=16)),
         wide_masks_dX=(replace(_WIDE_4, MAX_E=16, MASK_PARTS=4),),
         strip_ctas=264,
     ),
@@ -258,7 +260,7 @@ def other_gemms(
     if dtype == torch.float32 or M <= 64:
         return ()
     row = _BY_ARCH.get(arch, _UNKNOWN)
-    wide = row.wide_masks_dX if masks_dX else row.wide
+    wide = row.wide_masks_dX if masks_dX else row.wide_gain if has_gain else row.wide
     found = [c for c in wide if _tiles(c, M, N) >= 2 * row.multiprocessors]
     return tuple(found) if has_gain or masks_dX else (*found, *row.others)
 

@@ -18,7 +18,7 @@ from lora_fast.kernels import launch_policy, strips, ticketed_gemm
 from lora_fast.kernels.dropout import Dropout
 from lora_fast.kernels.launch_policy import GemmConfig, StripConfig
 from lora_fast.kernels.ticketed_gemm import Layer
-from lora_fast.kernels.tiles import Gains
+from lora_fast.kernels.tiles import NO_GAINS, Gains
 
 from bench.instruments import resources, stub_driver
 
@@ -99,7 +99,7 @@ def test_a_launch_takes_what_its_row_of_the_table_says(archs):
         assert launch_policy.pick_strips(BF16, 33, arch) == row.strips_wide_rank
         others = functools.partial(launch_policy.other_gemms, 8192, N, BF16, arch)
         assert others() == (*row.wide, *row.others)
-        assert others(has_gain=True) == row.wide
+        assert others(has_gain=True) == row.wide_gain
         assert others(masks_dX=True) == row.wide_masks_dX
         assert launch_policy.strip_ctas(arch) == row.strip_ctas
 
@@ -206,14 +206,17 @@ def test_a_tuned_configuration_fits_the_device(arch, config):
 
 @pytest.mark.offline
 def test_a_tuned_tile_that_masks_dX_fits_the_device():
+    """Of a layer, of one with a gain, of a group."""
     _, _, _, _, layer = _operands()
+    cases = [([layer], NO_GAINS), ([layer], Gains(g=_meta(N, dtype=FP32))), ([layer] * 2, NO_GAINS)]
     for config in launch_policy.other_gemms(8192, N, BF16, 90, masks_dX=True):
-        _assert_fit(90, config, [
-            lambda config=config: ticketed_gemm.grad_input([layer], Dropout(0.1), config=config),
-            lambda config=config: ticketed_gemm.grad_input(
-                [layer] * 2, Dropout(0.1), config=config
-            ),
-        ])  # fmt: skip
+        launches = [
+            functools.partial(
+                ticketed_gemm.grad_input, layers, Dropout(0.1), gains=gains, config=config
+            )
+            for layers, gains in cases
+        ]
+        _assert_fit(90, config, launches)
 
 
 def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
