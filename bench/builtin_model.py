@@ -105,7 +105,9 @@ def table(rounds: int, dtypes: Sequence[str] | None = None) -> list[dict[str, An
             }  # fmt: skip
             within = "≤" if ratios["fused_over_stock"].median <= most else "NOT ≤"
             first, *others = (f"{r!s:>19}" for r in ratios.values())
-            print(f"{title + ', ' + name:32}{first} {within} {most:.2f}{''.join(others)}")
+            print(
+                f"{title + ', ' + name:32}{first} {within} {most:.2f}{''.join(others)}", flush=True
+            )
             record = {"variant": title, "dtype": name, "threads": torch.get_num_threads()}
             results.append(record | {key: asdict(r) for key, r in ratios.items()})
     return results
