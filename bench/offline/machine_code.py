@@ -43,6 +43,8 @@ def role(launch: stub_driver.Launch) -> str:
         return "dX" if flags["IS_GRAD"] else "forward"
     if launch.name == "strips":
         return "dB, dS" if flags["IS_EXPAND"] else "dA"
+    if launch.name == "expand":
+        return "dS A" if flags["IS_GRAD"] else "S Q"
     return launch.name
 
 

@@ -168,3 +168,11 @@ def test_the_model_of_the_tuner_and_the_recorded_step_agree(weight: str) -> None
     backward = query._replace(op=BACKWARD, needs=(Needs(x=True, A=True, B=True),))
     modelled = sum(cost_model.seconds(cost_model.pick(q, 90), q, 90) for q in (query, backward))
     assert modelled == pytest.approx(recorded, rel=0.002)
+
+
+def test_the_kernels_of_the_routes_have_names_of_their_own_and_spill_nothing() -> None:
+    found = variants.record(("routes",), 90, (16,), (0.0, 0.1))
+    rows = machine_code.rows(found, 90)
+    roles = {" ".join(row["kernel"].split()[1:3]) for row in rows}
+    assert roles == {"shrink r16", "S Q", "dS A", "nf4_decode_augmented fp32"}
+    assert [row["kernel"] for row in rows if row["spilled_bytes"]] == []
