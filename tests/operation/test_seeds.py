@@ -199,6 +199,26 @@ def test_every_launch_that_drops_reads_the_seed(monkeypatch: pytest.MonkeyPatch)
     assert all(seed is None for (_, p), seed in seeds.items() if not p)
 
 
+@pytest.mark.offline
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_seed_in_memory_spills_no_more_than_a_number(arch: int, dtype: torch.dtype) -> None:
+    """Registers hold it, where a number comes with the launch; it may cost a resident block."""
+    found = []
+    for seed in (3, torch.tensor([3])):
+        x, A = (torch.zeros(rows, 4096, dtype=dtype).requires_grad_() for rows in (256, 16))
+        W, dY = (torch.zeros(rows, 4096, dtype=dtype) for rows in (4096, 256))
+        B = torch.zeros(4096, 16, dtype=dtype).requires_grad_()
+        with stub_driver.recording(arch) as log, lora_fast.set_backend("triton"):
+            y = functional.adapted_linear(
+                x, W, A=A, B=B, scaling=2.0, dropout_p=0.1, dropout_seed=seed
+            )
+            y.backward(dY)
+        found.append([launch.kernel.resources for launch in log.launches])
+    for number, word in zip(*found, strict=True):
+        assert word.local_bytes <= number.local_bytes
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
 def test_a_graph_draws_a_fresh_mask_at_each_replay(backend: Any) -> None:
