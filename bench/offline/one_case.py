@@ -14,7 +14,7 @@ from lora_fast.tuning.rooflines import BY_ARCH
 
 from . import counting, layers, machine_code, variants
 from .contestants import Case
-from .kernel_table import kernel_table, table
+from .markdown import band_of, kernel_table, table
 
 FORM = "LAYER,M,R,WEIGHT[,P]"
 
@@ -64,7 +64,7 @@ def text(case: Case, arch: int, found: dict[str, list[dict[str, Any]]]) -> str:
             f"{row['launches_forward']} + {row['launches_backward']}",
             f"{row['extra_bytes'] / 1e6:.0f}",
             f"{row['saved_bytes'] / 1e6:.0f}",
-            f"{row['over_frozen'][device]:.3f}",
+            band_of(row, device, digits=3),
         )
         for row in found["counts"]
     ]

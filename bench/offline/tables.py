@@ -12,8 +12,8 @@ from lora_fast.tuning.rooflines import EXPOSED_C, ROOFLINES
 from .band import SLOW, with_activation
 from .contestants import Case
 from .counting import MAIN, MODELLED, OURS
-from .kernel_table import kernel_table, table
 from .layers import SHAPES
+from .markdown import band_of, kernel_table, table
 
 Rows = list[dict[str, Any]]
 LINEAR, LAYER = SHAPES[0].name, SHAPES[1].name
@@ -59,7 +59,7 @@ def in_short(counts: Rows, whole_layers: Rows) -> str:
             f"{row['extra_bytes'] / 1e9:.1f} GB",
             f"{row['saved_bytes'] / 1e6:.0f} MB",
             f"{saved[who] / 1e6:.0f} MB" if who in saved else "–",
-            _band(row, "H100", digits=2),
+            band_of(row, "H100", digits=2),
         )
         lines.append(tuple(f"**{cell}**" for cell in cells) if who == "lora_fast" else cells)
     head = ("", "launches", "HBM traffic over frozen", "saved by the linears")
@@ -73,13 +73,6 @@ _NAMES = {
     "lorafusion": "LoRAFusion (model of its graph)",
     "lora_fast": "lora_fast",
 }
-
-
-def _band(row: dict[str, Any], device: str, *, digits: int) -> str:
-    """The modelled time at e = 1 and, where it depends on e, at the lowest e that was modelled."""
-    times = [row[name].get(device) for name in ("over_frozen", "over_frozen_slow")]
-    shown = [f"{time:.{digits}f}" for time in times if time is not None]
-    return " – ".join(dict.fromkeys(shown)) or "-"
 
 
 def routes(counts: Rows) -> str:
@@ -108,9 +101,9 @@ def routes(counts: Rows) -> str:
                 device,
                 *map(str, size),
                 "hybrid" if row["weight"] == "dense" else "augmented, hybrid",
-                _band(row, device, digits=3),
+                band_of(row, device, digits=3),
                 whole,
-                *(_band(other, device, digits=3) for other in alone[:1]),
+                *(band_of(other, device, digits=3) for other in alone[:1]),
                 *([] if alone else ["-"]),
             )
         )
@@ -136,11 +129,7 @@ def summary(counts: Rows) -> str:
     lines = []
     for layer in (LINEAR, LAYER):
         for who, rows in _by(_select(counts, layer, "dense", 0.0), "who"):
-            first, _ = _merged(rows)
-            times = [
-                next((t for row in rows if (t := _band(row, r.name, digits=3)) != "-"), "-")
-                for r in ROOFLINES
-            ]
+            first, times = _merged(rows)
             lines.append(
                 (
                     layer,
@@ -158,8 +147,11 @@ def summary(counts: Rows) -> str:
 def _merged(rows: Rows) -> tuple[dict[str, Any], list[str]]:
     """The counts of sm_90, where it was counted, and the time on each device."""
     first = next((row for row in rows if row["arch"] == 90), rows[0])
-    times = {name: t for row in rows for name, t in row["over_frozen"].items()}
-    return first, [f"{times[r.name]:.3f}" if r.name in times else "-" for r in ROOFLINES]
+    times = [
+        next((t for row in rows if (t := band_of(row, r.name, digits=3)) != "-"), "-")
+        for r in ROOFLINES
+    ]
+    return first, times
 
 
 def _assumptions() -> str:
@@ -363,8 +355,8 @@ def _sizes(counts: Rows) -> str:
                 *(str(value) for value in size),
                 f"{row['extra_bytes'] / 1e6:.0f}",
                 f"{peft['extra_bytes'] / 1e6:.0f}",
-                f"{row['over_frozen']['H100']:.3f}",
-                f"{peft['over_frozen']['H100']:.3f}",
+                band_of(row, "H100", digits=3),
+                band_of(peft, "H100", digits=3),
             )
         )
     head = ("layer", "M", "r", "W", "MB over frozen", "PEFT's", "time over frozen, H100", "PEFT's")

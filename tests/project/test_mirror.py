@@ -101,7 +101,7 @@ TESTED_IN = {
     **{
         f"bench/offline/{name}.py": f"bench/offline/test_{test}.py"
         for test, names in {
-            "offline": "contestants kernel_table layers lorafusion_graph operations tables tasks "
+            "offline": "contestants layers lorafusion_graph markdown operations tables tasks "
             "unsloth_graph",
             "check": "band counting issue machine_code regression variants whole_layer",
         }.items()

@@ -1,4 +1,4 @@
-"""The machine code of kernels as a Markdown table."""
+"""Markdown tables, that of the kernels' machine code, and the band of a modelled time."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ _CYCLES = ("issue_cycles", "tensor_cycles", "issue_terabytes")
 
 def _shown(value: Any) -> str:
     return "-" if value is None else str(value)
+
+
+def band_of(row: dict[str, Any], device: str, *, digits: int) -> str:
+    """The modelled time at e = 1 and, where it depends on e, at the lowest e that was modelled."""
+    times = [row[name].get(device) for name in ("over_frozen", "over_frozen_slow")]
+    shown = [f"{time:.{digits}f}" for time in times if time is not None]
+    return " – ".join(dict.fromkeys(shown)) or "-"
 
 
 def table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
