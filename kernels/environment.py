@@ -33,3 +33,14 @@ def precision_of(dtype: torch.dtype) -> str:
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def tf32_setting() -> str | bool:
+    """What :func:`precision_of` float32 depends on, read past the attributes of torch.backends, which
+    take microseconds."""
+    if _FP32_PRECISION is not None:
+        return _FP32_PRECISION("cuda", "matmul")
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+_FP32_PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)

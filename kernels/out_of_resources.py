@@ -9,7 +9,14 @@ from triton.runtime.errors import OutOfResources
 from . import triton_version  # noqa: F401
 from .launch_policy import GemmConfig, RowsConfig, StripConfig
 
-__all__ = ["OutOfResources", "descent", "instead_of", "recording_drops", "smaller"]
+__all__ = [
+    "OutOfResources",
+    "descent",
+    "instead_of",
+    "is_recording_drops",
+    "recording_drops",
+    "smaller",
+]
 
 _Config = GemmConfig | StripConfig | RowsConfig
 _dropped = contextvars.ContextVar("dropped", default=None)
@@ -55,6 +62,11 @@ def recording_drops():
         yield dropped
     finally:
         _dropped.reset(token)
+
+
+def is_recording_drops():
+    """Whether this is a block of :func:`recording_drops`."""
+    return _dropped.get() is not None
 
 
 def descent(config):

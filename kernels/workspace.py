@@ -31,7 +31,7 @@ _MINIMUM = 1024
 _ARENA = 1 << 16
 # A cache line: launches do not share one, and pointers to words are aligned like a buffer's.
 _LINE = 32
-_cache: dict[tuple[str, int | None, int], torch.Tensor] = {}
+_cache: dict[tuple[torch.device, int], torch.Tensor] = {}
 _lock = threading.Lock()
 
 
@@ -50,17 +50,21 @@ _full: list[_Arena] = []
 
 def sync_words(device: torch.device, count: int) -> torch.Tensor:
     """At least `count` int32 zeros that no other stream and no other graph uses."""
-    stream = 0
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
+    return words_of(device, stream, count, is_cuda=is_cuda)
+
+
+def words_of(device: torch.device, stream: int, count: int, *, is_cuda: bool) -> torch.Tensor:
+    """:func:`sync_words` of the current stream, where it is known."""
+    if is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return _captured(device, count)
         _provide(device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    key = (device.type, device.index, stream)
-    words = _cache.get(key)
+    words = _cache.get((device, stream))
     if words is None or words.numel() < count:
         words = _zeros(max(count, _MINIMUM), device)
-        _cache[key] = words
+        _cache[device, stream] = words
     elif DEBUG:
         _check_zero(words)
     return words

@@ -1,0 +1,356 @@
+"""Launch plans: an operation's launches, recorded once and repeated without Triton's binder.
+
+An operation's first calls with operands of some geometry run as they are written, and a
+:class:`Recorder` notes their steps: what they allocate, which compiled kernels they launch, with
+which constants, and where each pointer comes from. :meth:`Recorder.plan` makes a Python function of
+that, a row of calls of compiled kernels. Later calls with operands of the same geometry run it: the
+same launches, without a specialisation of arguments, a choice of tiles, or views.
+
+What a caller owes: the operands of a plan agree in dtype, shape, strides, device and in whether
+their pointers are multiples of 16, and whatever the recorded call decided is a function of that and
+of :class:`Surroundings`. A recorder that does not recognise a tensor, which is then neither an
+operand nor allocated here, gives up: there is no plan, and every call runs as it is written.
+"""
+
+import functools
+import threading
+import weakref
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import out_of_resources, workspace
+from .environment import tf32_setting
+
+# The argument of a kernel that is the synchronisation words of its stream.
+_WORDS = "sync_ptr"
+
+
+class _OfThread(threading.local):
+    recorder: Any = None
+
+
+_of_thread = _OfThread()
+
+
+def empty(like, *shape, dtype=None):
+    """like.new_empty(shape), which a recorder notes."""
+    made = like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
+    if _of_thread.recorder is not None:
+        _of_thread.recorder.allocated(made)
+    return made
+
+
+def called(function, *args):
+    """function(*args), which a recorder notes: a new tensor, or one of `args` that it writes to."""
+    made = function(*args)
+    if _of_thread.recorder is not None:
+        _of_thread.recorder.called(function, args, made)
+    return made
+
+
+def launch(kernel, grid, *args, **constants):
+    """kernel[grid](*args, **constants), which a recorder notes."""
+    compiled = kernel[grid](*args, **constants)
+    if _of_thread.recorder is not None:
+        _of_thread.recorder.launched(kernel, compiled, grid, args, constants)
+
+
+class Surroundings:
+    """What launches depend on beside their arguments: the device of Triton's driver, settings of
+    Triton's, TF32."""
+
+    __slots__ = ("device", "driver", "settings")
+
+    def __init__(self, dtype):
+        self.driver = driver.active
+        self.device = self.driver.get_current_device()
+        runtime = triton.knobs.runtime
+        hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+        tf32 = dtype == torch.float32
+        self.settings = (
+            runtime.debug, triton.knobs.compilation.instrumentation_mode,
+            getattr(runtime, "add_stages_inspection_hook", None), tf32 and tf32_setting())
+
+    def hold(self):
+        """Whether all of it is as it was, and nobody observes launches."""
+        active, runtime = driver.active, triton.knobs.runtime
+        debug, mode, stages, tf32 = self.settings
+        return (
+            active is self.driver
+            and active.get_current_device() == self.device
+            and runtime.debug is debug
+            and triton.knobs.compilation.instrumentation_mode == mode
+            and getattr(runtime, "add_stages_inspection_hook", None) is stages
+            and (tf32 is False or tf32 == tf32_setting())
+            and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+            and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        )
+
+
+def are_possible():
+    """Whether launches may be recorded: not while a tuner tries what fits, nor while each of them
+    is checked or observed."""
+    runtime = triton.knobs.runtime
+    return not (
+        workspace.DEBUG
+        or _of_thread.recorder is not None
+        or out_of_resources.is_recording_drops()
+        or _observes(runtime.launch_enter_hook)
+        or _observes(runtime.launch_exit_hook)
+    )
+
+
+def _observes(hook):
+    """Whether a hook of Triton's, None or a chain, calls anything."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+class Plan:
+    """The launches of an operation for one geometry of its operands."""
+
+    __slots__ = ("_repeat", "_surroundings", "_words")
+
+    def __init__(self, repeat, surroundings, words):
+        self._repeat, self._surroundings, self._words = repeat, surroundings, words
+
+    def run(self, operands, seed=(0, 0)):
+        """The results for `operands`, in the order in which they were recorded; None if launches
+        depend on something that has changed since."""
+        surroundings = self._surroundings
+        if workspace.DEBUG or not surroundings.hold():
+            return None
+        stream = surroundings.driver.get_current_stream(surroundings.device)
+        words, like = None, operands[0]
+        if self._words:
+            words = workspace.words_of(like.device, stream, self._words, is_cuda=like.is_cuda)
+        return self._repeat(operands, stream, words, seed)
+
+
+class _Known:
+    """Memory of a tensor: of an operand or an allocation."""
+
+    def __init__(self, name, tensor):
+        self.name, self.dtype, self.device = name, tensor.dtype, tensor.device
+        self.shape, self.stride = tensor.shape, tensor.stride()
+        self.start = tensor.data_ptr()
+        last = sum([(n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)])
+        self.stop = self.start + (last + 1) * tensor.element_size()
+        # Its memory, once released, may become that of a tensor which nobody noted.
+        self.owner = weakref.ref(tensor)
+
+    def is_laid_out_as(self, tensor):
+        return (self.dtype, self.shape, self.stride) == (
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+        )
+
+
+class Recorder:
+    """Notes the steps of one operation, as a context.
+
+    operands: its tensors among other things, which must be the same in every call; seed: dropout's
+    words, which a plan is given anew.
+    """
+
+    def __init__(self, operands, seed=(0, 0)):
+        self._seed = seed
+        self._steps: list[_Step] = []
+        self._known: list[_Known] = []
+        self._equal: list[tuple[str, str]] = []
+        self._constants: dict[str, Any] = {}
+        self._shapes: dict[str, Any] = {}
+        self._used: set[str] = set()
+        self._words, self._gives_up = 0, False
+        for i, operand in enumerate(operands):
+            if isinstance(operand, torch.Tensor):
+                self._add_operand(_Known(f"e{i}", operand))
+        self._count = len(operands)
+        self._surroundings = Surroundings(self._known[0].dtype)
+
+    def __enter__(self):
+        _of_thread.recorder = self
+        return self
+
+    def __exit__(self, *exc):
+        _of_thread.recorder = None
+
+    def _add_operand(self, known):
+        """Operands that are one tensor now may be two in another call, which a plan must notice."""
+        twin = next((other for other in self._known if other.start == known.start), None)
+        if twin is not None:
+            self._equal.append((twin.name, known.name))
+        self._known.append(known)
+        self._gives_up |= known.start == 0
+
+    def allocated(self, tensor):
+        known = self._new(tensor)
+        self._gives_up |= not tensor.is_contiguous()
+        self._shapes[known.name] = tensor.shape
+        like = next((k for k in self._known if k.name[0] == "e" and self._is_like(k, known)), None)
+        dtype, device = self._constant(known.dtype), self._constant(known.device)
+        # Sizes one by one: a tuple of them takes PyTorch twice the time.
+        form = f"torch.empty({{}}, dtype={dtype}, device={device})"
+        form = form if like is None else f"{like.name}.new_empty({{}})"
+        self._steps.append(_Step(form, known.name, set()))
+
+    def called(self, function, args, made):
+        self._used = set()
+        code = [self._code(arg, exactly=True) for arg in args]
+        code = f"{self._constant(function)}({', '.join(code)})"
+        writes = any(made is arg for arg in args)
+        name = None if writes or not isinstance(made, torch.Tensor) else self._new(made).name
+        self._steps.append(_Step(code, name, self._used))
+
+    def launched(self, kernel, compiled, grid, args, constants):
+        if getattr(compiled, "packed_metadata", None) is None or callable(grid):
+            self._gives_up = True
+            return
+        self._used = set()
+        given = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        words = given.get(_WORDS)
+        if words is not None:
+            self._words = max(self._words, words.numel())
+        codes = [self._argument(name, given[name]) for name in kernel.arg_names]
+        run = self._constant(compiled.run)
+        front = [compiled.function, compiled.packed_metadata]
+        front = [*(self._constant(n) for n in (*grid, 1, 1)[:3]), "stream", *map(self._constant, front)]
+        code = f"{run}({', '.join([*front, 'None', 'None', 'None', *codes])})"
+        checked = self._constant(kernel)
+        guard = f"{checked}.pre_run_hooks or {checked}.hash is not {self._constant(kernel.hash)}"
+        self._steps.append(_Step(code, None, self._used, guard))
+
+    def plan(self, results):
+        """A Plan that returns what `results` is, tensors in tuples and lists; None where the
+        recorder gave up."""
+        self._used = set()
+        found = self._code(results, exactly=True, shapes=True)
+        if self._gives_up:
+            return None
+        kept, lines = self._used, []
+        last = {name: i for i, step in enumerate(self._steps) for name in step.used}
+        guards = dict.fromkeys(step.guard for step in self._steps if step.guard)
+        guards |= dict.fromkeys(f"{a}.data_ptr() != {b}.data_ptr()" for a, b in self._equal)
+        lines += [f"if {' or '.join(guards)}: return None"] if guards else []
+        for i, step in enumerate(self._steps):
+            code = step.code
+            if step.makes in self._shapes:
+                sizes = [self._constant(size) for size in self._shapes[step.makes]]
+                code = code.format(", ".join(sizes) or "()")
+            lines.append(code if step.makes is None else f"{step.makes} = {code}")
+            gone = [n for n in step.used if n[0] == "t" and last[n] == i and n not in kept]
+            lines += [f"del {', '.join(sorted(gone))}"] if gone and i + 1 < len(self._steps) else []
+        lines.append(f"return {found}")
+        operands = ", ".join(f"e{i}" for i in range(self._count))
+        body = "\n    ".join([f"{operands}, = e", "seed_low, seed_high = seed", *lines])
+        code = _compiled(f"def repeat(e, stream, words, seed):\n    {body}\n")
+        names = {"new": tuple.__new__, "torch": torch, "described": _described}
+        repeat = FunctionType(code, names | self._constants)
+        return Plan(repeat, self._surroundings, self._words)
+
+    def _new(self, tensor):
+        known = _Known(f"t{len(self._steps)}", tensor)
+        self._known.append(known)
+        self._gives_up |= known.start == 0
+        return known
+
+    def _is_like(self, one, other):
+        return (one.dtype, one.device) == (other.dtype, other.device)
+
+    def _argument(self, name, value):
+        if name == _WORDS and value is not None:
+            return "words"
+        if name in ("seed_low", "seed_high") and value == self._seed[name == "seed_high"]:
+            return name
+        return self._code(value)
+
+    def _code(self, value, *, exactly=False, shapes=False):
+        """The source of an argument; `exactly`: a tensor's shape matters, and not only its memory,
+        which with `shapes` an allocation may take over."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, exactly, shapes)
+        if isinstance(value, TensorDescriptor):
+            fields = self._constant({k: v for k, v in vars(value).items() if k != "base"})
+            return f"described({fields}, {self._tensor(value.base, False, False)})"
+        if isinstance(value, list):
+            return f"[{', '.join([self._code(v, exactly=exactly, shapes=shapes) for v in value])}]"
+        if isinstance(value, tuple) and _has_tensor(value):
+            parts = [self._code(v, exactly=exactly, shapes=shapes) + ", " for v in value]
+            whole = f"({''.join(parts)})"
+            plain = type(value) is tuple
+            return whole if plain else f"new({self._constant(type(value))}, {whole})"
+        return self._constant(value)
+
+    def _tensor(self, tensor, exactly, shapes):
+        start = tensor.data_ptr()
+        found = [k for k in self._known if k.start <= start < k.stop and k.owner() is not None]
+        exact = [k for k in found if k.start == start]
+        if not found or (not exact and len(found) > 1):
+            self._gives_up = True
+            return "None"
+        known = (exact or found)[0]
+        if exact and exactly:
+            known = next((k for k in exact if k.is_laid_out_as(tensor)), known)
+        self._used.add(known.name)
+        if exact and (not exactly or known.is_laid_out_as(tensor)):
+            return known.name
+        if exact and shapes and self._takes_over(known, tensor):
+            return known.name
+        offset = (start - known.start) // tensor.element_size()
+        self._gives_up |= known.dtype != tensor.dtype
+        if len(tensor.shape) == 2 and known.is_laid_out_as(tensor.t()):
+            return f"{known.name}.t()"
+        where = self._constant(offset)
+        where = f"{known.name}.storage_offset() + {where}" if known.name[0] == "e" else where
+        sizes = f"{self._constant(tuple(tensor.shape))}, {self._constant(tensor.stride())}"
+        return f"{known.name}.as_strided({sizes}, {where})"
+
+    def _takes_over(self, known, tensor):
+        """Whether the allocation may have the shape of a result that is all of it."""
+        whole = tensor.is_contiguous() and tensor.numel() == known.shape.numel()
+        if known.name not in self._shapes or not whole or known.dtype != tensor.dtype:
+            return False
+        self._shapes[known.name] = tensor.shape
+        return True
+
+    def _constant(self, value):
+        """A name for a value: sources of the same steps are equal whatever the numbers are."""
+        if value is None:
+            return "None"
+        name = f"c{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+
+class _Step(NamedTuple):
+    """The source of a step, the allocation that it makes and those that it uses, and the condition
+    under which no step may be repeated."""
+
+    code: str
+    makes: str | None
+    used: set[str]
+    guard: str | None = None
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(source):
+    """The code of the one function that `source` defines."""
+    return compile(source, "<launch plan>", "exec").co_consts[0]
+
+
+def _described(fields, base):
+    """A tensor descriptor as one before, of other memory."""
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.__dict__.update(fields, base=base)
+    return descriptor
+
+
+def _has_tensor(value):
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_tensor, value))
+    return isinstance(value, (torch.Tensor, TensorDescriptor))
