@@ -31,6 +31,7 @@ from .lora_state import (
     read_adapters,
     together_obstacle,
 )
+from .plain_lora import plain_output
 from .shared_input import kept_output, output_with_siblings
 
 # Keyword arguments of a variant; PEFT removes them from the call and plain LoRA ignores them.
@@ -39,6 +40,14 @@ _VARIANT_ARGUMENTS = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
 
 class FusedLoRALayer(FusedForward):
     """The fused forward of ``lora.Linear`` and ``lora.bnb.Linear4bit``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and self._lora_fast_group is None:
+            y = plain_output(self, x)
+            if y is not None:
+                self._lora_fast_calls.fused += 1
+                return y
+        return super().forward(x, *args, **kwargs)
 
     def active(self, **kwargs: Any) -> tuple[State, str | None]:
         layer: Any = self
