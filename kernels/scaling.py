@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch_plans import empty
+
 _TOP = tl.constexpr(14)
 # u · x and x / u stay far from the ends of float32 for what is no gradient, such as dX.
 _MOST = tl.constexpr(100)
@@ -37,9 +39,9 @@ def new_gradient(dY, R, tile_rows):
     """Memory for the dS [M, R] of dY [M, N], whose tiles are `tile_rows` high."""
     M = dY.shape[0]
     if dY.dtype != torch.float16:
-        return Shrunk(dY.new_empty((M, R)))
+        return Shrunk(empty(dY, M, R))
     tiles, float32 = -(-M // tile_rows), {"dtype": torch.float32}
-    values, largest = (dY.new_empty((rows, R), **float32) for rows in (M, tiles))
+    values, largest = (empty(dY, rows, R, **float32) for rows in (M, tiles))
     return Shrunk(values, largest, tile_rows)
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .dropout import NO_DROPOUT, Words, drop, drops_pairs, seed_of
 from .environment import current_arch, precision_of
+from .launch_plans import empty, launch
 from .launch_policy import (
     pick_strips,
     rank_block,
@@ -306,7 +307,7 @@ def grad_expand(
     """
     factors = {"B": B, "b": gains.b, "d": gains.d, "g": gains.g, "bias": bias}
     found = {
-        name: dY.new_empty(factor.shape, dtype=factor.dtype)
+        name: empty(dY, *factor.shape, dtype=factor.dtype)
         for name, factor in factors.items()
         if factor is not None and getattr(wanted, name)
     }
@@ -329,7 +330,7 @@ def storing_dS_pays(N, R, dtype, config=None):
 def grad_shrink(x, dS, dtype, dropout=NO_DROPOUT, config=None):
     """dA [R, K] in `dtype`, in one read of x [M, K], for dS, a Shrunk."""
     R = dS.values.shape[1]
-    dA = x.new_empty((R, x.shape[1]), dtype=dtype)
+    dA = empty(x, R, x.shape[1], dtype=dtype)
     config = config or pick_strips(x.dtype, R, current_arch())
     _launch(config, x, dS, Results(factor=dA.T), R, dropout=dropout, wanted=Wanted(B=True))
     return dA
@@ -347,16 +348,17 @@ def _launch(
     ranges, rows_per_range = row_ranges(M, blocks * chunks, config.BLOCK_M, arch)
     float32 = {"dtype": torch.float32}
     partials = Partials(
-        dS=x.new_empty((blocks, M, R), **float32) if stores_dS else None,
-        T=x.new_empty((ranges, L, R), **float32) if wanted.needs_T else None,
-        sums=x.new_empty((2, ranges, L), **float32) if wanted.sums else None,
-        dd=x.new_empty((blocks, R), **float32) if wanted.d else None,
+        dS=empty(x, blocks, M, R, **float32) if stores_dS else None,
+        T=empty(x, ranges, L, R, **float32) if wanted.needs_T else None,
+        sums=empty(x, 2, ranges, L, **float32) if wanted.sums else None,
+        dd=empty(x, blocks, R, **float32) if wanted.d else None,
     )
     if blocks == 0:
         return partials.dS
     seed, seed_low, seed_high, threshold = dropout.words()
     try:
-        strips[(blocks, ranges, chunks)](
+        launch(
+            strips, (blocks, ranges, chunks),
             x, S, shrunk.largest, V, gains, B, partials, grads,
             sync_words(x.device, ARRIVALS.value + blocks),
             float(scaling), dropout.keep_scale, seed, seed_low, seed_high, threshold,

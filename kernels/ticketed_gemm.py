@@ -31,6 +31,7 @@ from .descriptors import descriptors_of
 from .dropout import NO_DROPOUT, Words, drops_pairs
 from .environment import current_arch, precision_of
 from .gemm_tiles import Output, consume, leaves_early
+from .launch_plans import empty, launch
 from .launch_policy import (
     expand_block,
     pick_gemm,
@@ -207,12 +208,12 @@ def forward(
     [R_made, K] and S [M, R_made] given as `made`, and uses its first columns, as many as B has; the
     others get their columns as S and make none.
     """
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y = empty(x, x.shape[0], weight.shape[0])
     layer = Layer(x, weight, A if S is None else None, B, scaling)
     if layer.A is not None:
-        made = x.new_empty(x.shape[0], A.shape[0]) if made is None else made
+        made = empty(x, x.shape[0], A.shape[0]) if made is None else made
         S = made[:, : B.shape[1]]
-    V = torch.empty_like(y) if saves_V else None
+    V = empty(y, *y.shape) if saves_V else None
     if config is None:
         # With g, V may be stored beside y.
         R = 0 if S is None else S.shape[1]
@@ -242,7 +243,7 @@ def grad_input(
             "R": math.gcd(*ranks),
         }
         config = pick_gemm(dY.shape[0], dY.dtype, current_arch(), **picks)
-    dX = dY.new_empty(dY.shape[0], weight.shape[1]) if wants_dX else None
+    dX = empty(dY, dY.shape[0], weight.shape[1]) if wants_dX else None
     dS = new_gradient(dY, sum(ranks), config.BLOCK_S) if ranks else Shrunk(None)
     _launch(
         config, layers, y=dX, V=None, shrunk=dS, bias=None, gains=gains, dropout=dropout,
@@ -280,7 +281,8 @@ def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, i
     descriptors = descriptors_of(layers, config, arch, is_grad)
     is_described = descriptors[0] is not None
     try:
-        ticketed_gemm[(tickets,)](
+        launch(
+            ticketed_gemm, (tickets,),
             tuple(members), tuple(num_partials), S, shrunk.largest, gains, bias, y, V, rank_spans,
             sync_words(x.device, FLAGS.value + blocks) if makes_S else None,
             dropout.keep_scale, seed, seed_low, seed_high, threshold,

@@ -21,7 +21,8 @@ Geometry = tuple[Any, ...]
 def of_plain(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, constants: Constants
 ) -> Geometry | None:
-    """Of one LoRA layer, the most frequent call, in few steps; None if memory is not aligned."""
+    """Of one LoRA layer, the most frequent call, in few steps; None if memory is not aligned. A
+    seed is a number."""
     at = x.data_ptr() | W.data_ptr() | A.data_ptr() | B.data_ptr()
     of_bias = None
     if bias is not None:
@@ -68,7 +69,7 @@ def of_any(tensors: Sequence[Tensor | None], fs: Sequence[Factors]) -> Geometry:
 
 def tensors_of(fs: Sequence[Factors]) -> list[Tensor | None]:
     """The tensors of every layer, None for absent ones: the weight or what an NF4 weight consists
-    of, then the other factors."""
+    of, then the other factors, the spans and dropout's seed in memory."""
     found: list[Tensor | None] = []
     for f in fs:
         weight: Any = f.weight
@@ -79,5 +80,6 @@ def tensors_of(fs: Sequence[Factors]) -> list[Tensor | None]:
                 found += (state.state2.absmax, state.state2.code, state.offset)
         else:
             found.append(weight)
-        found += (*f[1:-1], f.constants.rank_spans)
+        _, _, seed, spans = f.constants
+        found += (*f[1:-1], spans, seed if isinstance(seed, Tensor) else None)
     return found

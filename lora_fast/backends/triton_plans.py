@@ -1,0 +1,110 @@
+"""The Triton backend with launch plans: operations on operands of a geometry that was seen before
+repeat the launches of the earlier call (kernels/launch_plans.py).
+
+Nothing of a plan belongs to a layer or a tensor: operands of equal geometry, in any layer, use the
+same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..factors import Factors, Gradients, Needs, Saved
+from ..geometry import Geometry, of_any, of_plain_gradients, tensors_of
+from ..kernels import launch_plans
+from ..tuning.plans import Plan
+from .triton_ops import TritonBackend
+
+# Geometries whose plans are kept; a run with more of them begins anew.
+_MOST_PLANS = 4096
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_SEEN, _NO_PLAN, _NO_SEED = object(), object(), (0, 0)
+
+
+class PlannedTritonBackend(TritonBackend):
+    """:class:`TritonBackend`, whose calls are repeated by plans."""
+
+    def __init__(self, *, cublas: bool) -> None:
+        super().__init__(cublas=cublas)
+        self._plans: dict[Any, Any] = {}
+
+    def forward(
+        self,
+        x: Tensor,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+        plan: Plan | None = None,
+        geometry: Geometry | None = None,
+    ) -> tuple[list[Tensor], Saved]:
+        operands: list[Any]
+        if geometry is not None and isinstance(fs[0][-1][2], int):
+            operands = [x, *fs[0][:4]]
+        elif plan is not None or type(x) not in _PLAIN_TENSORS:
+            return super().forward(x, fs, needs, plan)
+        else:
+            geometry = of_any((x,), fs)
+            operands = [x, *tensors_of(fs)]
+        key, seed = (geometry, needs), _seed_words(fs[0])
+        found = self._plans.get(key)
+        if type(found) is launch_plans.Plan:
+            result = found.run(operands, seed)
+            if result is not None:
+                return result
+        return self._recorded(key, operands, seed, super().forward, x, fs, needs)
+
+    def backward(
+        self,
+        dYs: Sequence[Tensor],
+        x: Tensor | None,
+        saved: Saved,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+        plan: Plan | None = None,
+    ) -> list[Gradients]:
+        if plan is not None or type(dYs[0]) is not Tensor:
+            return super().backward(dYs, x, saved, fs, needs, plan)
+        geometry, operands = None, None
+        S, V, _ = saved
+        W, bias, A, B, b, d, g, constants = fs[0]
+        if len(fs) == 1 and isinstance(W, Tensor) and V is b is d is g is constants[3] is None:
+            if x is not None and S is not None and isinstance(constants[2], int):
+                geometry = of_plain_gradients(dYs[0], x, S, W, A, B, constants)
+                operands = [dYs[0], x, S, W, bias, A, B]
+        if geometry is None:
+            geometry = of_any((*dYs, x, S, V), fs)
+            operands = [*dYs, x, S, V, *tensors_of(fs)]
+        key, seed = (geometry, needs), _seed_words(fs[0])
+        found = self._plans.get(key)
+        if type(found) is launch_plans.Plan:
+            result = found.run(operands, seed)
+            if result is not None:
+                return result
+        return self._recorded(key, operands, seed, super().backward, dYs, x, saved, fs, needs)
+
+    def _recorded(
+        self, key: Any, operands: list[Any], seed: Any, compute: Any, *arguments: Any
+    ) -> Any:
+        """compute(*arguments), of which the second call for a geometry is recorded."""
+        found = self._plans.get(key)
+        if found is None or found is _NO_PLAN or not launch_plans.are_possible():
+            if found is None:
+                if len(self._plans) >= _MOST_PLANS:
+                    self._plans.clear()
+                self._plans[key] = _SEEN
+            return compute(*arguments)
+        with launch_plans.Recorder(operands, seed) as recorder:
+            result = compute(*arguments)
+        self._plans[key] = recorder.plan(result) or _NO_PLAN
+        return result
+
+
+def _seed_words(f: Factors) -> tuple[int, int]:
+    _, p, seed, _ = f.constants
+    if p == 0.0 or not isinstance(seed, int):
+        return _NO_SEED
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000
