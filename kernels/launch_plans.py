@@ -60,6 +60,18 @@ def launch(kernel, grid, *args, **constants):
         _of_thread.recorder.launched(kernel, compiled, grid, args, constants)
 
 
+def give_up():
+    """Let there be no plan of what a recorder notes: something else than the operation runs."""
+    if _of_thread.recorder is not None:
+        _of_thread.recorder.gives_up = True
+
+
+def runner_of(kernel, compiled, constants):
+    """What launches a compiled kernel: Triton's launcher, which takes its grid, stream, handles,
+    metadata, hooks and arguments. `constants` are those of the launch, with its options."""
+    return compiled.run
+
+
 class Surroundings:
     """What launches depend on beside their arguments: the device of Triton's driver, settings of
     Triton's, TF32."""
@@ -70,16 +82,17 @@ class Surroundings:
         self.driver = driver.active
         self.device = self.driver.get_current_device()
         runtime = triton.knobs.runtime
-        hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
         tf32 = dtype == torch.float32
         self.settings = (
             runtime.debug, triton.knobs.compilation.instrumentation_mode,
-            getattr(runtime, "add_stages_inspection_hook", None), tf32 and tf32_setting())
+            getattr(runtime, "add_stages_inspection_hook", None), tf32 and tf32_setting(),
+            torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
 
     def hold(self):
         """Whether all of it is as it was, and nobody observes launches."""
         active, runtime = driver.active, triton.knobs.runtime
-        debug, mode, stages, tf32 = self.settings
+        debug, mode, stages, tf32, deterministic = self.settings
         return (
             active is self.driver
             and active.get_current_device() == self.device
@@ -87,6 +100,7 @@ class Surroundings:
             and triton.knobs.compilation.instrumentation_mode == mode
             and getattr(runtime, "add_stages_inspection_hook", None) is stages
             and (tf32 is False or tf32 == tf32_setting())
+            and torch.are_deterministic_algorithms_enabled() is deterministic
             and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
             and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
         )
@@ -166,7 +180,7 @@ class Recorder:
         self._constants: dict[str, Any] = {}
         self._shapes: dict[str, Any] = {}
         self._used: set[str] = set()
-        self._words, self._gives_up = 0, False
+        self._words, self.gives_up = 0, False
         for i, operand in enumerate(operands):
             if isinstance(operand, torch.Tensor):
                 self._add_operand(_Known(f"e{i}", operand))
@@ -186,11 +200,11 @@ class Recorder:
         if twin is not None:
             self._equal.append((twin.name, known.name))
         self._known.append(known)
-        self._gives_up |= known.start == 0
+        self.gives_up |= known.start == 0
 
     def allocated(self, tensor):
         known = self._new(tensor)
-        self._gives_up |= not tensor.is_contiguous()
+        self.gives_up |= not tensor.is_contiguous()
         self._shapes[known.name] = tensor.shape
         like = next((k for k in self._known if k.name[0] == "e" and self._is_like(k, known)), None)
         dtype, device = self._constant(known.dtype), self._constant(known.device)
@@ -209,7 +223,7 @@ class Recorder:
 
     def launched(self, kernel, compiled, grid, args, constants):
         if getattr(compiled, "packed_metadata", None) is None or callable(grid):
-            self._gives_up = True
+            self.gives_up = True
             return
         self._used = set()
         given = dict(zip(kernel.arg_names, args, strict=False)) | constants
@@ -217,7 +231,7 @@ class Recorder:
         if words is not None:
             self._words = max(self._words, words.numel())
         codes = [self._argument(name, given[name]) for name in kernel.arg_names]
-        run = self._constant(compiled.run)
+        run = self._constant(runner_of(kernel, compiled, constants))
         front = [compiled.function, compiled.packed_metadata]
         front = [*(self._constant(n) for n in (*grid, 1, 1)[:3]), "stream", *map(self._constant, front)]
         code = f"{run}({', '.join([*front, 'None', 'None', 'None', *codes])})"
@@ -230,7 +244,7 @@ class Recorder:
         recorder gave up."""
         self._used = set()
         found = self._code(results, exactly=True, shapes=True)
-        if self._gives_up:
+        if self.gives_up:
             return None
         kept, lines = self._used, []
         last = {name: i for i, step in enumerate(self._steps) for name in step.used}
@@ -256,7 +270,7 @@ class Recorder:
     def _new(self, tensor):
         known = _Known(f"t{len(self._steps)}", tensor)
         self._known.append(known)
-        self._gives_up |= known.start == 0
+        self.gives_up |= known.start == 0
         return known
 
     def _is_like(self, one, other):
@@ -291,7 +305,7 @@ class Recorder:
         found = [k for k in self._known if k.start <= start < k.stop and k.owner() is not None]
         exact = [k for k in found if k.start == start]
         if not found or (not exact and len(found) > 1):
-            self._gives_up = True
+            self.gives_up = True
             return "None"
         known = (exact or found)[0]
         if exact and exactly:
@@ -302,7 +316,7 @@ class Recorder:
         if exact and shapes and self._takes_over(known, tensor):
             return known.name
         offset = (start - known.start) // tensor.element_size()
-        self._gives_up |= known.dtype != tensor.dtype
+        self.gives_up |= known.dtype != tensor.dtype
         if len(tensor.shape) == 2 and known.is_laid_out_as(tensor.t()):
             return f"{known.name}.t()"
         where = self._constant(offset)

@@ -106,6 +106,20 @@ def _seeds() -> None:
         sys.modules["numpy"].random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _checked_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launch plan of another test, and every repeated launch is what Triton would launch."""
+    if INTERPRETED or not HAS_TRITON:
+        return
+    if any(map(request.node.get_closest_marker, ("compiled", "offline", "gpu"))):
+        from checked_plans import checked_runner
+        from lora_fast.backends import triton_plans
+        from lora_fast.kernels import launch_plans
+
+        triton_plans.forget()
+        monkeypatch.setattr(launch_plans, "runner_of", checked_runner)
+
+
 ALLOCATORS: list[tuple[Any, str]] = [
     (torch, "empty"),
     (torch, "empty_like"),

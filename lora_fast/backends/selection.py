@@ -26,6 +26,6 @@ def backend_for(device: torch.device, name: BackendName | None = None) -> Backen
 def _triton(name: BackendName) -> Backend:
     """Imported on first use, since importing Triton is slow; checked once."""
     check_driver(name)
-    from .triton_ops import TritonBackend
+    from .triton_plans import PlannedTritonBackend
 
-    return TritonBackend(cublas=name == "auto")
+    return PlannedTritonBackend(cublas=name == "auto")

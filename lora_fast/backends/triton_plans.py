@@ -23,14 +23,12 @@ from .triton_ops import TritonBackend
 _MOST_PLANS = 4096
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _SEEN, _NO_PLAN, _NO_SEED = object(), object(), (0, 0)
+# By geometry, the gradients that are required, and whether cuBLAS may multiply.
+_plans: dict[Any, Any] = {}
 
 
 class PlannedTritonBackend(TritonBackend):
     """:class:`TritonBackend`, whose calls are repeated by plans."""
-
-    def __init__(self, *, cublas: bool) -> None:
-        super().__init__(cublas=cublas)
-        self._plans: dict[Any, Any] = {}
 
     def forward(
         self,
@@ -44,12 +42,13 @@ class PlannedTritonBackend(TritonBackend):
         if geometry is not None and isinstance(fs[0][-1][2], int):
             operands = [x, *fs[0][:4]]
         elif plan is not None or type(x) not in _PLAIN_TENSORS:
+            launch_plans.give_up()
             return super().forward(x, fs, needs, plan)
         else:
             geometry = of_any((x,), fs)
             operands = [x, *tensors_of(fs)]
-        key, seed = (geometry, needs), _seed_words(fs[0])
-        found = self._plans.get(key)
+        key, seed = (geometry, needs, self._cublas), _seed_words(fs[0])
+        found = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
             if result is not None:
@@ -66,6 +65,7 @@ class PlannedTritonBackend(TritonBackend):
         plan: Plan | None = None,
     ) -> list[Gradients]:
         if plan is not None or type(dYs[0]) is not Tensor:
+            launch_plans.give_up()
             return super().backward(dYs, x, saved, fs, needs, plan)
         geometry, operands = None, None
         S, V, _ = saved
@@ -77,8 +77,8 @@ class PlannedTritonBackend(TritonBackend):
         if geometry is None:
             geometry = of_any((*dYs, x, S, V), fs)
             operands = [*dYs, x, S, V, *tensors_of(fs)]
-        key, seed = (geometry, needs), _seed_words(fs[0])
-        found = self._plans.get(key)
+        key, seed = (geometry, needs, self._cublas), _seed_words(fs[0])
+        found = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
             if result is not None:
@@ -89,17 +89,22 @@ class PlannedTritonBackend(TritonBackend):
         self, key: Any, operands: list[Any], seed: Any, compute: Any, *arguments: Any
     ) -> Any:
         """compute(*arguments), of which the second call for a geometry is recorded."""
-        found = self._plans.get(key)
+        found = _plans.get(key)
         if found is None or found is _NO_PLAN or not launch_plans.are_possible():
             if found is None:
-                if len(self._plans) >= _MOST_PLANS:
-                    self._plans.clear()
-                self._plans[key] = _SEEN
+                if len(_plans) >= _MOST_PLANS:
+                    _plans.clear()
+                _plans[key] = _SEEN
             return compute(*arguments)
         with launch_plans.Recorder(operands, seed) as recorder:
             result = compute(*arguments)
-        self._plans[key] = recorder.plan(result) or _NO_PLAN
+        _plans[key] = recorder.plan(result) or _NO_PLAN
         return result
+
+
+def forget() -> None:
+    """Forget all plans."""
+    _plans.clear()
 
 
 def _seed_words(f: Factors) -> tuple[int, int]:

@@ -1,0 +1,20 @@
+"""Launch plans whose every launch is compared with what Triton chooses for the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def checked_runner(kernel: Any, compiled: Any, constants: dict[str, Any]) -> Callable[..., None]:
+    """In place of a plan's launcher: launches through the binder, which must find the kernel that
+    the plan holds."""
+    options = {k: v for k, v in constants.items() if k not in kernel.arg_names}
+
+    def run(x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, rest[4:], strict=True))
+        found = kernel[x, y, z](**arguments, **options)
+        assert found is compiled, f"Triton launches another {kernel.__name__} than the plan"
+        assert function is compiled.function
+
+    return run
