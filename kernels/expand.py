@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .dropout import NO_DROPOUT, Words, keep_mask, seed_of
 from .environment import precision_of
+from .launch_plans import empty, launch
 from .launch_policy import expand_block, pick_expand
 from .out_of_resources import OutOfResources, instead_of
 from .profile import expand_name, expand_work, shown_as
@@ -155,7 +156,7 @@ class Layer(NamedTuple):
 def outputs(S, dtype, layers, gains=NO_GAINS):
     """S_i Q_iᵀ + bias [M, N_i] in `dtype` of every layer, for its columns of S [M, ΣR]; the gains b
     and d are those of one layer alone."""
-    ys = [S.new_empty((S.shape[0], layer.factor.shape[0]), dtype=dtype) for layer in layers]
+    ys = [empty(S, S.shape[0], layer.factor.shape[0], dtype=dtype) for layer in layers]
     _launch(None, ys, S, None, 1, layers, gains=gains, dropout=NO_DROPOUT, is_grad=False)
     return ys
 
@@ -163,7 +164,7 @@ def outputs(S, dtype, layers, gains=NO_GAINS):
 def input_gradient(dS, dtype, factors, dropout=NO_DROPOUT):
     """drop'(Σ dS_i A_i) [M, K] in `dtype`, for the A [R_i, K] and dS, a Shrunk with the dS_i side
     by side."""
-    dX = dS.values.new_empty((dS.values.shape[0], factors[0].shape[1]), dtype=dtype)
+    dX = empty(dS.values, dS.values.shape[0], factors[0].shape[1], dtype=dtype)
     layers = [Layer(A.T) for A in factors]
     _launch(
         None, [dX], dS.values, dS.largest, dS.tile_rows, layers, gains=NO_GAINS, dropout=dropout,
@@ -193,7 +194,8 @@ def _launch(config, ys, S, largest, tile_rows, layers, *, gains, dropout, is_gra
         return
     seed, seed_low, seed_high, threshold = dropout.words()
     try:
-        expand[(-(-M // config.BLOCK_M) * columns,)](
+        launch(
+            expand, (-(-M // config.BLOCK_M) * columns,),
             tuple(members), tuple(ranks), S, largest, gains,
             dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, columns, tile_rows, S.stride(0),

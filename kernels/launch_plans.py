@@ -45,11 +45,11 @@ def empty(like, *shape, dtype=None):
     return made
 
 
-def called(function, *args):
-    """function(*args), which a recorder notes: a new tensor, or one of `args` that it writes to."""
-    made = function(*args)
+def called(function, *args, **options):
+    """function(*args, **options), which a recorder notes: a new tensor, or one of `args` that it writes to."""
+    made = function(*args, **options)
     if _of_thread.recorder is not None:
-        _of_thread.recorder.called(function, args, made)
+        _of_thread.recorder.called(function, args, options, made)
     return made
 
 
@@ -213,9 +213,10 @@ class Recorder:
         form = form if like is None else f"{like.name}.new_empty({{}})"
         self._steps.append(_Step(form, known.name, set()))
 
-    def called(self, function, args, made):
+    def called(self, function, args, options, made):
         self._used = set()
         code = [self._code(arg, exactly=True) for arg in args]
+        code += [f"{name}={self._constant(value)}" for name, value in options.items()]
         code = f"{self._constant(function)}({', '.join(code)})"
         writes = any(made is arg for arg in args)
         name = None if writes or not isinstance(made, torch.Tensor) else self._new(made).name

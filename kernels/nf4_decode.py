@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .environment import current_arch
+from .launch_plans import empty, launch
 from .launch_policy import DECODE
 from .nf4_codes import load_absmax, load_codes, lookup_codes
 from .profile import augmented_name, augmented_work, decode_name, decode_work, shown_as
@@ -132,13 +133,13 @@ def nf4_decode_augmented(
 
 def decode(packed, quant_state, dtype):
     """The dense weight [N, K] in `dtype`; packed is flat uint8, quant_state bitsandbytes' own."""
-    w = torch.empty(tuple(quant_state.shape), dtype=dtype, device=packed.device)
+    w = empty(packed, *quant_state.shape, dtype=dtype)
     if w.numel() == 0:
         return w
     pointers, blocksize, blocksize2 = _scales_of(quant_state)
     num_blocks, rows = quant_state.absmax.numel(), max(1, 2 * DECODE.BLOCK // blocksize)
-    nf4_decode[(-(-num_blocks // rows),)](
-        packed, *pointers, w, packed.numel(), w.numel(), num_blocks,
+    launch(
+        nf4_decode, (-(-num_blocks // rows),), packed, *pointers, w, packed.numel(), w.numel(), num_blocks,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, ROWS=rows, SHUFFLES=current_arch() is not None,
         num_warps=DECODE.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -149,15 +150,15 @@ def augmented(packed, quant_state, dtype, B, scaling=1.0, *, gains=NO_GAINS, fir
     """[W | Q | 0] [N, K + columns] in `dtype`: Q = s · b dᵀ ⊙ B [N, R] in the columns from K +
     first_r on, and zeros in the others."""
     N, K = quant_state.shape
-    w = torch.empty((N, K + columns), dtype=dtype, device=packed.device)
+    w = empty(packed, N, K + columns, dtype=dtype)
     if w.numel() == 0:
         return w
     pointers, blocksize, blocksize2 = _scales_of(quant_state)
     blocks = -(-K // blocksize)
     rows = min(max(1, 2 * DECODE.BLOCK // blocksize), triton.next_power_of_2(blocks))
     parts = -(-blocks // rows)
-    nf4_decode_augmented[(N * parts,)](
-        packed, *pointers, B, gains, w, float(scaling), K, B.shape[1], first_r, columns, parts,
+    launch(
+        nf4_decode_augmented, (N * parts,), packed, *pointers, B, gains, w, float(scaling), K, B.shape[1], first_r, columns, parts,
         *B.stride(),
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, ROWS=rows, EVEN=K % blocksize == 0,
         SHUFFLES=current_arch() is not None,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .dropout import NO_DROPOUT, Words, drop, drops_pairs, seed_of
 from .environment import current_arch, precision_of
+from .launch_plans import empty, launch
 from .launch_policy import pick_shrink, rank_block, settles_products
 from .out_of_resources import OutOfResources, instead_of
 from .profile import shown_as, shrink_name, shrink_work
@@ -103,7 +104,7 @@ def padding_of(R):
 
 def of_rows(x, A, dropout=NO_DROPOUT, rank_spans=None):
     """S [M, R] for x [M, K] and A [R, K], of several layers their stack."""
-    S = x.new_empty(x.shape[0], A.shape[0])
+    S = empty(x, x.shape[0], A.shape[0])
     _launch(None, x, A, S, None, dropout, rank_spans)
     return S
 
@@ -111,8 +112,8 @@ def of_rows(x, A, dropout=NO_DROPOUT, rank_spans=None):
 def beside_rows(x, A, dropout=NO_DROPOUT, rank_spans=None, *, saves_S):
     """wide [M, K + P], and S [M, R] for backward (None unless saved)."""
     (M, K), R = x.shape, A.shape[0]
-    wide = x.new_empty(M, K + padding_of(R))
-    S = x.new_empty(M, R) if saves_S else None
+    wide = empty(x, M, K + padding_of(R))
+    S = empty(x, M, R) if saves_S else None
     _launch(None, x, A, S, wide, dropout, rank_spans)
     return wide, S
 
@@ -126,7 +127,8 @@ def _launch(config, x, A, S, wide, dropout, rank_spans):
         return
     seed, seed_low, seed_high, threshold = dropout.words()
     try:
-        shrink[(-(-M // config.BLOCK_M), -(-R // BLOCK_R))](
+        launch(
+            shrink, (-(-M // config.BLOCK_M), -(-R // BLOCK_R)),
             x, A, S, wide, rank_spans, dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, K, R, padding_of(R), M if rank_spans is None else M // rank_spans.shape[0],
             *x.stride(), *A.stride(),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..factors import Factors
 from ..kernels import dropout as dropout_kernels
 from ..kernels import environment, launch_policy, nf4_decode, nf4_tile, workspace
+from ..kernels.launch_plans import empty
 from ..kernels.tiles import NO_GAINS, Gains
 from ..nf4 import NF4Weight
 
@@ -84,4 +85,4 @@ def gemm_operand(
 
 def shape_only(weight: Tensor | NF4Weight, like: Tensor) -> Tensor:
     """A placeholder for a weight that no tile reads, when only dS is required."""
-    return like.new_empty(()).expand(weight.shape)
+    return empty(like).expand(weight.shape)

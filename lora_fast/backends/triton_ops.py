@@ -20,6 +20,7 @@ from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..kernels import dropout as dropout_kernels
 from ..kernels import launch_policy, strips, ticketed_gemm, weight_update
 from ..kernels import row_norms as row_norms_kernels
+from ..kernels.launch_plans import called, empty
 from ..kernels.scaling import Shrunk
 from ..kernels.tiles import Gains
 from ..nf4 import NF4Weight
@@ -178,12 +179,12 @@ def _shared_shrink(
 ) -> tuple[Tensor, list[dict[str, Tensor | None]]]:
     """Memory for the S [M, Σ R_i] of a group, and what its launches are told about theirs: of many
     rows the first makes S for all."""
-    made = x.new_empty(x.shape[0], sum(ranks_of(fs)))
+    made = empty(x, x.shape[0], sum(ranks_of(fs)))
     columns = columns_of(made, fs)
     if not launch_policy.shares_shrink(x.shape[0]):
         return made, [{"A": f.A, "made": S} for f, S in zip(fs, columns, strict=True)]
     shrinks = [{"A": f.A, "S": S} for f, S in zip(fs, columns, strict=True)]
-    shrinks[0] = {"A": torch.cat(factors_A(fs)), "made": made}
+    shrinks[0] = {"A": called(torch.cat, factors_A(fs)), "made": made}
     return made, shrinks
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..factors import Factors, Needs
 from ..kernels import expand, launch_policy, nf4_decode, shrink
+from ..kernels.launch_plans import called
 from ..nf4 import NF4Weight
 from .protocol import ranks_of
 from .torch_low_rank import expand_factor
@@ -88,7 +89,7 @@ def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Ten
         if drops or dS.largest is not None or not _multiplies(dYs[0], factors, max(ranks_of(fs))):
             dX = expand.input_gradient(dS, dtype, factors, dropout(fs[0]))
         else:
-            dX = dS.values @ _stack(fs).to(dtype)
+            dX = called(torch.mm, dS.values, _cast(_stack(fs), dtype))
     for dY, f in zip(dYs, fs, strict=True):
         W = dense(f.weight, dtype)
         if f.g is not None:
@@ -107,7 +108,7 @@ def _shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     A, constants = _stack(fs), fs[0].constants
     plain = constants.dropout_p == 0.0 and constants.rank_spans is None
     if plain and _multiplies(rows, [A], A.shape[0]):
-        return rows @ A.to(rows.dtype).T
+        return called(torch.mm, rows, _cast(A, rows.dtype).T)
     return shrink.of_rows(rows, A, dropout(fs[0]), constants.rank_spans)
 
 
@@ -123,7 +124,9 @@ def _expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[
         parts = [S] if len(fs) == 1 else S.split(ranks, dim=1)
         Qs = [expand_factor(f, dtype).T for f in fs]
         return [
-            scaled_product(S_i, Q, s) if bias is None else torch.addmm(bias, S_i, Q, alpha=s)
+            called(scaled_product, S_i, Q, s)
+            if bias is None
+            else called(torch.addmm, bias, S_i, Q, alpha=s)
             for S_i, Q, s, bias in zip(parts, Qs, scalings, biases, strict=True)
         ]
     _, gains = vectors(f)
@@ -147,12 +150,22 @@ def _add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None =
     16-bit numbers as float32."""
     work = working_dtype(a)
     if work != a.dtype:
-        wide = a.to(work) @ b.to(work)
-        wide = wide if bias is None else wide + bias
-        return wide.to(a.dtype) if out is None else out.copy_(out + wide)
+        return called(_add_wide_product, out, a, b, bias)
     if out is not None:
-        return out.addmm_(a, b)
-    return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+        return called(Tensor.addmm_, out, a, b)
+    if bias is None:
+        return called(torch.mm, a, b)
+    bias = bias if bias.dtype == a.dtype else called(Tensor.to, bias, a.dtype)
+    return called(torch.addmm, bias, a, b)
+
+
+def _add_wide_product(
+    out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None
+) -> Tensor:
+    work = working_dtype(a)
+    wide = a.to(work) @ b.to(work)
+    wide = wide if bias is None else wide + bias
+    return wide.to(a.dtype) if out is None else out.copy_(out + wide)
 
 
 def _gained(V: Tensor, f: Factors, g: Tensor, need: Needs) -> tuple[Tensor, Tensor | None]:
@@ -165,6 +178,10 @@ def _times(
     matrix: Tensor, g: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """g ⊙ matrix + bias for g [N] or [M, 1], rounded once; a g close to 1 is not rounded to it."""
+    return called(_multiply, matrix, g, bias, out)
+
+
+def _multiply(matrix: Tensor, g: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     out = torch.empty_like(matrix) if out is None else out
     g = g.to(wide_dtype(matrix.dtype))
     if bias is None:
@@ -172,7 +189,11 @@ def _times(
     return torch.addcmul(bias, matrix, g, out=out)
 
 
+def _cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix if matrix.dtype == dtype else called(Tensor.to, matrix, dtype)
+
+
 def _stack(fs: Sequence[Factors]) -> Tensor:
     """The A of all layers [ΣR, K]."""
     factors = factors_A(fs)
-    return factors[0] if len(factors) == 1 else torch.cat(factors)
+    return factors[0] if len(factors) == 1 else called(torch.cat, factors)

@@ -31,6 +31,7 @@ from .lora_state import (
     read_adapters,
     together_obstacle,
 )
+from .plain_groups import plain_output_in_group
 from .plain_lora import plain_output
 from .shared_input import kept_output, output_with_siblings
 
@@ -42,8 +43,9 @@ class FusedLoRALayer(FusedForward):
     """The fused forward of ``lora.Linear`` and ``lora.bnb.Linear4bit``."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs and self._lora_fast_group is None:
-            y = plain_output(self, x)
+        if not args and not kwargs:
+            grouped = self._lora_fast_group is not None
+            y = plain_output_in_group(self, x) if grouped else plain_output(self, x)
             if y is not None:
                 self._lora_fast_calls.fused += 1
                 return y

@@ -14,6 +14,7 @@ from ..base_layer.linear import weight_of
 from ..base_layer.obstacles import base_obstacle, module_obstacle, tensor_obstacle
 from ..functional import Member
 from .fused_forward import casts_input, rate_of, switched_off
+from .plain_lora import fingerprint_of, read_plain
 
 
 class Adapter(NamedTuple):
@@ -156,6 +157,9 @@ def lora_factors(state: State, x: Tensor) -> dict[str, Any]:
 def fingerprint(layer: Any) -> tuple[Any, ...] | None:
     """A value that changes with everything that :func:`read_adapters` and the output of a plain
     LoRA layer depend on, except x; None for inference tensors, which have no version counter."""
+    plain = read_plain(layer)
+    if plain is not None:
+        return fingerprint_of(plain)
     modules, scaling = layer._modules, layer.scaling
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     parts, dropouts = [modules["base_layer"]], modules["lora_dropout"]._modules

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import four_bit
 from ..base_layer.obstacles import environment_obstacle
 from ..factors import Constants, Factors
-from ..geometry import of_plain
+from ..geometry import Geometry, of_plain
 from ..nf4 import NF4Weight
 from ..operation.autograd import run
 
@@ -33,15 +33,21 @@ _fitting: set[Any] = set()
 
 
 class Plain(NamedTuple):
-    """A layer with one adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias; `dtype` is that in which a
-    4-bit layer computes."""
+    """A layer with one adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias; of a 4-bit layer the packed
+    weight, what bitsandbytes knows of it, and the dtype in which it computes."""
 
-    weight: Tensor | NF4Weight
+    weight: Tensor
     bias: Tensor | None
     A: Tensor
     B: Tensor
     constants: Constants
-    dtype: torch.dtype | None
+    quant_state: Any = None
+    dtype: torch.dtype | None = None
+
+    def factors(self) -> Factors:
+        weight, bias, A, B, constants, state, _ = self
+        W = weight if state is None else NF4Weight.view(weight.data, state)
+        return Factors(W, bias, A, B, None, None, None, constants)
 
 
 def plain_output(layer: Any, x: Any) -> Tensor | None:
@@ -49,41 +55,36 @@ def plain_output(layer: Any, x: Any) -> Tensor | None:
     if torch.compiler.is_compiling() or environment_obstacle() is not None:
         return None
     plain = read_plain(layer)
-    if plain is None or type(x) not in _TENSORS or x.layout is not torch.strided:
+    if plain is None or type(x) not in _TENSORS:
         return None
-    W, bias, A, B, constants, dtype = plain
-    if not (x.is_cuda or x.is_cpu):
+    casts, geometry = autocast_dtype(x), None
+    W, bias, A, B, constants, state, _ = plain
+    if state is None and x.layout is torch.strided:
+        geometry = of_plain(x, W, bias, A, B, constants)
+    if not fits(layer, plain, x, casts, geometry):
         return None
+    read = input_of(plain, x, casts)
+    (y,) = run(read, (plain.factors(),), None, geometry if read is x else None)
+    return y if state is None else output_of(x, y, casts)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on x's device, None where it is off."""
     kind = "cuda" if x.is_cuda else "cpu"
-    casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if dtype is not None:
-        return _four_bit_output(layer, plain, x, casts)
-    geometry = of_plain(x, W, bias, A, B, constants)  # type: ignore[arg-type]
-    asked = (geometry, casts, layer.__dict__.get("cast_input_dtype_enabled", True))
-    if asked not in _fitting:
-        if geometry is None or not fits(layer, plain, x, casts):
-            return None
-        if len(_fitting) >= _MOST:
-            _fitting.clear()
-        _fitting.add(asked)
-    if casts is not None and x.dtype is not casts:
-        x, geometry = x.to(casts), None
-    return run(x, (Factors(W, bias, A, B, None, None, None, constants),), None, geometry)[0]
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _four_bit_output(
-    layer: Any, plain: Plain, x: Tensor, casts: torch.dtype | None
-) -> Tensor | None:
-    """y has the dtype of x, and under CUDA's autocast at least that of autocast."""
-    W, bias, A, B, constants, dtype = plain
-    under_cuda = torch.is_autocast_enabled("cuda")
-    if not fits(layer, plain, x, casts) or (under_cuda and not x.is_cuda):
-        return None
-    given, wanted = x.dtype, dtype if casts is None else casts
-    x = x if given is wanted else x.to(wanted)
-    (y,) = run(x, (Factors(W, bias, A, B, None, None, None, constants),))
-    result = torch.promote_types(given, casts) if casts is not None and under_cuda else given
-    return y if y.dtype is result else y.to(result)
+def input_of(plain: Plain, x: Tensor, casts: torch.dtype | None) -> Tensor:
+    """x in the dtype in which a layer computes: autocast's, a 4-bit layer's own, or x's."""
+    wanted = casts or plain.dtype
+    return x if wanted is None or x.dtype is wanted else x.to(wanted)
+
+
+def output_of(x: Tensor, y: Tensor, casts: torch.dtype | None) -> Tensor:
+    """y as a 4-bit layer returns it: in the dtype of x, and under CUDA's autocast at least in that
+    of autocast."""
+    dtype = x.dtype if casts is None or not x.is_cuda else torch.promote_types(x.dtype, casts)
+    return y if y.dtype is dtype else y.to(x.dtype).to(dtype)
 
 
 def read_plain(layer: Any) -> Plain | None:
@@ -135,11 +136,12 @@ def read_plain(layer: Any) -> Plain | None:
         or hasattr(b, _PARTITIONED)
         or hasattr(bias, _PARTITIONED)
         or not a.layout is b.layout is W.layout is torch.strided
+        or not (bias is None or bias.layout is torch.strided)
     ):
         return None
     constants = Constants(scaling, p)
     if type(base) is nn.Linear:
-        return Plain(W, bias, a, b, constants, None) if type(W) in _TENSORS else None
+        return Plain(W, bias, a, b, constants) if type(W) in _TENSORS else None
     return _four_bit_plain(base, W, bias, a, b, constants)
 
 
@@ -157,7 +159,7 @@ def _four_bit_plain(
         or base.compute_dtype is None
     ):
         return None
-    return Plain(NF4Weight.view(W.data, state), bias, A, B, constants, base.compute_dtype)
+    return Plain(W, bias, A, B, constants, state, base.compute_dtype)
 
 
 def _runs_alone(module: Any) -> bool:
@@ -173,45 +175,68 @@ def _runs_alone(module: Any) -> bool:
     )
 
 
-def fits(layer: Any, plain: Plain, x: Tensor, casts: torch.dtype | None) -> bool:
+def fingerprint_of(plain: Plain) -> tuple[Any, ...] | None:
+    """A value that changes with everything that the output of a plain layer depends on, except x;
+    None for inference tensors, which have no version counter."""
+    W, bias, A, B, constants, state, dtype = plain
+    found: list[Any] = [constants, id(state), dtype]
+    try:
+        for t in (W, A, B) if bias is None else (W, A, B, bias):
+            found += (id(t), t.data_ptr(), t.requires_grad, t._version)
+    except RuntimeError:  # raised by _version
+        return None
+    return tuple(found)
+
+
+def fits(
+    layer: Any,
+    plain: Plain,
+    x: Tensor,
+    casts: torch.dtype | None,
+    geometry: Geometry | None = None,
+) -> bool:
     """Whether x and the tensors of a layer fit together, in dtypes that PEFT computes with as the
-    operation does; `casts` is autocast's dtype where that is on."""
-    W, bias, A, B, _, packed = plain
-    device, size, shape, R = x.device, x.shape, W.shape, A.shape[0]
-    return bool(
-        size
-        and R
-        and len(shape) == 2
-        and size[-1] == shape[1] > 0
-        and shape[0] > 0
-        and A.shape == (R, shape[1])
-        and B.shape == (shape[0], R)
-        and W.device == device
-        and A.device == device
-        and B.device == device
-        and x.dtype in _COMPUTE_DTYPES
-        and A.dtype in _COMPUTE_DTYPES
-        and B.dtype in _COMPUTE_DTYPES
-        and (packed is not None or W.dtype in _COMPUTE_DTYPES)
-        and (
-            bias is None
-            or (
-                bias.layout is torch.strided
-                and bias.shape == shape[:1]
-                and bias.device == device
-                and bias.dtype in _COMPUTE_DTYPES
-            )
-        )
-        and (
-            casts is not None
-            or (
-                A.dtype is B.dtype
-                and (A.dtype is x.dtype or layer.__dict__.get("cast_input_dtype_enabled", True))
-                and (
-                    packed in _COMPUTE_DTYPES
-                    if packed is not None
-                    else W.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)
-                )
-            )
-        )
-    )
+    operation does; `casts` is autocast's dtype where that is on. What was found for a geometry need
+    not be found again."""
+    casts_input = layer.__dict__.get("cast_input_dtype_enabled", True)
+    if geometry is None:
+        return _fits(plain, x, casts, casts_input)
+    asked = (geometry, casts, casts_input)
+    if asked in _fitting:
+        return True
+    found = _fits(plain, x, casts, casts_input)
+    if found:
+        if len(_fitting) >= _MOST:
+            _fitting.clear()
+        _fitting.add(asked)
+    return found
+
+
+def _fits(plain: Plain, x: Tensor, casts: torch.dtype | None, casts_input: bool) -> bool:
+    W, bias, A, B, _, state, packed = plain
+    if not (x.is_cuda or x.is_cpu) or x.layout is not torch.strided:
+        return False
+    if packed is not None and not x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return False
+    device, size, R = x.device, x.shape, A.shape[0]
+    shape = W.shape if state is None else state.shape
+    N, K = shape if len(shape) == 2 else (0, 0)
+    if not (size and R and N and K and size[-1] == K):
+        return False
+    vectors = () if bias is None else (bias,)
+    if A.shape != (R, K) or B.shape != (N, R) or any(v.shape != (N,) for v in vectors):
+        return False
+    for t in (W, A, B, *vectors):
+        if t.device != device:
+            return False
+    dense = () if packed is not None else (W,)
+    for t in (x, A, B, *dense, *vectors):
+        if t.dtype not in _COMPUTE_DTYPES:
+            return False
+    if casts is not None:
+        return True
+    if A.dtype is not B.dtype or not (A.dtype is x.dtype or casts_input):
+        return False
+    if packed is not None:
+        return packed in _COMPUTE_DTYPES
+    return all(t.dtype is x.dtype for t in (W, *vectors))

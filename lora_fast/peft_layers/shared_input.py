@@ -48,6 +48,7 @@ _BETWEEN = frozenset(
         compiled_siblings.__name__,
         f"{__package__}.lora_layers",
         f"{__package__}.fused_forward",
+        f"{__package__}.plain_groups",
     }
 )
 
@@ -77,7 +78,7 @@ class Kept:
         """y for the first layer to return, with whose graph the outputs are released."""
         if not y.requires_grad:
             return y
-        y = torch.ops.aten._unsafe_view(y, y.shape)  # a node of its own
+        y = torch.ops.aten._unsafe_view.default(y, y.shape)  # a node of its own
         node: Any = y.grad_fn
         alive = node.metadata[GROUP] = _Alive()
         self._is_alive = weakref.ref(alive, self._forget)
@@ -166,7 +167,7 @@ class Group:
         for condition in site.conditions:
             if not condition.is_met(parent):
                 return False
-        return not any(map(_runs_hooks, map(parent._modules.get, site.between)))
+        return not any(map(runs_hooks, map(parent._modules.get, site.between)))
 
     def members(self, parent: nn.Module) -> dict[int, Any]:
         """The layers of the group that are children of `parent`; none unless its current forward
@@ -222,7 +223,7 @@ def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
         return None  # the first sibling could not have computed this one
     if index + 1 == len(group.names) or not is_plain(state) or x.is_inference():
         return None
-    parent = None if _runs_hooks(layer) else group.parent_of(index, layer)
+    parent = None if runs_hooks(layer) else group.parent_of(index, layer)
     if parent is None or not group.is_called_as_read(parent):
         return None
     bases, members, before = [state.base], [member_of(state)], {}
@@ -230,7 +231,7 @@ def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
         sibling: Any = parent._modules.get(group.names[i])
         if sibling is None or sibling.__dict__.get(GROUP) != (group, i):
             continue
-        if _runs_hooks(sibling):
+        if runs_hooks(sibling):
             break
         found = _state_of(sibling, x, state)
         printed = None if found is None else fingerprint(sibling)
@@ -256,14 +257,14 @@ def _followers(
 ) -> list[tuple[int, Any, State]]:
     """Index, layer and state of what can be computed with the member `index`, in their order."""
     found: list[tuple[int, Any, State]] = []
-    if _runs_hooks(parent._modules.get(group.names[index])):
+    if runs_hooks(parent._modules.get(group.names[index])):
         return found
     for i in range(index + 1, len(group.names)):
         sibling: Any = parent._modules.get(group.names[i])
         mine = getattr(sibling, GROUP, None)
         if mine is None or mine[0] is not group or mine[1] != i:
             continue
-        if _runs_hooks(sibling):
+        if runs_hooks(sibling):
             break
         its = _state_of(sibling, x, state)
         if its is not None:
@@ -298,7 +299,7 @@ def siblings_of(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | N
         return (), layer.__dict__.get(ALONE)
     group, index = layer.__dict__[GROUP]
     members = group.members(parent)
-    hooked = [i for i, member in members.items() if _runs_hooks(member)]
+    hooked = [i for i, member in members.items() if runs_hooks(member)]
     rates = {i: _shared_rate(member) for i, member in members.items()}
     mine, names = rates.get(index), []
     for i, p in rates.items():
@@ -316,7 +317,7 @@ def _shared_rate(layer: Any) -> float | None:
     return state.adapters[0].dropout_p if found is None and is_plain(state) else None
 
 
-def _runs_hooks(module: Any) -> bool:
+def runs_hooks(module: Any) -> bool:
     """Whether a call of `module` runs hooks, which may do anything to a sibling."""
     return module is not None and bool(
         module._forward_pre_hooks
