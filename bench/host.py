@@ -137,8 +137,9 @@ def _nothing(*arguments: Any) -> None:
 @contextlib.contextmanager
 def launching_nothing(route: str) -> Iterator[None]:
     """The Triton backend by `route`, as if the tuner had chosen it, with ready decoded weights."""
-    from lora_fast.backends import triton_ops, triton_plans
     from lora_fast.kernels import launch_plans, nf4_decode
+
+    from lora_fast.backends import triton_ops, triton_plans
     from lora_fast.operation import autograd
     from lora_fast.tuning.plans import Plan
 

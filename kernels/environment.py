@@ -36,8 +36,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def tf32_setting() -> str | bool:
-    """What :func:`precision_of` float32 depends on, read past the attributes of torch.backends, which
-    take microseconds."""
+    """What :func:`precision_of` float32 depends on, not by torch.backends, which takes µs."""
     if _FP32_PRECISION is not None:
         return _FP32_PRECISION("cuda", "matmul")
     return torch.backends.cuda.matmul.allow_tf32

@@ -14,12 +14,12 @@ operand nor allocated here, gives up: there is no plan, and every call runs as i
 
 import functools
 import threading
-import weakref
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -46,7 +46,7 @@ def empty(like, *shape, dtype=None):
 
 
 def called(function, *args, **options):
-    """function(*args, **options), which a recorder notes: a new tensor, or one of `args` that it writes to."""
+    """function(*args, **options), which a recorder notes: a new tensor, or one of `args`."""
     made = function(*args, **options)
     if _of_thread.recorder is not None:
         _of_thread.recorder.called(function, args, options, made)
@@ -154,8 +154,8 @@ class _Known:
         self.start = tensor.data_ptr()
         last = sum([(n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)])
         self.stop = self.start + (last + 1) * tensor.element_size()
-        # Its memory, once released, may become that of a tensor which nobody noted.
-        self.owner = weakref.ref(tensor)
+        # Memory, once released, may become that of a tensor which nobody noted.
+        self.memory = StorageWeakRef(tensor.untyped_storage())
 
     def is_laid_out_as(self, tensor):
         return (self.dtype, self.shape, self.stride) == (
@@ -234,7 +234,11 @@ class Recorder:
         codes = [self._argument(name, given[name]) for name in kernel.arg_names]
         run = self._constant(runner_of(kernel, compiled, constants))
         front = [compiled.function, compiled.packed_metadata]
-        front = [*(self._constant(n) for n in (*grid, 1, 1)[:3]), "stream", *map(self._constant, front)]
+        front = [
+            *(self._constant(n) for n in (*grid, 1, 1)[:3]),
+            "stream",
+            *map(self._constant, front),
+        ]
         code = f"{run}({', '.join([*front, 'None', 'None', 'None', *codes])})"
         checked = self._constant(kernel)
         guard = f"{checked}.pre_run_hooks or {checked}.hash is not {self._constant(kernel.hash)}"
@@ -303,7 +307,7 @@ class Recorder:
 
     def _tensor(self, tensor, exactly, shapes):
         start = tensor.data_ptr()
-        found = [k for k in self._known if k.start <= start < k.stop and k.owner() is not None]
+        found = [k for k in self._known if k.start <= start < k.stop and not k.memory.expired()]
         exact = [k for k in found if k.start == start]
         if not found or (not exact and len(found) > 1):
             self.gives_up = True

@@ -9,7 +9,6 @@ rows, with the factor of the low rank in the columns behind it.
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -139,7 +138,8 @@ def decode(packed, quant_state, dtype):
     pointers, blocksize, blocksize2 = _scales_of(quant_state)
     num_blocks, rows = quant_state.absmax.numel(), max(1, 2 * DECODE.BLOCK // blocksize)
     launch(
-        nf4_decode, (-(-num_blocks // rows),), packed, *pointers, w, packed.numel(), w.numel(), num_blocks,
+        nf4_decode, (-(-num_blocks // rows),),
+        packed, *pointers, w, packed.numel(), w.numel(), num_blocks,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, ROWS=rows, SHUFFLES=current_arch() is not None,
         num_warps=DECODE.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -158,7 +158,8 @@ def augmented(packed, quant_state, dtype, B, scaling=1.0, *, gains=NO_GAINS, fir
     rows = min(max(1, 2 * DECODE.BLOCK // blocksize), triton.next_power_of_2(blocks))
     parts = -(-blocks // rows)
     launch(
-        nf4_decode_augmented, (N * parts,), packed, *pointers, B, gains, w, float(scaling), K, B.shape[1], first_r, columns, parts,
+        nf4_decode_augmented, (N * parts,),
+        packed, *pointers, B, gains, w, float(scaling), K, B.shape[1], first_r, columns, parts,
         *B.stride(),
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, ROWS=rows, EVEN=K % blocksize == 0,
         SHUFFLES=current_arch() is not None,

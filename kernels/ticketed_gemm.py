@@ -23,7 +23,6 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 

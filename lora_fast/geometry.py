@@ -63,7 +63,9 @@ def of_any(tensors: Sequence[Tensor | None], fs: Sequence[Factors]) -> Geometry:
             second = state.state2.blocksize if state.nested else None
             found += (tuple(state.shape), state.blocksize, second)
     for t in [*tensors, *tensors_of(fs)]:
-        found += (None,) if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15)
+        found += (
+            (None,) if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15)
+        )
     return tuple(found)
 
 

@@ -113,8 +113,9 @@ def _checked_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         return
     if any(map(request.node.get_closest_marker, ("compiled", "offline", "gpu"))):
         from checked_plans import checked_runner
-        from lora_fast.backends import triton_plans
         from lora_fast.kernels import launch_plans
+
+        from lora_fast.backends import triton_plans
 
         triton_plans.forget()
         monkeypatch.setattr(launch_plans, "runner_of", checked_runner)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..factors import Factors, Gradients, Needs, Saved
@@ -39,6 +38,7 @@ class PlannedTritonBackend(TritonBackend):
         geometry: Geometry | None = None,
     ) -> tuple[list[Tensor], Saved]:
         operands: list[Any]
+        found: Any
         if geometry is not None and isinstance(fs[0][-1][2], int):
             operands = [x, *fs[0][:4]]
         elif plan is not None or type(x) not in _PLAIN_TENSORS:
@@ -67,13 +67,21 @@ class PlannedTritonBackend(TritonBackend):
         if plan is not None or type(dYs[0]) is not Tensor:
             launch_plans.give_up()
             return super().backward(dYs, x, saved, fs, needs, plan)
-        geometry, operands = None, None
+        geometry: Geometry | None = None
+        operands: list[Any] = []
+        found: Any
         S, V, _ = saved
-        W, bias, A, B, b, d, g, constants = fs[0]
-        if len(fs) == 1 and isinstance(W, Tensor) and V is b is d is g is constants[3] is None:
-            if x is not None and S is not None and isinstance(constants[2], int):
-                geometry = of_plain_gradients(dYs[0], x, S, W, A, B, constants)
-                operands = [dYs[0], x, S, W, bias, A, B]
+        factors: Any = fs[0]
+        W, bias, A, B, b, d, g, constants = factors
+        if (
+            len(fs) == 1
+            and isinstance(W, Tensor)
+            and V is b is d is g is constants[3] is None
+            and not (x is None or S is None or needs[0].bias)
+            and isinstance(constants[2], int)
+        ):
+            geometry = of_plain_gradients(dYs[0], x, S, W, A, B, constants)
+            operands = [dYs[0], x, S, W, bias, A, B]
         if geometry is None:
             geometry = of_any((*dYs, x, S, V), fs)
             operands = [*dYs, x, S, V, *tensors_of(fs)]

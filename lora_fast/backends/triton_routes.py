@@ -159,9 +159,7 @@ def _add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None =
     return called(torch.addmm, bias, a, b)
 
 
-def _add_wide_product(
-    out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None
-) -> Tensor:
+def _add_wide_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     work = working_dtype(a)
     wide = a.to(work) @ b.to(work)
     wide = wide if bias is None else wide + bias

@@ -94,9 +94,8 @@ def _run(
 
 
 class AdaptedLinears(torch.autograd.Function):
-    """apply(x, fs, backend, geometry, weight_1, bias_1, A_1, B_1, b_1, d_1, g_1, weight_2, …) → y_1,
-    y_2, …; x [..., K] is in the compute dtype, everything else in its own; the tensors are those of
-    fs."""
+    """apply(x, fs, backend, geometry, weight_1, bias_1, A_1, B_1, b_1, d_1, g_1, weight_2, …) → y_1
+    …: x [..., K] is in the compute dtype, all else in its own; the tensors are those of fs."""
 
     @staticmethod
     def forward(

@@ -31,8 +31,8 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     group, index = layer._lora_fast_group
     kept: Kept | None = group.of_thread.kept
     if kept is not None and kept.first < index and kept.x() is x:
-        y = kept_output(layer, x)
-        return plain_output(layer, x) if y is None else y
+        kept_y = kept_output(layer, x)  # type: ignore[arg-type]
+        return plain_output(layer, x) if kept_y is None else kept_y
     if index + 1 == len(group.names):
         return plain_output(layer, x)
     plain = read_plain(layer)

@@ -122,8 +122,15 @@ def read_plain(layer: Any) -> Plain | None:
         and _runs_alone(dropout)
     ):
         return None
-    of_A, of_B, of_base = A._parameters, B._parameters, base._parameters
-    W, bias, a, b = of_base.get("weight"), of_base.get("bias"), of_A.get("weight"), of_B.get("weight")
+    of_A: Any = A._parameters
+    of_B: Any = B._parameters
+    of_base: Any = base._parameters
+    W, bias, a, b = (
+        of_base.get("weight"),
+        of_base.get("bias"),
+        of_A.get("weight"),
+        of_B.get("weight"),
+    )
     if (
         W is None
         or type(a) not in _TENSORS
@@ -149,10 +156,10 @@ def _four_bit_plain(
     base: Any, W: Any, bias: Tensor | None, A: Tensor, B: Tensor, constants: Constants
 ) -> Plain | None:
     """The state of a layer on bitsandbytes' 4-bit one, in NF4 and quantised."""
-    state = getattr(W, "quant_state", None)
+    weight, state = W, getattr(W, "quant_state", None)
     if (
         type(base) not in (four_bit.classes or four_bit.find())
-        or type(W) is not four_bit.weight_class
+        or type(weight) is not four_bit.weight_class
         or state is None
         or state.quant_type != "nf4"
         or not base.compute_type_is_set

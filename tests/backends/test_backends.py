@@ -118,7 +118,7 @@ def test_a_driver_that_comes_later_is_found(no_driver, monkeypatch):
     target = SimpleNamespace(arch=90)
     active = SimpleNamespace(get_current_target=lambda: target)
     monkeypatch.setattr(sys.modules["triton.runtime.driver"].driver, "_active", active)
-    assert type(selection._triton("triton")).__module__ == "lora_fast.backends.triton_ops"
+    assert type(selection._triton("triton")).__module__ == "lora_fast.backends.triton_plans"
 
 
 def test_the_interpreter_needs_no_driver(no_driver, monkeypatch):

@@ -1,0 +1,222 @@
+"""Launch plans: later calls repeat the launches of earlier ones, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from checked_plans import unchecked
+from torch import Tensor
+
+import lora_fast
+from bench.instruments.accuracy import assert_same_bits
+from lora_fast.functional import Member, adapted_linear, adapted_linears
+
+pytestmark = pytest.mark.offline
+M, K, N, R = 40, 64, 48, 8
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def launches() -> Iterator[Any]:
+    """The launches of a block on a stub for sm_90."""
+    from bench.instruments import stub_driver
+
+    with stub_driver.recording(90) as log, lora_fast.set_backend("triton"):
+        yield log.launches
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch, launches: Any) -> list[str]:
+    """The kernels whose launches went through Triton's binder."""
+    from lora_fast.kernels import launch_plans
+    from triton.runtime.jit import JITFunction
+
+    found: list[str] = []
+    run = JITFunction.run
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", recorded)
+    monkeypatch.setattr(launch_plans, "runner_of", unchecked)
+    return found
+
+
+def factors(dtype: torch.dtype = BF16) -> dict[str, Any]:
+    made = {"A": torch.zeros(R, K), "B": torch.zeros(N, R)}
+    trained = {name: t.requires_grad_() for name, t in made.items()}
+    return {"weight": torch.zeros(N, K, dtype=dtype), "scaling": 2.0, **trained}
+
+
+def step(x: Tensor | None = None, **changed: Any) -> tuple[Tensor, ...]:
+    x = torch.zeros(2, M // 2, K, dtype=BF16) if x is None else x
+    given = {**factors(), **changed}
+    y = adapted_linear(x.requires_grad_(), **given)
+    wanted = [t for t in (x, given["A"], given["B"]) if t.requires_grad]
+    return torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+
+def described(launch: Any) -> Any:
+    return launch.name, launch.grid, launch.arguments, launch.constexprs, launch.kernel
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_third_call_launches_the_same_without_the_binder(
+    launches: Any, bound: list[str], p: float
+) -> None:
+    for _ in range(2):
+        step(dropout_p=p, dropout_seed=7)
+    assert len(bound) == 8
+    step(dropout_p=p, dropout_seed=7)
+    assert len(bound) == 8
+    first, third = launches[:4], launches[8:]
+    assert [launch.name for launch in third] == [launch.name for launch in first]
+    for one, other in zip(first, third, strict=True):
+        assert described(one)[:2] == described(other)[:2]
+        assert one.constexprs == other.constexprs
+        assert one.kernel is other.kernel
+        assert one.arguments.get("seed_low") == other.arguments.get("seed_low")
+
+
+def test_a_plan_takes_the_seed_of_its_call(launches: Any, bound: list[str]) -> None:
+    for seed in (1, 2, 3 + (5 << 32)):
+        step(dropout_p=0.1, dropout_seed=seed)
+    assert len(bound) == 8
+    for launch in (launches[8], launches[10], launches[11]):
+        assert (launch.arguments["seed_low"], launch.arguments["seed_high"]) == (3, 5)
+
+
+CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "rows": lambda: {"x": torch.zeros(M + 1, K, dtype=BF16)},
+    "strides": lambda: {"x": torch.zeros(K, M, dtype=BF16).t()},
+    "alignment": lambda: {"x": torch.zeros(M * K + 1, dtype=BF16)[1:].view(M, K)},
+    "dtype of A and B": lambda: {
+        "A": torch.zeros(R, K, dtype=BF16, requires_grad=True),
+        "B": torch.zeros(N, R, dtype=BF16, requires_grad=True),
+    },
+    "strides of the weight": lambda: {"weight": torch.zeros(K, N, dtype=BF16).t()},
+    "scaling": lambda: {"scaling": 3.0},
+    "bias": lambda: {"bias": torch.zeros(N, dtype=BF16)},
+    "frozen A": lambda: {"A": torch.zeros(R, K)},
+    "dropout": lambda: {"dropout_p": 0.5, "dropout_seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_geometry_has_no_plan_yet(launches: Any, bound: list[str], change: str) -> None:
+    for _ in range(3):
+        step()
+    repeated = len(bound)
+    step(**CHANGES[change]())
+    assert len(bound) > repeated
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_repeated_launches_are_those_that_triton_would_choose(launches: Any, change: str) -> None:
+    for _ in range(3):  # compared by the fixture of all tests
+        step()
+        step(**CHANGES[change]())
+
+
+def test_a_change_of_what_surrounds_launches_is_noticed(
+    launches: Any, bound: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from lora_fast.kernels import ticketed_gemm
+
+    for _ in range(3):
+        step()
+    seen: list[Any] = []
+    triton.knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        step()
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert len(seen) == 4
+    hook = seen.append
+    monkeypatch.setattr(
+        ticketed_gemm.ticketed_gemm, "pre_run_hooks", [lambda *args, **kwargs: hook(args)]
+    )
+    step()
+    assert len(seen) == 6
+
+
+def test_a_tensor_that_nobody_noted_means_no_plan(launches: Any, bound: list[str]) -> None:
+    """A bias that is not contiguous is copied on the way."""
+    bias = torch.zeros(2 * N, dtype=BF16)[::2]
+    for _ in range(3):
+        step(bias=bias)
+    forwards = [name for name in bound if name == "ticketed_gemm"]
+    assert len(forwards) >= 3
+
+
+def group(x: Tensor, dYs: list[Tensor], p: float = 0.0) -> tuple[Tensor, ...]:
+    members = []
+    for n in (N, 16, 32):
+        A = torch.randn(R, K, requires_grad=True)
+        members.append(Member(torch.zeros(n, K, dtype=BF16), None, A, torch.randn(n, R), 1.0))
+    ys = adapted_linears(x, members, dropout_p=p, dropout_seed=3 if p else None)
+    return torch.autograd.grad(ys, [x, *(member.A for member in members)], dYs)
+
+
+@pytest.mark.parametrize("rows", [M, 80])
+def test_a_group_is_repeated(launches: Any, bound: list[str], rows: int) -> None:
+    x = torch.zeros(rows, K, dtype=BF16, requires_grad=True)
+    dYs = [torch.zeros(rows, n, dtype=BF16) for n in (N, 16, 32)]
+    for _ in range(3):
+        group(x, dYs, 0.1)
+    assert len(bound) == 2 * len(launches) // 3
+
+
+def test_gradients_that_were_one_tensor_may_be_several(launches: Any, bound: list[str]) -> None:
+    x = torch.zeros(M, K, dtype=BF16, requires_grad=True)
+
+    def run(dYs: list[Tensor]) -> list[int]:
+        members = []
+        for _ in dYs:
+            A = torch.zeros(R, K, requires_grad=True)
+            members.append(Member(torch.zeros(N, K, dtype=BF16), None, A, torch.zeros(N, R)))
+        ys = adapted_linears(x, members)
+        torch.autograd.grad(ys, [x], dYs)
+        return [id(dY) for dY in dYs]
+
+    one = torch.zeros(M, N, dtype=BF16)
+    for _ in range(3):
+        run([one, one])
+    before = len(bound)
+    run([one, torch.zeros(M, N, dtype=BF16)])
+    assert len(bound) > before
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_repeated_results_have_the_same_bits(p: float) -> None:
+    """Executed: of other tensors than the plan was made with, as often as wanted."""
+    from lora_fast.backends import triton_plans
+    from tests import ptx_executor
+
+    def results(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        given = {
+            "A": torch.randn(R, K, requires_grad=True),
+            "B": torch.randn(N, R, requires_grad=True),
+            "weight": torch.randn(N, K).to(BF16),
+        }
+        x = torch.randn(M, K).to(BF16).requires_grad_()
+        y = adapted_linear(x, **given, dropout_p=p, dropout_seed=seed if p else None)
+        wanted = [x, given["A"], given["B"]]
+        return [y.detach(), *torch.autograd.grad(y, wanted, torch.randn(M, N).to(BF16))]
+
+    with ptx_executor.installed(90), lora_fast.set_backend("triton"):
+        plain = []
+        for seed in (1, 2, 3):
+            triton_plans.forget()
+            plain.append(results(seed))
+        triton_plans.forget()
+        for expected, seed in zip([*plain, plain[0]], (1, 2, 3, 1), strict=True):
+            for one, other in zip(results(seed), expected, strict=True):
+                assert_same_bits(one, other, name="result")
