@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..factors import Factors, Gradients, Needs, Saved
 from ..geometry import Geometry, of_any, of_plain_gradients, tensors_of
 from ..kernels import launch_plans
+from ..nf4 import NF4Weight
 from ..tuning.plans import Plan
 from .triton_ops import TritonBackend
 
@@ -41,7 +42,7 @@ class PlannedTritonBackend(TritonBackend):
         found: Any
         if geometry is not None and isinstance(fs[0][-1][2], int):
             operands = [x, *fs[0][:4]]
-        elif plan is not None or type(x) not in _PLAIN_TENSORS:
+        elif plan is not None or type(x) not in _PLAIN_TENSORS or _has_decoded(fs):
             launch_plans.give_up()
             return super().forward(x, fs, needs, plan)
         else:
@@ -64,7 +65,7 @@ class PlannedTritonBackend(TritonBackend):
         needs: Sequence[Needs],
         plan: Plan | None = None,
     ) -> list[Gradients]:
-        if plan is not None or type(dYs[0]) is not Tensor:
+        if plan is not None or type(dYs[0]) is not Tensor or _has_decoded(fs):
             launch_plans.give_up()
             return super().backward(dYs, x, saved, fs, needs, plan)
         geometry: Geometry | None = None
@@ -113,6 +114,14 @@ class PlannedTritonBackend(TritonBackend):
 def forget() -> None:
     """Forget all plans."""
     _plans.clear()
+
+
+def _has_decoded(fs: Sequence[Factors]) -> bool:
+    """Whether W of an NF4 weight may be there already: that differs from call to call."""
+    for f in fs:  # noqa: SIM110 - a generator takes longer
+        if isinstance(f[0], NF4Weight) and f[0].decoded is not None:
+            return True
+    return False
 
 
 def _seed_words(f: Factors) -> tuple[int, int]:

@@ -86,7 +86,9 @@ def _run(
         layers = _with_seed(x, layers, dropout_seed)
     backend = backend_for(x.device)
     if not is_recording():
-        return backend.forward(x, layers, (_NOTHING,) * len(layers))[0]
+        planned: Any = backend
+        known = {} if geometry is None or backend.name == "torch" else {"geometry": geometry}
+        return planned.forward(x, layers, (_NOTHING,) * len(layers), **known)[0]
     tensors: list[Any] = []
     for f in layers:
         tensors += f[:_PER_LAYER] if isinstance(f[0], Tensor) else (None, *f[1:_PER_LAYER])
@@ -110,9 +112,7 @@ class AdaptedLinears(torch.autograd.Function):
         packed, read_by = False, fs
         for f in fs:
             packed = packed or not isinstance(f[0], Tensor)
-        ctx.saves_weights = (
-            packed and needs[0].x and recomputation.is_checkpointed_or_recomputed()
-        )
+        ctx.saves_weights = packed and needs[0].x and recomputation.is_checkpointed_or_recomputed()
         if ctx.saves_weights:
             read_by = recomputation.remembering(fs)
         if geometry is None or backend.name == "torch":
