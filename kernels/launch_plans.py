@@ -107,11 +107,12 @@ class Surroundings:
 
 
 def are_possible():
-    """Whether launches may be recorded: not while a tuner tries what fits, nor while each of them
-    is checked or observed."""
+    """Whether launches may be recorded: not in the interpreter, which compiles nothing, while a
+    tuner tries what fits, nor while each of them is checked or observed."""
     runtime = triton.knobs.runtime
     return not (
-        workspace.DEBUG
+        runtime.interpret
+        or workspace.DEBUG
         or _of_thread.recorder is not None
         or out_of_resources.is_recording_drops()
         or _observes(runtime.launch_enter_hook)
