@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
+from ..geometry import Geometry
 from ..kernels import dropout as dropout_kernels
 from ..kernels import launch_policy, strips, ticketed_gemm, weight_update
 from ..kernels import row_norms as row_norms_kernels
@@ -68,8 +69,9 @@ class TritonBackend:
         fs: Sequence[Factors],
         needs: Sequence[Needs],
         plan: Plan | None = None,
+        geometry: Geometry | None = None,
     ) -> tuple[list[Tensor], Saved]:
-        """As the protocol has it; by `plan`, where one is given."""
+        """As the protocol has it; by `plan`, where one is given. `geometry` is for launch plans."""
         rows = x.reshape(-1, x.shape[-1])
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
         if plan is None:
