@@ -143,7 +143,11 @@ class Plan:
         words, like = None, operands[0]
         if self._words:
             words = workspace.words_of(like.device, stream, self._words, is_cuda=like.is_cuda)
-        return self._repeat(operands, stream, words, seed)
+        try:
+            return self._repeat(operands, stream, words, seed)
+        except BaseException:
+            workspace.forget()
+            raise
 
 
 class _Known:
@@ -187,6 +191,9 @@ class Recorder:
                 self._add_operand(_Known(f"e{i}", operand))
         self._count = len(operands)
         self._surroundings = Surroundings(self._known[0].dtype)
+        # Launches follow the operands to a device that is not the current one, plans do not.
+        device = self._known[0].device
+        self.gives_up |= device.type == "cuda" and device.index != self._surroundings.device
 
     def __enter__(self):
         _of_thread.recorder = self

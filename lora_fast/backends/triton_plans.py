@@ -17,6 +17,7 @@ from ..geometry import Geometry, of_any, of_plain_gradients, tensors_of
 from ..kernels import launch_plans
 from ..nf4 import NF4Weight
 from ..tuning.plans import Plan
+from .torch_dropout import is_capturing
 from .triton_ops import TritonBackend
 
 # Geometries whose plans are kept; a run with more of them begins anew.
@@ -99,7 +100,9 @@ class PlannedTritonBackend(TritonBackend):
     ) -> Any:
         """compute(*arguments), of which the second call for a geometry is recorded."""
         found = _plans.get(key)
-        if found is None or found is _NO_PLAN or not launch_plans.are_possible():
+        # While a graph is captured the tuner times nothing, and takes what may not be its choice.
+        impossible = is_capturing(operands[0].device) or not launch_plans.are_possible()
+        if found is None or found is _NO_PLAN or impossible:
             if found is None:
                 if len(_plans) >= _MOST_PLANS:
                     _plans.clear()

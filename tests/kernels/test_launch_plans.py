@@ -60,6 +60,22 @@ def step(x: Tensor | None = None, **changed: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y, wanted, torch.ones_like(y))
 
 
+class _Elsewhere(Tensor):
+    """A tensor that says that it lies on another device."""
+
+    _there: torch.device
+
+    @staticmethod
+    def __new__(cls, x: Tensor, device: torch.device) -> _Elsewhere:
+        made = x.as_subclass(cls)
+        made._there = device
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._there
+
+
 def described(launch: Any) -> Any:
     return launch.name, launch.grid, launch.arguments, launch.constexprs, launch.kernel
 
@@ -143,6 +159,48 @@ def test_a_change_of_what_surrounds_launches_is_noticed(
     )
     step()
     assert len(seen) == 6
+
+
+def test_nothing_is_recorded_while_a_graph_is_captured(
+    launches: Any, bound: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_fast.backends import triton_plans
+
+    monkeypatch.setattr(triton_plans, "is_capturing", lambda device: True)
+    for _ in range(3):
+        step()
+    assert len(bound) == 12
+
+
+def test_a_failed_launch_of_a_plan_leaves_no_words_behind(
+    launches: Any, bound: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_fast.kernels import launch_plans, workspace
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a launch failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(launch_plans, "runner_of", lambda *_: failing)
+        for _ in range(2):
+            step()
+        assert workspace._cache
+        with pytest.raises(RuntimeError, match="a launch failed"):
+            step()
+    assert not workspace._cache
+
+
+def test_operands_off_the_current_device_mean_no_plan(
+    launches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where x lies on another device than the current one, a launch moves there; a plan would
+    not."""
+    from lora_fast.kernels import launch_plans
+
+    monkeypatch.setattr(launch_plans.driver.active, "get_current_device", lambda: 0)
+    for index in (0, 1):
+        there = _Elsewhere(torch.zeros(2, 2), torch.device("cuda", index))
+        assert launch_plans.Recorder([there]).gives_up == (index != 0)
 
 
 def test_a_tensor_that_nobody_noted_means_no_plan(launches: Any, bound: list[str]) -> None:
