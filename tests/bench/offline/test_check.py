@@ -54,12 +54,10 @@ def test_nothing_became_worse(kept: dict[str, Any]) -> None:
 def test_an_extra_launch_and_a_copy_of_x_are_found(
     kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lora_fast.peft_layers.lora_layers as lora_layers
+    import lora_fast.peft_layers.plain_lora as plain_lora
 
-    adapted = lora_layers.adapted
-    monkeypatch.setattr(
-        lora_layers, "adapted", lambda base, x, **factors: adapted(base, x * 1, **factors)
-    )
+    run = plain_lora.run
+    monkeypatch.setattr(plain_lora, "run", lambda x, *operands: run(x * 1, *operands))
     one = dataclasses.replace(ONE_LINEAR, weights=("dense",), dropouts=(0.0,))
     new = {"counts": counting.lora_fast(one, 90), "launches": [], "kernels": []}
     found = regression.regressions(new, kept)
