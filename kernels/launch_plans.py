@@ -128,10 +128,11 @@ def _observes(hook):
 class Plan:
     """The launches of an operation for one geometry of its operands."""
 
-    __slots__ = ("_repeat", "_surroundings", "_words")
+    __slots__ = ("_multiplies", "_repeat", "_surroundings", "_words")
 
-    def __init__(self, repeat, surroundings, words):
+    def __init__(self, repeat, surroundings, words, multiplies):
         self._repeat, self._surroundings, self._words = repeat, surroundings, words
+        self._multiplies = multiplies
 
     def run(self, operands, seed=(0, 0)):
         """The results for `operands`, in the order in which they were recorded; None if launches
@@ -144,6 +145,10 @@ class Plan:
         if self._words:
             words = workspace.words_of(like.device, stream, self._words, is_cuda=like.is_cuda)
         try:
+            if self._multiplies and torch.is_autocast_enabled(like.device.type):
+                # It would cast operands of PyTorch's products.
+                with torch.autocast(like.device.type, enabled=False):
+                    return self._repeat(operands, stream, words, seed)
             return self._repeat(operands, stream, words, seed)
         except BaseException:
             workspace.forget()
@@ -185,7 +190,7 @@ class Recorder:
         self._constants: dict[str, Any] = {}
         self._shapes: dict[str, Any] = {}
         self._used: set[str] = set()
-        self._words, self.gives_up = 0, False
+        self._words, self._multiplies, self.gives_up = 0, False, False
         for i, operand in enumerate(operands):
             if isinstance(operand, torch.Tensor):
                 self._add_operand(_Known(f"e{i}", operand))
@@ -222,7 +227,7 @@ class Recorder:
         self._steps.append(_Step(form, known.name, set()))
 
     def called(self, function, args, options, made):
-        self._used = set()
+        self._used, self._multiplies = set(), True
         code = [self._code(arg, exactly=True) for arg in args]
         code += [f"{name}={self._constant(value)}" for name, value in options.items()]
         code = f"{self._constant(function)}({', '.join(code)})"
@@ -278,7 +283,7 @@ class Recorder:
         code = _compiled(f"def repeat(e, stream, words, seed):\n    {body}\n")
         names = {"new": tuple.__new__, "torch": torch, "described": _described}
         repeat = FunctionType(code, names | self._constants)
-        return Plan(repeat, self._surroundings, self._words)
+        return Plan(repeat, self._surroundings, self._words, self._multiplies)
 
     def _new(self, tensor):
         known = _Known(f"t{len(self._steps)}", tensor)

@@ -203,6 +203,18 @@ def test_operands_off_the_current_device_mean_no_plan(
         assert launch_plans.Recorder([there]).gives_up == (index != 0)
 
 
+def test_autocast_does_not_cast_the_products_of_a_plan(launches: Any) -> None:
+    """A backward pass may run under another autocast than its forward pass."""
+    from lora_fast.kernels import launch_plans
+
+    a, b = torch.randn(4, 8), torch.randn(8, 3)
+    with launch_plans.Recorder([a, b]) as recorder:
+        plan = recorder.plan(launch_plans.called(torch.mm, a, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plan.run([a, b])
+    assert_same_bits(found, torch.mm(a, b), name="y")
+
+
 def test_a_tensor_that_nobody_noted_means_no_plan(launches: Any, bound: list[str]) -> None:
     """A bias that is not contiguous is copied on the way."""
     bias = torch.zeros(2 * N, dtype=BF16)[::2]
