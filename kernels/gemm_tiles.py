@@ -133,11 +133,15 @@ def _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES: tl.constexpr, TRAPS: tl
 
 
 @triton.jit
-def leaves_early(members, y_ptr, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr):
-    """Whether consumers leave before they store their tile, which the count would wait for; in
-    kernels that are short of registers, by a mask or decoding, all CTAs leave at their end."""
+def leaves_early(
+    members, y_ptr, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr
+):
+    """Whether consumers leave before they store their tile, which the count would wait for. In
+    kernels that are short of registers, by a mask or decoding, and with small tiles, which are soon
+    stored, all CTAs leave at their end."""
+    is_small: tl.constexpr = TILES.BLOCK_M < 32
     masks: tl.constexpr = IS_GRAD and DROPOUT
-    return y_ptr is not None and not masks and not members[0].IS_NF4
+    return y_ptr is not None and not is_small and not masks and not members[0].IS_NF4
 
 
 @triton.jit
@@ -241,7 +245,7 @@ def consume(
         )  # fmt: skip
     if HAS_ADAPTER and sync_ptr is not None:
         _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES, TARGET.SHUFFLES)
-        if leaves_early(members, out.y_ptr, IS_GRAD, DROPOUT):
+        if leaves_early(members, out.y_ptr, IS_GRAD, DROPOUT, TILES):
             leave(sync_ptr, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, TILES.BLOCK_N), M, BLOCK_M)
         if len(num_partials) > 1 and not members[0].IS_NF4 and TARGET.SHUFFLES:
             # Kept through the K-loops of dense weights and the wait, rows would be spilled.

@@ -179,7 +179,7 @@ def ticketed_gemm(
         Words(seed_ptr, seed_low, seed_high, threshold, keep_scale), sync_ptr, num_chunks,
         IS_GRAD, DROPOUT, EVEN_K, TILES, TARGET,
     )  # fmt: skip
-    if MAKES_S and not leaves_early(members, y_ptr, IS_GRAD, DROPOUT):
+    if MAKES_S and not leaves_early(members, y_ptr, IS_GRAD, DROPOUT, TILES):
         leave(sync_ptr, tl.num_programs(0), M, TILES.BLOCK_M)
 
 
