@@ -133,9 +133,7 @@ def _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES: tl.constexpr, TRAPS: tl
 
 
 @triton.jit
-def leaves_early(
-    members, y_ptr, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr
-):
+def leaves_early(members, y_ptr, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr):
     """Whether consumers leave before they store their tile, which the count would wait for. In
     kernels that are short of registers, by a mask or decoding, and with small tiles, which are soon
     stored, all CTAs leave at their end."""
