@@ -98,7 +98,7 @@ def test_one_case_is_counted_and_compared(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert "# linear 4096x4096 M8192 r16 dense p=0.0, sm_90: counted and modelled" in shown
     assert "| lora_fast" in shown and "| sm_90 forward r16" in shown
-    assert shown.endswith("6 counts, 4 kernels: 0 regressions\n")
+    assert shown.endswith("7 counts, 4 kernels: 0 regressions\n")
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,14 @@ def check(log: stub_driver.Log, told: list[dict[str, Any]], bits: int) -> None:
         assert (one[f"flops{bits}"], one["bytes"]) == (flops, once(launch)), one["name"]
 
 
+# As a kernel is launched: kernel[grid](…), or launch(kernel, grid, …), which plans may repeat.
+LAUNCH = r"^ +(?:launch\(\s*(?=\w+, \()|(?=\w+\[.+\]\())(\w+)"
+
+
 def test_every_kernel_says_what_it_is() -> None:
     launched = {}
     for path in sorted(Path(lora_fast.kernels.__file__).parent.glob("*.py")):
-        for name in re.findall(r"^ +(\w+)\[.+\]\(", path.read_text(), re.MULTILINE):
+        for name in re.findall(LAUNCH, path.read_text(), re.MULTILINE):
             module = importlib.import_module(f"lora_fast.kernels.{path.stem}")
             launched[name] = getattr(module, name)
     assert len(launched) == 9
