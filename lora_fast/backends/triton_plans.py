@@ -49,7 +49,7 @@ class PlannedTritonBackend(TritonBackend):
         else:
             geometry = of_any((x,), fs)
             operands = [x, *tensors_of(fs)]
-        key, seed = (geometry, needs, self._cublas), _seed_words(fs[0])
+        key, seed = (geometry, tuple(needs), self._cublas), _seed_words(fs[0])
         found = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
@@ -87,7 +87,7 @@ class PlannedTritonBackend(TritonBackend):
         if geometry is None:
             geometry = of_any((*dYs, x, S, V), fs)
             operands = [*dYs, x, S, V, *tensors_of(fs)]
-        key, seed = (geometry, needs, self._cublas), _seed_words(fs[0])
+        key, seed = (geometry, tuple(needs), self._cublas), _seed_words(fs[0])
         found = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
