@@ -244,7 +244,7 @@ def consume(
     if HAS_ADAPTER and sync_ptr is not None:
         _wait_for_S(sync_ptr, block_m, num_chunks, M, TILES, TARGET.SHUFFLES)
         if leaves_early(members, out.y_ptr, IS_GRAD, DROPOUT, TILES):
-            leave(sync_ptr, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, TILES.BLOCK_N), M, BLOCK_M)
+            leave(sync_ptr, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, TILES.BLOCK_N), M, BLOCK_M, True)
         if len(num_partials) > 1 and not members[0].IS_NF4 and TARGET.SHUFFLES:
             # Kept through the K-loops of dense weights and the wait, rows would be spilled.
             block_m = tl.inline_asm_elementwise(_MOVE, "=r,r", [block_m], tl.int32, False, 1)

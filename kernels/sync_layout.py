@@ -19,15 +19,18 @@ ARRIVALS = tl.constexpr(1)
 
 
 @triton.jit
-def leave(sync_ptr, leaving, M, BLOCK_M: tl.constexpr):
+def leave(sync_ptr, leaving, M, BLOCK_M: tl.constexpr, IS_EARLY: tl.constexpr):
     """Count this CTA of ticketed_gemm as one that needs no more words; the last of `leaving` CTAs
     zeroes them all. They need not have stored their tiles: what orders the next launch is the
     stream.
     """
-    if tl.atomic_add(sync_ptr + LEFT, 1, sem="release") == leaving - 1:
-        # The last one acquires what the others released. Were all to, S would be ordered, too, and
-        # nobody would notice a flag that does not order it.
-        is_last = tl.atomic_add(sync_ptr + LEFT, 0, sem="acquire") == leaving
+    # Those that leave before they read S acquire nothing, but for the last one. Were all to, S
+    # would be ordered, too, and nobody would notice a flag that does not order it.
+    ORDER: tl.constexpr = "release" if IS_EARLY else "acq_rel"
+    if tl.atomic_add(sync_ptr + LEFT, 1, sem=ORDER) == leaving - 1:
+        is_last = True
+        if IS_EARLY:
+            is_last = tl.atomic_add(sync_ptr + LEFT, 0, sem="acquire") == leaving
         words = FLAGS + tl.cdiv(M, BLOCK_M)
         for first in range(0, words, 128):
             offs = first + tl.arange(0, 128)

@@ -180,7 +180,7 @@ def ticketed_gemm(
         IS_GRAD, DROPOUT, EVEN_K, TILES, TARGET,
     )  # fmt: skip
     if MAKES_S and not leaves_early(members, y_ptr, IS_GRAD, DROPOUT, TILES):
-        leave(sync_ptr, tl.num_programs(0), M, TILES.BLOCK_M)
+        leave(sync_ptr, tl.num_programs(0), M, TILES.BLOCK_M, False)
 
 
 class Layer(NamedTuple):
