@@ -84,7 +84,7 @@ class Surroundings:
         runtime = triton.knobs.runtime
         tf32 = dtype == torch.float32
         self.settings = (
-            runtime.debug, triton.knobs.compilation.instrumentation_mode,
+            runtime.debug, _instrumentation_mode(),
             getattr(runtime, "add_stages_inspection_hook", None), tf32 and tf32_setting(),
             torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
@@ -97,13 +97,18 @@ class Surroundings:
             active is self.driver
             and active.get_current_device() == self.device
             and runtime.debug is debug
-            and triton.knobs.compilation.instrumentation_mode == mode
+            and _instrumentation_mode() == mode
             and getattr(runtime, "add_stages_inspection_hook", None) is stages
             and (tf32 is False or tf32 == tf32_setting())
             and torch.are_deterministic_algorithms_enabled() is deterministic
             and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
             and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
         )
+
+
+def _instrumentation_mode():
+    """Triton's knob, which 3.5 does not have."""
+    return getattr(triton.knobs.compilation, "instrumentation_mode", None)
 
 
 def are_possible():
