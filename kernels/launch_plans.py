@@ -28,6 +28,8 @@ from .environment import tf32_setting
 
 # The argument of a kernel that is the synchronisation words of its stream.
 _WORDS = "sync_ptr"
+# A knob that Triton 3.5 does not have.
+_MODE = "instrumentation_mode"
 
 
 class _OfThread(threading.local):
@@ -84,7 +86,7 @@ class Surroundings:
         runtime = triton.knobs.runtime
         tf32 = dtype == torch.float32
         self.settings = (
-            runtime.debug, _instrumentation_mode(),
+            runtime.debug, getattr(triton.knobs.compilation, _MODE, None),
             getattr(runtime, "add_stages_inspection_hook", None), tf32 and tf32_setting(),
             torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
@@ -97,18 +99,13 @@ class Surroundings:
             active is self.driver
             and active.get_current_device() == self.device
             and runtime.debug is debug
-            and _instrumentation_mode() == mode
+            and getattr(triton.knobs.compilation, _MODE, None) == mode
             and getattr(runtime, "add_stages_inspection_hook", None) is stages
             and (tf32 is False or tf32 == tf32_setting())
             and torch.are_deterministic_algorithms_enabled() is deterministic
             and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
             and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
         )
-
-
-def _instrumentation_mode():
-    """Triton's knob, which 3.5 does not have."""
-    return getattr(triton.knobs.compilation, "instrumentation_mode", None)
 
 
 def are_possible():
