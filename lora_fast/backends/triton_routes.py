@@ -160,6 +160,7 @@ def _add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None =
 
 
 def _add_wide_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`_add_product` in float32 operands."""
     work = working_dtype(a)
     wide = a.to(work) @ b.to(work)
     wide = wide if bias is None else wide + bias
