@@ -23,8 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import out_of_resources, workspace
+from . import out_of_resources, plan_memory, workspace
 from .environment import tf32_setting
+from .plan_memory import address
 
 # The argument of a kernel that is the synchronisation words of its stream.
 _WORDS = "sync_ptr"
@@ -221,11 +222,8 @@ class Recorder:
         known = self._new(tensor)
         self.gives_up |= not tensor.is_contiguous()
         self._shapes[known.name] = tensor.shape
-        like = next((k for k in self._known if k.name[0] == "e" and self._is_like(k, known)), None)
-        dtype, device = self._constant(known.dtype), self._constant(known.device)
-        # Sizes one by one: a tuple of them takes PyTorch twice the time.
-        form = f"torch.empty({{}}, dtype={dtype}, device={device})"
-        form = form if like is None else f"{like.name}.new_empty({{}})"
+        allocate = self._constant(plan_memory.allocator(known.device))
+        form = f"{allocate}({{}}, {{}}, {self._constant(known.dtype)})"
         self._steps.append(_Step(form, known.name, set()))
 
     def called(self, function, args, options, made):
@@ -267,6 +265,9 @@ class Recorder:
         if self.gives_up:
             return None
         kept, lines = self._used, []
+        read = kept.union(*(step.used for step in self._steps))
+        # Memory that no launch was given.
+        self._steps = [s for s in self._steps if s.makes not in self._shapes or s.makes in read]
         last = {name: i for i, step in enumerate(self._steps) for name in step.used}
         guards = dict.fromkeys(step.guard for step in self._steps if step.guard)
         guards |= dict.fromkeys(f"{a}.data_ptr() != {b}.data_ptr()" for a, b in self._equal)
@@ -274,8 +275,9 @@ class Recorder:
         for i, step in enumerate(self._steps):
             code = step.code
             if step.makes in self._shapes:
-                sizes = [self._constant(size) for size in self._shapes[step.makes]]
-                code = code.format(", ".join(sizes) or "()")
+                shape = self._shapes[step.makes]
+                sizes = self._constant(tuple(shape)), self._constant(plan_memory.contiguous(shape))
+                code = code.format(*sizes)
             lines.append(code if step.makes is None else f"{step.makes} = {code}")
             gone = [n for n in step.used if n[0] == "t" and last[n] == i and n not in kept]
             lines += [f"del {', '.join(sorted(gone))}"] if gone and i + 1 < len(self._steps) else []
@@ -283,7 +285,8 @@ class Recorder:
         operands = ", ".join(f"e{i}" for i in range(self._count))
         body = "\n    ".join([f"{operands}, = e", "seed_low, seed_high = seed", *lines])
         code = _compiled(f"def repeat(e, stream, words, seed):\n    {body}\n")
-        names = {"new": tuple.__new__, "torch": torch, "described": _described}
+        names = {"new": tuple.__new__, "described": plan_memory.described}
+        names |= {"address": address, "view": plan_memory.view()}
         repeat = FunctionType(code, names | self._constants)
         return Plan(repeat, self._surroundings, self._words, self._multiplies)
 
@@ -292,9 +295,6 @@ class Recorder:
         self._known.append(known)
         self.gives_up |= known.start == 0
         return known
-
-    def _is_like(self, one, other):
-        return (one.dtype, one.device) == (other.dtype, other.device)
 
     def _argument(self, name, value):
         if name == _WORDS and value is not None:
@@ -307,10 +307,10 @@ class Recorder:
         """The source of an argument; `exactly`: a tensor's shape matters, and not only its memory,
         which with `shapes` an allocation may take over."""
         if isinstance(value, torch.Tensor):
-            return self._tensor(value, exactly, shapes)
+            return self._tensor(value, exactly=exactly, shapes=shapes)
         if isinstance(value, TensorDescriptor):
             fields = self._constant({k: v for k, v in vars(value).items() if k != "base"})
-            return f"described({fields}, {self._tensor(value.base, False, False)})"
+            return f"described({fields}, {self._tensor(value.base, described=True)})"
         if isinstance(value, list):
             return f"[{', '.join([self._code(v, exactly=exactly, shapes=shapes) for v in value])}]"
         if isinstance(value, tuple) and _has_tensor(value):
@@ -320,7 +320,7 @@ class Recorder:
             return whole if plain else f"new({self._constant(type(value))}, {whole})"
         return self._constant(value)
 
-    def _tensor(self, tensor, exactly, shapes):
+    def _tensor(self, tensor, *, exactly=False, shapes=False, described=False):
         start = tensor.data_ptr()
         found = [k for k in self._known if k.start <= start < k.stop and not k.memory.expired()]
         exact = [k for k in found if k.start == start]
@@ -335,14 +335,13 @@ class Recorder:
             return known.name
         if exact and shapes and self._takes_over(known, tensor):
             return known.name
-        offset = (start - known.start) // tensor.element_size()
         self.gives_up |= known.dtype != tensor.dtype
-        if len(tensor.shape) == 2 and known.is_laid_out_as(tensor.t()):
-            return f"{known.name}.t()"
-        where = self._constant(offset)
-        where = f"{known.name}.storage_offset() + {where}" if known.name[0] == "e" else where
-        sizes = f"{self._constant(tuple(tensor.shape))}, {self._constant(tensor.stride())}"
-        return f"{known.name}.as_strided({sizes}, {where})"
+        where = self._constant(tuple(tensor.shape)), self._constant(tensor.stride())
+        offset = start - known.start
+        if not exactly and not described:
+            return f"address({known.name}, {self._constant(offset)}, {', '.join(where)})"
+        offset = self._constant(offset // tensor.element_size())
+        return f"view({known.name}, {', '.join(where)}, {offset})"
 
     def _takes_over(self, known, tensor):
         """Whether the allocation may have the shape of a result that is all of it."""
@@ -375,13 +374,6 @@ class _Step(NamedTuple):
 def _compiled(source):
     """The code of the one function that `source` defines."""
     return compile(source, "<launch plan>", "exec").co_consts[0]
-
-
-def _described(fields, base):
-    """A tensor descriptor as one before, of other memory."""
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields, base=base)
-    return descriptor
 
 
 def _has_tensor(value):

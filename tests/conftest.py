@@ -112,13 +112,14 @@ def _checked_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if INTERPRETED or not HAS_TRITON:
         return
     if any(map(request.node.get_closest_marker, ("compiled", "offline", "gpu"))):
-        from checked_plans import checked_runner
+        from checked_plans import address_as_tensor, checked_runner
         from lora_fast.kernels import launch_plans
 
         from lora_fast.backends import triton_plans
 
         triton_plans.forget()
         monkeypatch.setattr(launch_plans, "runner_of", checked_runner)
+        monkeypatch.setattr(launch_plans, "address", address_as_tensor)
 
 
 ALLOCATORS: list[tuple[Any, str]] = [
@@ -128,6 +129,8 @@ ALLOCATORS: list[tuple[Any, str]] = [
     (torch, "empty_permuted"),
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
+    # Those of launch plans.
+    (torch._C._dynamo.guards, "_empty_strided_cpu"),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checked_plans import unchecked
+from checked_plans import leave_unchecked
 from torch import Tensor
 
 import lora_fast
@@ -31,7 +31,6 @@ def launches() -> Iterator[Any]:
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch, launches: Any) -> list[str]:
     """The kernels whose launches went through Triton's binder."""
-    from lora_fast.kernels import launch_plans
     from triton.runtime.jit import JITFunction
 
     found: list[str] = []
@@ -42,7 +41,7 @@ def bound(monkeypatch: pytest.MonkeyPatch, launches: Any) -> list[str]:
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(JITFunction, "run", recorded)
-    monkeypatch.setattr(launch_plans, "runner_of", unchecked)
+    leave_unchecked(monkeypatch)
     return found
 
 
@@ -240,6 +239,31 @@ def test_a_group_is_repeated(launches: Any, bound: list[str], rows: int) -> None
     for _ in range(3):
         group(x, dYs, 0.1)
     assert len(bound) == 2 * len(launches) // 3
+
+
+def test_a_part_of_a_tensor_goes_to_the_launcher_as_an_address(
+    launches: Any, bound: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The S of a group lie side by side in one allocation."""
+    from lora_fast.kernels import launch_plans, plan_memory
+
+    asked: list[tuple[int, int]] = []
+
+    def noting(tensor: Tensor, start: int, shape: Any, strides: Any) -> int:
+        part = tensor.view(-1)[start // tensor.element_size() :]
+        found: int = plan_memory.address(tensor, start, shape, strides)
+        asked.append((found, part.data_ptr()))
+        return found
+
+    monkeypatch.setattr(launch_plans, "address", noting)
+    x = torch.zeros(80, K, dtype=BF16, requires_grad=True)
+    for _ in range(3):
+        group(x, [torch.zeros(80, n, dtype=BF16) for n in (N, 16, 32)])
+    assert len(asked) == 2
+    assert all(found == there for found, there in asked)
+    last = [launch.arguments for launch in launches[2 * len(launches) // 3 :]]
+    given = {a for arguments in last for a in arguments.values() if type(a) is int}
+    assert given.issuperset(found for found, _ in asked)
 
 
 def test_gradients_that_were_one_tensor_may_be_several(launches: Any, bound: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from attentions import stock_model
-from checked_plans import unchecked
+from checked_plans import launcher_of, leave_unchecked
 from lora_models import K, accelerated_copy, counted, lora_layers, peft_model
 
 import lora_fast
@@ -130,9 +130,7 @@ def test_group(rows: int, gradients: bool) -> None:
 @pytest.fixture
 def as_users_run(monkeypatch: pytest.MonkeyPatch, allocating_as_users_do: None) -> None:
     """Plans that launch without the check of all other tests."""
-    from lora_fast.kernels import launch_plans
-
-    monkeypatch.setattr(launch_plans, "runner_of", unchecked)
+    leave_unchecked(monkeypatch)
 
 
 @pytest.mark.offline
@@ -183,7 +181,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
         return noted
 
     monkeypatch.setattr(JITFunction, "run", noting(JITFunction.run))
-    monkeypatch.setattr(launch_plans, "runner_of", lambda *args: noting(unchecked(*args)))
+    monkeypatch.setattr(launch_plans, "runner_of", lambda *args: noting(launcher_of(*args)))
     return found
 
 

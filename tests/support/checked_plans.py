@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+from torch import Tensor
+
 
 def checked_runner(kernel: Any, compiled: Any, constants: dict[str, Any]) -> Callable[..., None]:
     """In place of a plan's launcher: launches through the binder, which must find the kernel that
@@ -20,7 +23,23 @@ def checked_runner(kernel: Any, compiled: Any, constants: dict[str, Any]) -> Cal
     return run
 
 
-def unchecked(kernel: Any, compiled: Any, constants: dict[str, Any]) -> Callable[..., None]:
-    """The launcher itself, for tests that count calls or measure time."""
+def address_as_tensor(
+    tensor: Tensor, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Tensor:
+    """In place of an address in a plan: the tensor there, which the binder needs."""
+    first = tensor.storage_offset() + start // tensor.element_size()
+    return tensor.as_strided(shape, strides, first)
+
+
+def leave_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans as users run them, for tests that count calls or measure time."""
+    from lora_fast.kernels import launch_plans, plan_memory
+
+    monkeypatch.setattr(launch_plans, "runner_of", launcher_of)
+    monkeypatch.setattr(launch_plans, "address", plan_memory.address)
+
+
+def launcher_of(kernel: Any, compiled: Any, constants: dict[str, Any]) -> Callable[..., None]:
+    """The launcher itself."""
     launcher: Callable[..., None] = compiled.run
     return launcher
