@@ -9,6 +9,8 @@ part of the package: an NF4 weight is recognised by its ``dequantize`` method.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +62,44 @@ def adapted_linear(
     if bias is not None:
         y = y + bias.to(dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Mapping[str, Any] | Tensor,
+    up: Mapping[str, Any] | Tensor | None,
+    down: Mapping[str, Any] | None,
+    activation: str,
+) -> Tensor:
+    """y = down(h), h = act(gate(x)) ⊙ up(x).
+
+    gate, up, down: the arguments of :func:`adapted_linear` after x, by name, or what gate or up
+    gives [..., I]. Without up, gate gives both [..., 2I], gate first; without down the result is h.
+    ``activation``: silu, gelu (erf), gelu_tanh, relu or relu2. Source: Shazeer 2020, GLU Variants
+    Improve Transformer.
+    """
+    gate = gate if isinstance(gate, Tensor) else adapted_linear(x, **gate)
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    elif not isinstance(up, Tensor):
+        up = adapted_linear(x, **up)
+    h = _activated(gate, activation) * up
+    return h if down is None else adapted_linear(h, **down)
+
+
+def _activated(gate: Tensor, activation: str) -> Tensor:
+    """act(gate), each by its definition."""
+    if activation == "silu":
+        return gate * torch.sigmoid(gate)
+    if activation == "gelu":
+        return gate * 0.5 * (1.0 + torch.erf(gate / math.sqrt(2.0)))
+    if activation == "gelu_tanh":
+        inner = math.sqrt(2.0 / math.pi) * (gate + 0.044715 * gate**3)
+        return 0.5 * gate * (1.0 + torch.tanh(inner))
+    rectified = torch.relu(gate)
+    if activation not in ("relu", "relu2"):
+        raise ValueError(f"activation must be a known one, got {activation!r}")
+    return rectified if activation == "relu" else rectified**2
 
 
 def _gain(vector: Tensor | None, dtype: torch.dtype) -> Tensor | float:

@@ -81,3 +81,46 @@ def test_nf4_weight_is_what_it_decodes_to():
     torch.testing.assert_close(
         reference.adapted_linear(x, weight), x @ weight.dequantize(torch.float32).double().T
     )
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck_of_a_gated_mlp(activation, p):
+    gate, up, down = operands(K=6, N=5), operands(K=6, N=5), operands(K=5, N=6)
+    members = [{k: v for k, v in t.items() if k != "x"} for t in (gate, up, down)]
+    kinds = list(members[0])
+
+    def call(x, *values):
+        layers = [dict(zip(kinds, values[i : i + len(kinds)], strict=True)) for i in (0, 7, 14)]
+        for seed, layer in zip((5, 5, 6), layers, strict=True):
+            layer |= {"scaling": 1.7, "dropout_p": p, "dropout_seed": seed}
+        return reference.gated_mlp(x, *layers, activation)
+
+    values = [value for member in members for value in member.values()]
+    assert torch.autograd.gradcheck(call, (gate["x"], *values))
+
+
+@pytest.mark.parametrize(
+    ("activation", "by_torch"),
+    [
+        ("silu", torch.nn.functional.silu),
+        ("gelu", torch.nn.functional.gelu),
+        ("gelu_tanh", lambda g: torch.nn.functional.gelu(g, approximate="tanh")),
+        ("relu", torch.relu),
+        ("relu2", lambda g: torch.relu(g) ** 2),
+    ],
+)
+def test_activations_are_torchs(activation, by_torch):
+    x, gate_up = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 10, dtype=torch.float64)
+    gate, up = gate_up.chunk(2, dim=-1)
+    W = torch.randn(3, 5, dtype=torch.float64)
+    expected = (by_torch(gate) * up) @ W.T
+    y = reference.gated_mlp(x, gate_up, None, {"weight": W}, activation)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(reference.gated_mlp(x, gate, up, {"weight": W}, activation), y)
+
+
+def test_an_unknown_activation_is_refused():
+    gate = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="activation must be a known one"):
+        reference.gated_mlp(gate, gate, gate, None, "tanh")

@@ -62,11 +62,15 @@ def assert_accurate(
     *,
     name: str,
     compute_dtype: torch.dtype | None = None,
+    layers: int = 1,
 ) -> None:
     """Assert the rule of this module for one tensor.
 
     ``compute_dtype`` is the dtype of the factors of the matrix products; by default that of
     ``actual``. Pass it for every gradient of a parameter that is kept in a wider dtype.
+
+    ``layers``: how many of them one follows the other within the operation. What each rounds is
+    independent, so that the ceiling grows with the root.
 
     AssertionError: ``actual`` breaks the rule; the message has the figures and the worst element.
     ValueError: the yardstick itself is unusable (wrong dtype or shape, not finite).
@@ -96,18 +100,19 @@ def assert_accurate(
     bound = 2 * (err_eager + eps * scale)
     rms_ref = _rms(ref64)
     rms, rms_eager = _rms(actual64 - ref64), max(map(_rms, errors))
+    ceiling = RMS_CEILING[dtype] * layers**0.5
     worst = _index_of(error == err)
     figures = (
         f"{name} ({dtype}, shape {tuple(ref64.shape)}): max|error| {err:.3e}, allowed {bound:.3e} "
         f"(eager {err_eager:.3e}, eps·max|ref| {eps * scale:.3e}); "
-        f"rms {rms:.3e}, allowed {RMS_CEILING[dtype] * rms_ref:.3e} "
+        f"rms {rms:.3e}, allowed {ceiling * rms_ref:.3e} "
         f"(eager {rms_eager:.3e}, rms(ref) {rms_ref:.3e}); "
         f"worst at {worst}: got {actual64[worst].item():.6g}, must be {ref64[worst].item():.6g}; "
         f"best fit actual ≈ {_fitted_scale(actual64, ref64):.5f} · ref"
     )
     assert err <= bound, figures
     if rms_ref > 0:
-        assert rms <= RMS_CEILING[dtype] * rms_ref, figures
+        assert rms <= ceiling * rms_ref, figures
 
 
 def assert_all_accurate(
@@ -117,6 +122,7 @@ def assert_all_accurate(
     *,
     compute_dtype: torch.dtype | None = None,
     name: str = "",
+    layers: int = 1,
 ) -> None:
     """Assert the rule for every entry (an output or a gradient) of three mappings with equal keys.
 
@@ -136,7 +142,7 @@ def assert_all_accurate(
                 )
             continue
         try:
-            assert_accurate(got, ref, plain, name=label, compute_dtype=compute_dtype)
+            assert_accurate(got, ref, plain, name=label, compute_dtype=compute_dtype, layers=layers)
         except AssertionError as error:
             failures.append(str(error))
     assert not failures, "\n".join(failures)

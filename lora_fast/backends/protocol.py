@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, Saved
+from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
 
 
 class Backend(Protocol):
-    """Computes the equation, and other functions of its factors.
+    """Computes the equation, a gated MLP, and other functions of the factors.
 
         y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ)) + bias          S = drop(x) Aᵀ
 
@@ -49,6 +50,34 @@ class Backend(Protocol):
 
         x [..., K] is None if neither A nor W trains; `saved` comes from forward, by any plan.
         dX [..., K] is one sum, returned with the first layer.
+        """
+
+    def gated_forward(
+        self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
+    ) -> tuple[Tensor, GatedSaved]:
+        """y [..., N], or h [..., I] without down, and what the backward pass needs.
+
+        x [..., K] is None if gate and up were computed elsewhere. Without a gradient before h none
+        of down is required either, and nothing is saved. Dropout as in forward, with the seed of
+        each layer; down's mask is that of h.
+        """
+
+    def gated_backward(
+        self,
+        dY: Tensor,
+        x: Tensor | None,
+        saved: GatedSaved,
+        linears: GatedLinears,
+        activation: Activation,
+        needs: GatedNeeds,
+        *,
+        in_place: bool,
+    ) -> GatedGradients:
+        """The gradients that `needs` names, for dY [..., N], or [..., I] without down.
+
+        x is None if the A of neither gate nor up trains. With `in_place` nobody reads the saved
+        gate and up again: their memory may hold their gradients, except that of outputs which were
+        computed elsewhere.
         """
 
     def dropout_mask(

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
+from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
+from . import torch_gated
 from . import torch_low_rank as low_rank
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_dropout import Dropout, dropout_mask
@@ -110,6 +112,24 @@ class TorchBackend:
             if need.g:
                 first["g"] = _gain_gradient(dYs[0], given(saved.V)).to(given(f.g).dtype)
         return [Gradients(**gradients) for gradients in found]
+
+    def gated_forward(
+        self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
+    ) -> tuple[Tensor, GatedSaved]:
+        return torch_gated.gated_forward(self, x, linears, activation, needs)
+
+    def gated_backward(
+        self,
+        dY: Tensor,
+        x: Tensor | None,
+        saved: GatedSaved,
+        linears: GatedLinears,
+        activation: Activation,
+        needs: GatedNeeds,
+        *,
+        in_place: bool,
+    ) -> GatedGradients:
+        return torch_gated.gated_backward(self, dY, x, saved, linears, activation, needs)
 
     def dropout_mask(
         self, seed: int | Tensor, M: int, K: int, p: float, device: torch.device

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
+from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..geometry import Geometry
 from ..kernels import dropout as dropout_kernels
 from ..kernels import launch_policy, strips, ticketed_gemm, weight_update
@@ -35,7 +36,7 @@ from ..tuning.plans import (
     query,
 )
 from ..tuning.tuner import tuner
-from . import triton_routes
+from . import torch_gated, triton_routes
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_ops import TORCH, without_autocast
 from .triton_operands import (
@@ -130,6 +131,24 @@ class TritonBackend:
         if dX is not None:
             grads[0] = grads[0]._replace(x=dX.view(*dYs[0].shape[:-1], dX.shape[-1]))
         return grads
+
+    def gated_forward(
+        self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
+    ) -> tuple[Tensor, GatedSaved]:
+        return torch_gated.gated_forward(self, x, linears, activation, needs)
+
+    def gated_backward(
+        self,
+        dY: Tensor,
+        x: Tensor | None,
+        saved: GatedSaved,
+        linears: GatedLinears,
+        activation: Activation,
+        needs: GatedNeeds,
+        *,
+        in_place: bool,
+    ) -> GatedGradients:
+        return torch_gated.gated_backward(self, dY, x, saved, linears, activation, needs)
 
     def dropout_mask(
         self, seed: int | Tensor, M: int, K: int, p: float, device: torch.device

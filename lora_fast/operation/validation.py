@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors
+from ..gated import ACTIVATIONS
 from ..nf4 import NF4Weight
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +68,56 @@ def check_dropout(p: Any, seed: Any, x: Tensor) -> None:
         raise TypeError(f"dropout_seed must be an integer, got {type(seed).__name__}")
     elif not 0 <= seed < 2**63:
         raise ValueError(f"dropout_seed must lie in [0, 2**63), got {seed}")
+
+
+def check_gated(x: Any, gate: Any, up: Any, down: Any, activation: Any, seeds: Any) -> None:
+    """Raise TypeError or ValueError unless x, the linears of a gated MLP or outputs of gate and up,
+    and the seeds of the masks of x and of h fit together."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
+        raise _not_floating("x", x)
+    if not isinstance(down, Factors | None):
+        raise TypeError(f"down must be a layer or None, got {type(down).__name__}")
+    width = _width_of("gate", gate, x, seeds[0])
+    if up is not None:
+        of_up = _width_of("up", up, x, seeds[0])
+        if of_up != width:
+            raise ValueError(f"up must have as many features as gate, {width}, got {of_up}")
+    elif width % 2:
+        raise ValueError(f"gate without up must have an even number of features, got {width}")
+    else:
+        width //= 2
+    if down is not None:
+        shape = down.weight.shape
+        if len(shape) == 2 and shape[1] != width:
+            raise ValueError(f"down must have a weight [N, I] with I = {width}, got {tuple(shape)}")
+        _check_layer("down", x.new_empty(0, width), down, seeds[1])
+
+
+def _width_of(name: str, member: Any, x: Tensor, seed: Any) -> int:
+    """The features of gate or up: a layer that reads x, or its output."""
+    if isinstance(member, Factors):
+        _check_layer(name, x, member, seed)
+        return int(member.weight.shape[0])
+    if not isinstance(member, Tensor) or member.dtype not in _FLOATING:
+        raise _not_floating(name, member)
+    if member.dim() != x.dim() or member.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape [..., I] with the leading dimensions of x "
+            f"{tuple(x.shape[:-1])}, got {tuple(member.shape)}"
+        )
+    if member.device != x.device:
+        raise _elsewhere(name, member, x)
+    return member.shape[-1]
+
+
+def _check_layer(name: str, x: Tensor, f: Factors, seed: Any) -> None:
+    try:
+        check_operands(x, f)
+        check_dropout(f.constants.dropout_p, seed, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _check_seed_tensor(seed: Tensor, x: Tensor) -> None:

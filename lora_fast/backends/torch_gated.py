@@ -1,0 +1,158 @@
+"""A gated MLP of layers that a backend computes, and an activation in aten calls.
+
+    h = act(gate) ⊙ up          dup = dH ⊙ act(gate)          dgate = dH ⊙ up ⊙ act'(gate)
+
+gate and up are saved with the low rank in them. h is computed again in the backward pass, and the
+masks of the torch backend are drawn again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
+from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
+from .torch_low_rank import given
+from .torch_products import wide_dtype
+
+_NOTHING = Gradients()
+_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def gated_forward(
+    backend: Any, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
+) -> tuple[Tensor, GatedSaved]:
+    """:meth:`lora_fast.backends.protocol.Backend.gated_forward` by the layers of `backend`."""
+    found, S = _outputs(backend, x, linears, needs)
+    gate, up = _halves(*found)
+    wide = wide_dtype(gate.dtype)
+    h = activated(gate.to(wide), activation).mul_(up).to(gate.dtype)
+    saved = GatedSaved(*found, S) if needs.down.x else GatedSaved()
+    if linears.down is None:
+        return h, saved
+    (y,), of_down = backend.forward(h, [linears.down], [needs.down])
+    return y, saved._replace(Sd=of_down.S)
+
+
+def gated_backward(
+    backend: Any,
+    dY: Tensor,
+    x: Tensor | None,
+    saved: GatedSaved,
+    linears: GatedLinears,
+    activation: Activation,
+    needs: GatedNeeds,
+) -> GatedGradients:
+    """:meth:`lora_fast.backends.protocol.Backend.gated_backward` by the layers of `backend`."""
+    gate, up = _halves(given(saved.gate), saved.up)
+    wide_gate = gate.to(wide_dtype(gate.dtype))
+    acted, of_down = activated(wide_gate, activation), _NOTHING
+    if linears.down is None:
+        dH = dY
+    else:
+        f = linears.down
+        h = (acted * up).to(gate.dtype) if needs.down.A else None
+        mask = _mask_again(backend, f, dY, linears.width, needs.down)
+        of_saved = Saved(saved.Sd, None, mask)
+        (of_down,) = backend.backward([dY], h, of_saved, [f], [needs.down])
+        dH = of_down.x
+        if dH is None:
+            return GatedGradients(None, _NOTHING, _NOTHING, of_down)
+    both = gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1]) if linears.is_fused else None
+    if both is None:
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    else:
+        dgate, dup = both.chunk(2, dim=-1)
+    torch.mul(dH, acted, out=dup)
+    dgate.copy_(activation_gradient(dH * up.to(wide_gate.dtype), wide_gate, activation))
+    dYs = (dgate, dup) if both is None else (both, None)
+    return _gradients_before(backend, dYs, x, saved.S, linears, needs)._replace(down=of_down)
+
+
+def activated(gate: Tensor, activation: Activation) -> Tensor:
+    """act(gate), in new memory; differentiable."""
+    if activation == "silu":
+        return functional.silu(gate)
+    if activation in _APPROXIMATION:
+        return functional.gelu(gate, approximate=_APPROXIMATION[activation])
+    rectified = torch.relu(gate)
+    return rectified if activation == "relu" else rectified * rectified
+
+
+def activation_gradient(dActed: Tensor, gate: Tensor, activation: Activation) -> Tensor:
+    """dActed ⊙ act'(gate)."""
+    aten: Any = torch.ops.aten
+    if activation == "silu":
+        return aten.silu_backward(dActed, gate)
+    elif activation in _APPROXIMATION:
+        return aten.gelu_backward(dActed, gate, approximate=_APPROXIMATION[activation])
+    elif activation == "relu":
+        return aten.threshold_backward(dActed, gate, 0)
+    return torch.relu(gate).mul_(dActed).mul_(2.0)
+
+
+def _outputs(
+    backend: Any, x: Tensor | None, linears: GatedLinears, needs: GatedNeeds
+) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+    """gate and up, or both in one and None; and the S of those that have an A."""
+    found: list[Any] = list(linears[:2])
+    S = None
+    for places in _groups(linears):
+        group = [found[i] for i in places]
+        ys, saved = backend.forward(given(x), group, [needs[i] for i in places])
+        S = saved.S if saved.S is not None else S
+        for i, y in zip(places, ys, strict=True):
+            found[i] = y
+    return (found[0], found[1]), S
+
+
+def _gradients_before(
+    backend: Any,
+    dYs: tuple[Tensor, Tensor | None],
+    x: Tensor | None,
+    S: Tensor | None,
+    linears: GatedLinears,
+    needs: GatedNeeds,
+) -> GatedGradients:
+    """The gradients of gate, up and x for those of gate and up, or of both in one."""
+    dX: Tensor | None = None
+    found = [Gradients(x=dY if need.x else None) for dY, need in zip(dYs, needs[:2], strict=True)]
+    for places in _groups(linears):
+        fs: list[Any] = [linears[i] for i in places]
+        wanted: list[Needs] = [needs[i] for i in places]
+        dY = [given(dYs[i]) for i in places]
+        need = needs_of_all(wanted)
+        mask = _mask_again(backend, fs[0], dY[0], fs[0].weight.shape[1], need)
+        of_saved = Saved(S if fs[0].A is not None else None, None, mask)
+        for i, grads in zip(places, backend.backward(dY, x, of_saved, fs, wanted), strict=True):
+            if grads.x is not None:
+                dX = grads.x if dX is None else dX.add_(grads.x)
+            found[i] = grads._replace(x=None)
+    return GatedGradients(dX, found[0], found[1], _NOTHING)
+
+
+def _groups(linears: GatedLinears) -> list[list[int]]:
+    """Which of gate and up are computed together: both, if both have an A."""
+    layers = [i for i, f in enumerate(linears[:2]) if isinstance(f, Factors)]
+    adapted = [linears[i].A is not None for i in layers]  # type: ignore[union-attr]
+    return [layers] if layers and all(adapted) else [[i] for i in layers]
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    gate, up = gate.chunk(2, dim=-1)
+    return gate, up
+
+
+def _mask_again(backend: Any, f: Factors, dY: Tensor, K: int, need: Needs) -> Tensor | None:
+    """The mask [M, K] of the input of a layer, for a backend that saves it."""
+    p, seed = f.constants.dropout_p, f.constants.dropout_seed
+    if p == 0.0 or f.A is None or not need.saves_mask or not backend.copies_input:
+        return None
+    mask: Tensor = backend.dropout_mask(seed, dY.numel() // dY.shape[-1], K, p, dY.device)
+    return mask
