@@ -54,6 +54,8 @@ TESTED_IN = {
     "lora_fast/files/run_files.py": "training/test_inputs.py",
     "lora_fast/files/safe_files.py": "export/test_files.py",
     "lora_fast/files/sizes.py": "planning/test_cards.py",
+    "lora_fast/gated_mlps/closed_code.py": "gated_mlps/test_discovery.py",
+    "lora_fast/gated_mlps/symbols.py": "gated_mlps/test_discovery.py",
     "lora_fast/methods/adapters.py": "methods/test_table.py",
     "lora_fast/methods/base_model.py": "training/test_models.py",
     "lora_fast/methods/options.py": "methods/test_table.py",
