@@ -29,6 +29,8 @@ _CHUNK = 512
 _FEW = 16
 # Multiplications below which oneDNN's start outweighs its speed in float32.
 _ONEDNN_FROM = 1 << 21
+# Rows below which y has the bits of nn.Linear: few rows are compared with the base model.
+_ONEDNN_ROWS = 32
 # The scale of a column of zeros, whose maximum has no logarithm.
 _SMALLEST = 2.0**-100
 _EXPONENT = 0x7F800000
@@ -90,17 +92,22 @@ def _vendor() -> str:
 
 def linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a bᵀ + bias [M, N] for a [M, K] and b [N, K]."""
-    if a.shape[0] * b.numel() >= _ONEDNN_FROM and _takes_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    M = a.shape[0]
+    if M >= _ONEDNN_ROWS and M * b.numel() >= _ONEDNN_FROM and _takes_onednn(a, b):
+        return _onednn_linear(a, b, bias)
     return torch.nn.functional.linear(a, b, bias)
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a b [M, N] for a [M, K] and b [K, N], in the memory of `total` if it is given."""
     if a.shape[0] * b.numel() >= _ONEDNN_FROM and _takes_onednn(a, b):
-        ab = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        ab = _onednn_linear(a, b.T)
         return ab if total is None else total.add_(ab)
     return a @ b if total is None else total.addmm_(a, b)
+
+
+def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:
@@ -146,10 +153,10 @@ def rows_product(a: Tensor, b: Tensor, *, cancels: bool = False) -> Tensor:
     """
     (M, P), Q = a.shape, b.shape[1]
     if a.dtype is torch.float32:
-        if Q < P and M * P * Q >= _ONEDNN_FROM and _takes_onednn(b.T, a.T):
-            # The other way round it is slow.
-            return linear(b.T, a.T).T.contiguous()
-        return linear(a.T, b.T)
+        if M * P * Q >= _ONEDNN_FROM and _takes_onednn(b.T, a.T):
+            # It is slow where the result has more rows than columns.
+            return _onednn_linear(b.T, a.T).T.contiguous() if Q < P else _onednn_linear(a.T, b.T)
+        return torch.nn.functional.linear(a.T, b.T)
     converts = (_CHUNK if cancels else _FEW) >= M
     if converts or a.dtype is not torch.bfloat16 or a.is_cuda:
         return product(a.T, b)

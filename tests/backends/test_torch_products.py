@@ -240,6 +240,16 @@ def test_products_by_onednn_obey_the_rule(native: tuple[torch.dtype, ...]) -> No
 
 
 @pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("M", [10, 31])
+def test_few_rows_have_the_bits_of_the_base_layer(M: int) -> None:
+    """As PEFT's own suite expects of an adapter whose B is zero."""
+    x, W, bias = torch.rand(M, 1000), torch.rand(1000, 1000), torch.rand(1000)
+    A, B = torch.randn(4, 1000), torch.zeros(1000, 4)
+    y = functional.adapted_linear(x, W, bias, A=A, B=B)
+    assert_same_bits(y, torch.nn.functional.linear(x, W, bias), name="y")
+
+
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize(("P", "Q"), [(40, 300), (300, 40)])
 def test_products_over_rows_by_onednn(P: int, Q: int) -> None:
     a, b = torch.randn(400, P), torch.randn(400, 2 * Q)[:, ::2]
