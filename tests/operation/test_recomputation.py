@@ -6,13 +6,13 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from lora_models import nf4_linear
-from machines import Executor
+from machines import MACHINES, Executor, started
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -117,22 +117,37 @@ ROUTES = {
     # The decoded W is there: nothing decodes it in the product.
     "in the backward GEMM": (HYBRID, Plan(workspace=False)),
 }
+COMPILED = ("augmented", "in the backward GEMM")
 
 
-@pytest.mark.parametrize("route", ROUTES)
+def _machines_and_routes() -> Iterator[Any]:
+    """Every route interpreted and two of them on sm_90; the rest is exhaustive."""
+    for name, machine, marks in MACHINES:
+        for route in ROUTES:
+            chosen = not name.startswith("sm_") or (name == "sm_90" and route in COMPILED)
+            marked = marks if chosen else [*marks, pytest.mark.exhaustive]
+            yield pytest.param(machine, route, id=f"{name}-{route}", marks=marked)
+
+
+@pytest.mark.parametrize(("machine", "route"), list(_machines_and_routes()))
 def test_the_kernels_decode_once(
-    typical_executor: Executor, route: str, monkeypatch: pytest.MonkeyPatch
+    machine: Callable[[], Executor], route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with started(machine()) as executor:
+        check_decodes(executor, route, monkeypatch)
+
+
+def check_decodes(executor: Executor, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, (forward, backward) = TritonBackend(cublas=True), ROUTES[route]
     monkeypatch.setattr(selection, "_triton", lambda name: backend)
     monkeypatch.setattr(
         backend, "_plan", lambda op, *_: forward if op.startswith("forward") else backward
     )
-    step = Step(typical_executor.device)
+    step = Step(executor.device)
 
     def run(limit: int) -> tuple[int, list[Tensor]]:
         monkeypatch.setattr(decoded.bytes_saved, "told", limit)
-        with typical_executor.counting_launches() as launches:
+        with executor.counting_launches() as launches:
             results = step.run(reentrant=False)
         return sum(name.startswith("nf4") for name in launches), results
 
