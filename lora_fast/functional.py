@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .backends.torch_gates import gate_of
+from .experts.nf4_experts import NF4Experts
+from .experts.operands import Projection
 from .factors import Constants, Factors
 from .gated import Activation
 from .nf4 import NF4Weight
+from .operation import expert_layers as experts
+from .operation import expert_validation as validation
 from .operation import gated_mlp as gated
 from .operation.autograd import compute
 
@@ -136,3 +141,77 @@ def _layer(member: Any, dropout_p: float) -> Any:
         return member
     W, bias, A, B, scaling = member
     return Factors(W, bias, A, B, constants=Constants(scaling, dropout_p))
+
+
+def adapted_experts(
+    x: Tensor,
+    weight: Tensor | NF4Experts,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """y_r = W_e x_r + s · B_e A_e x_r + bias_e: one projection of the experts e of a mixture.
+
+    x [T, K], its rows sorted by expert · expert_offsets [E] (int32 or int64): where the rows of
+    each expert end, as ``torch.nn.functional.grouped_mm`` takes them · weight [E, N, K], frozen,
+    of any strides (a stored [E, K, N] is ``stored.transpose(1, 2)``), or :class:`NF4Experts` · bias
+    [E, N] · A [E, R, K] · B [E, N, R] → y [T, N]. Rows beyond the last offset belong to no expert:
+    their y and their gradient are zero. The compute dtype, and y's, is autocast's if autocast is
+    on, else x's; gradients of bias, A and B arrive in the dtype of their factor. Neither W + s B A
+    nor a gradient of W is made. Bitwise reproducible.
+
+    Raises TypeError or ValueError that names the argument for operands that do not fit together;
+    on a GPU the values of the offsets are not checked. Differentiating twice raises RuntimeError.
+    Source: LoRA (Hu et al. 2021, eq. 3) for each expert.
+    """
+    validation.check_rows("x", x)
+    projection = Projection(weight, bias, A, B, scaling)
+    validation.check_projection(projection, x)
+    E, _, K = weight.shape
+    validation.check_rows("x", x, K)
+    validation.check_offsets(expert_offsets, E, x)
+    return experts.project(x.to(experts.compute_dtype(x)), expert_offsets, projection)
+
+
+def experts_block(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    first: Projection,
+    second: Projection,
+    *,
+    activation: Activation | Callable[[Tensor], Tensor] = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+) -> Tensor:
+    """out_t = Σ_j w_tj · y_e(h_e(x_t)), e = top_k_index[t, j]: all experts of a mixture, fused.
+
+        u = W1_e x + s1 · B1_e A1_e x + bias1_e        h = act(gate) ⊙ up, [gate | up] = u
+        y = W2_e h + s2 · B2_e A2_e h + bias2_e
+
+    hidden_states [T, H] · top_k_index [T, k] (int32 or int64), an index ≥ E names no expert and
+    adds nothing · top_k_weights [T, k] · ``first`` and ``second``: :class:`Projection` s, weight
+    [E, P, H] and [E, H', I], as for :func:`adapted_experts` → out [T, H'], in the dtype of
+    hidden_states. ``activation``: silu, gelu, gelu_tanh, relu, relu2, or a function of the rows u
+    [M, P] → h [M, I], each row by itself, without parameters that train; ``gated`` and
+    ``interleaved`` (u = gate₀, up₀, gate₁, …) say what a named one reads. Saved for backward are
+    hidden_states, u, x Aᵀ of both projections and the routing; h and y are rebuilt, for the
+    gradient of top_k_weights, too. Bitwise reproducible.
+
+    Raises TypeError or ValueError that names the argument for operands that do not fit together.
+    Differentiating twice raises RuntimeError. Sources: LoRA (Hu et al. 2021, eq. 3); Shazeer et al.
+    2017, eq. 1, for the mixture.
+    """
+    validation.check_rows("hidden_states", hidden_states)
+    validation.check_projection(first, hidden_states, "first.")
+    validation.check_projection(second, hidden_states, "second.")
+    gate = gate_of(activation, gated=gated, interleaved=interleaved)
+    validation.check_rows("hidden_states", hidden_states, first.weight.shape[2])
+    validation.check_routing(top_k_index, top_k_weights, hidden_states)
+    validation.check_block(first, second, halves=isinstance(activation, str) and gated)
+    x = hidden_states.to(experts.compute_dtype(hidden_states))
+    out = experts.block(x, top_k_index, top_k_weights, first, second, gate)
+    return out.to(hidden_states.dtype)

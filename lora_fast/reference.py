@@ -10,7 +10,7 @@ part of the package: an NF4 weight is recognised by its ``dequantize`` method.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -100,6 +100,66 @@ def _activated(gate: Tensor, activation: str) -> Tensor:
     if activation not in ("relu", "relu2"):
         raise ValueError(f"activation must be a known one, got {activation!r}")
     return rectified if activation == "relu" else rectified**2
+
+
+def adapted_experts(
+    x: Tensor,
+    weight: Any,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """y_r = W_e x_r + s · B_e A_e x_r + bias_e for the rows r of every expert e.
+
+    x [T, K] sorted by expert, expert_offsets [E]: where the rows of each end, weight [E, N, K] (a
+    tensor or an object with ``dequantize(dtype)``), bias [E, N], A [E, R, K], B [E, N, R] → y
+    [T, N]; rows beyond the last offset are zero. Source: LoRA (Hu et al. 2021, eq. 3).
+    """
+    dtype = x.dtype
+    dense = weight.dequantize(dtype) if hasattr(weight, "quant_type") else weight.to(dtype)
+    parts, start = [], 0
+    for expert, stop in enumerate(expert_offsets.tolist()):
+        low_rank: dict[str, Any] = {}
+        if A is not None and B is not None:
+            low_rank = {"A": A[expert], "B": B[expert]}
+        parts.append(
+            adapted_linear(
+                x[start:stop], dense[expert], None if bias is None else bias[expert],
+                scaling=scaling, **low_rank,
+            )
+        )  # fmt: skip
+        start = stop
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - start, dense.shape[1])])
+
+
+def experts_block(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: dict[str, Any],
+    down: dict[str, Any],
+    gate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """out_t = Σ_j w_tj · down_e(gate(gate_up_e(x_t))) with e = top_k_index[t, j].
+
+    hidden_states [T, H], top_k_index and top_k_weights [T, k] → out [T, H]. ``gate_up`` and
+    ``down`` are the arguments of :func:`adapted_experts` from ``weight`` on; ``gate`` maps the rows
+    [M, P] of the first projection to [M, I]. An index ≥ E names no expert and adds nothing. Source:
+    sparsely gated mixture of experts (Shazeer et al. 2017, eq. 1).
+    """
+    tokens, k = top_k_index.shape
+    experts = gate_up["weight"].shape[0]
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    offsets = torch.stack([(ids <= expert).sum() for expert in range(experts)])
+    rows = hidden_states[order // k]
+    inner = gate(adapted_experts(rows, expert_offsets=offsets, **gate_up))
+    y = adapted_experts(inner, expert_offsets=offsets, **down)
+    weighted = y * top_k_weights.reshape(-1, 1)[order] * (ids < experts).unsqueeze(1)
+    back = torch.argsort(order)
+    return weighted[back].reshape(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 def _gain(vector: Tensor | None, dtype: torch.dtype) -> Tensor | float:

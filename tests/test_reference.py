@@ -124,3 +124,34 @@ def test_an_unknown_activation_is_refused():
     gate = torch.randn(2, 4)
     with pytest.raises(ValueError, match="activation must be a known one"):
         reference.gated_mlp(gate, gate, gate, None, "tanh")
+
+
+def test_gradcheck_of_experts():
+    E, H, INNER, R = 3, 4, 3, 2
+    shapes = [
+        *((5, H), (5, 2), (E, 2 * INNER, H), (E, 2 * INNER), (E, R, H), (E, 2 * INNER, R)),
+        *((E, H, INNER), (E, H), (E, R, INNER), (E, H, R)),
+    ]
+    values = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    index = torch.tensor([[0, 2], [2, 0], [0, 3], [2, 3], [2, 0]])  # 3 names none, 1 has no rows
+
+    def gate(rows):
+        first, second = rows.chunk(2, dim=-1)
+        return torch.nn.functional.silu(first) * second
+
+    def call(x, w, *factors):
+        names = ("weight", "bias", "A", "B")
+        first, second = (dict(zip(names, factors[i : i + 4], strict=True)) for i in (0, 4))
+        first["scaling"] = 0.7
+        return reference.experts_block(x, index, w, first, second, gate)
+
+    assert torch.autograd.gradcheck(call, tuple(values))
+    # By hand, token by token.
+    x, w, W1, b1, A1, B1, W2, b2, A2, B2 = (v.detach() for v in values)
+    for t in range(5):
+        expected = torch.zeros(H, dtype=torch.float64)
+        for j, e in enumerate(index[t].tolist()):
+            if e < E:
+                h = gate((W1[e] + 0.7 * B1[e] @ A1[e]) @ x[t] + b1[e])
+                expected += w[t, j] * ((W2[e] + B2[e] @ A2[e]) @ h + b2[e])
+        torch.testing.assert_close(call(*values)[t].detach(), expected)

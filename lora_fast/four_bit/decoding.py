@@ -53,8 +53,24 @@ def absmax_of(quant_state: Any) -> Tensor:
 def decode(packed: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
     """The dense weight [N, K] in `dtype`; packed is flat uint8, quant_state bitsandbytes' own, of
     NF4 or FP4, both on the CPU. float64 is the exact image of the float32 product."""
-    elements, blocksize = math.prod(quant_state.shape), int(quant_state.blocksize)
-    pairs, absmax = _pairs(quant_state.quant_type), absmax_of(quant_state)
+    blocksize, absmax = int(quant_state.blocksize), absmax_of(quant_state)
+    elements = math.prod(quant_state.shape)
+    flat = decode_blocks(packed, absmax, blocksize, quant_state.quant_type, dtype, elements)
+    return flat.view(*quant_state.shape)
+
+
+def decode_blocks(
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    elements: int | None = None,
+) -> Tensor:
+    """`elements` numbers, flat and in `dtype`, of packed bytes and the float32 absmax of their
+    blocks, on the CPU; by default two of each byte."""
+    elements = 2 * packed.numel() if elements is None else elements
+    pairs = _pairs(quant_type)
     out = torch.empty(elements, dtype=dtype, device="cpu")
     step = blocksize * max(1, _CHUNK // blocksize)
     for first in range(0, elements, step):
@@ -67,7 +83,7 @@ def decode(packed: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
         if whole < last - first:
             values[whole:].mul_(scales[-1])
         out[first:last].copy_(values)
-    return out.view(*quant_state.shape)
+    return out
 
 
 @functools.cache

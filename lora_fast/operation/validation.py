@@ -12,15 +12,15 @@ from ..factors import Factors
 from ..gated import ACTIVATIONS
 from ..nf4 import NF4Weight
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_operands(x: Any, f: Factors) -> None:
     """Raise TypeError or ValueError unless x and the factors fit together, whatever they are."""
     weight: Any = f.weight
     # Before every call: what is one comparison is made here, helpers only word the errors.
-    if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
-        raise _not_floating("x", x)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING:
+        raise not_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension [..., K], got a scalar")
     if x.device.type == "meta":
@@ -31,8 +31,8 @@ def check_operands(x: Any, f: Factors) -> None:
                 "weight must be a dense tensor or an NF4Weight, got a bitsandbytes Params4bit; "
                 "wrap it with NF4Weight.from_params4bit(weight)"
             )
-        if not isinstance(weight, Tensor) or weight.dtype not in _FLOATING:
-            raise _not_floating("weight", weight)
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATING:
+            raise not_floating("weight", weight)
     shape = weight.shape
     if len(shape) != 2:
         raise ValueError(f"weight must have shape [N, K], got {tuple(shape)}")
@@ -45,7 +45,7 @@ def check_operands(x: Any, f: Factors) -> None:
             f"got {tuple(x.shape)}"
         )
     if weight.device != x.device:
-        raise _elsewhere("weight", weight, x)
+        raise elsewhere("weight", weight, x)
     R = _check_low_rank(f.A, f.B, N, K, x)
     for name, vector in (("bias", f.bias), ("b", f.b), ("d", f.d), ("g", f.g)):
         if vector is not None:
@@ -75,8 +75,8 @@ def check_gated(x: Any, gate: Any, up: Any, down: Any, activation: Any, seeds: A
     and the seeds of the masks of x and of h fit together."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if not isinstance(x, Tensor) or x.dtype not in _FLOATING:
-        raise _not_floating("x", x)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING:
+        raise not_floating("x", x)
     if not isinstance(down, Factors | None):
         raise TypeError(f"down must be a layer or None, got {type(down).__name__}")
     width = _width_of("gate", gate, x, seeds[0])
@@ -100,15 +100,15 @@ def _width_of(name: str, member: Any, x: Tensor, seed: Any) -> int:
     if isinstance(member, Factors):
         _check_layer(name, x, member, seed)
         return int(member.weight.shape[0])
-    if not isinstance(member, Tensor) or member.dtype not in _FLOATING:
-        raise _not_floating(name, member)
+    if not isinstance(member, Tensor) or member.dtype not in FLOATING:
+        raise not_floating(name, member)
     if member.dim() != x.dim() or member.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"{name} must have shape [..., I] with the leading dimensions of x "
             f"{tuple(x.shape[:-1])}, got {tuple(member.shape)}"
         )
     if member.device != x.device:
-        raise _elsewhere(name, member, x)
+        raise elsewhere(name, member, x)
     return member.shape[-1]
 
 
@@ -125,7 +125,7 @@ def _check_seed_tensor(seed: Tensor, x: Tensor) -> None:
         kind = f"{seed.dtype} of shape {tuple(seed.shape)}"
         raise TypeError(f"dropout_seed must be an integer or one int64 in a tensor, got {kind}")
     if seed.device != x.device:
-        raise _elsewhere("dropout_seed", seed, x)
+        raise elsewhere("dropout_seed", seed, x)
 
 
 def _check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
@@ -144,7 +144,7 @@ def _check_rank_spans(spans: Any, x: Tensor, A: Any) -> None:
             f"got {spans.shape[0]}"
         )
     if spans.device != x.device:
-        raise _elsewhere("rank_spans", spans, x)
+        raise elsewhere("rank_spans", spans, x)
 
 
 def check_scaling(scaling: Any) -> None:
@@ -179,12 +179,12 @@ def _check_low_rank(A: Any, B: Any, N: int, K: int, x: Tensor) -> int | None:
     if A is None:
         return None
     for name, factor in (("A", A), ("B", B)):
-        if not isinstance(factor, Tensor) or factor.dtype not in _FLOATING:
-            raise _not_floating(name, factor)
+        if not isinstance(factor, Tensor) or factor.dtype not in FLOATING:
+            raise not_floating(name, factor)
         if factor.dim() != 2:
             raise ValueError(f"{name} must have two dimensions, got shape {tuple(factor.shape)}")
         if factor.device != x.device:
-            raise _elsewhere(name, factor, x)
+            raise elsewhere(name, factor, x)
     R = int(A.shape[0])
     if R < 1:
         raise ValueError(f"A must have rank R ≥ 1, got shape {tuple(A.shape)}")
@@ -198,21 +198,21 @@ def _check_low_rank(A: Any, B: Any, N: int, K: int, x: Tensor) -> int | None:
 def _check_vector(
     name: str, vector: Any, size: int | None, x: Tensor, *, needs_adapter: bool
 ) -> None:
-    if not isinstance(vector, Tensor) or vector.dtype not in _FLOATING:
-        raise _not_floating(name, vector)
+    if not isinstance(vector, Tensor) or vector.dtype not in FLOATING:
+        raise not_floating(name, vector)
     if needs_adapter and name in ("b", "d"):
         raise ValueError(f"{name} must be None when there is no adapter (A and B are None)")
     if vector.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}")
     if vector.device != x.device:
-        raise _elsewhere(name, vector, x)
+        raise elsewhere(name, vector, x)
 
 
-def _not_floating(name: str, value: Any) -> TypeError:
+def not_floating(name: str, value: Any) -> TypeError:
     if not isinstance(value, Tensor):
         return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     return TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
 
 
-def _elsewhere(name: str, value: Tensor | NF4Weight, x: Tensor) -> ValueError:
+def elsewhere(name: str, value: Tensor | NF4Weight, x: Tensor) -> ValueError:
     return ValueError(f"{name} must be on x's device {x.device}, got {value.device}")

@@ -1,0 +1,1 @@
+"""Experts of a mixture: what a call of them consists of, and what their modules look like."""

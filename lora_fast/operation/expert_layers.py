@@ -1,0 +1,137 @@
+"""Experts of a mixture with adapters, and their gradients: one projection, or a whole block.
+
+Saved for backward, beside parameters: x [T, H], the rows before the gate [T · k, P], S of both
+projections, and the routing; h, the experts' outputs and everything else is rebuilt. An NF4 weight
+stays packed and is decoded again, an expert at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends import torch_experts
+from ..backends.torch_experts import BlockNeeds, BlockSaved, ProjectionNeeds
+from ..backends.torch_gates import Gate
+from ..experts.operands import Projection, Routing, sort_by_expert
+from .autograd import is_recording
+
+# The tensors of a projection among the arguments of apply(): weight, bias, A, B.
+_PER_PROJECTION = 4
+
+
+def project(x: Tensor, offsets: Tensor, projection: Projection) -> Tensor:
+    """y [T, N] of x [T, K] in the compute dtype, its rows sorted by expert; all checked before."""
+    if not is_recording():
+        return torch_experts.project_forward(x, offsets, projection, ProjectionNeeds())[0]
+    return AdaptedExperts.apply(x, offsets, projection, *_tensors(projection))
+
+
+def block(
+    x: Tensor,
+    top_k_index: Tensor,
+    w: Tensor,
+    first: Projection,
+    second: Projection,
+    gate: Gate,
+) -> Tensor:
+    """out [T, H] of x [T, H] in the compute dtype, all checked before."""
+    routing = sort_by_expert(top_k_index, first.weight.shape[0])
+    if not is_recording():
+        return torch_experts.block_forward(x, w, routing, first, second, gate, None)[0]
+    tensors = (*_tensors(first), *_tensors(second))
+    return ExpertsBlock.apply(x, w, routing, first, second, gate, *tensors)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on, else that of x."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+class AdaptedExperts(torch.autograd.Function):
+    """apply(x, offsets, projection, weight, bias, A, B) → y; the tensors are the projection's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, offsets: Tensor, projection: Projection, *tensors: Tensor | None
+    ) -> Tensor:
+        needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
+        y, S = torch_experts.project_forward(x, offsets, projection, needs)
+        ctx.save_for_backward(x if needs.A else None, S, offsets, *tensors)
+        ctx.unsaved = _unsaved(projection)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        x, S, offsets, *tensors = ctx.saved_tensors
+        needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
+        dX, found = torch_experts.project_backward(
+            dY, x, S, offsets, _restored(ctx.unsaved, tensors), needs,
+            needs_x=ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return dX, None, None, None, *found
+
+
+class ExpertsBlock(torch.autograd.Function):
+    """apply(x, w, routing, first, second, gate, weight1, bias1, A1, B1, weight2, …) → out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        routing: Routing,
+        first: Projection,
+        second: Projection,
+        gate: Gate,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        needs = _block_needs(ctx.needs_input_grad)
+        out, saved = torch_experts.block_forward(x, w, routing, first, second, gate, needs)
+        assert saved is not None
+        read = x if needs.first.A else None
+        ctx.save_for_backward(read, w, *routing, *saved, *tensors)
+        ctx.unsaved, ctx.gate = (_unsaved(first), _unsaved(second)), gate
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, order, token, offsets, rows, S1, S2, *tensors = ctx.saved_tensors
+        first = _restored(ctx.unsaved[0], tensors[:_PER_PROJECTION])
+        second = _restored(ctx.unsaved[1], tensors[_PER_PROJECTION:])
+        dx, dw, of_first, of_second = torch_experts.block_backward(
+            dout, x, w, Routing(order, token, offsets), BlockSaved(rows, S1, S2),
+            first, second, ctx.gate, _block_needs(ctx.needs_input_grad),
+        )  # fmt: skip
+        return dx, dw, None, None, None, None, None, *of_first, None, *of_second
+
+
+def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
+    """What autograd saves of a projection, in the order of its fields."""
+    weight = projection.weight
+    dense = weight if isinstance(weight, Tensor) else None
+    return (dense, projection.bias, projection.A, projection.B)
+
+
+def _unsaved(projection: Projection) -> tuple[Any, float]:
+    weight = projection.weight
+    return None if isinstance(weight, Tensor) else weight, projection.scaling
+
+
+def _restored(unsaved: tuple[Any, float], tensors: Any) -> Projection:
+    packed, scaling = unsaved
+    weight, bias, A, B = tensors
+    return Projection(packed if weight is None else weight, bias, A, B, scaling)
+
+
+def _block_needs(needs_input_grad: tuple[bool, ...]) -> BlockNeeds:
+    x, w, _, _, _, _, *rest = needs_input_grad
+    return BlockNeeds(x, w, ProjectionNeeds(*rest[1:4]), ProjectionNeeds(*rest[5:8]))
