@@ -27,8 +27,8 @@ def gated_forward(
     backend: Any, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
 ) -> tuple[Tensor, GatedSaved]:
     """:meth:`lora_fast.backends.protocol.Backend.gated_forward` by the layers of `backend`."""
-    found, S = _outputs(backend, x, linears, needs)
-    gate, up = _halves(*found)
+    found, S = outputs(backend, x, linears, needs)
+    gate, up = halves(*found)
     wide = wide_dtype(gate.dtype)
     h = activated(gate.to(wide), activation).mul_(up).to(gate.dtype)
     saved = GatedSaved(*found, S) if needs.down.x else GatedSaved()
@@ -48,7 +48,7 @@ def gated_backward(
     needs: GatedNeeds,
 ) -> GatedGradients:
     """:meth:`lora_fast.backends.protocol.Backend.gated_backward` by the layers of `backend`."""
-    gate, up = _halves(given(saved.gate), saved.up)
+    gate, up = halves(given(saved.gate), saved.up)
     wide_gate = gate.to(wide_dtype(gate.dtype))
     acted, of_down = activated(wide_gate, activation), _NOTHING
     if linears.down is None:
@@ -68,7 +68,8 @@ def gated_backward(
     else:
         dgate, dup = both.chunk(2, dim=-1)
     torch.mul(dH, acted, out=dup)
-    dgate.copy_(activation_gradient(dH * up.to(wide_gate.dtype), wide_gate, activation))
+    dActed = dH * up.to(wide_gate.dtype)
+    dgate.copy_(activation_gradient(dActed, wide_gate, activation, out=torch.empty_like(dActed)))
     dYs = (dgate, dup) if both is None else (both, None)
     return _gradients_before(backend, dYs, x, saved.S, linears, needs)._replace(down=of_down)
 
@@ -83,19 +84,22 @@ def activated(gate: Tensor, activation: Activation) -> Tensor:
     return rectified if activation == "relu" else rectified * rectified
 
 
-def activation_gradient(dActed: Tensor, gate: Tensor, activation: Activation) -> Tensor:
-    """dActed ⊙ act'(gate)."""
+def activation_gradient(
+    dActed: Tensor, gate: Tensor, activation: Activation, *, out: Tensor
+) -> Tensor:
+    """dActed ⊙ act'(gate), in `out`."""
     aten: Any = torch.ops.aten
     if activation == "silu":
-        return aten.silu_backward(dActed, gate)
-    elif activation in _APPROXIMATION:
-        return aten.gelu_backward(dActed, gate, approximate=_APPROXIMATION[activation])
-    elif activation == "relu":
-        return aten.threshold_backward(dActed, gate, 0)
-    return torch.relu(gate).mul_(dActed).mul_(2.0)
+        return aten.silu_backward.grad_input(dActed, gate, grad_input=out)
+    if activation in _APPROXIMATION:
+        approximate = _APPROXIMATION[activation]
+        return aten.gelu_backward.grad_input(dActed, gate, approximate=approximate, grad_input=out)
+    if activation == "relu":
+        return aten.threshold_backward.grad_input(dActed, gate, 0, grad_input=out)
+    return torch.mul(torch.relu(gate).mul_(2.0), dActed, out=out)
 
 
-def _outputs(
+def outputs(
     backend: Any, x: Tensor | None, linears: GatedLinears, needs: GatedNeeds
 ) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
     """gate and up, or both in one and None; and the S of those that have an A."""
@@ -142,7 +146,7 @@ def _groups(linears: GatedLinears) -> list[list[int]]:
     return [layers] if layers and all(adapted) else [[i] for i in layers]
 
 
-def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     if up is not None:
         return gate, up
     gate, up = gate.chunk(2, dim=-1)

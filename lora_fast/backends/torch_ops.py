@@ -12,8 +12,6 @@ torch_products.py determines the dtype of products, and by which library they ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +19,14 @@ from torch import Tensor
 from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
-from . import torch_gated
+from . import torch_gated_rows
 from . import torch_low_rank as low_rank
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_dropout import Dropout, dropout_mask
+from .torch_layer import adapted, dense, rows_of, stacked, without_autocast
 from .torch_low_rank import given
 from .torch_products import (
     add_product,
-    linear,
     product_dtypes,
     rows_product,
     wide_dtype,
@@ -38,7 +36,6 @@ from .torch_products import (
 _BLOCK_ELEMENTS = 1 << 18
 # Elements of the widened rows of a weight that update_weight holds at a time: 16 MiB in float32.
 _UPDATE_ELEMENTS = 1 << 22
-_UNCHANGED = nullcontext()
 
 
 class TorchBackend:
@@ -59,16 +56,16 @@ class TorchBackend:
             columns: Sequence[Tensor | None] = [None]
             if f.A is not None:
                 dropout = None if f.constants.dropout_p == 0.0 else _drawn(f, rows)
-                A, ranks = (f.A, None) if len(fs) == 1 else _stacked(fs, narrow)
+                A, ranks = (f.A, None) if len(fs) == 1 else stacked(fs, narrow)
                 x_narrow = rows if narrow is work else rows.to(narrow)
                 S = low_rank.shrink(x_narrow, A, dropout, f.constants.rank_spans)
                 columns = [S] if ranks is None else S.split(ranks, dim=1)
             ys = []
             for f, S_i in zip(fs, columns, strict=True):
-                W = _dense(f.weight, dtype)
+                W = dense(f.weight, dtype)
                 W = W if work is dtype else W.to(work)
                 if f.g is None:
-                    y = _adapted(rows, W, S_i, f, f.bias)
+                    y = adapted(rows, W, S_i, f, f.bias)
                 else:
                     y, V = _gained(rows, W, S_i, f)
                 ys.append(shaped_as(x, y if work is dtype else y.to(dtype)))
@@ -89,7 +86,7 @@ class TorchBackend:
         f, need, shape = fs[0], needs[0] if len(fs) == 1 else needs_of_all(needs), dYs[0].shape
         dtype, (work, narrow) = dYs[0].dtype, product_dtypes(dYs[0])
         with without_autocast(dYs[0]):
-            dYs = [_rows_of(dY, work) for dY in dYs]
+            dYs = [rows_of(dY, work) for dY in dYs]
             narrows = dYs if narrow is work else [dY.to(narrow) for dY in dYs]
             dropout = None if saved.mask is None else Dropout(saved.mask, f.constants.dropout_p)
             dS = None
@@ -100,10 +97,10 @@ class TorchBackend:
             found = list(map(low_rank.output_gradients, narrows, S, fs, needs))
             first = found[0]
             if x is not None and need.A:
-                dA = low_rank.factor_gradient(given(dS), _rows_of(x, narrow), dropout)
+                dA = low_rank.factor_gradient(given(dS), rows_of(x, narrow), dropout)
                 _set_gradients_of_A(found, dA, fs, needs)
             if x is not None and need.weight:
-                dW = low_rank.times_gain(rows_product(dYs[0], _rows_of(x, work)), f)
+                dW = low_rank.times_gain(rows_product(dYs[0], rows_of(x, work)), f)
                 first["weight"] = dW.to(f.weight.dtype)
             if need.x:
                 dX = self._input_gradient(dYs, dS, fs, dropout, dtype, narrow)
@@ -116,7 +113,7 @@ class TorchBackend:
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
     ) -> tuple[Tensor, GatedSaved]:
-        return torch_gated.gated_forward(self, x, linears, activation, needs)
+        return torch_gated_rows.gated_forward(self, x, linears, activation, needs)
 
     def gated_backward(
         self,
@@ -129,7 +126,7 @@ class TorchBackend:
         *,
         in_place: bool,
     ) -> GatedGradients:
-        return torch_gated.gated_backward(self, dY, x, saved, linears, activation, needs)
+        return torch_gated_rows.gated_backward(dY, x, saved, linears, activation, needs)
 
     def dropout_mask(
         self, seed: int | Tensor, M: int, K: int, p: float, device: torch.device
@@ -144,7 +141,7 @@ class TorchBackend:
         If B A is zero it equals the norm that m was initialised with, so g is 1 before training.
         """
         with without_autocast(A):
-            W = _dense(weight, torch.float32)
+            W = dense(weight, torch.float32)
             lengths = torch.linalg.vector_norm(W, dim=1)
             a, b = A.float(), B.float()
             cross = torch.linalg.vecdot(W @ a.T, b)
@@ -196,10 +193,10 @@ class TorchBackend:
         """dX = Σ dY (g ⊙ W) + drop'(dS A)."""
         work, dX = dYs[0].dtype, None
         if dS is not None:
-            dX = low_rank.input_gradient(dS, _stacked(fs, narrow)[0], dropout)
+            dX = low_rank.input_gradient(dS, stacked(fs, narrow)[0], dropout)
             dX = dX if narrow is work else dX.to(work)
         for dY, f in zip(dYs, fs, strict=True):
-            W = _dense(f.weight, dtype)
+            W = dense(f.weight, dtype)
             W = W if work is dtype else W.to(work)
             if f.g is not None:
                 # g multiplies the smaller one of dY [M, N] and W [N, K].
@@ -214,62 +211,24 @@ class TorchBackend:
 TORCH = TorchBackend()
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast, which would round float32 products a second time."""
-    device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):
-        return _UNCHANGED
-    return torch.autocast(device, enabled=False)
-
-
-def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`."""
-    if not isinstance(weight, NF4Weight):
-        return weight.to(dtype)
-    if weight.decoded is None:
-        return weight.dequantize(dtype)
-    return weight.decoded.once(dtype, lambda: weight.dequantize(dtype))
-
-
 def _drawn(f: Factors, x: Tensor) -> Dropout:
     """The dropout of x [M, K] in a forward pass."""
     (M, K), p, seed = x.shape, f.constants.dropout_p, f.constants.dropout_seed
     return Dropout(dropout_mask(seed, M, K, p, x.device), p)
 
 
-def _rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., K] as [M, K] in `dtype`."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.dtype is dtype else rows.to(dtype)
-
-
-def _adapted(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + s · b ⊙ ((d ⊙ S) Bᵀ) + bias, in 16 bits the product with W last."""
-    work, scaling = rows.dtype, f.constants.scaling
-    bias = None if bias is None else bias.to(work)
-    if S is None:
-        return linear(rows, W, bias)
-    Q = low_rank.expand_factor(f, S.dtype)
-    if work.itemsize > 2:
-        return linear(rows, W, bias).addmm_(S, Q.T, alpha=scaling)
-    # With beta = 0 the first argument is not read.
-    first, beta = (S.new_empty(1), 0.0) if bias is None else (bias.to(S.dtype), 1.0)
-    low = torch.addmm(first, S, Q.T, beta=beta, alpha=scaling)
-    return (low if S.dtype is work else low.to(work)).addmm_(rows, W.T)
-
-
 def _gained(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors) -> tuple[Tensor, Tensor]:
     """y = g ⊙ V + bias, and V."""
     g, bias = given(f.g), f.bias
     if rows.dtype.itemsize > 2:
-        y, g = _adapted(rows, W, S, f, bias), g.to(rows.dtype)
+        y, g = adapted(rows, W, S, f, bias), g.to(rows.dtype)
         if bias is None:
             return y * g, y
         V = y - bias
         # By g − 1, so that a gain of 1 gives the same bits as no gain.
         return torch.addcmul(y, V, g - 1.0), V
     # In 16 bits V would be lost beside a large bias.
-    V = _adapted(rows, W, S, f, None)
+    V = adapted(rows, W, S, f, None)
     return _times(V, g, bias), V
 
 
@@ -313,16 +272,3 @@ def _set_gradients_of_A(
     for gradients, part, f, need in zip(found, parts, fs, needs, strict=True):
         if need.A:
             gradients["A"] = part.to(given(f.A).dtype)
-
-
-def _stacked(fs: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-    """The A of all layers [Σ R_i, K] in `dtype`, and the R_i."""
-    if len(fs) == 1:
-        A = given(fs[0].A)
-        return A if A.dtype is dtype else A.to(dtype), [A.shape[0]]
-    factors, ranks = [], []
-    for f in fs:
-        if f.A is not None:
-            factors.append(f.A if f.A.dtype is dtype else f.A.to(dtype))
-            ranks.append(f.A.shape[0])
-    return torch.cat(factors), ranks

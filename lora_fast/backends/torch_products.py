@@ -111,13 +111,15 @@ def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN multiplies a [M, K] with b, [N, K] or [K, N], faster if both are large."""
+    """Whether oneDNN multiplies a [M, K] with b, [N, K] or [K, N], faster if both are large.
+
+    If gaps are between the rows of b, its reference code does, a thousand times slower."""
     return (
         a.dtype is torch.float32
         and onednn_is_faster()
         and a.device.type == "cpu"
         and _is_packed(a)
-        and _is_packed(b)
+        and _has_no_gaps(b)
         and torch._C._get_mkldnn_enabled()
     )
 
@@ -128,6 +130,12 @@ def _is_packed(matrix: Tensor) -> bool:
     if over_columns == 1:
         return over_rows >= columns
     return over_rows == 1 and over_columns >= rows
+
+
+def _has_no_gaps(matrix: Tensor) -> bool:
+    """Whether the elements of a matrix or of its transpose lie side by side."""
+    (rows, columns), strides = matrix.shape, matrix.stride()
+    return strides in ((columns, 1), (1, rows))
 
 
 def scaled_product(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:

@@ -38,7 +38,8 @@ from ..tuning.plans import (
 from ..tuning.tuner import tuner
 from . import torch_gated, triton_routes
 from .protocol import columns_of, ranks_of, shaped_as
-from .torch_ops import TORCH, without_autocast
+from .torch_layer import without_autocast
+from .torch_ops import TORCH
 from .triton_operands import (
     Launching,
     dense,

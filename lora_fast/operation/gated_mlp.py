@@ -171,8 +171,8 @@ class GatedMLP(torch.autograd.Function):
         backend: Backend,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ready = isinstance(linears.gate, Tensor), isinstance(linears.up, Tensor)
-        ctx.needs = needs = _needs_of(ctx.needs_input_grad, ready)
+        reads_x = tuple(isinstance(f, Factors) for f in linears[:2])
+        ctx.needs = needs = _needs_of(ctx.needs_input_grad, reads_x)
         ctx.decoded = _decoded_again(linears, needs)
         read_by: list[Any] = list(linears)
         for i in ctx.decoded:
@@ -222,13 +222,13 @@ _differentiable_once = once_differentiable(_gradients)
 
 
 @functools.lru_cache(maxsize=256)
-def _needs_of(needs_input_grad: tuple[bool, ...], ready: tuple[bool, bool]) -> GatedNeeds:
+def _needs_of(needs_input_grad: tuple[bool, ...], reads_x: tuple[bool, ...]) -> GatedNeeds:
     """The gradients of every layer, by the arguments of apply() that need one."""
     needs_x, _, _, _, *rest = needs_input_grad
     found, of_h = [], False
     for i in range(3):
         _, bias, A, B = rest[2 + _PER_LAYER * i :][:_PER_LAYER]
-        of_input = of_h if i == 2 else rest[i] if ready[i] else needs_x
+        of_input = of_h if i == 2 else needs_x if reads_x[i] else rest[i]
         found.append(Needs(x=of_input, bias=bias, A=A, B=B))
         of_h = of_h or any(found[-1])
     return GatedNeeds(*found)

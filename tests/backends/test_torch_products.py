@@ -264,6 +264,25 @@ def test_products_over_rows_by_onednn(P: int, Q: int) -> None:
     assert "mkldnn._linear_pointwise" not in seen.operations
 
 
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_factor_with_gaps_is_left_to_pytorch(transposed: bool) -> None:
+    """oneDNN's reference code multiplies with it, a thousand times slower."""
+    a, wide = torch.randn(96, 160), torch.randn(160, 2 * 160)
+    for b, by in ((wide[:, :160], 0), (wide[:, :160].contiguous(), 1)):
+        b = b.T if transposed else b
+        for multiply in (
+            torch_products.linear,
+            lambda a, b: torch_products.add_product(None, a, b),
+        ):
+            with _Wide() as seen:
+                multiply(a, b)
+            assert seen.operations.count("mkldnn._linear_pointwise") == by
+    with _Wide() as seen:
+        torch_products.linear(wide[:, :160], a)
+    assert "mkldnn._linear_pointwise" in seen.operations, "gaps between the rows of the first"
+
+
 @pytest.mark.parametrize(("maker", "width"), [("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX2")])
 def test_other_cpus_multiply_float32_by_mkl(
     maker: str, width: str, monkeypatch: pytest.MonkeyPatch
