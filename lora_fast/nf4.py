@@ -138,7 +138,9 @@ class NF4Weight:
         """
         wanted = dtype or self.dtype
         if self.packed.device.type == "cpu":
-            return decode(self.packed, self.quant_state, wanted)
+            state = self.quant_state
+            absmax, blocksize = absmax_of(state), int(state.blocksize)
+            return decode(self.packed, absmax, blocksize, "nf4", wanted, state.shape)
         import bitsandbytes  # noqa: F401 - registers the operator
 
         direct = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..four_bit.decoding import absmax_of, decode_blocks
+from ..four_bit.decoding import absmax_of, decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ def _decoded(
 ) -> Tensor:
     """The dense weight of `shape` in `dtype`, by the formula."""
     if packed.device.type == "cpu":
-        return decode_blocks(packed, absmax, blocksize, "nf4", dtype).view(shape)
+        return decode(packed, absmax, blocksize, "nf4", dtype, shape)
     import bitsandbytes  # noqa: F401 - registers the operator
 
     known = (torch.float32, torch.float16, torch.bfloat16)

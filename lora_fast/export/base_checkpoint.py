@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import first_line
 from ..files.model_source import check_hub
 from ..files.safe_files import COMPANIONS, CONFIG, Entry, TensorFiles, checkpoint_files
-from ..four_bit.decoding import decode
+from ..four_bit.decoding import absmax_of, decode
 
 _STATE = re.compile(r"^(.*weight)\.quant_state\.bitsandbytes__(\w+)$")
 _CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -78,8 +78,9 @@ class Weights:
         key = self.stored[name]
         if key not in self._states:
             return self._files.tensor(key)
-        packed, state = self._files.tensor(key), self._quant_state(key)
-        return decode(packed.view(torch.uint8).view(-1), state, state.dtype)
+        packed, state = self._files.tensor(key).view(torch.uint8).view(-1), self._quant_state(key)
+        absmax, blocksize = absmax_of(state), int(state.blocksize)
+        return decode(packed, absmax, blocksize, state.quant_type, state.dtype, state.shape)
 
     def _entry(self, key: str) -> Entry:
         if key not in self._states:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,26 +51,18 @@ def absmax_of(quant_state: Any) -> Tensor:
     return codes.mul_(scales).add_(quant_state.offset).view(quant_state.absmax.shape)
 
 
-def decode(packed: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
-    """The dense weight [N, K] in `dtype`; packed is flat uint8, quant_state bitsandbytes' own, of
-    NF4 or FP4, both on the CPU. float64 is the exact image of the float32 product."""
-    blocksize, absmax = int(quant_state.blocksize), absmax_of(quant_state)
-    elements = math.prod(quant_state.shape)
-    flat = decode_blocks(packed, absmax, blocksize, quant_state.quant_type, dtype, elements)
-    return flat.view(*quant_state.shape)
-
-
-def decode_blocks(
+def decode(
     packed: Tensor,
     absmax: Tensor,
     blocksize: int,
     quant_type: str,
     dtype: torch.dtype,
-    elements: int | None = None,
+    shape: Sequence[int],
 ) -> Tensor:
-    """`elements` numbers, flat and in `dtype`, of packed bytes and the float32 absmax of their
-    blocks, on the CPU; by default two of each byte."""
-    elements = 2 * packed.numel() if elements is None else elements
+    """The dense weight of `shape` in `dtype`, of NF4 or FP4, on the CPU: packed is flat uint8,
+    absmax float32, one for each block of the flattened weight. float64 is the exact image of the
+    float32 product."""
+    elements = math.prod(shape)
     pairs = _pairs(quant_type)
     out = torch.empty(elements, dtype=dtype, device="cpu")
     step = blocksize * max(1, _CHUNK // blocksize)
@@ -83,7 +76,7 @@ def decode_blocks(
         if whole < last - first:
             values[whole:].mul_(scales[-1])
         out[first:last].copy_(values)
-    return out
+    return out.view(*shape)
 
 
 @functools.cache
