@@ -69,7 +69,7 @@ def gated_backward(
         dgate, dup = both.chunk(2, dim=-1)
     torch.mul(dH, acted, out=dup)
     dActed = dH * up.to(wide_gate.dtype)
-    dgate.copy_(activation_gradient(dActed, wide_gate, activation, out=torch.empty_like(dActed)))
+    dgate.copy_(activation_gradient(dActed, wide_gate, activation))
     dYs = (dgate, dup) if both is None else (both, None)
     return _gradients_before(backend, dYs, x, saved.S, linears, needs)._replace(down=of_down)
 
@@ -85,10 +85,11 @@ def activated(gate: Tensor, activation: Activation) -> Tensor:
 
 
 def activation_gradient(
-    dActed: Tensor, gate: Tensor, activation: Activation, *, out: Tensor
+    dActed: Tensor, gate: Tensor, activation: Activation, out: Tensor | None = None
 ) -> Tensor:
-    """dActed ⊙ act'(gate), in `out`."""
+    """dActed ⊙ act'(gate), in `out` if it is given."""
     aten: Any = torch.ops.aten
+    out = torch.empty_like(dActed) if out is None else out
     if activation == "silu":
         return aten.silu_backward.grad_input(dActed, gate, grad_input=out)
     if activation in _APPROXIMATION:
