@@ -58,6 +58,10 @@ def _is_stored_as_integers(model: nn.Module) -> bool:
     return any(not weight.is_floating_point() for weight in weights)
 
 
+def _adapts_parameters(model: nn.Module) -> bool:
+    return any(hasattr(module, "parameter_name") for module in model.modules())
+
+
 SHARDED_INTEGERS = Feature(
     "FSDP2 over 4-bit weights that are stored as integers",
     "torch",
@@ -73,7 +77,14 @@ EQUAL_ABSMAX = Feature(
     "bitsandbytes ends the process there",
     lambda model: False,  # Only quantising fails: a quantised weight is fine.
 )
-FEATURES = (SHARDED_INTEGERS, EQUAL_ABSMAX)
+EXPERTS_OF_PEFT = Feature(
+    "LoRA on the experts of a mixture in one operation",
+    "peft",
+    (0, 19, 1),
+    "before, lora_A and lora_B of target_parameters swap roles; PEFT's own path runs",
+    _adapts_parameters,
+)
+FEATURES = (SHARDED_INTEGERS, EQUAL_ABSMAX, EXPERTS_OF_PEFT)
 
 
 def switched_off(model: nn.Module | None = None) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
     layers = tuple(
-        _layer_report(name, layer, modules[name.rpartition(".")[0]])
+        _layer_report(name, layer, modules[name.rpartition(".")[0]], _outermost(name, modules))
         for name, layer in adapted_layers(model)
     )
     return Report(layers, switched_off(model) if layers else ())
@@ -126,7 +126,15 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _layer_report(name: str, layer: Any, parent: nn.Module) -> LayerReport:
+def _outermost(name: str, modules: dict[str, nn.Module]) -> Any:
+    """The layer that computes `name`: of nested wrappers around parameters the outermost."""
+    parent = name.removesuffix(".base_layer")
+    if parent != name and hasattr(modules[parent], "parameter_name"):
+        return _outermost(parent, modules)
+    return modules[name]
+
+
+def _layer_report(name: str, layer: Any, parent: nn.Module, computes: Any) -> LayerReport:
     calls = getattr(layer, "_lora_fast_calls", None) or CallCounts()
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
     siblings, alone = _siblings(layer, parent)
@@ -134,7 +142,7 @@ def _layer_report(name: str, layer: Any, parent: nn.Module) -> LayerReport:
         name=name,
         kind=_kind(layer),
         base=describe(base),
-        obstacle=environment_obstacle() or _obstacle(layer),
+        obstacle=environment_obstacle() or _obstacle(computes),
         fused_calls=calls.fused,
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,

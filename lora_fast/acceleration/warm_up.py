@@ -64,7 +64,8 @@ def units(model: nn.Module) -> list[Unit]:
     fused = {layer.name for layer in report(model).layers if layer.fused}
     bundles: dict[int, list[tuple[str, Any]]] = {}
     for name, layer in adapted_layers(model):
-        if name in fused:
+        # Experts run in PyTorch's operations.
+        if name in fused and not hasattr(layer, "parameter_name"):
             group, _ = _group_of(layer) or (layer, 0)
             bundles.setdefault(id(group), []).append((name, layer))
     found: dict[Any, Unit] = {}

@@ -97,7 +97,7 @@ def project_forward(
     S = _saved_S(projection, needs, x, x.shape[0])
     with without_autocast(x):
         factors = projection.by_expert(x.dtype)
-        for expert, start, stop in spans(offsets):
+        for expert, start, stop in spans(offsets, x.shape[0]):
             rows = slice(start, stop)
             y[rows], found = _forward(x[rows], factors[expert], S is not None)
             _keep(S, rows, found)
@@ -120,7 +120,7 @@ def project_backward(
     wanted = (Needs(x=needs_x, bias=needs.bias, A=needs.A, B=needs.B),)
     with without_autocast(dY):
         factors = projection.by_expert(dY.dtype)
-        for expert, start, stop in spans(offsets):
+        for expert, start, stop in spans(offsets, dY.shape[0]):
             rows = slice(start, stop)
             saved = Saved(None if S is None else S[rows])
             x_e = None if x is None else x[rows]

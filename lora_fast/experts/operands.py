@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..factors import Constants, Factors
 from .nf4_experts import NF4Experts
@@ -65,13 +66,19 @@ class Routing(NamedTuple):
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """(expert, start, stop) of every expert with rows; on a GPU it waits for the offsets."""
-        return spans(self.offsets)
+        return spans(self.offsets, self.order.shape[0])
 
 
-def spans(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(expert, start, stop) of every expert with rows, from where its rows end [E]."""
+def spans(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(expert, start, stop) of every expert with some of the rows, from where they end [E]. Fake
+    offsets have no values: then the rows are divided evenly."""
+    experts = offsets.shape[0]
+    if isinstance(offsets, FakeTensor):
+        stops = [rows * (expert + 1) // experts for expert in range(experts)]
+    else:
+        stops = offsets.tolist()
     start = 0
-    for expert, stop in enumerate(offsets.tolist()):
+    for expert, stop in enumerate(stops):
         if stop > start:
             yield expert, start, stop
         start = stop

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import adalora_layers, ia3_layers, lora_layers, shared_input, vera_layers
+from . import (
+    adalora_layers,
+    expert_wrappers,
+    ia3_layers,
+    lora_layers,
+    shared_input,
+    vera_layers,
+)
 from .fused_forward import FusedForward
 from .lora_layers import FusedLoRALayer
 from .tuners import COVER, TUNER_CLASSES
@@ -20,6 +27,7 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     **vera_layers.FUSED_CLASSES,
     **adalora_layers.FUSED_CLASSES,
     **ia3_layers.FUSED_CLASSES,
+    **expert_wrappers.FUSED_CLASSES,
 }
 STOCK_CLASSES = {ours: stock for stock, ours in (FUSED_CLASSES | TUNER_CLASSES).items()}
 

@@ -49,5 +49,5 @@ def about_experts(experts: Experts, dtype: str, *, quantised: bool) -> str:
     line = f"experts: {size:.3g}B parameters in {experts.modules} modules, no linear layers; "
     line += f"they stay {dtype}, " + ("which --quantize nf4 does not change, " if quantised else "")
     if experts.trained:
-        return line + f"and PEFT's own code trains {experts.trained / 1e6:.4g}M parameters on them"
+        return line + f"and LoRA trains {experts.trained / 1e6:.4g}M parameters on them"
     return line + "and are not adapted"

@@ -16,6 +16,7 @@ from .. import four_bit
 from ..acceleration.report import adapted_layers, report
 from ..acceleration.switch import accelerate
 from ..acceleration.warm_up import base_of, kind_of
+from ..experts.module_layout import layout_of
 from ..methods.table import METHODS
 from ..optional_packages import needed
 from ..peft_layers import FusedForward
@@ -43,6 +44,7 @@ class Replica(nn.Module):
             _why_not(model.get_submodule(layer.name), layer.obstacle)
             for layer in report(model).layers
             if not _can_be_fused(model.get_submodule(layer.name))
+            and not _is_of_experts(model.get_submodule(layer.name))
         )
         self.alike: dict[str, int] = {}
         known: dict[Any, str] = {}
@@ -122,6 +124,12 @@ def _can_be_fused(layer: Any) -> bool:
     """Whether the layer is ours, around a layer that will be linear once it is loaded."""
     base = base_of(layer) if isinstance(layer, FusedForward) else None
     return type(base) is nn.Linear or four_bit.is_four_bit(base)
+
+
+def _is_of_experts(layer: Any) -> bool:
+    """Whether the layer adapts experts that run fused, in PyTorch's operations: nothing to time."""
+    is_wrapper = isinstance(layer, FusedForward) and hasattr(layer, "parameter_name")
+    return is_wrapper and layout_of(base_of(layer))[0] is not None
 
 
 def _why_not(layer: Any, obstacle: str | None) -> str:

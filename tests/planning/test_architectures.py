@@ -107,7 +107,7 @@ def test_what_cannot_run_fused_is_said_and_not_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reasons = {
-        "qwen3-moe": "6 layers stay PEFT's: lora.ParamWrapper has no fused path",
+        "qwen3-moe": "2 layers stay PEFT's: base layer is Qwen3MoeTopKRouter",
         "gpt2": "8 layers stay PEFT's: base layer is Conv1D",
         "mamba": "all-linear leaves out dt_proj, out_proj, x_proj: the model multiplies",
         "gpt-oss": "the checkpoint is stored in mxfp4; this is for a copy in bfloat16",
@@ -129,7 +129,7 @@ def test_experts_are_counted_apart_and_told_of() -> None:
     about = adapted.notes[0]
     assert f"experts: {size / 1e9:.3g}B parameters in 2 modules" in about
     assert "which --quantize nf4 does not change" in about
-    assert "PEFT's own code trains" in about
+    assert "and LoRA trains" in about
     attention = plan(config, target_modules="q_proj,k_proj,v_proj,o_proj", **shape)
     assert attention.notes[0].endswith("and are not adapted")
     dense = plan(config, quantize="none", **shape)

@@ -1,0 +1,91 @@
+"""How a module of experts stores them, read from its attributes: never from a model's name.
+
+transformers decorates the modules that compute out_t = Σ_j w_tj · down_e(gate(gate_up_e(x_t))) with
+``use_experts_implementation``, which leaves them flags: ``is_transposed`` ([E, K, N] instead of
+[E, N, K]), ``has_bias``, ``has_gate`` (``gate_up_proj`` or ``up_proj``) and others. Their gate is
+``_apply_gate``, whose order of rows (halves, or interleaved) is its own affair.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .nf4_experts import NF4Experts
+from .storage import packed_experts
+
+_FLAGS = ("is_transposed", "has_bias", "has_gate", "has_post_expert_norm")
+# Implementations of the same equation that transformers itself has; None is eager.
+_REPLACED = (None, "eager", "grouped_mm", "batched_mm")
+
+
+class Layout(NamedTuple):
+    """The names of the parameters of a module of experts, and how they are stored."""
+
+    first: str
+    second: str
+    gated: bool
+    transposed: bool
+    bias: bool
+
+    def parameters(self) -> tuple[str, ...]:
+        biases = (f"{self.first}_bias", f"{self.second}_bias") if self.bias else ()
+        return (self.first, self.second, *biases)
+
+
+def layout_of(module: Any) -> tuple[Layout | None, str | None]:
+    """The layout, or why a module does not compute that equation on parameters of its own."""
+    shared = _shared_forward()
+    if shared is None or getattr(type(module).forward, "__code__", None) is not shared:
+        return None, f"forward of {type(module).__name__} is not that of transformers' experts"
+    if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
+        return None, "transformers without flags of the experts' layout"
+    if module.has_post_expert_norm:
+        return None, "norm of each expert's output"
+    if getattr(module, "_is_expert_parallel", False):
+        return None, "expert parallelism"
+    implementation = getattr(module.config, "_experts_implementation", None)
+    if implementation not in _REPLACED:
+        return None, f"experts_implementation {implementation}"
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    layout = Layout(first, "down_proj", module.has_gate, module.is_transposed, module.has_bias)
+    for name in layout.parameters():
+        if module._parameters.get(name) is None and packed_experts(module, name) is None:
+            return None, f"{name} is {'parametrized' if hasattr(module, name) else 'absent'}"
+    return layout, None
+
+
+def weight_of(module: Any, name: str, *, transposed: bool) -> Any:
+    """W [E, N, K] of a parameter: a view of it, or :class:`NF4Experts`."""
+    packed = packed_experts(module, name)
+    if packed is not None:
+        return NF4Experts(*packed, transposed)
+    weight = module._parameters[name]
+    return weight.transpose(1, 2) if transposed else weight
+
+
+def has_default_gate(module: Any) -> bool:
+    """Whether the gate is act_fn(gate) ⊙ up of concatenated rows."""
+    return type(module)._apply_gate is getattr(_transformers_experts(), "_default_apply_gate", None)
+
+
+def _shared_forward() -> Any:
+    """The code that is the forward of every decorated class; None if there is no such class."""
+    decorate = getattr(_transformers_experts(), "use_experts_implementation", None)
+    return None if decorate is None else _decorated_code(decorate)
+
+
+def _transformers_experts() -> Any:
+    # A decorated class has imported it.
+    return sys.modules.get("transformers.integrations.moe")
+
+
+@functools.cache
+def _decorated_code(decorate: Any) -> Any:
+    class Undecorated(nn.Module):
+        def forward(self) -> None: ...
+
+    return decorate(Undecorated).forward.__code__

@@ -1,0 +1,109 @@
+"""PEFT's wrappers around the parameters of experts (``target_parameters``).
+
+The outermost of nested wrappers computes the whole block of experts, whatever is between the
+projections, with the low rank kept apart (:mod:`lora_fast.backends.torch_experts`). PEFT's forward
+registers W + s·B A of all experts as a parametrization instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+
+from ..base_layer.obstacles import environment_obstacle, module_obstacle, tensor_obstacle
+from ..features import EXPERTS_OF_PEFT, is_exporting
+from ..operation import expert_layers
+from .expert_state import ExpertsState, read_experts
+from .fused_forward import FusedForward
+
+# PEFT has it from 0.17 on.
+ParamWrapper: Any = getattr(peft_layer, "ParamWrapper", None) or type(
+    "ParamWrapper", (nn.Module,), {"__module__": __name__}
+)
+
+
+class FusedParamWrapper(FusedForward, ParamWrapper):
+    """``peft.tuners.lora.layer.ParamWrapper`` on the fused path."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() and not is_exporting():
+            # Experts are chosen by values: a graph ends here.
+            return _outside_of_graphs(self, x, *args, **kwargs)
+        return self.called(x, *args, **kwargs)
+
+    def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state: Any = None
+        found = environment_obstacle()
+        if found is None and (kwargs or len(args) != 2):
+            found = "extra arguments"
+        if found is None:
+            state, found = self.active()
+        if found is None:
+            found = _input_obstacle(state, x, *args)
+        if found is not None:
+            self._lora_fast_calls.add_fallback(found)
+            return ParamWrapper.forward(self, x, *args, **kwargs)
+        y = _output(state, x, *args)
+        for wrapper in _nested(self)[0]:
+            wrapper._lora_fast_calls.add_fused()
+        return y
+
+    def active(self, **kwargs: Any) -> tuple[ExpertsState | None, str | None]:
+        if not EXPERTS_OF_PEFT.is_on():
+            return None, EXPERTS_OF_PEFT.obstacle()
+        wrappers, module = _nested(self)
+        for inner in wrappers[1:]:
+            found = module_obstacle(inner, "inner wrapper", FusedParamWrapper)
+            if found is not None:
+                return None, found
+        return read_experts(wrappers, module)
+
+
+FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {ParamWrapper: FusedParamWrapper}
+
+
+def _nested(wrapper: Any) -> tuple[list[Any], Any]:
+    """Nested wrappers, the outermost first, and the module of experts in them."""
+    wrappers, module = [wrapper], wrapper._modules["base_layer"]
+    while isinstance(module, ParamWrapper):
+        wrappers.append(module)
+        module = module._modules["base_layer"]
+    return wrappers, module
+
+
+_outside_of_graphs: Any = torch.compiler.disable(FusedParamWrapper.called)
+
+
+def _input_obstacle(state: ExpertsState, x: Any, top_k_index: Any, w: Any) -> str | None:
+    for tensor, role in ((x, "x"), (top_k_index, "top_k_index"), (w, "top_k_weights")):
+        if not isinstance(tensor, Tensor):
+            return f"{role} is {type(tensor).__name__}"
+        found = tensor_obstacle(tensor, role)
+        if found is not None:
+            return found
+        if tensor.dim() != 2:
+            return f"shape of {role}"
+        if tensor.device != state.first.weight.device:
+            return "tensors on different devices"
+    if top_k_index.shape != w.shape or x.shape[1] != state.first.weight.shape[2]:
+        return "shape of x"
+    if x.shape[0] != w.shape[0] or top_k_index.is_floating_point():
+        return "shape of top_k_index"
+    if not torch.is_autocast_enabled(x.device.type) and x.dtype != state.dtype:
+        return "x and experts differ in dtype"
+    return None
+
+
+def _output(state: ExpertsState, x: Tensor, top_k_index: Tensor, w: Tensor) -> Tensor:
+    """out [T, H] in the dtype of x."""
+    dtype = state.dtype
+    implementation = state.module.config._experts_implementation
+    if torch.is_autocast_enabled(x.device.type) and implementation != "grouped_mm":
+        # Autocast does not know grouped products, which take x in the dtype of W.
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return expert_layers.block(
+        x.to(dtype), top_k_index, w, state.first, state.second, state.gate
+    ).to(x.dtype)
