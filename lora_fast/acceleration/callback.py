@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..optional_packages import needed
 from .report import Report, adapted_layers, report
-from .switch import accelerate
+from .switch import accelerate, check_switches
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -22,8 +22,9 @@ class LoraFastCallback(TrainerCallback):
 
         SFTTrainer(model, peft_config=LoraConfig(), callbacks=[LoraFastCallback()], ...)
 
-    ``group_shared_inputs`` is that of :func:`lora_fast.accelerate`. The model stays accelerated
-    after training; checkpoints are PEFT's own, and a run may be resumed with or without it.
+    ``group_shared_inputs`` and ``fuse_mlp`` are those of :func:`lora_fast.accelerate`. The model
+    stays accelerated after training; checkpoints are PEFT's own, and a run may be resumed with or
+    without it.
 
     The main process logs :func:`lora_fast.report` at level INFO of the logger
     ``lora_fast.callback``, at the start as a prediction and at the end with all calls counted; at
@@ -31,15 +32,12 @@ class LoraFastCallback(TrainerCallback):
     adapted layer and stays unchanged. If nothing handles INFO, as in a plain script, it prints one
     line at the start instead, like Trainer's losses.
 
-    Raises TypeError if ``group_shared_inputs`` is not a bool.
+    Raises TypeError if one of them is not a bool.
     """
 
-    def __init__(self, *, group_shared_inputs: bool = True) -> None:
-        if not isinstance(group_shared_inputs, bool):
-            raise TypeError(
-                f"group_shared_inputs must be a bool, got {type(group_shared_inputs).__name__}"
-            )
-        self.group_shared_inputs = group_shared_inputs
+    def __init__(self, *, group_shared_inputs: bool = True, fuse_mlp: bool = True) -> None:
+        self.options = {"group_shared_inputs": group_shared_inputs, "fuse_mlp": fuse_mlp}
+        check_switches(**self.options)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
@@ -47,7 +45,7 @@ class LoraFastCallback(TrainerCallback):
         if next(adapted_layers(model), None) is None:
             logger.warning("the model has no adapted layers: nothing to accelerate")
             return
-        accelerate(model, group_shared_inputs=self.group_shared_inputs)
+        accelerate(model, **self.options)
         found = report(model)
         _log(found, state)
         silent = found.all_fused and not logger.isEnabledFor(logging.INFO)

@@ -15,6 +15,7 @@ from ..base_layer.call_counts import CallCounts
 from ..base_layer.linear import describe
 from ..base_layer.obstacles import environment_obstacle, runs_own_forward
 from ..features import switched_off
+from ..gated_mlps.status import statuses
 from ..modules.adapter_module import AdapterModule
 
 
@@ -52,14 +53,41 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class MLPReport:
+    """One gated MLP with an adapted layer, or a module that has the layers of one.
+
+    ``kind``: its class. ``activation``: silu, gelu, gelu_tanh, relu or relu2, None if its forward
+    is not down(act(gate(x)) * up(x)). ``obstacle``: why the next call would run its own forward,
+    and so its layers as :class:`LayerReport` says; None if it would run as one operation, unless
+    its input prevents that. ``alone``: layers that would run by themselves all the same, and why.
+    ``fused_calls`` and ``fallback_calls`` (by reason) count so far; a fused call counts for each of
+    its adapted layers as well.
+    """
+
+    name: str
+    kind: str
+    activation: str | None
+    obstacle: str | None
+    alone: dict[str, str]
+    fused_calls: int
+    fallback_calls: dict[str, int]
+
+    @property
+    def fused(self) -> bool:
+        return self.obstacle is None
+
+
+@dataclass(frozen=True)
 class Report:
-    """Every adapted layer, in the order of ``model.named_modules()``. Prints as a table.
+    """Every adapted layer and gated MLP, in the order of ``model.named_modules()``. Prints as
+    tables.
 
     ``switched_off``: features that the installed versions lack and the model would use, and why.
     """
 
     layers: tuple[LayerReport, ...]
     switched_off: tuple[str, ...] = ()
+    mlps: tuple[MLPReport, ...] = ()
 
     @property
     def fused_calls(self) -> int:
@@ -76,7 +104,8 @@ class Report:
 
     @property
     def all_fused(self) -> bool:
-        """Whether there are layers, all would run fused, and every call so far did."""
+        """Whether there are layers, all would run fused, and every call so far did; in a gated MLP
+        or not."""
         return bool(self.layers) and not self.fallback_calls and all(x.fused for x in self.layers)
 
     def __str__(self) -> str:
@@ -95,6 +124,11 @@ class Report:
         unseen = sum(not layer.counted for layer in self.layers)
         if unseen:
             lines[-1] += f"; calls of the {unseen} that stay PEFT's are not counted"
+        if self.mlps:
+            titles = ("gated MLP", "kind", "activation", "next call", "fused calls", "own forward")
+            lines += ["", *_aligned([titles, *map(_mlp_row, self.mlps)])]
+            one = sum(mlp.fused for mlp in self.mlps)
+            lines.append(f"{one} of {len(self.mlps)} gated MLPs run as one operation")
         lines += [f"off: {reason}" for reason in self.switched_off]
         return "\n".join(lines)
 
@@ -114,7 +148,21 @@ def report(model: nn.Module) -> Report:
         _layer_report(name, layer, modules[name.rpartition(".")[0]], _outermost(name, modules))
         for name, layer in adapted_layers(model)
     )
-    return Report(layers, switched_off(model) if layers else ())
+    if not layers:
+        return Report(layers)
+    mlps = tuple(
+        MLPReport(
+            name=found.name,
+            kind=found.kind,
+            activation=None if found.mlp is None else found.mlp.activation,
+            obstacle=found.obstacle,
+            alone=found.alone,
+            fused_calls=found.calls.fused,
+            fallback_calls=found.calls.by_reason(),
+        )
+        for found in statuses(model)
+    )
+    return Report(layers, switched_off(model), mlps)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -220,6 +268,15 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         fused, slow = "-", "not counted"
     route = layer.route if layer.obstacle is None else "-"
     return (layer.name, layer.kind, layer.base, path, route, fused, slow or "0")
+
+
+def _mlp_row(mlp: MLPReport) -> tuple[str, ...]:
+    path = "one operation" if mlp.obstacle is None else f"own forward: {mlp.obstacle}"
+    if mlp.obstacle is None and mlp.alone:
+        path += "; alone: " + ", ".join(f"{name} ({why})" for name, why in mlp.alone.items())
+    own = ", ".join(f"{count} × {reason}" for reason, count in mlp.fallback_calls.items())
+    activation = mlp.activation or "-"
+    return (mlp.name, mlp.kind, activation, path, str(mlp.fused_calls), own or "0")
 
 
 def _siblings_in_words(layer: LayerReport) -> str:

@@ -13,12 +13,13 @@ from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import runs_own_forward
 from ..four_bit.decoded import provide_for
 from ..four_bit.layout import resume_packing, suspend_packing
+from ..gated_mlps.switch import fuse, release
 from .report import adapted_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
+def accelerate(model: Model, *, group_shared_inputs: bool = True, fuse_mlp: bool = True) -> Model:
     """Make the PEFT layers of `model` run fused, in place; idempotent. Returns `model`.
 
         y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
@@ -38,21 +39,26 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True) -> Model:
     input (q, k and v; gate and up), by its source, are computed together when the first of them is
     called; see :mod:`lora_fast.peft_layers.shared_input`.
 
+    ``fuse_mlp``: a module with adapted layers whose forward is found to be
+    ``down(act(gate(x)) * up(x))`` runs as one operation, which does not save the product for
+    backward; see :mod:`lora_fast.gated_mlps`. Its class becomes a subclass of it with the same
+    name. What the operation does not cover falls back, layer by layer or as a whole, and is
+    reported.
+
     Raises TypeError if `model` is not a Module, ValueError if it contains no adapted layer; `model`
     is then unchanged.
     """
     _check(model)
-    if not isinstance(group_shared_inputs, bool):
-        raise TypeError(
-            f"group_shared_inputs must be a bool, got {type(group_shared_inputs).__name__}"
-        )
+    check_switches(group_shared_inputs=group_shared_inputs, fuse_mlp=fuse_mlp)
     if next(adapted_layers(model), None) is None:
         raise ValueError(
             "model must contain adapted layers, got none; add them with peft.get_peft_model or "
             "lora_fast.convert"
         )
     if "peft.tuners.tuners_utils" in sys.modules:
-        _cover(model, group_shared_inputs)
+        _cover(model, group_shared_inputs, fuse_mlp)
+    else:
+        _cover_mlps(model, fuse_mlp)
     suspend_packing(model)
     provide_for(model)
     return model
@@ -66,6 +72,7 @@ def decelerate(model: Model) -> Model:
     """
     _check(model)
     resume_packing(model)
+    _cover_mlps(model, False)
     if "lora_fast.peft_layers" not in sys.modules:
         return model
     from ..peft_layers import STOCK_CLASSES
@@ -78,7 +85,7 @@ def decelerate(model: Model) -> Model:
     return model
 
 
-def _cover(model: nn.Module, group_shared_inputs: bool) -> None:
+def _cover(model: nn.Module, group_shared_inputs: bool, fuse_mlp: bool) -> None:
     """Switch every layer and tuner in `model` that is not switched yet, and group anew."""
     from ..peft_layers import COVER, FUSED_CLASSES, TUNER_CLASSES, FusedLoRALayer, shared_input
 
@@ -93,10 +100,21 @@ def _cover(model: nn.Module, group_shared_inputs: bool) -> None:
         layer._lora_fast_calls = CallCounts()
     for module in model.modules():
         if type(module) in TUNER_CLASSES.values():
-            module.__dict__[COVER] = partial(_cover, group_shared_inputs=group_shared_inputs)
+            module.__dict__[COVER] = partial(
+                _cover, group_shared_inputs=group_shared_inputs, fuse_mlp=fuse_mlp
+            )
     shared_input.dissolve(model)
     if group_shared_inputs:
         shared_input.assign(model, FusedLoRALayer)
+    _cover_mlps(model, fuse_mlp)
+
+
+def _cover_mlps(model: nn.Module, fuse_mlp: bool) -> None:
+    """Let the gated MLPs of `model` run fused, or none."""
+    if fuse_mlp:
+        fuse(model)
+    else:
+        release(model)
 
 
 def _switch(modules: list[Any], classes: dict[type[nn.Module], type[nn.Module]]) -> None:
@@ -118,6 +136,13 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     for name in ("forward", "_old_forward"):
         if getattr(module.__dict__.get(name), "__func__", None) is forward:
             module.__dict__[name] = MethodType(cls.forward, module)
+
+
+def check_switches(**switches: Any) -> None:
+    """Raise TypeError unless every one of these arguments is a bool."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def _check(model: Any) -> None:

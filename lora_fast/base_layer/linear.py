@@ -44,7 +44,7 @@ def adapted(
     constants = Constants(scaling, dropout_p, 0, rank_spans)  # type: ignore[arg-type]
     if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
         return compute(x, [Factors(base.weight, bias, A, B, b, d, g, constants)])[0]
-    dtype, given = _four_bit_dtype(base, x), x.dtype
+    dtype, given = four_bit_dtype(base, x), x.dtype
     x = x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
     weight = NF4Weight.view(base.weight.data, base.weight.quant_state)
     return compute(x, [Factors(weight, bias, A, B, b, d, g, constants)])[0].to(given)
@@ -55,11 +55,11 @@ def adapted_together(
 ) -> list[Tensor] | None:
     """:func:`adapted` for several bases that read the same x; None if their dtypes differ."""
     first, packed = bases[0], isinstance(bases[0], four_bit.classes or four_bit.find())
-    dtype = _four_bit_dtype(first, x) if packed else x.dtype
+    dtype = four_bit_dtype(first, x) if packed else x.dtype
     for base in bases:
         if base.weight.dtype != first.weight.dtype or isinstance(base, four_bit.classes) != packed:
             return None
-        if packed and _four_bit_dtype(base, x) != dtype:
+        if packed and four_bit_dtype(base, x) != dtype:
             return None
     if not packed:
         return list(adapted_linears(x, members, dropout_p=dropout_p))
@@ -94,7 +94,7 @@ def weight_shape(base: Any) -> tuple[int, ...]:
     return tuple(base.weight.quant_state.shape)
 
 
-def _four_bit_dtype(base: Any, x: Tensor) -> torch.dtype:
+def four_bit_dtype(base: Any, x: Tensor) -> torch.dtype:
     """The dtype to which Linear4bit.forward casts x; settled by the first input, as there."""
     if not base.compute_type_is_set:
         base.set_compute_type(x)

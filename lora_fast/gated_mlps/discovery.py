@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..gated import ACTIVATIONS, Activation
 from .closed_code import PRIMITIVES, Read, Unprovable
 from .symbols import MISSING, Symbol, Symbolic, Trace
 
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+# Attribute of a fused MLP: its state.
+STATE = "_lora_fast_mlp"
 # A forward of Liger, and what it computes: activation, gate, up, down.
-_LIGER = {
+_LIGER: dict[str, tuple[Activation, str, str | None, str]] = {
     "LigerSwiGLUMLP": ("silu", "gate_proj", "up_proj", "down_proj"),
     "LigerQwen3MoeSwiGLUMLP": ("silu", "gate_proj", "up_proj", "down_proj"),
     "LigerBlockSparseTop2MLP": ("silu", "w1", "w3", "w2"),
@@ -33,14 +35,15 @@ class GatedMLP(NamedTuple):
     """The children of a module that are gate, up and down; without `up`, the output of `gate` holds
     both, side by side."""
 
-    activation: str
+    activation: Activation
     gate: str
     up: str | None
     down: str
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.gate, self.up, self.down) if name is not None)
+        up = () if self.up is None else (self.up,)
+        return (self.gate, *up, self.down)
 
 
 class Proof(NamedTuple):
@@ -97,14 +100,25 @@ def forward_of(module: nn.Module, reads: list[Read] | None = None) -> Any:
     found = module.__dict__.get(slot, MISSING)
     reads.append((module.__dict__, slot, found))
     if found is MISSING or getattr(found, "__func__", None) is type(module).forward:
-        for home in type(module).__mro__:
-            function = home.__dict__.get("forward")
-            if function is not None and not getattr(function, "passes_on", False):
-                reads.append((home.__dict__, "forward", function))
-                return function
-    if isinstance(found, MethodType) and found.__self__ is module and _of_liger(found.__func__):
+        return stock_forward(module, reads)
+    if STATE not in module.__dict__ and is_bound_by_liger(module, found):
         return found.__func__
     raise Unprovable("forward of the module replaced")
+
+
+def stock_forward(module: nn.Module, reads: list[Read] | None = None) -> Any:
+    """The forward that a fused MLP falls back to: Liger's in the place of its own, or that of its
+    class before; of any other module that of its class."""
+    liger = getattr(module.__dict__.get(STATE), "liger", None)
+    if liger is not None:
+        return liger
+    for home in type(module).__mro__:
+        function = home.__dict__.get("forward")
+        if function is not None and not getattr(function, "passes_on", False):
+            if reads is not None:
+                reads.append((home.__dict__, "forward", function))
+            return function
+    raise Unprovable("it has no forward")
 
 
 def slot_of(module: nn.Module) -> str:
@@ -112,6 +126,13 @@ def slot_of(module: nn.Module) -> str:
     or that would hold its own."""
     hooked = "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
     return "_old_forward" if hooked else "forward"
+
+
+def is_bound_by_liger(module: nn.Module, forward: Any) -> bool:
+    """Whether `forward` is one of Liger's that was set on `module`."""
+    if not isinstance(forward, MethodType) or forward.__self__ is not module:
+        return False
+    return _of_liger(forward.__func__) is not None
 
 
 def _of_liger(function: Any) -> GatedMLP | None:
@@ -143,7 +164,7 @@ def _as_mlp(y: Any, x: Symbol) -> tuple[GatedMLP, list[Symbol]] | None:
         return None
     for g, u in (factors, factors[::-1]):
         activation, inner = _node(g)
-        if activation not in _ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             continue
         gate, up = inner[0], u
         if _node(gate)[0] == _node(up)[0] == "half":

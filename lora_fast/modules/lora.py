@@ -6,9 +6,13 @@ import math
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..base_layer.linear import four_bit_dtype, weight_of
 from ..base_layer.merging import LowRank
+from ..base_layer.obstacles import call_obstacle
+from ..factors import Constants, Factors
+from ..gated_mlps.operands import Operand
 from ..operation.validation import check_probability
 from .adapter_module import AdapterModule, check_adapter_dtype, check_rank
 
@@ -78,6 +82,19 @@ class LoRALinear(AdapterModule):
 
     def dropout_p(self) -> float:
         return self.lora_dropout
+
+    def operand(self, x: Tensor, casts: torch.dtype | None) -> Operand | str:
+        """The layer as a part of the operation of a gated MLP, for an input like x; `casts` is the
+        dtype of autocast. The reason why its own forward must run, if it must."""
+        base: Any = self.base_layer
+        found = self.obstacle() or call_obstacle(base, x, self.lora_A, self.lora_B)
+        if found is not None:
+            return found
+        constants = Constants(self.scaling, self.lora_dropout if self.training else 0.0)
+        W = weight_of(base)
+        factors = Factors(W, base.bias, self.lora_A, self.lora_B, constants=constants)
+        computes = casts or (x.dtype if isinstance(W, Tensor) else four_bit_dtype(base, x))
+        return Operand(factors, computes, computes if isinstance(W, Tensor) else x.dtype)
 
     def extra_repr(self) -> str:
         return (

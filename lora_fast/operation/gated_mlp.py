@@ -65,8 +65,8 @@ def compute(
     if outside or torch.compiler.is_compiling() or _transforms():
         return _composed(x, gate, up, down, activation, dropout_seeds)
     if down is None or _is_covered(down):
-        return _run(x, GatedLinears(gate, up, down), activation, dropout_seeds)
-    h = _run(x, GatedLinears(gate, up, None), activation, dropout_seeds)
+        return run(x, GatedLinears(gate, up, down), activation, dropout_seeds)
+    h = run(x, GatedLinears(gate, up, None), activation, dropout_seeds)
     return _alone(h, down, dropout_seeds[1])
 
 
@@ -113,9 +113,14 @@ def _composed(
     return h if down is None else _alone(h, down, dropout_seeds[1])
 
 
-def _run(
-    x: Tensor, linears: GatedLinears, activation: Activation, dropout_seeds: tuple[Seed, Seed]
+def run(
+    x: Tensor,
+    linears: GatedLinears,
+    activation: Activation,
+    dropout_seeds: tuple[Seed, Seed] = (None, None),
 ) -> Tensor:
+    """:func:`compute` for operands that are known to fit together, of layers that are part of the
+    operation, x in the compute dtype, outside of torch.func and torch.compile."""
     linears = _with_seeds(x, linears, dropout_seeds)
     backend = backend_for(x.device)
     if not autograd.is_recording():

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from ..gated_mlps.discovery import stock_forward
 from .call_reader import CallReader, Together, Unreadable, bundles
 
 
@@ -32,6 +33,8 @@ def code_of_forward(module: nn.Module) -> CodeType:
     """
     forward: Any = inspect.unwrap(module.__dict__.get("forward", type(module).forward))
     forward = inspect.unwrap(getattr(forward, "__func__", forward))
+    if getattr(forward, "passes_on", False):  # of a fused MLP
+        forward = inspect.unwrap(stock_forward(module))
     if not isinstance(forward, FunctionType):
         raise Unreadable(f"forward of {type(module).__name__} is no Python function")
     return forward.__code__

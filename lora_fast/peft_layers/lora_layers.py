@@ -17,9 +17,12 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..base_layer.linear import adapted, weight_of, weight_shape
+from ..base_layer.linear import adapted, four_bit_dtype, weight_of, weight_shape
 from ..base_layer.obstacles import call_obstacle
 from ..base_layer.row_norms import row_norms
+from ..factors import Constants, Factors
+from ..gated_mlps.operands import Operand
+from ..geometry import of_plain
 from .four_bit_classes import LoRALinear4bit
 from .fused_forward import FusedForward
 from .lora_merging import merge_terms, plain_terms, unmerge_terms
@@ -27,12 +30,14 @@ from .lora_state import (
     Adapter,
     State,
     cast_obstacle,
+    is_plain,
     lora_factors,
+    member_of,
     read_adapters,
     together_obstacle,
 )
 from .plain_groups import plain_output_in_group
-from .plain_lora import plain_output
+from .plain_lora import fits, plain_output, read_plain
 from .shared_input import kept_output, output_with_siblings
 
 # Keyword arguments of a variant; PEFT removes them from the call and plain LoRA ignores them.
@@ -101,6 +106,31 @@ class FusedLoRALayer(FusedForward):
             y = adapted(state.base, x, **lora_factors(state, x)) if shared is None else shared
         return y.to(_result_dtype(self, y))
 
+    def operand(self, x: Tensor, casts: torch.dtype | None) -> Operand | str:
+        """The layer as a part of the operation of a gated MLP, for an input like x; `casts` is the
+        dtype of autocast. The reason why its own forward must run, if it must."""
+        plain = read_plain(self) if type(x) is Tensor and x.layout is torch.strided else None
+        geometry, trains = None, False
+        if plain is not None and plain.quant_state is None:
+            geometry, trains = of_plain(x, *plain[:5]), plain.weight.requires_grad
+        if plain is not None and not trains and fits(self, plain, x, casts, geometry):
+            computes = casts or plain.dtype or x.dtype
+            packed = plain.quant_state is not None
+            returns = _widened(x, casts) if packed else computes
+            return Operand(plain.factors(), computes, returns)
+        state, found = self.active()
+        if found is None and not is_plain(state):
+            found = "more than plain LoRA"
+        found = found or self.input_obstacle(state, x)
+        if found is not None:
+            return found
+        member, p = member_of(state), state.adapters[0].dropout_p
+        constants = Constants(member.scaling, p)
+        factors = Factors(*member[:4], constants=constants)
+        if not isinstance(self, LoRALinear4bit):
+            return Operand(factors, casts or x.dtype, casts or x.dtype)
+        return Operand(factors, casts or four_bit_dtype(state.base, x), _widened(x, casts))
+
     kept = kept_output
 
     def result(self, y: Tensor) -> Tensor:
@@ -153,6 +183,11 @@ def _dora(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     keep = adapter.dropout(torch.ones_like(x, dtype=adapter.A.dtype)).to(x.dtype)
     dropped = x * keep
     return adapted(base, dropped, bias=base.bias, **factors) + adapted(base, x - dropped, bias=None)
+
+
+def _widened(x: Tensor, casts: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a 4-bit layer returns its output."""
+    return x.dtype if casts is None or not x.is_cuda else torch.promote_types(x.dtype, casts)
 
 
 def _result_dtype(layer: Any, y: Tensor) -> torch.dtype:

@@ -65,6 +65,8 @@ TESTED_IN = {
     "lora_fast/files/safe_files.py": "export/test_files.py",
     "lora_fast/files/sizes.py": "planning/test_cards.py",
     "lora_fast/gated_mlps/closed_code.py": "gated_mlps/test_discovery.py",
+    "lora_fast/gated_mlps/operands.py": "gated_mlps/test_fused_mlp.py",
+    "lora_fast/gated_mlps/status.py": "gated_mlps/test_switch.py",
     "lora_fast/gated_mlps/symbols.py": "gated_mlps/test_discovery.py",
     "lora_fast/methods/adapters.py": "methods/test_table.py",
     "lora_fast/methods/base_model.py": "training/test_models.py",

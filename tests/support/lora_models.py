@@ -71,10 +71,10 @@ def quantised(
     model: nn.Module, compute_dtype: torch.dtype | None = None, **options: Any
 ) -> nn.Module:
     """`model` with every linear layer in NF4, marked as PEFT expects it."""
-    for name, linear in list(model.named_children()):
-        if not isinstance(linear, nn.Linear):
-            continue
-        setattr(model, name, nf4_linear(linear, compute_dtype, **options))
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                setattr(parent, name, nf4_linear(linear, compute_dtype, **options))
     model.is_loaded_in_4bit = True
     return model
 
@@ -218,6 +218,7 @@ def compare(
     compute_dtype: torch.dtype,
     autocast: torch.dtype | None = None,
     eager_autocast: torch.dtype | None = None,
+    layers: int = 1,
 ) -> None:
     """Outputs and all gradients obey the accuracy rule, and their dtypes are those of stock PEFT.
 
@@ -230,7 +231,7 @@ def compare(
     assert {k: None if t is None else t.dtype for k, t in actual.items()} == {
         k: None if t is None else t.dtype for k, t in plain.items()
     }
-    assert_all_accurate(actual, ref64, eager, compute_dtype=compute_dtype)
+    assert_all_accurate(actual, ref64, eager, compute_dtype=compute_dtype, layers=layers)
 
 
 def assert_equal_runs(actual: dict[str, Any], expected: dict[str, Any]) -> None:

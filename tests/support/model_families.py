@@ -69,17 +69,17 @@ _ENCODERS = frozenset(
 )
 
 
-def tiny_config(name: str) -> Any:
-    """The family's config, every size that it knows made small."""
+def tiny_config(name: str, **sizes: int) -> Any:
+    """The family's config, every size that it knows made small, or what `sizes` says."""
     known = AutoConfig.for_model(name)
-    sizes = {key: value for key, value in _SIZES.items() if hasattr(known, key)}
+    sizes = {key: value for key, value in {**_SIZES, **sizes}.items() if hasattr(known, key)}
     return AutoConfig.for_model(name, **{**sizes, "use_cache": False, **FAMILIES[name]})
 
 
-def tiny_model(name: str) -> nn.Module:
+def tiny_model(name: str, **sizes: int) -> nn.Module:
     """A random model of the family in float32, in evaluation mode."""
     torch.manual_seed(0)
-    config = tiny_config(name)
+    config = tiny_config(name, **sizes)
     config._experts_implementation = "eager"
     classes = (AutoModelForMaskedLM,) if name in _ENCODERS else _CLASSES
     for auto in classes:

@@ -1,0 +1,226 @@
+"""A gated MLP that runs as one operation.
+
+The class of the module becomes a subclass of it, so that copies, replicas and pickles run fused as
+well, and a forward that somebody sets on the module later is theirs. Nothing of a layer is kept
+between calls. The proof of what the forward computes is kept with everything that it relies on, and
+made again where any of that has changed.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base_layer.call_counts import CallCounts
+from ..base_layer.obstacles import environment_obstacle
+from ..gated import GatedLinears
+from ..operation.gated_mlp import compute, run
+from .discovery import STATE, GatedMLP, Proof, prove
+from .operands import (
+    Operand,
+    is_adapted,
+    linears_of,
+    obstacle,
+    read,
+)
+
+# Attribute of the class of a fused MLP: the class that it was.
+STOCK = "_lora_fast_stock"
+
+
+class MLPState:
+    """What a fused MLP holds: counts, Liger's forward in place of its own, and a proof."""
+
+    def __init__(self, calls: CallCounts, liger: Any = None) -> None:
+        self.calls, self.liger = calls, liger
+        self.proof: Proof | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MLPState, (self.calls, self.liger)
+
+    def proven(self, module: nn.Module) -> Proof:
+        """What the forward of `module` computes now."""
+        proof = self.proof
+        if proof is None or not proof.holds(module):
+            proof = self.proof = prove(module, linears_of(module))
+        return proof
+
+
+class FusedMLP:
+    """Mixin before the class of a gated MLP: one operation, or the forward of that class."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        state: MLPState | None = module.__dict__.get(STATE)
+        if state is not None:
+            if torch.compiler.is_compiling():
+                y: Tensor | str = "torch.compile"
+            elif len(args) == 1 and not kwargs:
+                y = output(module, state, args[0])
+            else:
+                y = "extra arguments"
+            if not isinstance(y, str):
+                state.calls.fused += 1
+                return y
+            state.calls.add_fallback(y)
+            if state.liger is not None:
+                return state.liger(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    forward.passes_on = True  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        make, arguments, *others = reduced
+        if make is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
+            return _new, (getattr(type(self), STOCK), *arguments[1:]), *others
+        return reduced
+
+
+@functools.cache
+def fused_class(stock: Any) -> Any:
+    """The fused class of the modules of a class, with its name."""
+    names = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        STOCK: stock,
+    }
+    return types.new_class(stock.__name__, (FusedMLP, stock), exec_body=lambda ns: ns.update(names))
+
+
+def _new(stock: type, *arguments: Any) -> Any:
+    cls: Any = fused_class(stock)
+    return cls.__new__(cls, *arguments)
+
+
+def output(module: nn.Module, state: MLPState, x: Any) -> Tensor | str:
+    """The output of a fused MLP for x, or the reason why its own forward must run."""
+    found = environment_obstacle()
+    if found is not None:
+        return found
+    proof = state.proven(module)
+    mlp = proof.mlp
+    if mlp is None:
+        return proof.reason or ""
+    found = observed(module, proof, mlp)
+    if found is not None:
+        return found
+    if not isinstance(x, Tensor):
+        return f"x is {type(x).__name__}"
+    kind = "cuda" if x.is_cuda else x.device.type
+    casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    children: Any = module._modules
+    gate, down = children[mlp.gate], children[mlp.down]
+    up = None if mlp.up is None else children[mlp.up]
+    of_gate = read(gate, x, casts)
+    of_up = None if up is None else read(up, x, casts)
+    return _computed(mlp, x, casts, (gate, up, down), of_gate, of_up)
+
+
+def observed(module: nn.Module, proof: Proof, mlp: GatedMLP) -> str | None:
+    """Why somebody may see or change the values between the layers, or leaves adapters out."""
+    for inner in proof.modules:
+        found = obstacle(inner)
+        if found is not None:
+            return f"{found} on {type(inner).__name__}"
+    children: Any = module._modules
+    for name in mlp.names:
+        found = obstacle(children.get(name))
+        if found is not None:
+            return f"{name}: {found}"
+    return None
+
+
+def _computed(
+    mlp: GatedMLP,
+    x: Tensor,
+    casts: torch.dtype | None,
+    layers: tuple[Any, Any, Any],
+    of_gate: Operand | str,
+    of_up: Operand | str | None,
+) -> Tensor | str:
+    """The output, with those layers computed by themselves that the operation does not cover."""
+    gate, up, down = layers
+    y = _plain(mlp, x, layers, of_gate, of_up, casts)
+    if y is not None:
+        return y
+    first = [each for each in (of_gate, of_up) if isinstance(each, Operand)]
+    dtypes = {each.returns for each in first} or {casts or x.dtype}
+    (dtype, *different) = dtypes
+    of_down = read(down, x.new_empty((0, down.in_features), dtype=dtype), casts)
+    covered = [*first, of_down] if isinstance(of_down, Operand) else first
+    if not any(each.factors.A is not None for each in covered):
+        return next(each for each in (of_gate, of_up, of_down) if isinstance(each, str))
+    computes = {each.computes for each in covered}
+    widens = bool(first) and dtype is not first[0].computes
+    apart = len(first) < (1 if mlp.up is None else 2) or not isinstance(of_down, Operand)
+    if len(computes) > 1 or different or (widens and (apart or dtype is not torch.float32)):
+        return "dtypes of the layers differ"
+    (computed,) = computes
+    g = of_gate.factors if isinstance(of_gate, Operand) else gate(x)
+    u = None if up is None else of_up.factors if isinstance(of_up, Operand) else up(x)
+    outside = [t.dtype for t in (g, u) if isinstance(t, Tensor)]
+    if any(each is not computed for each in outside):
+        of_down = "h has another dtype"
+    if isinstance(of_down, str):
+        y = down(compute(_in(x, computed), g, u, None, mlp.activation))
+    else:
+        y = compute(_in(x, computed), g, u, of_down.factors, mlp.activation)
+        y = y if y.dtype is of_down.returns else y.to(of_down.returns)
+    for layer, each in zip(layers, (of_gate, of_up, of_down), strict=True):
+        if isinstance(each, Operand) and is_adapted(layer):
+            layer._lora_fast_calls.fused += 1
+    return y
+
+
+def _plain(
+    mlp: GatedMLP,
+    x: Tensor,
+    layers: tuple[Any, Any, Any],
+    of_gate: Operand | str,
+    of_up: Operand | str | None,
+    casts: torch.dtype | None,
+) -> Tensor | None:
+    """The output of an MLP of layers that are all part of the operation, in one dtype; None if
+    there is more to consider."""
+    _, up, down = layers
+    if type(of_gate) is not Operand or of_gate.computes is not of_gate.returns:
+        return None
+    factors, dtype, _ = of_gate
+    if up is None:
+        u = None
+    elif type(of_up) is Operand and of_up[1:] == (dtype, dtype):
+        u = of_up.factors
+        if (
+            u.constants.dropout_p != factors.constants.dropout_p
+            or u.weight.shape[0] != factors.weight.shape[0]
+        ):
+            return None
+    else:
+        return None
+    of_down = read(down, x.new_empty((0, down.in_features), dtype=dtype), casts)
+    if type(of_down) is not Operand or of_down[1:] != (dtype, dtype):
+        return None
+    d = of_down.factors
+    for f in (factors, d) if u is None else (factors, u, d):
+        if type(f.constants.scaling) is not float:
+            return None
+    width = factors.weight.shape[0]
+    if d.weight.shape[1] * (2 if u is None else 1) != width:
+        return None
+    x = x if x.dtype is dtype else x.to(dtype)
+    y = run(x, GatedLinears(factors, u, d), mlp.activation)
+    for layer in layers:
+        if layer is not None and "_lora_fast_calls" in layer.__dict__:
+            layer._lora_fast_calls.fused += 1
+    return y
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
