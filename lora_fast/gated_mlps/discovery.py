@@ -25,6 +25,7 @@ STATE = "_lora_fast_mlp"
 _LIGER: dict[str, tuple[Activation, str, str | None, str]] = {
     "LigerSwiGLUMLP": ("silu", "gate_proj", "up_proj", "down_proj"),
     "LigerQwen3MoeSwiGLUMLP": ("silu", "gate_proj", "up_proj", "down_proj"),
+    "LigerHunyuanV1SwiGLUMLP": ("silu", "gate_proj", "up_proj", "down_proj"),
     "LigerBlockSparseTop2MLP": ("silu", "w1", "w3", "w2"),
     "LigerGEGLUMLP": ("gelu_tanh", "gate_proj", "up_proj", "down_proj"),
     "LigerPhi3SwiGLUMLP": ("silu", "gate_up_proj", None, "down_proj"),

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import environment_obstacle
+from ..factors import Factors
 from ..gated import GatedLinears
 from ..operation.gated_mlp import compute, run
 from .discovery import STATE, GatedMLP, Proof, prove
 from .operands import (
     Operand,
-    is_adapted,
     linears_of,
     obstacle,
     read,
@@ -156,7 +156,8 @@ def _computed(
     of_down = read(down, x.new_empty((0, down.in_features), dtype=dtype), casts)
     covered = [*first, of_down] if isinstance(of_down, Operand) else first
     if not any(each.factors.A is not None for each in covered):
-        return next(each for each in (of_gate, of_up, of_down) if isinstance(each, str))
+        alone = (each for each in (of_gate, of_up, of_down) if isinstance(each, str))
+        return next(alone, "no adapted layer")
     computes = {each.computes for each in covered}
     widens = bool(first) and dtype is not first[0].computes
     apart = len(first) < (1 if mlp.up is None else 2) or not isinstance(of_down, Operand)
@@ -168,15 +169,12 @@ def _computed(
     outside = [t.dtype for t in (g, u) if isinstance(t, Tensor)]
     if any(each is not computed for each in outside):
         of_down = "h has another dtype"
+    _count(*(layer for layer, f in ((gate, g), (up, u)) if isinstance(f, Factors)))
     if isinstance(of_down, str):
-        y = down(compute(_in(x, computed), g, u, None, mlp.activation))
-    else:
-        y = compute(_in(x, computed), g, u, of_down.factors, mlp.activation)
-        y = y if y.dtype is of_down.returns else y.to(of_down.returns)
-    for layer, each in zip(layers, (of_gate, of_up, of_down), strict=True):
-        if isinstance(each, Operand) and is_adapted(layer):
-            layer._lora_fast_calls.fused += 1
-    return y
+        return down(compute(_in(x, computed), g, u, None, mlp.activation))
+    y = compute(_in(x, computed), g, u, of_down.factors, mlp.activation)
+    _count(down)
+    return y if y.dtype is of_down.returns else y.to(of_down.returns)
 
 
 def _plain(
@@ -189,7 +187,7 @@ def _plain(
 ) -> Tensor | None:
     """The output of an MLP of layers that are all part of the operation, in one dtype; None if
     there is more to consider."""
-    _, up, down = layers
+    gate, up, down = layers
     if type(of_gate) is not Operand or of_gate.computes is not of_gate.returns:
         return None
     factors, dtype, _ = of_gate
@@ -215,11 +213,19 @@ def _plain(
     if d.weight.shape[1] * (2 if u is None else 1) != width:
         return None
     x = x if x.dtype is dtype else x.to(dtype)
+    _count(gate, up)
     y = run(x, GatedLinears(factors, u, d), mlp.activation)
+    _count(down)
+    return y
+
+
+def _count(*layers: Any) -> None:
+    """Count a call of those that are adapted. gate and up are counted before the operation, down
+    after it: checkpointing ends a recomputation where down has saved what it needs, and the counts
+    are those of layers that run by themselves."""
     for layer in layers:
         if layer is not None and "_lora_fast_calls" in layer.__dict__:
             layer._lora_fast_calls.fused += 1
-    return y
 
 
 def _in(x: Tensor, dtype: torch.dtype) -> Tensor:

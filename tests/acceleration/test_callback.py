@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType, ModuleType
+from typing import Any
 
 import pytest
+from gated_models import liger_forward
 from lora_models import counted
 from peft import PromptTuningConfig, TaskType
 from torch import nn
 from trainer_runs import (
+    LAYERS,
     LINEARS,
     MORE_CALLS,
     SETTINGS,
@@ -23,6 +28,7 @@ from trainer_runs import (
     train,
     two_processes,
 )
+from transformers.integrations import liger
 
 import lora_fast
 from bench.instruments.accuracy import assert_all_accurate
@@ -44,6 +50,41 @@ def test_trains_as_the_trainer_does_without_it(
     # Checkpoints, of activations or on disk, change no number.
     same_as = setting if setting in ("bf16", "group_by_length") else "plain"
     assert_alike(fused, without(same_as), bf16=setting == "bf16")
+
+
+def test_a_model_that_the_trainer_patches_with_liger(
+    without: Callable[[str], tuple[Run, Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Liger's kernels need a GPU; what the Trainer and lora_fast see of it does not."""
+    package, transformers = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
+    forward = liger_forward()
+
+    def patch(model: Any, **_: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.forward = MethodType(forward, layer.mlp)
+
+    transformers._apply_liger_kernel_to_instance = patch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", transformers)
+    monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: True)
+    fused = train(tmp_path, fused=True, use_liger_kernel=True)
+    assert_alike(fused, without("plain"))
+    mlps = lora_fast.report(fused.model).mlps
+    assert [(mlp.fused_calls, mlp.fallback_calls) for mlp in mlps] == [(STEPS, {})] * LAYERS
+    assert counted(fused.model) == (LINEARS * STEPS, {})
+    lora_fast.decelerate(fused.model)
+    layers = fused.model.get_base_model().model.layers
+    assert all(layer.mlp.forward.__func__ is forward for layer in layers)
+
+
+def test_mlps_are_left_alone(tmp_path: Path) -> None:
+    model = tiny_model()
+    callback = LoraFastCallback(fuse_mlp=False)
+    train(tmp_path, model=model, callbacks=[callback])
+    assert {mlp.obstacle for mlp in lora_fast.report(model).mlps} == {"not accelerated"}
+    assert counted(model) == (LINEARS * STEPS, {})
+    with pytest.raises(TypeError, match="fuse_mlp must be a bool, got int"):
+        LoraFastCallback(fuse_mlp=0)
 
 
 def test_the_best_model_is_loaded(tmp_path: Path) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from gated_models import (
     NAMES,
-    WIDTH,
     GatedMLP,
     H,
-    Model,
     counts,
     layer_of,
+    liger_forward,
     mlp_of,
     reported,
     stock_model,
@@ -36,6 +36,9 @@ from lora_models import (
     run,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast
@@ -449,16 +452,6 @@ def test_hooks_of_a_device_map(before: bool) -> None:
     agree(fused, stock)
 
 
-def of_liger() -> Any:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        h = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)  # by a kernel
-        return self.down_proj(h)
-
-    forward.__module__ = "liger_kernel.transformers.swiglu"
-    forward.__qualname__ = "LigerSwiGLUMLP.forward"
-    return forward
-
-
 @pytest.mark.parametrize("on_instance", [True, False])
 def test_a_model_that_liger_has_patched(on_instance: bool) -> None:
     class Patched(GatedMLP):
@@ -466,7 +459,7 @@ def test_a_model_that_liger_has_patched(on_instance: bool) -> None:
 
     stock = stock_model(mlp=Patched())
     fused = copy.deepcopy(stock)
-    forward = of_liger()
+    forward = liger_forward()
     if on_instance:
         mlp_of(fused).forward = MethodType(forward, mlp_of(fused))
     else:
@@ -485,7 +478,7 @@ def test_a_model_that_liger_has_patched(on_instance: bool) -> None:
 
 def test_liger_patches_after_the_call() -> None:
     fused = lora_fast.accelerate(stock_model())
-    mlp_of(fused).forward = MethodType(of_liger(), mlp_of(fused))
+    mlp_of(fused).forward = MethodType(liger_forward(), mlp_of(fused))
     fused(torch.ones(2, H))
     assert counts(fused) == (0, {})
     assert reported(fused).obstacle == "forward of the module replaced"
@@ -519,6 +512,30 @@ def test_what_is_no_gated_mlp_is_reported_with_the_reason() -> None:
     assert type(mlp_of(fused)) is Scaled
 
 
-def test_widths_are_those_of_a_gated_mlp() -> None:
-    assert WIDTH not in (H, 2 * H)
-    assert isinstance(Model().mlp, GatedMLP)
+@pytest.fixture
+def mesh(tmp_path: Any) -> Any:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("around", ["mlp", "layers"])
+def test_fsdp2(around: str, mesh: Any) -> None:
+    stock = stock_model()
+    fused = accelerated_copy(stock)
+    x = torch.randn(3, H)
+    expected = run(stock, x)
+    sharded = [mlp_of(fused)] if around == "mlp" else [layer_of(fused, name) for name in NAMES]
+    for module in sharded:
+        fully_shard(module, mesh=mesh)
+    fully_shard(fused, mesh=mesh)
+    for name, found in run(fused, x).items():
+        whole = found.full_tensor() if isinstance(found, DTensor) else found
+        assert_agree(whole, expected[name], within=ORDER_DIFFERENCE, name=name)
+    one, others = counts(fused)
+    assert (one, list(others)) == ((1, []) if around == "mlp" else (0, ["gate_proj: hooks"]))
+    assert counted(fused) == (3, {})
+    lora_fast.decelerate(fused)
+    run(fused, x)
+    assert counts(fused) == (0, {})

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gated_models
 import pytest
 import torch
 from attentions import stock_model
@@ -42,6 +43,8 @@ TRITON = {
 }
 TRITON_BACKWARD = (10, 3)
 OF_A_GROUP = {True: 121, False: 113}
+# As many as gate, up and down by themselves; the activation is part of it.
+OF_AN_MLP = {True: 124, False: 104}
 # Functions of ours between a layer's forward and a launch, and the files that they are in; where
 # there is no launch plan yet, more.
 MOST_FRAMES, MOST_FILES = 7, 5
@@ -125,6 +128,19 @@ def test_group(rows: int, gradients: bool) -> None:
             attention(x)
     assert counted(fused) == (6, {})
     assert found["lora_fast"] <= OF_A_GROUP[gradients]
+
+
+@pytest.mark.parametrize("gradients", OF_AN_MLP)
+def test_gated_mlp(gradients: bool) -> None:
+    """gate, up and down with their activation, and the proof that they are."""
+    fused = lora_fast.accelerate(gated_models.stock_model())
+    x = torch.zeros(1, gated_models.H, requires_grad=gradients)
+    with lora_fast.set_backend("torch"), torch.set_grad_enabled(gradients):
+        fused(x)
+        with counting() as found:
+            fused(x)
+    assert gated_models.counts(fused) == (2, {})
+    assert found["lora_fast"] <= OF_AN_MLP[gradients]
 
 
 @pytest.fixture

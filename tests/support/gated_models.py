@@ -58,6 +58,18 @@ def stock_model(kind: str = "dense", *, mlp: nn.Module | None = None, **options:
     return peft_model(kind, model=Model(mlp), **options).eval()
 
 
+def liger_forward() -> Any:
+    """A forward in the module and under the name of Liger's, which is a kernel there."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(h)
+
+    forward.__module__ = "liger_kernel.transformers.swiglu"
+    forward.__qualname__ = "LigerSwiGLUMLP.forward"
+    return forward
+
+
 def mlp_of(model: Any) -> Any:
     return next(m for name, m in model.named_modules() if name.rpartition(".")[2] == "mlp")
 

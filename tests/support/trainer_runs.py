@@ -6,7 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def train(
     config: type[TrainingArguments] = TrainingArguments,
     dataset: Callable[[list[Any]], Any] = list,
     others: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
     **arguments: Any,
 ) -> Run:
     """Train a tiny model; `wide` is the same computation in float64.
@@ -120,7 +121,7 @@ def train(
         train_dataset=dataset(examples()),
         eval_dataset=dataset(examples()[:BATCH]),
         data_collator=collate,
-        callbacks=[LoraFastCallback()] if fused else [],
+        callbacks=[LoraFastCallback()] if fused else list(callbacks),
         **(others or {}),
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
