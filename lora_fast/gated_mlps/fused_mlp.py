@@ -113,7 +113,7 @@ def output(module: nn.Module, state: MLPState, x: Any) -> Tensor | str:
         return found
     if not isinstance(x, Tensor):
         return f"x is {type(x).__name__}"
-    kind = "cuda" if x.is_cuda else x.device.type
+    kind = x.device.type
     casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     children: Any = module._modules
     gate, down = children[mlp.gate], children[mlp.down]
