@@ -128,9 +128,7 @@ class _Layers:
         self._dropout = None
         if self._ranked and self._need.saves_mask:
             self._dropout = _drawn(self._ranked[0], dY.shape[0], dY)
-        self._weights: list[Tensor] | None = None
-        if keeps_weights and self._need.x:
-            self._weights = [self._weight(f) for f in fs]
+        self._keeps_weights, self._weights = keeps_weights, dict[int, Tensor]()
         self._sums: list[dict[str, Tensor]] = [{} for _ in fs]
         self._dA: Tensor | None = None
 
@@ -158,8 +156,7 @@ class _Layers:
         if not need.x:
             return None
         for i, dY in enumerate(dYs):
-            W = self._weight(self._fs[i]) if self._weights is None else self._weights[i]
-            dX = add_product(dX, dY, W)
+            dX = add_product(dX, dY, self._weight(i))
         return dX
 
     def gradients(self) -> list[Gradients]:
@@ -179,8 +176,13 @@ class _Layers:
             found.append(Gradients(**grads))
         return found
 
-    def _weight(self, f: Factors) -> Tensor:
-        return dense(f.weight, self._dtype).to(self._work)
+    def _weight(self, i: int) -> Tensor:
+        if i in self._weights:
+            return self._weights[i]
+        W = dense(self._fs[i].weight, self._dtype).to(self._work)
+        if self._keeps_weights:
+            self._weights[i] = W
+        return W
 
     def _sum(self, i: int, name: str, part: Tensor) -> None:
         sums = self._sums[i]

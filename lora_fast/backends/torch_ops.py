@@ -68,6 +68,7 @@ class TorchBackend:
                     y = adapted(rows, W, S_i, f, f.bias)
                 else:
                     y, V = _gained(rows, W, S_i, f)
+                del W  # before the next one is decoded
                 ys.append(shaped_as(x, y if work is dtype else y.to(dtype)))
         return ys, Saved(
             S.to(dtype) if S is not None and need.saves_S else None,
@@ -205,6 +206,7 @@ class TorchBackend:
                 else:
                     W = _times(W, f.g.unsqueeze(1))
             dX = add_product(dX, dY, W)
+            del W
         return given(dX)
 
 

@@ -30,6 +30,7 @@ from .seeds import draw_seed
 from .validation import check_gated
 
 Seed = int | Tensor | None
+_autograd: Any = torch._C._autograd
 # Tensors of one layer among the arguments of apply(): weight, bias, A, B.
 _PER_LAYER = 4
 
@@ -190,6 +191,9 @@ class GatedMLP(torch.autograd.Function):
         ctx.save_for_backward(read, *saved, *drawn, *tensors[2:], *weights)
         ctx.others = [_unsaved(f) for f in linears]
         ctx.backend, ctx.activation, ctx.is_fused = backend, activation, linears.is_fused
+        # What hooks hand in again, and whether they keep it, nobody knows.
+        ctx.is_hooked = _autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.is_overwritten = False
         return y
 
     @staticmethod
@@ -199,6 +203,11 @@ class GatedMLP(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.is_overwritten:
+        raise RuntimeError(
+            "the forward pass must run again: a backward pass that failed had overwritten what was "
+            "saved for it"
+        )
     x, gate, up, S, Sd, *tensors = ctx.saved_tensors
     drawn, tensors = tensors[:3], tensors[3:]
     found: list[Any] = [gate, up, None]
@@ -215,15 +224,24 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         (found[i],) = recomputation.with_saved([found[i]], [W])
     if ctx.is_fused:
         found[1] = None
+    ctx.is_overwritten = in_place = _is_last_reader(ctx)
     grads = ctx.backend.gated_backward(
         dY, x, GatedSaved(gate, up, S, Sd), GatedLinears(*found), ctx.activation, ctx.needs,
-        in_place=False,
+        in_place=in_place,
     )  # fmt: skip
     of_layers = [(None, of.bias, of.A, of.B) for of in grads[1:]]
     return (grads.x, None, None, None, grads.gate.x, grads.up.x, *itertools.chain(*of_layers))
 
 
 _differentiable_once = once_differentiable(_gradients)
+
+
+def _is_last_reader(ctx: Any) -> bool:
+    """Whether nobody reads the saved tensors of a node after this backward pass: autograd releases
+    them, and it alone has them."""
+    return not (
+        ctx.is_hooked or torch.is_grad_enabled() or _autograd._get_current_graph_task_keep_graph()
+    )
 
 
 @functools.lru_cache(maxsize=256)

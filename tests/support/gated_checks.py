@@ -108,13 +108,13 @@ def make(mlp: MLP, device: torch.device | str = "cpu") -> Operands:
 
 def fused(o: Operands, leaves: dict[str, Tensor]) -> Tensor:
     """y by the code under test."""
-    layers = [_factors(o, leaves, name) for name in MEMBERS]
+    layers = [factors_of(o, leaves, name) for name in MEMBERS]
     return gated_mlp.compute(
         leaves["x"], *layers, o.mlp.activation, SEEDS if o.mlp.p else (None, None)
     )  # type: ignore[arg-type]
 
 
-def _factors(o: Operands, leaves: dict[str, Tensor], name: str) -> Any:
+def factors_of(o: Operands, leaves: dict[str, Tensor], name: str) -> Any:
     if name not in o.mlp.members:
         return None
     if name in o.mlp.ready:
@@ -126,11 +126,11 @@ def _factors(o: Operands, leaves: dict[str, Tensor], name: str) -> Any:
 
 def exact(o: Operands, leaves: dict[str, Tensor]) -> Tensor:
     """y by the reference, in the dtype of the leaves."""
-    layers = [_arguments(o, leaves, name) for name in MEMBERS]
+    layers = [arguments_of(o, leaves, name) for name in MEMBERS]
     return reference.gated_mlp(leaves["x"], *layers, o.mlp.activation)
 
 
-def _arguments(o: Operands, leaves: dict[str, Tensor], name: str) -> Any:
+def arguments_of(o: Operands, leaves: dict[str, Tensor], name: str) -> Any:
     if name not in o.mlp.members:
         return None
     if name in o.mlp.ready:
