@@ -173,3 +173,65 @@ def _flops(count: int, operand: Any) -> dict[str, int]:
 def _bytes(tensors: Iterable[Any]) -> dict[str, int]:
     moved = (t.numel() * t.element_size() for t in tensors if t is not None)
     return {"bytes": sum(moved)}
+
+
+def gated_forward_name(compiled: Any) -> str:
+    """gated_forward_silu_64x64_r16: BLOCK_M × BLOCK_L, and with S of down BLOCK_R."""
+    tiles = compiled.constants["TILES"]
+    words = ["gated_forward", compiled.constants["ACTIVATION"], f"{tiles.BLOCK_M}x{tiles.BLOCK_L}"]
+    if compiled.signature["A_ptr"] != "constexpr":
+        words.append(f"r{tiles.BLOCK_R}")
+    return "_".join(words)
+
+
+def gated_forward_work(arguments: Arguments) -> dict[str, int]:
+    """S · Qᵀ of gate and up, and h Aᵀ."""
+    h, down = arguments["h_ptr"], arguments["R"]
+    R = arguments["gate"].R + arguments["up"].R + down
+    tensors = [arguments[name] for name in ("A_ptr", "h_ptr", "parts_ptr", "s_ptr")]
+    tensors += _of_branches(arguments)
+    return _flops(2 * arguments["M"] * arguments["L"] * R, h) | _bytes(tensors)
+
+
+def gated_backward_name(compiled: Any) -> str:
+    """gated_backward_silu_64x32x4_r16: BLOCK_M × BLOCK_L × PARTS, BLOCK_R."""
+    constants = compiled.constants
+    tiles = constants["TILES"]
+    shape = f"{tiles.BLOCK_M}x{tiles.BLOCK_L}x{constants['PARTS']}"
+    return f"gated_backward_{constants['ACTIVATION']}_{shape}_r{tiles.BLOCK_R}"
+
+
+def gated_backward_work(arguments: Arguments) -> dict[str, int]:
+    """The low-rank parts of gate, up and dh, and of their factors what is wanted."""
+    down, sums = arguments["down"], [arguments[f"{n}_sums"] for n in ("gate", "up", "down")]
+    ranks = (arguments["gate"].R, arguments["up"].R, down.R)
+    products = sum(
+        R * (1 + (each.T_ptr is not None) + (each.dS_ptr is not None))
+        for R, each in zip(ranks, sums, strict=True)
+    )
+    tensors = [down.dh_ptr, down.dS_ptr, down.A_ptr, arguments["dgate_ptr"], arguments["dup_ptr"]]
+    tensors += _of_branches(arguments)
+    tensors += [tensor for each in sums for tensor in (each.T_ptr, each.grad_ptr, each.dS_ptr)]
+    count = 2 * arguments["M"] * arguments["L"] * products
+    return _flops(count, down.dh_ptr) | _bytes(tensors)
+
+
+def gated_gradients_name(compiled: Any) -> str:
+    """gated_gradients_silu_64x64_r16: BLOCK_M × BLOCK_L, and the ranks in one step."""
+    tiles, activation = compiled.constants["TILES"], compiled.constants["ACTIVATION"]
+    return f"gated_gradients_{activation}_{tiles.BLOCK_M}x{tiles.BLOCK_L}_r{tiles.BLOCK_E}"
+
+
+def gated_gradients_work(arguments: Arguments) -> dict[str, int]:
+    """The low-rank parts of gate, up and dh; h takes the place of dh."""
+    down, dh = arguments["down"], arguments["dh_ptr"]
+    R = arguments["gate"].R + arguments["up"].R + down.R
+    tensors = [dh, dh if arguments["STORES_h"] else None, down.dS_ptr, down.largest_ptr, down.A_ptr]
+    tensors += [arguments["dgate_ptr"], arguments["dup_ptr"], *_of_branches(arguments)]
+    return _flops(2 * arguments["M"] * arguments["L"] * R, dh) | _bytes(tensors)
+
+
+def _of_branches(arguments: Arguments) -> list[Any]:
+    """The base products, S and B of gate and up."""
+    branches = arguments["gate"], arguments["up"]
+    return [t for branch in branches for t in (branch.base_ptr, branch.s_ptr, branch.B_ptr)]

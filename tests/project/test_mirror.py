@@ -8,6 +8,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where a file is part of what another one does, and is tested with it.
 TESTED_IN = {
     "kernels/environment.py": "kernels/test_launch_policy.py",
+    "kernels/activations.py": "kernels/test_gated_kernels.py",
+    "kernels/gated_backward.py": "kernels/test_gated_kernels.py",
+    "kernels/gated_forward.py": "kernels/test_gated_kernels.py",
+    "kernels/gated_gradients.py": "kernels/test_gated_kernels.py",
+    "kernels/gated_policy.py": "kernels/test_gated_offline.py",
+    "kernels/gated_tiles.py": "kernels/test_gated_kernels.py",
     "kernels/gemm_tiles.py": "kernels/test_kernels.py",
     "kernels/nf4_codes.py": "kernels/test_nf4_decode.py",
     "kernels/nf4_tile.py": "kernels/test_nf4_gemm.py",

@@ -1,0 +1,76 @@
+"""The tiles of a gated MLP's kernels: pure functions of shape, dtype and architecture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .launch_policy import SMALL_SHARED, RowsConfig
+
+
+@dataclass(frozen=True)
+class GatedConfig:
+    """Tile sizes of gated_backward: rows, and PARTS times BLOCK_L columns of a program."""
+
+    BLOCK_M: int
+    BLOCK_L: int
+    PARTS: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# Nothing is pipelined: a tile is read at once, and the other CTAs of a multiprocessor compute
+# meanwhile. IEEE products of float32: fewer than 64 rows, see launch_policy.
+_FORWARD = RowsConfig(64, 64, num_warps=4, num_stages=1)
+_GRADIENTS = RowsConfig(64, 64, num_warps=4, num_stages=1)
+_FLOAT32 = RowsConfig(32, 32, num_warps=4, num_stages=1)
+# Three sums of 32 × 16 for each part are what the registers hold beside the tiles: all four warps
+# share the 64 rows, so wider tiles would take more.
+_FOUR_PARTS = GatedConfig(64, 32, PARTS=4, num_warps=4)
+_THREE_PARTS = GatedConfig(64, 32, PARTS=3, num_warps=4)
+_WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=4)
+OF_GATED = (_FORWARD, _FLOAT32, _FOUR_PARTS, _THREE_PARTS, _WIDE_RANK)
+
+# A launch of gated_forward aims for so many programs of at most so many tiles of columns; one of
+# gated_backward for so many CTAs: some waves of any device, so that the last one does not show.
+_PROGRAMS, _MOST_TILES = 1024, 8
+_CTAS = 768
+
+
+def pick_gated_forward(dtype: torch.dtype) -> RowsConfig:
+    """The tiles of gated_forward."""
+    return _FLOAT32 if dtype == torch.float32 else _FORWARD
+
+
+def pick_gated_gradients(dtype: torch.dtype) -> RowsConfig:
+    """The tiles of gated_gradients."""
+    return _FLOAT32 if dtype == torch.float32 else _GRADIENTS
+
+
+def pick_gated_backward(BLOCK_R: int, arch: int | None, *, drops: bool) -> GatedConfig:
+    """The tiles of gated_backward, for ranks padded to BLOCK_R."""
+    if BLOCK_R > 16:
+        return _WIDE_RANK
+    crowded = arch in SMALL_SHARED or (drops and arch in (80, 90))
+    return _THREE_PARTS if crowded else _FOUR_PARTS
+
+
+def fits_registers(
+    dtype: torch.dtype, ranks: Sequence[int], arch: int | None, *, drops: bool
+) -> bool:
+    """Whether gated_backward holds layers of these ranks, 0 for those without an adapter."""
+    with_mask = 16 if arch in SMALL_SHARED else 32
+    return dtype == torch.bfloat16 and max(ranks) <= (with_mask if drops else 64)
+
+
+def columns_each(config: RowsConfig, M: int, L: int) -> int:
+    """The tiles of columns of a program of gated_forward."""
+    blocks, tiles = -(-M // config.BLOCK_M), -(-L // config.BLOCK_L)
+    return min(_MOST_TILES, max(1, blocks * tiles // _PROGRAMS))
+
+
+def rows_each(config: GatedConfig, M: int, blocks: int) -> int:
+    """The rows of a program of gated_backward, of so many blocks of columns."""
+    tiles = -(-M // config.BLOCK_M)
+    ranges = max(1, min(tiles, -(-_CTAS // blocks)))
+    return -(-tiles // ranges) * config.BLOCK_M

@@ -1,0 +1,99 @@
+"""What the kernels of a gated MLP share: gate and up as launches read them, and their tiles.
+
+gate[M,I] = base + S[M,R] Qᵀ          Q[I,R] = s · B                  (up alike)
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .launch_policy import expand_block
+from .tiles import Matrix, load_tile
+
+
+class Member(NamedTuple):
+    """What a launcher is given of gate or up: the base product [M, I], whose columns are
+    neighbours, S [M, R], B [I, R] and the scaling; no S, no low-rank part."""
+
+    base: Any
+    S: Any = None
+    B: Any = None
+    scaling: float = 1.0
+
+
+class Branch(NamedTuple):
+    """A Member as a kernel reads it; without a low-rank part s_ptr is None and R is 0."""
+
+    base_ptr: Any
+    s_ptr: Any
+    B_ptr: Any
+    scaling: float
+    R: int
+    stride_base: int
+    stride_s: int
+    stride_bl: int
+    stride_br: int
+
+
+class GatedTiles(NamedTuple):
+    """A constant of a launch: rows and columns of a tile; columns of the rank that a program keeps,
+    and in one step of S · Qᵀ; whether one step is all."""
+
+    BLOCK_M: int
+    BLOCK_L: int
+    BLOCK_R: int
+    BLOCK_E: int
+    ONE_STEP: bool
+
+
+@triton.jit
+def load_Q(branch, offs_l, offs_r, L):
+    """A tile of Q = s · B, multiplied in float32 and rounded once."""
+    B_mat = Matrix(branch.B_ptr, branch.stride_bl, branch.stride_br, L, branch.R)
+    Q = load_tile(B_mat, offs_l, offs_r).to(tl.float32) * tl.cast(branch.scaling, tl.float32)
+    return Q.to(branch.base_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _add_step(
+    tile, branch, offs_m, offs_l, r, M, L, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr
+):
+    """tile + S · Qᵀ of the columns of the rank from r on."""
+    offs_r = r + tl.arange(0, BLOCK_E)
+    S = load_tile(Matrix(branch.s_ptr, branch.stride_s, 1, M, branch.R), offs_m, offs_r)
+    Q = load_Q(branch, offs_l, offs_r, L)
+    return tl.dot(S, tl.trans(Q), tile, input_precision=PRECISION)
+
+
+@triton.jit
+def load_branch(
+    branch, offs_m, offs_l, M, L, TILES: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """A tile of gate or up in float32, the low-rank part added to it."""
+    tile = load_tile(Matrix(branch.base_ptr, branch.stride_base, 1, M, L), offs_m, offs_l)
+    tile = tile.to(tl.float32)
+    BLOCK_E: tl.constexpr = TILES.BLOCK_E
+    if branch.s_ptr is not None:
+        if TILES.ONE_STEP:
+            tile = _add_step(tile, branch, offs_m, offs_l, 0, M, L, BLOCK_E, PRECISION)
+        else:
+            for r in tl.range(0, branch.R, BLOCK_E, num_stages=1):
+                tile = _add_step(tile, branch, offs_m, offs_l, r, M, L, BLOCK_E, PRECISION)
+    return tile
+
+
+def branch_of(member):
+    """A Member as a kernel reads it."""
+    base, S, B, scaling = member
+    if S is None:
+        return Branch(base, None, None, 1.0, 0, base.stride(0), 0, 0, 0)
+    R = S.shape[1]
+    return Branch(base, S, B, float(scaling), R, base.stride(0), S.stride(0), *B.stride())
+
+
+def steps_of(ranks, dtype):
+    """Columns of the rank in one step for layers of these ranks, and whether one step is all."""
+    ranks = [R for R in ranks if R]
+    step = min((expand_block(R, dtype) for R in ranks), default=16)
+    return step, max(ranks, default=0) <= step

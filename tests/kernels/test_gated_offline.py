@@ -1,0 +1,156 @@
+"""The kernels of a gated MLP, every shipped configuration, compiled for absent GPUs: what they take
+of a device, the products that they use, and that these are fenced and not serialised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from lora_fast.kernels import (
+    gated_backward,
+    gated_forward,
+    gated_gradients,
+    gated_policy,
+    launch_policy,
+    scaling,
+)
+from lora_fast.kernels.dropout import NO_DROPOUT, Dropout
+from lora_fast.kernels.gated_tiles import Member
+from lora_fast.kernels.triton_version import VERSION
+
+from bench import async_products
+from bench.instruments import resources, stub_driver
+from lora_fast.gated import ACTIVATIONS
+
+ARCHS = [80, 89, 90, 100, 120]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A Llama-3-8B MLP; more rows make no other kernel."""
+
+    R: int = 16
+    p: float = 0.0
+    activation: str = "silu"
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.float32
+
+
+PLAIN = Case()
+# Those that take most registers of each configuration.
+CASES = {
+    "plain": PLAIN,
+    "dropout": replace(PLAIN, p=0.1),
+    "r32-dropout": replace(PLAIN, R=32, p=0.1),
+    "r64": replace(PLAIN, R=64),
+    "float16-r100": replace(PLAIN, R=100, p=0.1, dtype=torch.float16),
+    "float32": replace(PLAIN, dtype=torch.float32),
+}
+OTHERS = {
+    **{f"{name}-dropout": replace(PLAIN, activation=name, p=0.1) for name in ACTIVATIONS},
+    **{name: replace(PLAIN, activation=name) for name in ACTIVATIONS},
+    "bfloat16-adapters": replace(PLAIN, adapter=torch.bfloat16),
+    "gelu-r64": replace(PLAIN, R=64, activation="gelu", adapter=torch.bfloat16),
+}
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches_of(arch: int, case: Case) -> stub_driver.Log:
+    """Both directions."""
+    M, I, R, dtype = 8192, 14336, case.R, case.dtype  # noqa: E741
+    gate, up, dh = (_meta(M, I, dtype=dtype) for _ in range(3))
+    S, A, B = _meta(M, R, dtype=dtype), *(_meta(*s, dtype=case.adapter) for s in ((R, I), (I, R)))
+    members = Member(gate, S, B, 2.0), Member(up, S, B, 2.0)
+    drops = Dropout(case.p, 3) if case.p else NO_DROPOUT
+    with stub_driver.recording(arch) as log:
+        gated_forward.activate(*members, case.activation, A, drops)
+        if gated_policy.fits_registers(dtype, [R] * 3, arch, drops=case.p > 0.0):
+            wanted = gated_backward.Wanted(True, True, True, True)
+            gated_backward.gradients(
+                *members, dh, case.activation, S, A, drops, wanted=wanted, outs=(gate, up)
+            )
+        else:
+            gated_gradients.gradients(
+                *members, dh, case.activation, scaling.new_gradient(dh, R, 64), A, drops,
+                outs=(gate, up), stores_h=True,
+            )  # fmt: skip
+    return log
+
+
+def _matrix() -> Iterator[Any]:
+    for arch in ARCHS:
+        for name, case in CASES.items():
+            yield pytest.param(arch, case, id=f"sm_{arch}-{name}")
+        for name, case in OTHERS.items():
+            yield pytest.param(arch, case, id=f"sm_{arch}-{name}", marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize(("arch", "case"), _matrix())
+def test_both_directions_fit_the_device(arch: int, case: Case) -> None:
+    for launch in launches_of(arch, case).launches:
+        found, limits = launch.kernel.resources, resources.limits_of(arch)
+        # A few registers that live through a loop may lie in memory meanwhile.
+        assert found.local_bytes <= 32, f"{launch.name} spills: {found}"
+        assert all(loop.by_class["local"] == 0 for loop in found.hot_loops), launch.name
+        assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
+        assert found.ctas_per_sm >= 2, f"{launch.name}: {found}"
+        expected = set() if case.dtype == torch.float32 else {limits.mma}
+        # A sum of 32 rows is mma.sync everywhere.
+        assert set(found.mma) - {"HMMA"} <= expected and bool(found.mma) == bool(expected)
+        ptx = launch.kernel.text("ptx")
+        if VERSION >= (3, 7):
+            assert async_products.unfenced(ptx) == [], launch.name
+        if arch == 90:
+            assert async_products.serialised(ptx) == [], launch.name
+        # Full vectors: one address for eight elements, not for each.
+        assert "global.b16" not in ptx, launch.name
+
+
+@pytest.mark.offline
+def test_the_cases_use_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    picked = set()
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: picked.add(_key(kwargs)))
+    for arch in ARCHS:
+        for case in CASES.values():
+            launches_of(arch, case)
+    expected = {(c.BLOCK_M, c.BLOCK_L, getattr(c, "PARTS", None)) for c in gated_policy.OF_GATED}
+    assert picked == expected
+
+
+def _key(options: dict[str, Any]) -> tuple[int, int, int | None]:
+    tiles = options["TILES"]
+    return tiles.BLOCK_M, tiles.BLOCK_L, options.get("PARTS")
+
+
+def test_partials_of_dS_cost_less_than_the_read_that_they_save() -> None:
+    """Of R columns: written and read in float32, where dgate would be read in 16 bits."""
+    for arch in (*ARCHS, None):
+        for drops in (False, True):
+            config = gated_policy.pick_gated_backward(16, arch, drops=drops)
+            assert config.BLOCK_L * config.PARTS * 2 >= 2 * 4 * 16
+
+
+def test_walks_are_long_where_rows_are_many_and_there_are_programs_for_all_where_they_are_few() -> (
+    None
+):
+    forward = gated_policy.pick_gated_forward(torch.bfloat16)
+    assert gated_policy.columns_each(forward, 64, 14336) == 1
+    assert gated_policy.columns_each(forward, 8192, 14336) == 8
+    config = gated_policy.pick_gated_backward(16, 90, drops=False)
+    blocks = 14336 // (config.BLOCK_L * config.PARTS)
+    assert gated_policy.rows_each(config, 64, blocks) == 64
+    rows = gated_policy.rows_each(config, 8192, blocks)
+    assert rows % config.BLOCK_M == 0
+    multiprocessors = launch_policy.TABLE[(90,)].multiprocessors
+    assert blocks * -(-8192 // rows) >= 2 * multiprocessors
