@@ -289,7 +289,7 @@ class Wanted(NamedTuple):
 
 class Found(NamedTuple):
     """dgate and dup [M, I]; dB [I, R], dA [R, I] or None; partials of dS [J, M, R] of gate and up
-    or None."""
+    or None. Gradients have the dtype of the factor."""
 
     dgate: Any
     dup: Any
@@ -301,60 +301,75 @@ class Found(NamedTuple):
 
 
 def gradients(
-    gate, up, dh, activation, dS=None, A=None, dropout=NO_DROPOUT, *, wanted, outs, config=None
-):
+    gate, up, dh, activation, dS=None, A=None, dropout=NO_DROPOUT, *, wanted, outs, joined=False,
+    config=None,
+):  # fmt: skip
     """Found, in one launch, for the Members gate and up, the base product dh [M, I], and of down
     dS [M, R] and A [R, I].
 
-    outs: the memory of dgate and dup [M, I], which may be that of gate and up. Where `wanted.dS`,
-    partials of dS that cost less than another read of dgate and dup.
+    outs: the memory of dgate and dup [M, I], which may be that of gate and up. joined: gate and up
+    are halves of one layer, whose dB [2I, R] and partials of dS [2J, M, R] are those of gate.
     """
     (M, L), R_d = dh.shape, 0 if dS is None else dS.shape[1]
     branches = branch_of(gate), branch_of(up)
     ranks = [branches[0].R, branches[1].R, R_d]
-    arch = current_arch()
-    BLOCK_R = rank_block(max(*ranks, 1))
-    config = config or pick_gated_backward(BLOCK_R, arch, drops=dropout.p > 0.0)
-    width = config.BLOCK_L * config.PARTS
-    blocks = -(-L // width)
+    BLOCK_R, arch = rank_block(max(*ranks, 1)), current_arch()
+    drops = dropout.p > 0.0 and R_d > 0
+    config = config or pick_gated_backward(BLOCK_R, arch, drops=drops)
+    blocks = -(-L // (config.BLOCK_L * config.PARTS))
     rows = rows_each(config, M, blocks)
     ranges = -(-M // rows)
-    needs = (wanted.gate_B, wanted.up_B, wanted.down_A)
-    sums = []
-    for factor, R, needed in zip((gate.B, up.B, A), ranks, needs, strict=True):
-        sums.append(_sums(dh, factor, R, needed, ranges, is_A=factor is A))
-    for i, R in enumerate(ranks[:2]):
-        # A partial is written and read in float32.
-        if wanted.dS and R and width * dh.element_size() >= 2 * 4 * R:
-            sums[i] = sums[i]._replace(dS_ptr=empty(dh, blocks, M, R, dtype=torch.float32))
-    has_sums = any(needs)
+    found = _memory(config, gate, up, dh, A, ranks, wanted, outs, joined)
+    has_sums = any(wanted[:3])
     seed, seed_low, seed_high, threshold = dropout.words()
     down = Down(dh, None, None, 0, dh.stride(0), 0, 0, 0)
     if R_d:
         down = Down(dh, dS, A, R_d, dh.stride(0), dS.stride(0), *A.stride())
     launch(
         gated_backward, (blocks, ranges),
-        *branches, down, *sums, *outs,
+        *branches, down, *_sums(found, dh, ranks, ranges, joined), *outs,
         sync_words(dh.device, ARRIVALS.value + blocks) if has_sums else None,
-        dropout.keep_scale, seed, seed_low, seed_high, threshold,
+        dropout.keep_scale if drops else 1.0, seed, seed_low, seed_high, threshold,
         M, L, rows, ranges, outs[0].stride(0), outs[1].stride(0),
-        ACTIVATION=activation, DROPOUT=dropout.p > 0.0 and R_d > 0, PARTS=config.PARTS,
+        ACTIVATION=activation, DROPOUT=drops, PARTS=config.PARTS,
         TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, BLOCK_R, True),
         TARGET=Target(precision_of(dh.dtype), SETTLES=settles_products(dh.dtype, arch)),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return Found(
-        *outs, sums[0].grad_ptr, sums[1].grad_ptr,
-        None if sums[2].grad_ptr is None else sums[2].grad_ptr.T, sums[0].dS_ptr, sums[1].dS_ptr,
-    )  # fmt: skip
+    return found
 
 
-def _sums(dh, factor, R, needed, ranges, *, is_A):
-    """Memory for the gradient of a factor and its partial sums."""
-    if not needed:
-        return Sums()
-    L = dh.shape[1]
-    T = empty(dh, ranges, L, R, dtype=torch.float32)
-    grad = empty(dh, *factor.shape, dtype=factor.dtype)
-    grad = grad.T if is_A else grad
-    return Sums(T, grad, None, *grad.stride())
+def _memory(config, gate, up, dh, A, ranks, wanted, outs, joined):
+    """Found, not computed yet: partials of dS where they cost less than to read dgate again."""
+    (M, L), times = dh.shape, 2 if joined else 1
+    width = config.BLOCK_L * config.PARTS
+    factors, partials = [], []
+    for member, R, needed in zip((gate, up), ranks, wanted, strict=False):
+        grad = part = None
+        is_half = joined and factors
+        if needed and not is_half:
+            grad = empty(dh, times * L, R, dtype=member.B.dtype)
+        # A partial is written and read in float32.
+        if wanted.dS and R and not is_half and width * dh.element_size() >= 2 * 4 * R:
+            part = empty(dh, times * -(-L // width), M, R, dtype=torch.float32)
+        factors.append(grad)
+        partials.append(part)
+    dA = empty(dh, *A.shape, dtype=A.dtype) if wanted.down_A else None
+    return Found(*outs, *factors, dA, *partials)
+
+
+def _sums(found, dh, ranks, ranges, joined):
+    """The Sums of gate, up and down: where a kernel finds the memory of `found`."""
+    grads, partials = [found.gate_B, found.up_B], [found.gate_dS, found.up_dS]
+    if joined:
+        grads = [None, None] if found.gate_B is None else found.gate_B.chunk(2)
+        partials = [None, None] if found.gate_dS is None else found.gate_dS.chunk(2)
+    dA = None if found.down_A is None else found.down_A.T
+    sums = []
+    for grad, part, R in zip((*grads, dA), (*partials, None), ranks, strict=True):
+        if grad is None:
+            sums.append(Sums(dS_ptr=part))
+        else:
+            T = empty(dh, ranges, dh.shape[1], R, dtype=torch.float32)
+            sums.append(Sums(T, grad, part, *grad.stride()))
+    return sums

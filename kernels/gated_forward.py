@@ -147,14 +147,13 @@ def activate(
     (None unless saved). gate and up are a Member each."""
     (M, L), base = gate.base.shape, gate.base
     R = 0 if A is None else A.shape[0]
+    widest = max(R, *(0 if m.S is None else m.S.shape[1] for m in (gate, up)))
     padded = padding_of(R)
     rows = empty(base, M, L + padded if widens else L)
     S = empty(base, M, R) if R and saves_S else None
     makes_S = R > 0 and (saves_S or widens)
-    _launch(
-        config or pick_gated_forward(base.dtype), gate, up, activation, A if makes_S else None,
-        dropout, rows, S, widens,
-    )  # fmt: skip
+    config = config or pick_gated_forward(base.dtype, widest)
+    _launch(config, gate, up, activation, A if makes_S else None, dropout, rows, S, widens)
     return rows, S
 
 
@@ -168,6 +167,9 @@ def _launch(config, gate, up, activation, A, dropout, rows, S, widens):
     ranges = -(-tiles // each)
     parts = None if A is None else empty(base, ranges, M, R, dtype=torch.float32)
     BLOCK_R = rank_block(max(R, 1))
+    if R > BLOCK_R:
+        # Chunks are added in memory: of as many columns as load in vectors, or of few.
+        BLOCK_R = 16 if R % 16 else 32
     branches = branch_of(gate), branch_of(up)
     steps = steps_of([branch.R for branch in branches], base.dtype)
     seed, seed_low, seed_high, threshold = dropout.words()

@@ -22,6 +22,7 @@ class GatedConfig:
 # Nothing is pipelined: a tile is read at once, and the other CTAs of a multiprocessor compute
 # meanwhile. IEEE products of float32: fewer than 64 rows, see launch_policy.
 _FORWARD = RowsConfig(64, 64, num_warps=4, num_stages=1)
+_FORWARD_WIDE_RANK = RowsConfig(64, 32, num_warps=4, num_stages=1)
 _GRADIENTS = RowsConfig(64, 64, num_warps=4, num_stages=1)
 _FLOAT32 = RowsConfig(32, 32, num_warps=4, num_stages=1)
 # Three sums of 32 × 16 for each part are what the registers hold beside the tiles: all four warps
@@ -29,7 +30,7 @@ _FLOAT32 = RowsConfig(32, 32, num_warps=4, num_stages=1)
 _FOUR_PARTS = GatedConfig(64, 32, PARTS=4, num_warps=4)
 _THREE_PARTS = GatedConfig(64, 32, PARTS=3, num_warps=4)
 _WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=4)
-OF_GATED = (_FORWARD, _FLOAT32, _FOUR_PARTS, _THREE_PARTS, _WIDE_RANK)
+OF_GATED = (_FORWARD, _FORWARD_WIDE_RANK, _FLOAT32, _FOUR_PARTS, _THREE_PARTS, _WIDE_RANK)
 
 # A launch of gated_forward aims for so many programs of at most so many tiles of columns; one of
 # gated_backward for so many CTAs: some waves of any device, so that the last one does not show.
@@ -37,9 +38,11 @@ _PROGRAMS, _MOST_TILES = 1024, 8
 _CTAS = 768
 
 
-def pick_gated_forward(dtype: torch.dtype) -> RowsConfig:
-    """The tiles of gated_forward."""
-    return _FLOAT32 if dtype == torch.float32 else _FORWARD
+def pick_gated_forward(dtype: torch.dtype, R: int) -> RowsConfig:
+    """The tiles of gated_forward, for ranks of at most R."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _FORWARD if R <= 16 else _FORWARD_WIDE_RANK
 
 
 def pick_gated_gradients(dtype: torch.dtype) -> RowsConfig:

@@ -20,7 +20,7 @@ from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..geometry import Geometry
 from ..kernels import dropout as dropout_kernels
-from ..kernels import launch_policy, strips, ticketed_gemm, weight_update
+from ..kernels import launch_policy, ticketed_gemm, weight_update
 from ..kernels import row_norms as row_norms_kernels
 from ..kernels.launch_plans import called, empty
 from ..kernels.scaling import Shrunk
@@ -36,10 +36,11 @@ from ..tuning.plans import (
     query,
 )
 from ..tuning.tuner import tuner
-from . import torch_gated, triton_routes
+from . import torch_gated, triton_gated, triton_routes
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_layer import without_autocast
 from .torch_ops import TORCH
+from .triton_gradients import grad_A, output_side
 from .triton_operands import (
     Launching,
     dense,
@@ -136,6 +137,9 @@ class TritonBackend:
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
     ) -> tuple[Tensor, GatedSaved]:
+        """In the kernels of a gated MLP; of few rows by its layers, one launch each."""
+        if triton_gated.takes(x, linears):
+            return triton_gated.gated_forward(x, linears, activation, needs)
         return torch_gated.gated_forward(self, x, linears, activation, needs)
 
     def gated_backward(
@@ -149,6 +153,11 @@ class TritonBackend:
         *,
         in_place: bool,
     ) -> GatedGradients:
+        """As gated_forward, whose decision depends on the number of rows alone."""
+        if triton_gated.takes(dY, linears):
+            return triton_gated.gated_backward(
+                dY, x, saved, linears, activation, needs, in_place=in_place
+            )
         return torch_gated.gated_backward(self, dY, x, saved, linears, activation, needs)
 
     def dropout_mask(
@@ -224,7 +233,7 @@ def _gradients(
     grads, layers = [], []
     for dY, S, f_i, need_i in zip(dYs, columns_of(saved.S, fs), fs, needs, strict=True):
         bias, gains = vectors(f_i)
-        found, partials = _output_side(dY, S, saved.V, f_i, bias, gains, need_i, needs_dS)
+        found, partials = output_side(dY, S, saved.V, f_i, bias, gains, need_i, needs_dS)
         weight = shape_only(f_i.weight, dY)
         if need.x and plan.route == "fused":
             weight = gemm_operand(f_i.weight, dY, plan.workspace)
@@ -245,47 +254,11 @@ def _gradients(
     if need.A and x is not None:
         grads = [
             grad._replace(A=dA) if need_i.A else grad
-            for grad, dA, need_i in zip(grads, _grad_A(x, dS, fs), needs, strict=True)
+            for grad, dA, need_i in zip(grads, grad_A(x, dS, fs), needs, strict=True)
         ]
     if need.weight and x is not None:
         grads[0] = grads[0]._replace(weight=_weight_gradient(dYs[0], x, f))
     return grads
-
-
-def _output_side(
-    dY: Tensor,
-    S: Tensor | None,
-    V: Tensor | None,
-    f: Factors,
-    bias: Tensor | None,
-    gains: Gains,
-    need: Needs,
-    needs_dS: bool,
-) -> tuple[Gradients, Tensor | None]:
-    """dB, db, dd, dg and dbias of one layer, and the partials of its dS if they pay off."""
-    wanted = strips.Wanted(need.B, need.b, need.d, need.g, need.bias)
-    if not (wanted.needs_T or wanted.sums):
-        return Gradients(), None
-    grads, partials = strips.grad_expand(
-        dY, f.B, f.constants.scaling, wanted=wanted, S=S, V=V, bias=bias, gains=gains,
-        stores_dS=needs_dS and wanted.needs_T and _storing_dS_pays(dY, f),
-    )  # fmt: skip
-    return Gradients(**grads), partials
-
-
-def _storing_dS_pays(dY: Tensor, f: Factors) -> bool:
-    return f.A is not None and strips.storing_dS_pays(dY.shape[1], f.A.shape[0], dY.dtype)
-
-
-def _grad_A(x: Tensor, dS: Any, fs: Sequence[Factors]) -> Sequence[Tensor]:
-    """dA of every layer in one launch."""
-    factors = factors_A(fs)
-    dtypes = {A.dtype for A in factors}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    dA = strips.grad_shrink(x, dS, dtype, dropout(fs[0]))
-    if len(fs) == 1:
-        return [dA]
-    return [dA_i.to(A.dtype) for dA_i, A in zip(dA.split(ranks_of(fs)), factors, strict=True)]
 
 
 def _empty_batch(dY: Tensor, f: Factors, needs: Needs) -> Gradients:

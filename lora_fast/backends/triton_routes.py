@@ -35,12 +35,12 @@ def hybrid(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
     S = V = None
     low_rank: Sequence[Tensor | None] = [None] * len(fs)
     if fs[0].A is not None:
-        S = _shrunk(rows, fs)
-        low_rank = _expanded(S, rows.dtype, fs)
+        S = shrunk(rows, fs)
+        low_rank = expanded(S, rows.dtype, fs)
     ys = []
     for f, part in zip(fs, low_rank, strict=True):
         bias = f.bias if f.g is None and part is None else None
-        y = _add_product(part, rows, dense(f.weight, rows.dtype).T, bias)
+        y = add_product(part, rows, dense(f.weight, rows.dtype).T, bias)
         if f.g is not None:
             y, V = _gained(y, f, f.g, need)
         ys.append(y)
@@ -71,7 +71,7 @@ def augmented(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
         )  # fmt: skip
         if f.weight.decoded is not None:
             f.weight.decoded.offer(W[:, : rows.shape[1]])
-        y = _add_product(None, wide, W.T, f.bias if f.g is None else None)
+        y = add_product(None, wide, W.T, f.bias if f.g is None else None)
         if f.g is not None:
             y, V = _gained(y, f, f.g, need)
         ys.append(y)
@@ -98,12 +98,12 @@ def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Ten
                 dY = _times(dY, f.g)
             else:
                 W = _times(W, f.g.unsqueeze(1))
-        dX = _add_product(dX, dY, W)
+        dX = add_product(dX, dY, W)
     assert dX is not None
     return dX
 
 
-def _shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
+def shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     """S [M, ΣR] of all layers."""
     A, constants = _stack(fs), fs[0].constants
     plain = constants.dropout_p == 0.0 and constants.rank_spans is None
@@ -112,7 +112,7 @@ def _shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     return shrink.of_rows(rows, A, dropout(fs[0]), constants.rank_spans)
 
 
-def _expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[Tensor]:
+def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[Tensor]:
     """The low-rank part of every y, with the bias where no g comes after it."""
     f, ranks = fs[0], ranks_of(fs)
     factors = [f.B for f in fs if f.B is not None]
@@ -145,7 +145,7 @@ def _multiplies(x: Tensor, factors: Sequence[Tensor], R: int) -> bool:
     return same and working_dtype(x) == x.dtype
 
 
-def _add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """out + a b, in place; a b + bias without out. Rounded once, also on a CPU that multiplies
     16-bit numbers as float32."""
     work = working_dtype(a)

@@ -3,7 +3,6 @@ of a device, the products that they use, and that these are fenced and not seria
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,16 +84,16 @@ def launches_of(arch: int, case: Case) -> stub_driver.Log:
     return log
 
 
-def _matrix() -> Iterator[Any]:
-    for arch in ARCHS:
-        for name, case in CASES.items():
-            yield pytest.param(arch, case, id=f"sm_{arch}-{name}")
-        for name, case in OTHERS.items():
-            yield pytest.param(arch, case, id=f"sm_{arch}-{name}", marks=pytest.mark.exhaustive)
+MATRIX = [
+    pytest.param(arch, case, id=f"sm_{arch}-{name}", marks=marks)
+    for arch in ARCHS
+    for cases, marks in ((CASES, []), (OTHERS, [pytest.mark.exhaustive]))
+    for name, case in cases.items()
+]
 
 
 @pytest.mark.offline
-@pytest.mark.parametrize(("arch", "case"), _matrix())
+@pytest.mark.parametrize(("arch", "case"), MATRIX)
 def test_both_directions_fit_the_device(arch: int, case: Case) -> None:
     for launch in launches_of(arch, case).launches:
         found, limits = launch.kernel.resources, resources.limits_of(arch)
@@ -144,7 +143,7 @@ def test_partials_of_dS_cost_less_than_the_read_that_they_save() -> None:
 def test_walks_are_long_where_rows_are_many_and_there_are_programs_for_all_where_they_are_few() -> (
     None
 ):
-    forward = gated_policy.pick_gated_forward(torch.bfloat16)
+    forward = gated_policy.pick_gated_forward(torch.bfloat16, 16)
     assert gated_policy.columns_each(forward, 64, 14336) == 1
     assert gated_policy.columns_each(forward, 8192, 14336) == 8
     config = gated_policy.pick_gated_backward(16, 90, drops=False)

@@ -46,6 +46,7 @@ TESTED_IN = {
     "lora_fast/backends/torch_layer.py": "backends/test_torch_products.py",
     "lora_fast/backends/torch_low_rank.py": "backends/test_torch_products.py",
     "lora_fast/backends/torch_ops.py": "test_functional.py",
+    "lora_fast/backends/triton_gradients.py": "backends/test_routes.py",
     "lora_fast/backends/triton_operands.py": "backends/test_routes.py",
     "lora_fast/backends/triton_ops.py": "backends/test_routes.py",
     "lora_fast/base_layer/call_counts.py": "acceleration/test_report.py",

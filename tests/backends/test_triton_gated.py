@@ -1,0 +1,152 @@
+"""A gated MLP on the Triton backend: every result by the rule, and the launches that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import machines
+import pytest
+import torch
+from gated_checks import BF16, FP16, FP32, MEMBERS, MLP, check, factors_of, fused, make
+from machines import Executor, started
+
+from bench.instruments.accuracy import assert_same_bits
+from lora_fast import gated
+from lora_fast.backends.selection import backend_for
+from lora_fast.factors import Needs
+
+# More rows than a few, which are left to the layers.
+MANY = MLP(BF16, FP32, M=70)
+# Rates of dropout that are drawn as they are, multiples of 2⁻¹⁵.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"biased": MEMBERS},
+    "fused": {"fused": True, "biased": ("gate",)},
+    "fused, dropout, in nf4": {"fused": True, "p": 0.25, "nf4": ("gate", "down")},
+    "nf4": {"nf4": MEMBERS},
+    "only h of a fused layer": {"alone": True, "fused": True},
+    "dropout": {"p": 0.25},
+    "all dropped": {"p": 1.0},
+    "gate computed elsewhere": {"ready": ("gate",), "layout": "transposed"},
+    "up computed elsewhere": {"ready": ("up",), "p": 0.25},
+    "both in one, computed elsewhere": {"ready": ("gate",), "fused": True},
+    "only an activation": {"ready": ("gate", "up"), "alone": True},
+    "three dimensions": {"lead": (2, 35)},
+    "zero strides": {"layout": "zero-stride"},
+    **{f"only {name}": {"adapted": (name,), "p": 0.25} for name in MEMBERS},
+    "not up": {"adapted": ("gate", "down")},
+    "no adapter": {"adapted": ()},
+    "A frozen": {"trains": ("x", "B")},
+    "B frozen": {"trains": ("x", "A")},
+    "x alone": {"trains": ("x",)},
+    "down frozen": {"frozen": ("down",)},
+    "rank 64": {"ranks": (64, 64, 64)},
+    "rank 100, dropout": {"ranks": (100, 20, 40), "p": 0.25},
+    "gelu": {"activation": "gelu"},
+}
+DTYPES = {
+    "bfloat16 adapters": (BF16, None),
+    "float16": (FP16, FP32),
+    "float32": (FP32, None),
+}
+SOME = ("plain", "fused", "dropout", "nf4", "rank 100, dropout")
+
+
+@pytest.fixture
+def interpreter() -> Iterator[Executor]:
+    with started(machines.interpreter()) as machine:
+        yield machine
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=list(VARIANTS))
+def test_every_variant(interpreter: Executor, changes: dict[str, Any]) -> None:
+    check(MANY, **changes)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES.values(), ids=list(DTYPES))
+def test_every_dtype(interpreter: Executor, dtype: Any, adapter: Any, name: str) -> None:
+    check(replace(MANY, dtype=dtype, adapter=adapter), **VARIANTS[name])
+
+
+def test_compiled_code(typical_executor: Executor) -> None:
+    with typical_executor.counting_launches() as names:
+        check(MANY, typical_executor.device, p=0.25, ranks=(8, 8, 8), H=64, intermediate=64)
+    assert {"gated_forward", "gated_backward"} <= set(names)
+
+
+# Beside these, products by cuBLAS; on a CPU they are no other launches than on a GPU with adapters
+# in float32.
+FORWARD = ["shrink", "gated_forward", "expand"]
+OF_DOWN = ["strips", "ticketed_gemm"]
+BEFORE = ["ticketed_gemm", "expand", "strips"]
+LAUNCHES = {
+    "plain": [*FORWARD, *OF_DOWN, "gated_backward", *BEFORE],
+    "fused": [*FORWARD, *OF_DOWN, "gated_backward", "strips", *BEFORE],  # a bias trains
+    "nf4": [
+        "shrink", "nf4_decode", "nf4_decode", "gated_forward", "nf4_decode_augmented", *OF_DOWN,
+        "nf4_decode", "gated_backward", "ticketed_gemm", "expand", "nf4_decode", "nf4_decode",
+        "strips",
+    ],
+    "rank 100, dropout": [
+        *FORWARD, *OF_DOWN, "gated_gradients", "strips", "strips", "strips", *BEFORE,
+    ],
+    "no adapter": ["gated_forward", "gated_backward"],
+}  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(interpreter: Executor, name: str) -> None:
+    o = make(replace(MANY, **VARIANTS[name]))
+    with interpreter.counting_launches() as names:
+        y = fused(o, o.leaves)
+        y.backward(o.dY)
+    assert names == LAUNCHES[name]
+
+
+@pytest.mark.interpreter
+def test_few_rows_are_left_to_the_layers(interpreter: Executor) -> None:
+    o = make(replace(MANY, M=64))
+    with interpreter.counting_launches() as names:
+        fused(o, o.leaves)
+    assert names == ["ticketed_gemm"] * 3
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("is_fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("R", [8, 100])
+def test_gradients_may_take_the_memory_of_gate_and_up(
+    interpreter: Executor, is_fused: bool, R: int
+) -> None:
+    mlp = replace(MANY, fused=is_fused, ranks=(R, R, R), ready=() if is_fused else ("up",))
+    apart, together = (_gradients(mlp, in_place=in_place) for in_place in (False, True))
+    assert apart.keys() == together.keys()
+    for name, value in apart.items():
+        assert_same_bits(together[name], value, name=name)
+
+
+def _gradients(mlp: MLP, *, in_place: bool) -> dict[str, torch.Tensor]:
+    o, no = make(mlp), Needs()
+    linears = gated.GatedLinears(*(factors_of(o, o.leaves, name) for name in MEMBERS))
+    trains = Needs(x=True, A=True, B=True)
+    up = no if mlp.fused else Needs(x=True)
+    needs, backend = gated.GatedNeeds(trains, up, trains), backend_for(torch.device("cpu"))
+    with torch.no_grad():
+        x = o.leaves["x"].detach()
+        ready = None if mlp.fused else o.leaves["up"].detach()
+        _, saved = backend.gated_forward(x, linears, mlp.activation, needs)
+        given = None if ready is None else ready.clone()
+        grads = backend.gated_backward(
+            o.dY, x, saved, linears, mlp.activation, needs, in_place=in_place
+        )
+    if ready is not None and given is not None:
+        assert_same_bits(ready, given, name="an output that was computed elsewhere")
+    found = {"x": grads.x}
+    for name, of in zip(MEMBERS, grads[1:], strict=True):
+        found |= {f"{name}.{key}": value for key, value in of._asdict().items()}
+    return {name: value for name, value in found.items() if value is not None}
