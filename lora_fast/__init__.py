@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .acceleration.switch import accelerate, decelerate
     from .acceleration.warm_up import warm_up
     from .backends.choice import set_backend
+    from .experts.quantisation import quantize_experts
     from .files.peft_files import load_adapter, save_adapter
     from .modules.conversion import convert
     from .modules.dora import DoRALinear
@@ -47,6 +48,7 @@ _LAZY = {
     "decelerate": "acceleration.switch",
     "load_adapter": "files.peft_files",
     "plan": "planning",
+    "quantize_experts": "experts.quantisation",
     "report": "acceleration.report",
     "save_adapter": "files.peft_files",
     "set_backend": "backends.choice",
@@ -70,6 +72,7 @@ __all__ = [
     "load_adapter",
     "optim",
     "plan",
+    "quantize_experts",
     "reference",
     "report",
     "save_adapter",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import four_bit
+from ..experts.storage import packed_parameters
 from ..factors import Constants, Factors
 from ..four_bit import is_four_bit, restore_quant_state
 from ..functional import Member, adapted_linears
@@ -79,6 +80,8 @@ def describe(base: nn.Module) -> str:
     """The weight's storage in one word, for the report: bfloat16, nf4, …"""
     if is_four_bit(base):
         return str(getattr(base.weight, "quant_type", "4bit"))
+    if packed_parameters(base):
+        return "nf4"
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor):  # experts, whose weights have names of their own
         weight = next(base.parameters(recurse=False), None)

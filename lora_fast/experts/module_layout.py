@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .nf4_experts import NF4Experts
-from .storage import packed_experts
+from .storage import packed_experts, undecorated
 
 _FLAGS = ("is_transposed", "has_bias", "has_gate", "has_post_expert_norm")
 # Implementations of the same equation that transformers itself has; None is eager.
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 def layout_of(module: Any) -> tuple[Layout | None, str | None]:
     """The layout, or why a module does not compute that equation on parameters of its own."""
     shared = _shared_forward()
-    if shared is None or getattr(type(module).forward, "__code__", None) is not shared:
+    if shared is None or getattr(undecorated(type(module).forward), "__code__", None) is not shared:
         return None, f"forward of {type(module).__name__} is not that of transformers' experts"
     if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
         return None, "transformers without flags of the experts' layout"

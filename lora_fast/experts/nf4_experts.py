@@ -64,7 +64,9 @@ class NF4Experts:
         """Dense [E, N, K] in `dtype` (default: the dtype before quantisation), of all experts."""
         state = self.quant_state
         absmax, wanted = absmax_of(state), dtype or self.dtype
-        dense = _decoded(self.packed, absmax, int(state.blocksize), tuple(state.shape), wanted)
+        dense = _decoded(
+            self.packed.view(-1), absmax, int(state.blocksize), tuple(state.shape), wanted
+        )
         return dense.transpose(1, 2) if self.transposed else dense
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..base_layer.obstacles import environment_obstacle, module_obstacle, tensor_obstacle
 from ..features import EXPERTS_OF_PEFT, is_exporting
 from ..operation import expert_layers
+from .expert_merging import is_packed, merge_packed, unmerge_packed
 from .expert_state import ExpertsState, read_experts
 from .fused_forward import FusedForward
 
@@ -60,6 +62,24 @@ class FusedParamWrapper(FusedForward, ParamWrapper):
             if found is not None:
                 return None, found
         return read_experts(wrappers, module)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if not is_packed(self):
+            super().merge(safe_merge, adapter_names)
+            return
+        layer: Any = self
+        names = [n for n in check_adapters_to_merge(layer, adapter_names) if n in layer.lora_A]
+        if names:
+            merge_packed(layer, names)
+            layer.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        layer: Any = self
+        if not layer.merged or not is_packed(layer):
+            super().unmerge()
+            return
+        unmerge_packed(layer)
+        layer.merged_adapters.clear()
 
 
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {ParamWrapper: FusedParamWrapper}

@@ -1,0 +1,1 @@
+"""Tests of lora_fast/experts/."""
