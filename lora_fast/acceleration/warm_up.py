@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..gated_mlps.fused_mlp import FusedMLP
+from ..gated_mlps.operands import linears_of
 from ..modules.adapter_module import AdapterModule
 from .report import adapted_layers, report
 
@@ -16,7 +18,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class Unit(NamedTuple):
-    """Layers that are computed together: siblings that share their input, or one layer.
+    """What is computed together: siblings that share their input, a gated MLP, or one layer.
 
     ``alike``: how many units of the model are identical to the kernels; this is the first.
     """
@@ -61,11 +63,16 @@ def warm_up(
 
 def units(model: nn.Module) -> list[Unit]:
     """The distinct units of `model` that would run fused, in the order of its modules."""
-    fused = {layer.name for layer in report(model).layers if layer.fused}
+    current = report(model)
+    fused = {layer.name for layer in current.layers if layer.fused}
+    mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in current.mlps if mlp.fused}
     bundles: dict[int, list[tuple[str, Any]]] = {}
     for name, layer in adapted_layers(model):
+        parent = name.rpartition(".")[0]
+        if parent in mlps:
+            bundles[id(mlps[parent])] = [(parent, mlps[parent])]
         # Experts run in PyTorch's operations.
-        if name in fused and not hasattr(layer, "parameter_name"):
+        elif name in fused and not hasattr(layer, "parameter_name"):
             group, _ = _group_of(layer) or (layer, 0)
             bundles.setdefault(id(group), []).append((name, layer))
     found: dict[Any, Unit] = {}
@@ -78,9 +85,9 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def run(layers: Sequence[Any], M: int, *, training: bool) -> None:
-    """Call siblings with the same x [1, M, K]: without gradients and, when training, with those of
-    inner layers and of the first layer."""
-    base = base_of(layers[0])
+    """Call siblings with the same x [1, M, K], or an MLP: without gradients and, when training,
+    with those of inner layers and of the first layer."""
+    base = _first_linear(layers[0])
     device: torch.device = base.weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         x = torch.randn(1, M, base.in_features, device=device).to(compute_dtype(base))
@@ -99,6 +106,14 @@ def run(layers: Sequence[Any], M: int, *, training: bool) -> None:
 def base_of(layer: Any) -> Any:
     """The linear layer under an adapter of PEFT or of lora_fast."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
+
+
+def _first_linear(layer: Any) -> Any:
+    """The linear layer that reads the input of an adapted layer or of a gated MLP."""
+    if isinstance(layer, FusedMLP):
+        module: Any = layer
+        layer = next(iter(linears_of(module).values()))
+    return base_of(layer) if hasattr(layer, "base_layer") else layer
 
 
 def compute_dtype(base: Any) -> torch.dtype:

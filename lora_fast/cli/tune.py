@@ -133,6 +133,8 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
         table.add_column(title, justify="left" if title == "layers" else "right")
     for path, parent in layers.named_children():
         for name, layer in parent.named_children():
+            if not hasattr(layer, "base_layer"):  # of an MLP: its activation, a layer not adapted
+                continue
             base = base_of(layer)
             sizes = (str(base.in_features), str(base.out_features), str(layers.alike[path]))
             table.add_row(escape(_dotted(f"{path}.{name}")), *sizes)

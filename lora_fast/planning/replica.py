@@ -17,6 +17,7 @@ from ..acceleration.report import adapted_layers, report
 from ..acceleration.switch import accelerate
 from ..acceleration.warm_up import base_of, kind_of
 from ..experts.module_layout import layout_of
+from ..gated_mlps.fused_mlp import FusedMLP
 from ..methods.table import METHODS
 from ..optional_packages import needed
 from ..peft_layers import FusedForward
@@ -48,13 +49,15 @@ class Replica(nn.Module):
         )
         self.alike: dict[str, int] = {}
         known: dict[Any, str] = {}
+        mlps = {id(c): m for m in model.modules() if isinstance(m, FusedMLP) for c in m.children()}
         for path, children in _by_parent(model).items():
-            kind = tuple((name, kind_of(layer)) for name, layer in children.items())
+            mlp = next((mlps[id(c)] for c in children.values() if id(c) in mlps), None)
+            kind = (type(mlp), *((name, kind_of(layer)) for name, layer in children.items()))
             first = known.setdefault(kind, path)
             self.alike[first] = self.alike.get(first, 0) + 1
             if first == path:
-                parent = nn.Module()
-                for name, layer in children.items():
+                parent = nn.Module() if mlp is None else mlp
+                for name, layer in children.items() if mlp is None else ():
                     parent.add_module(name, layer)
                 self.add_module(path, parent)
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from backend_calls import watch
+from gated_models import counts, mlp_of, stock_model
 from lora_models import peft_model, quantised
 from torch import nn
 
@@ -64,6 +65,18 @@ def test_what_the_kernels_depend_on_makes_other_units():
     o[1].lora_A.default.weight.requires_grad_(False)
     o[2].lora_dropout.default.p = 0.2
     assert [unit.alike for unit in units(model)] == [3, 1, 1, 1]
+
+
+def test_a_gated_mlp_is_one_unit():
+    model = lora_fast.accelerate(stock_model())
+    assert [str(unit) for unit in units(model)] == ["base_model.model.mlp"]
+    before = copy.deepcopy(model.state_dict())
+    assert warm_up(model.train(), (3, 70)) == 2
+    assert counts(model) == (0, {})
+    for name, tensor in before.items():
+        assert_same_bits(model.state_dict()[name], tensor, name=name)
+    mlp_of(model).act_fn.register_forward_hook(lambda *args: None)
+    assert [len(unit.layers) for unit in units(model)] == [2, 1]
 
 
 def test_layers_that_would_not_run_fused_are_left_out():

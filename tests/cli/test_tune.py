@@ -60,8 +60,8 @@ def test_on_a_gpu_every_kind_of_layer_is_run(capsys, llama, monkeypatch):
     assert run_cli("tune", llama, "--tokens", "8", "--r", "4") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert tuner.tuner.times
-    assert "1/4 model.layers.0.self_attn.q_proj, k_proj, v_proj, 8 rows" in shown
-    assert "4/4 model.layers.0.mlp.down_proj, 8 rows" in shown
+    assert "1/3 model.layers.0.self_attn.q_proj, k_proj, v_proj, 8 rows" in shown
+    assert "3/3 model.layers.0.mlp, 8 rows" in shown
 
 
 @pytest.fixture
