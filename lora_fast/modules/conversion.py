@@ -15,6 +15,7 @@ from torch import nn
 from ..four_bit import is_four_bit
 from ..four_bit.decoded import provide_for
 from ..four_bit.layout import forbid_packing
+from ..gated_mlps.switch import fuse
 from ..optional_packages import needed
 from .adapter_module import AdapterModule, check_base
 from .dora import DoRALinear
@@ -45,6 +46,7 @@ def convert(
     quantize: Literal["nf4"] | None = None,
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    fuse_mlp: bool = True,
 ) -> Model:
     """Adapt the linear layers of `model` that `target_modules` names, in place.
 
@@ -62,7 +64,8 @@ def convert(
     computing in the dtype of the weight); the dense weights are released once all are quantised, so
     a failure changes nothing. Everything is frozen except the adapters and `modules_to_save`
     (names or ends of names, such as that of a new head), which are never adapted. A layer that is
-    reachable under several names stays one layer.
+    reachable under several names stays one layer. `fuse_mlp` is that of
+    :func:`lora_fast.accelerate`: gated MLPs run as one operation.
 
     Raises TypeError or ValueError that names the argument, ImportError for ``quantize="nf4"``
     without bitsandbytes, before anything is changed.
@@ -70,6 +73,8 @@ def convert(
     (Kopiczko et al. 2023), QLoRA (Dettmers et al. 2023).
     """
     _check_arguments(model, method, quantize)
+    if not isinstance(fuse_mlp, bool):
+        raise TypeError(f"fuse_mlp must be a bool, got {type(fuse_mlp).__name__}")
     if method == "vera" and (lora_alpha is not None or use_rslora):
         raise ValueError('lora_alpha and use_rslora must not be given with method="vera"')
     if callable(method) and (r, lora_alpha, lora_dropout, use_rslora) != (None, None, 0.0, False):
@@ -111,6 +116,8 @@ def convert(
         setattr(model.get_submodule(parent), child, adapted[id(linear)])
     forbid_packing(model)
     provide_for(model)
+    if fuse_mlp:
+        fuse(model)
     return model
 
 

@@ -223,7 +223,7 @@ def test_gate_and_up_in_one_layer() -> None:
 
 def test_modules_without_peft() -> None:
     torch.manual_seed(0)
-    model = lora_fast.convert(Model(), ["gate_proj", "up_proj", "down_proj"], r=3)
+    model = lora_fast.convert(Model(), list(NAMES), r=3, fuse_mlp=False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter)
@@ -235,6 +235,11 @@ def test_modules_without_peft() -> None:
     assert counts(model) == (1, {})
     lora_fast.decelerate(model)
     assert type(mlp_of(model)) is GatedMLP
+    converted = lora_fast.convert(Model(), list(NAMES), r=3)
+    converted(x)
+    assert counts(converted) == (1, {})
+    with pytest.raises(TypeError, match="fuse_mlp must be a bool, got int"):
+        lora_fast.convert(Model(), list(NAMES), fuse_mlp=1)
 
 
 def test_a_second_backward_gives_the_same_bits() -> None:
