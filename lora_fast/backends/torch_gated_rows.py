@@ -24,22 +24,21 @@ from ..nf4 import NF4Weight
 from . import torch_low_rank as low_rank
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_dropout import Dropout, dropout_mask
-from .torch_gated import activated, activation_gradient, halves, outputs
+from .torch_gated import activated, activation_gradient, halves
 from .torch_layer import adapted, dense, rows_of, stacked, without_autocast
 from .torch_low_rank import given
-from .torch_products import add_product, product_dtypes, rows_product, wide_dtype
+from .torch_products import add_product, linear, product_dtypes, rows_product, wide_dtype
 
 # Rows at a time on a CPU: at least so many, and a part of H, since products read the whole weight
 # for every few rows.
-_ROWS, _PART_OF_H = 256, 4
+_ROWS, _PART_OF_H = 512, 4
 
 
 def gated_forward(
-    backend: Any, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
+    x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
 ) -> tuple[Tensor, GatedSaved]:
     """:meth:`lora_fast.backends.protocol.Backend.gated_forward` of the torch backend."""
-    found, S = outputs(backend, x, linears, needs)
-    saved = GatedSaved(*found, S) if needs.down.x else GatedSaved()
+    found, S = _gate_and_up(x, linears)
     like, up = halves(*found)
     gate, up, f = rows_of(like, like.dtype), rows_of(up, up.dtype), linears.down
     work, narrow = product_dtypes(gate)
@@ -47,19 +46,65 @@ def gated_forward(
     Sd = None if f is None or f.A is None else gate.new_empty(M, f.A.shape[0])
     y = gate.new_empty(M, width if f is None else f.weight.shape[0])
     with without_autocast(gate):
-        W = None if f is None else dense(f.weight, y.dtype).to(work)
+        product = None if f is None else _Product(f, M, gate.dtype, work)
         dropout = None if f is None else _drawn(f, M, gate)
         for some in _blocks(gate, y.shape[1], linears):
             h = activated(gate[some].to(work), activation).mul_(up[some])
-            if f is None or W is None:
+            if f is None or product is None:
                 y[some] = h
                 continue
-            S = None
+            part = None
             if f.A is not None:
-                S = low_rank.shrink(h.to(narrow), f.A, _of(dropout, some))
-                given(Sd)[some] = S
-            y[some] = adapted(h, W, S, f, f.bias)
-    return shaped_as(like, y), saved._replace(Sd=Sd if needs.down.B else None)
+                part = low_rank.shrink(h.to(narrow), f.A, _of(dropout, some))
+                given(Sd)[some] = part
+            y[some] = product(h, part)
+    y = shaped_as(like, y)
+    if not needs.down.x:
+        return y, GatedSaved()
+    S = S if needs.gate.B or needs.up.B else None
+    return y, GatedSaved(*found, S, Sd if needs.down.B else None)
+
+
+def _gate_and_up(
+    x: Tensor | None, linears: GatedLinears
+) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+    """gate and up, or both in one and None; and the S of those that have an A, side by side."""
+    found: list[Any] = list(linears[:2])
+    if x is None:
+        return (found[0], found[1]), None
+    dtype, ranked = x.dtype, [f for f in linears.read_x if f.A is not None]
+    work, narrow = product_dtypes(x)
+    S, columns = None, iter(())
+    with without_autocast(x):
+        rows = rows_of(x, work)
+        if ranked:
+            A, ranks = stacked(ranked, narrow)
+            S = low_rank.shrink(rows.to(narrow), A, _drawn(ranked[0], rows.shape[0], x))
+            columns = iter(S.split(ranks, dim=1))
+        for i, f in enumerate(found):
+            if isinstance(f, Factors):
+                part = None if f.A is None else next(columns)
+                y = _Product(f, rows.shape[0], dtype, work)(rows, part)
+                found[i] = shaped_as(x, y.to(dtype))
+    return (found[0], found[1]), None if S is None else S.to(dtype)
+
+
+class _Product:
+    """x Wᵀ + s · S Bᵀ + bias for rows of x [M, K]. For many it is one product,
+    [x | S] [W | s·B]ᵀ + bias, which is worth a copy of W; for few, one on top of the other."""
+
+    def __init__(self, f: Factors, M: int, dtype: torch.dtype, work: torch.dtype) -> None:
+        self._f, self._W = f, dense(f.weight, dtype).to(work)
+        self._is_one = f.B is not None and self._W.shape[1] <= M
+        if self._is_one:
+            Q = low_rank.expand_factor(f, work) * f.constants.scaling
+            self._W = torch.cat([self._W, Q], dim=1)
+            self._bias = None if f.bias is None else f.bias.to(work)
+
+    def __call__(self, rows: Tensor, S: Tensor | None) -> Tensor:
+        if not self._is_one:
+            return adapted(rows, self._W, S, self._f, self._f.bias)
+        return linear(torch.cat([rows, given(S).to(rows.dtype)], dim=1), self._W, self._bias)
 
 
 def gated_backward(
@@ -71,45 +116,111 @@ def gated_backward(
     needs: GatedNeeds,
 ) -> GatedGradients:
     """:meth:`lora_fast.backends.protocol.Backend.gated_backward` of the torch backend."""
-    gate, up, dY_rows = (rows_of(t, t.dtype) for t in (*halves(given(saved.gate), saved.up), dY))
-    x = None if x is None else rows_of(x, x.dtype)
-    blocks = _blocks(gate, dY_rows.shape[1], linears)
-    keeps = len(blocks) > 1
+    gate, up, rows = (rows_of(t, t.dtype) for t in (*halves(given(saved.gate), saved.up), dY))
+    blocks, work = _blocks(gate, rows.shape[1], linears), product_dtypes(rows)[0]
     places = [i for i in (0, 1) if isinstance(linears[i], Factors)]
-    before = _Layers(linears.read_x, [needs[i] for i in places], saved.S, dY_rows, keeps)
-    down = None
-    if linears.down is not None:
-        down = _Layers([linears.down], [needs.down], saved.Sd, dY_rows, keeps)
-    work, dX = product_dtypes(dY_rows)[0], None
     memory = gate.new_empty(2 * blocks[0].stop * gate.shape[1], dtype=work)
     # Where they were computed elsewhere, their gradients are results.
     results = {i: torch.empty_like(gate) for i in (0, 1) if i not in places and needs[i].x}
     with without_autocast(dY):
+        before = _Before(linears.read_x, [needs[i] for i in places], saved.S, rows, len(blocks) > 1)
+        down = None
+        if linears.down is not None:
+            down = _Down(linears.down, needs.down, saved.Sd, rows, len(blocks) > 1)
         for some in blocks:
             wide_gate, wide_up = gate[some].to(work), up[some].to(work)
-            acted, dH = activated(wide_gate, activation), dY_rows[some].to(work)
-            if down is not None:
-                dH = given(down.add(some, [dH], acted * wide_up if needs.down.A else None))
+            acted = activated(wide_gate, activation)
+            if down is None:
+                dH = rows[some].to(work)
+            else:
+                dH = down.add(some, acted * wide_up if needs.down.A else None)
             both, *pair = _halves_in(memory, gate[some].shape, fused=linears.is_fused)
             torch.mul(dH, acted, out=pair[1])
             activation_gradient(dH * wide_up, wide_gate, activation, out=pair[0])
             for i, whole in results.items():
                 whole[some] = pair[i]
-            dYs = [both] if linears.is_fused else [pair[i] for i in places]
-            part = before.add(some, dYs, None if x is None else x[some])
-            if part is not None:
-                dX = dY.new_empty(gate.shape[0], part.shape[1]) if dX is None else dX
-                dX[some] = part
+            before.add(some, [both] if linears.is_fused else [pair[i] for i in places])
+        of_read_x = before.gradients(None if x is None else rows_of(x, x.dtype))
     lead = dY.shape[:-1]
     found = [Gradients(x=_shaped(results.get(i), lead)) for i in (0, 1)]
-    for i, grads in zip(places, before.gradients(), strict=True):
+    for i, grads in zip(places, of_read_x, strict=True):
         found[i] = grads
-    of_down = Gradients() if down is None else down.gradients()[0]
-    return GatedGradients(_shaped(dX, lead), found[0], found[1], of_down)
+    of_down = Gradients() if down is None else down.gradients
+    return GatedGradients(_shaped(before.dX, lead), found[0], found[1], of_down)
 
 
-class _Layers:
-    """Layers that read the same input, of whose gradients some rows are computed at a time."""
+class _Weights:
+    """The weights of layers as their input gradients read them, above the rows of `below`; kept if
+    several blocks do."""
+
+    def __init__(
+        self,
+        fs: Sequence[Factors],
+        dtype: torch.dtype,
+        work: torch.dtype,
+        keeps: bool,
+        below: Tensor | None = None,
+    ) -> None:
+        self._fs, self._dtype, self._work, self._below = fs, dtype, work, below
+        self._kept: dict[int, Tensor] | None = {} if keeps else None
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self._kept is None:
+            return self._of(i)
+        if i not in self._kept:
+            self._kept[i] = self._of(i)
+        return self._kept[i]
+
+    def _of(self, i: int) -> Tensor:
+        W = dense(self._fs[i].weight, self._dtype).to(self._work)
+        return W if self._below is None else torch.cat([W, self._below])
+
+
+class _Down:
+    """The layer that reads h: its gradients, of which those of h and A come some rows at a time.
+
+    Of many rows and without dropout dH is one product, [dY | dS] [W; A], as y is.
+    """
+
+    def __init__(
+        self, f: Factors, need: Needs, Sd: Tensor | None, dY: Tensor, keeps_weights: bool
+    ) -> None:
+        work, self._narrow = product_dtypes(dY)
+        (M, N), narrow = dY.shape, dY.to(self._narrow)
+        self._A, self._dY, below = f.A, dY.to(work), None
+        self._of_output = low_rank.output_gradients(narrow, Sd, f, need)
+        self._dropout = _drawn(f, M, dY)
+        self._dS: Tensor | None = None
+        self._dA: Tensor | None = None
+        if f.A is not None:
+            self._dS = low_rank.shrunk_gradient(narrow, f)
+            if self._dropout is None and self._dS.dtype is work and N <= M:
+                self._dY, below = torch.cat([self._dY, self._dS], dim=1), f.A.to(work)
+        self._is_one = below is not None
+        self._W = _Weights([f], dY.dtype, work, keeps_weights, below)
+
+    def add(self, some: slice, h: Tensor | None) -> Tensor:
+        """dH of some rows, whose part of dA is added; `h` if A trains."""
+        dropout, dH = _of(self._dropout, some), None
+        if self._dS is not None:
+            dS = self._dS[some]
+            if not self._is_one:
+                A = given(self._A).to(self._narrow)
+                dH = low_rank.input_gradient(dS, A, dropout).to(self._dY.dtype)
+            if h is not None:
+                dA = low_rank.factor_gradient(dS, h.to(self._narrow), dropout)
+                self._dA = dA if self._dA is None else self._dA.add_(dA)
+        return add_product(dH, self._dY[some], self._W[0])
+
+    @property
+    def gradients(self) -> Gradients:
+        """Those of the factors, after all rows."""
+        dA = None if self._dA is None else self._dA.to(given(self._A).dtype)
+        return Gradients(**self._of_output, A=dA)
+
+
+class _Before:
+    """The layers that read x: their gradients, for dY of some rows at a time."""
 
     def __init__(
         self,
@@ -120,69 +231,70 @@ class _Layers:
         keeps_weights: bool,
     ) -> None:
         self._fs, self._needs, self._need = fs, needs, needs_of_all(needs)
-        self._dtype, (self._work, self._narrow) = dY.dtype, product_dtypes(dY)
+        self._work, self._narrow = product_dtypes(dY)
+        self._M, self._W = dY.shape[0], _Weights(fs, dY.dtype, self._work, keeps_weights)
         self._ranked = [f for f in fs if f.A is not None]
         self._A = stacked(self._ranked, self._narrow)[0] if self._ranked else None
         columns = iter(columns_of(S, self._ranked))
         self._S = [next(columns) if f.A is not None else None for f in fs]
-        self._dropout = None
-        if self._ranked and self._need.saves_mask:
-            self._dropout = _drawn(self._ranked[0], dY.shape[0], dY)
-        self._keeps_weights, self._weights = keeps_weights, dict[int, Tensor]()
         self._sums: list[dict[str, Tensor]] = [{} for _ in fs]
-        self._dA: Tensor | None = None
+        self._dropout: Dropout | None = None
+        self._dS: Tensor | None = None
+        if self._ranked and self._need.saves_mask:
+            self._dropout = _drawn(self._ranked[0], self._M, dY)
+        K = fs[0].weight.shape[1] if fs else 0
+        self.dX = dY.new_empty(self._M, K) if self._need.x and fs else None
 
-    def add(self, some: slice, dYs: Sequence[Tensor], x: Tensor | None) -> Tensor | None:
-        """The gradient of the input for some rows of dY [M, N] of every layer and of the input. The
-        parts of the factors' gradients are added up."""
+    def add(self, some: slice, dYs: Sequence[Tensor]) -> None:
+        """Some rows of dX, and what they add to the factors' gradients, for dY of every layer."""
         narrows = [dY.to(self._narrow) for dY in dYs]
         for i, (f, need, dY) in enumerate(zip(self._fs, self._needs, narrows, strict=True)):
             S = self._S[i]
             if need.bias and f.bias is not None:
                 self._sum(i, "bias", dY.sum(0, dtype=wide_dtype(dY.dtype)))
             if need.B and S is not None:
-                self._sum(i, "B", rows_product(dY, S[some].to(self._narrow)))
-        need, dX = self._need, None
-        if self._A is not None and (need.A or need.x):
-            dropout = _of(self._dropout, some)
-            ranked = [(dY, f) for dY, f in zip(narrows, self._fs, strict=True) if f.A is not None]
-            parts = [low_rank.shrunk_gradient(dY, f) for dY, f in ranked]
-            dS = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            if need.A:
-                dA = low_rank.factor_gradient(dS, given(x).to(self._narrow), dropout)
-                self._dA = dA if self._dA is None else self._dA.add_(dA)
-            if need.x:
+                # This way round: its sums are rows of few columns the other way.
+                self._sum(i, "B", rows_product(S[some].to(self._narrow), dY))
+        dX = None
+        if self._A is not None and self._need.saves_mask:
+            dS = self._shrunk(some, narrows)
+            if self._need.x:
+                dropout = _of(self._dropout, some)
                 dX = low_rank.input_gradient(dS, self._A, dropout).to(self._work)
-        if not need.x:
-            return None
-        for i, dY in enumerate(dYs):
-            dX = add_product(dX, dY, self._weight(i))
-        return dX
+        if self.dX is not None:
+            for i, dY in enumerate(dYs):
+                dX = add_product(dX, dY, self._W[i])
+            self.dX[some] = given(dX)
 
-    def gradients(self) -> list[Gradients]:
-        """Those of the factors of every layer, each in its dtype."""
-        rows = [None] * len(self._ranked)
-        dAs = iter(rows if self._dA is None else self._dA.split(ranks_of(self._ranked)))
-        found = []
+    def gradients(self, x: Tensor | None) -> list[Gradients]:
+        """Those of the factors of every layer, each in its dtype, after all rows."""
+        dAs: Any = [None] * len(self._ranked)
+        if x is not None and self._need.A and self._dS is not None:
+            of_all = low_rank.factor_gradient(self._dS, x.to(self._narrow), self._dropout)
+            dAs = of_all.split(ranks_of(self._ranked))
+        remaining, found = iter(dAs), []
         for f, need, sums in zip(self._fs, self._needs, self._sums, strict=True):
-            grads = {}
-            if "bias" in sums:
-                grads["bias"] = sums["bias"].to(given(f.bias).dtype)
-            if "B" in sums:
-                grads["B"] = sums["B"].mul_(f.constants.scaling).to(given(f.B).dtype)
-            dA = next(dAs) if f.A is not None else None
-            if need.A and dA is not None:
-                grads["A"] = dA.to(given(f.A).dtype)
-            found.append(Gradients(**grads))
+            dA = next(remaining) if f.A is not None else None
+            bias, dB = sums.get("bias"), sums.get("B")
+            found.append(
+                Gradients(
+                    bias=None if bias is None else bias.to(given(f.bias).dtype),
+                    A=dA.to(given(f.A).dtype) if need.A and dA is not None else None,
+                    B=None if dB is None else _scaled(dB.T, f),
+                )
+            )
         return found
 
-    def _weight(self, i: int) -> Tensor:
-        if i in self._weights:
-            return self._weights[i]
-        W = dense(self._fs[i].weight, self._dtype).to(self._work)
-        if self._keeps_weights:
-            self._weights[i] = W
-        return W
+    def _shrunk(self, some: slice, dYs: Sequence[Tensor]) -> Tensor:
+        """dS of some rows [rows, Σ R], which is kept for dA."""
+        ranked = [(dY, f) for dY, f in zip(dYs, self._fs, strict=True) if f.A is not None]
+        parts = [low_rank.shrunk_gradient(dY, f) for dY, f in ranked]
+        dS = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if self._need.A:
+            if self._dS is None:
+                self._dS = dS.new_empty(self._M, dS.shape[1])
+            self._dS[some] = dS
+        return dS
 
     def _sum(self, i: int, name: str, part: Tensor) -> None:
         sums = self._sums[i]
@@ -205,6 +317,10 @@ def _halves_in(memory: Tensor, shape: Sequence[int], *, fused: bool) -> tuple[Te
         both = memory.view(rows, 2 * width)
         return both, *both.chunk(2, dim=1)
     return memory, *memory.view(2, rows, width).unbind(0)
+
+
+def _scaled(dB: Tensor, f: Factors) -> Tensor:
+    return (dB * f.constants.scaling).to(given(f.B).dtype, memory_format=torch.contiguous_format)
 
 
 def _shaped(rows: Tensor | None, lead: Sequence[int]) -> Tensor | None:

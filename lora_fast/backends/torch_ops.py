@@ -114,7 +114,7 @@ class TorchBackend:
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
     ) -> tuple[Tensor, GatedSaved]:
-        return torch_gated_rows.gated_forward(self, x, linears, activation, needs)
+        return torch_gated_rows.gated_forward(x, linears, activation, needs)
 
     def gated_backward(
         self,
