@@ -226,7 +226,7 @@ def gated_gradients_work(arguments: Arguments) -> dict[str, int]:
     """The low-rank parts of gate, up and dh; h takes the place of dh."""
     down, dh = arguments["down"], arguments["dh_ptr"]
     R = arguments["gate"].R + arguments["up"].R + down.R
-    tensors = [dh, dh if arguments["STORES_h"] else None, down.dS_ptr, down.largest_ptr, down.A_ptr]
+    tensors = [dh, down.dS_ptr, down.largest_ptr, down.A_ptr]
     tensors += [arguments["dgate_ptr"], arguments["dup_ptr"], *_of_branches(arguments)]
     return _flops(2 * arguments["M"] * arguments["L"] * R, dh) | _bytes(tensors)
 

@@ -15,10 +15,11 @@ argument of a kernel cannot be overlooked. Synchronisation words, a few hundred 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from . import gated_traffic
+from .passes import Pass, Values, cdiv, names
 
 
 class LaunchLike(Protocol):
@@ -38,31 +39,6 @@ class LaunchLike(Protocol):
     def constexprs(self) -> Mapping[str, Any]: ...
 
 
-@dataclass
-class Pass:
-    """Work of one kind of tiles. Bytes by argument; ``flops`` without padding."""
-
-    name: str
-    flops: int = 0
-    read: Counter[str] = field(default_factory=Counter)
-    written: Counter[str] = field(default_factory=Counter)
-    loaded: Counter[str] = field(default_factory=Counter)
-    stored: Counter[str] = field(default_factory=Counter)
-
-    def reads(self, argument: str, distinct: int, issued: int) -> None:
-        self.read[argument] += distinct
-        self.loaded[argument] += issued
-
-    def writes(self, argument: str, count: int) -> None:
-        """Every element is stored by one program."""
-        self.written[argument] += count
-        self.stored[argument] += count
-
-    @property
-    def bytes(self) -> int:
-        return self.read.total() + self.written.total()
-
-
 def traffic(launch: LaunchLike) -> list[Pass]:
     """The passes of one launch. NotImplementedError: a kernel or an argument is not modelled."""
     if launch.name not in _KERNELS:
@@ -75,7 +51,7 @@ def traffic(launch: LaunchLike) -> list[Pass]:
         raise NotImplementedError(
             f"bench/instruments/traffic.py must model the arguments {unknown} of {launch.name}"
         )
-    return count(_Values({**values, **dict(given)}), launch.grid)
+    return count(Values({**values, **dict(given)}), launch.grid)
 
 
 def compulsory_bytes(passes: list[Pass]) -> int:
@@ -99,36 +75,7 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False
 
 
-class _Values:
-    """The arguments of a launch by name; ``None`` where one is absent."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._values.get(name)
-        # A compile-time constant is wrapped if it is part of a member.
-        return getattr(value, "value", value)
-
-    def itemsize(self, name: str) -> int:
-        return int(self._values[name].dtype.itemsize)
-
-    def count(self, name: str) -> int:
-        total = 1
-        for extent in self._values[name].shape:
-            total *= extent
-        return total
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-_GEMM_ARGUMENTS = _names(
+_GEMM_ARGUMENTS = names(
     "num_partials s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_ptr seed_low seed_high "
     "threshold M N num_chunks rows_per_sample stride_sm stride_ym IS_GRAD "
     "DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION "
@@ -142,8 +89,8 @@ _GEMM_ARGUMENTS = _names(
 )
 
 
-def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
-    members = [_Values(member._asdict()) for member in v["members"]]
+def _ticketed_gemm(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
+    members = [Values(member._asdict()) for member in v["members"]]
     passes = []
     if v["sync_ptr"] is not None:
         passes.append(Pass("sum" if members[0]["partials_ptr"] is not None else "shrink"))
@@ -158,15 +105,15 @@ def _ticketed_gemm(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
         _product(gemm, v, member)
     if v["largest_ptr"] is not None:
         largest = 4 * v.count("largest_ptr")
-        gemm.reads("largest_ptr", largest, _cdiv(v["N"], v["BLOCK_N"]) * largest)
+        gemm.reads("largest_ptr", largest, cdiv(v["N"], v["BLOCK_N"]) * largest)
     gemm.writes("y_ptr", v["M"] * v["N"] * v.itemsize("y_ptr"))
     return [*passes, gemm]
 
 
-def _product(gemm: Pass, v: _Values, member: _Values) -> None:
+def _product(gemm: Pass, v: Values, member: Values) -> None:
     """X W' and S · outᵀ of one member."""
     M, N, K, R = v["M"], v["N"], member["K"], member["R"]
-    across, down = _cdiv(N, v["BLOCK_N"]), _cdiv(M, v["BLOCK_M"])
+    across, down = cdiv(N, v["BLOCK_N"]), cdiv(M, v["BLOCK_M"])
     x = M * K * member.itemsize("x_ptr")
     gemm.flops += 2 * M * N * K
     gemm.reads("x_ptr", x, across * x)
@@ -183,27 +130,27 @@ def _product(gemm: Pass, v: _Values, member: _Values) -> None:
         gemm.reads("out_ptr", N * R * out, down * N * R * out)
 
 
-def _packed_weight(gemm: Pass, v: _Values, member: _Values, across: int, down: int) -> None:
+def _packed_weight(gemm: Pass, v: Values, member: Values, across: int, down: int) -> None:
     """An NF4 weight that the GEMM decodes, once for each block of rows."""
     elements, tiles = v["N"] * member["K"], across * down
     gemm.reads("w_ptr", elements // 2, down * elements // 2)
-    blocks, shared = _cdiv(elements, member["BLOCKSIZE"]), down * elements // member["SHARING"]
+    blocks, shared = cdiv(elements, member["BLOCKSIZE"]), down * elements // member["SHARING"]
     absmax = member.itemsize("absmax_ptr")
     code = member.count("code_ptr") * member.itemsize("code_ptr")
     gemm.reads("absmax_ptr", blocks * absmax, shared * absmax)
     gemm.reads("code_ptr", code, tiles * code)
     if member["offset_ptr"] is not None:
         outer, table = member.itemsize("absmax2_ptr"), member.itemsize("code2_ptr")
-        gemm.reads("absmax2_ptr", _cdiv(blocks, member["BLOCKSIZE2"]) * outer, shared * outer)
+        gemm.reads("absmax2_ptr", cdiv(blocks, member["BLOCKSIZE2"]) * outer, shared * outer)
         # Masked lanes look up entry 0.
-        padded = _cdiv(member["K"], v["BLOCK_K"]) * v["BLOCK_K"] * v["BLOCK_N"]
+        padded = cdiv(member["K"], v["BLOCK_K"]) * v["BLOCK_K"] * v["BLOCK_N"]
         lookups = tiles * padded // member["SHARING"]
         gemm.reads("code2_ptr", member.count("code2_ptr") * table, lookups * table)
         offset = member.itemsize("offset_ptr")
         gemm.reads("offset_ptr", offset, tiles * offset)
 
 
-def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> None:
+def _producers(shrink: Pass, v: Values, member: Values, num_partials: int) -> None:
     """The columns of S that a member adds to those of the others."""
     M, K, R = v["M"], member["K"], member["R_made"]
     if member["partials_ptr"] is not None:
@@ -211,7 +158,7 @@ def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> 
         shrink.reads("partials_ptr", partials, partials)
     else:
         x, factor = M * K * member.itemsize("x_ptr"), K * R * member.itemsize("in_ptr")
-        chunks, row_tiles = _cdiv(R, v["BLOCK_R"]), _cdiv(M, v["BLOCK_S"])
+        chunks, row_tiles = cdiv(R, v["BLOCK_R"]), cdiv(M, v["BLOCK_S"])
         # Chunks of the rank of the same rows have neighbouring tickets and share the cache.
         shrink.reads("x_ptr", x, chunks * x)
         shrink.reads("in_ptr", factor, row_tiles * factor)
@@ -219,7 +166,7 @@ def _producers(shrink: Pass, v: _Values, member: _Values, num_partials: int) -> 
     shrink.writes("s_ptr", M * R * v.itemsize("s_ptr"))
 
 
-_STRIP_ARGUMENTS = _names(
+_STRIP_ARGUMENTS = names(
     "x_ptr s_ptr largest_ptr B_ptr partials.dS partials.T grads.factor sync_ptr scaling keep_scale "
     "seed_ptr seed_low seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm "
     "stride_xl stride_sm stride_vm stride_vl stride_bl stride_br stride_gl stride_gr IS_EXPAND "
@@ -227,7 +174,7 @@ _STRIP_ARGUMENTS = _names(
 )
 
 
-def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
+def _strips(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     M, L, R, x = v["M"], v["L"], v["R"], v.itemsize("x_ptr")
     blocks, ranges, chunks = grid
     passes = []
@@ -247,7 +194,7 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
             walk.reads("s_ptr", S, blocks * S)
             if v["largest_ptr"] is not None:
                 # Ranges of rows begin with a tile of dS.
-                largest = 4 * width * _cdiv(M, v["tile_rows"])
+                largest = 4 * width * cdiv(M, v["tile_rows"])
                 walk.reads("largest_ptr", largest, blocks * largest)
             walk.writes("partials.T", ranges * L * width * v.itemsize("partials.T"))
         passes.append(walk)
@@ -259,7 +206,7 @@ def _strips(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return passes
 
 
-_EXPAND_ARGUMENTS = _names(
+_EXPAND_ARGUMENTS = names(
     "ranks s_ptr largest_ptr keep_scale seed_ptr seed_low seed_high threshold M columns tile_rows "
     "stride_sm "
     "IS_GRAD DROPOUT BLOCK_M BLOCK_L BLOCK_R PRECISION PAIRS SETTLES SHUFFLES MMA_SYNC "
@@ -268,14 +215,14 @@ _EXPAND_ARGUMENTS = _names(
 )
 
 
-def _expand(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
-    M, rows = v["M"], _cdiv(v["M"], v["BLOCK_M"])
+def _expand(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
+    M, rows = v["M"], cdiv(v["M"], v["BLOCK_M"])
     expand = Pass("expand")
-    for i, member in enumerate(_Values(member._asdict()) for member in v["members"]):
+    for i, member in enumerate(Values(member._asdict()) for member in v["members"]):
         L, R = member["L"], member["R"]
         S, out = M * R * v.itemsize("s_ptr"), L * R * member.itemsize("out_ptr")
         expand.flops += 2 * M * L * R
-        expand.reads("s_ptr", S, _cdiv(L, v["BLOCK_L"]) * S)
+        expand.reads("s_ptr", S, cdiv(L, v["BLOCK_L"]) * S)
         expand.reads("out_ptr", out, rows * out)
         if member["bias_ptr"] is not None:
             bias = L * member.itemsize("bias_ptr")
@@ -288,22 +235,22 @@ def _expand(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return [expand]
 
 
-def _largest_loaded(v: _Values) -> int:
+def _largest_loaded(v: Values) -> int:
     """A tile reads those of all columns in the tiles of dS that its rows are in."""
     M, BLOCK_M, rows = v["M"], v["BLOCK_M"], v["tile_rows"]
     firsts = range(0, M, BLOCK_M)
-    tiles = sum(_cdiv(min(first + BLOCK_M, M), rows) - first // rows for first in firsts)
+    tiles = sum(cdiv(min(first + BLOCK_M, M), rows) - first // rows for first in firsts)
     return 4 * int(v["columns"]) * tiles * int(v["stride_sm"])
 
 
-_SHRINK_ARGUMENTS = _names(
+_SHRINK_ARGUMENTS = names(
     "x_ptr A_ptr s_ptr wide_ptr keep_scale seed_ptr seed_low seed_high threshold M K R padded "
     "rows_per_sample stride_xm stride_xk stride_ar stride_ak DROPOUT BLOCK_M BLOCK_K BLOCK_R "
     "PRECISION PAIRS SETTLES SHUFFLES MMA_SYNC"
 )
 
 
-def _shrink(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
+def _shrink(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     M, K, R, e = v["M"], v["K"], v["R"], v.itemsize("x_ptr")
     tiles, chunks = grid[0], grid[1]
     shrink, A = Pass("shrink", 2 * M * K * R), R * K * v.itemsize("A_ptr")
@@ -316,13 +263,13 @@ def _shrink(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return [shrink]
 
 
-_DECODE_ARGUMENTS = _names(
+_DECODE_ARGUMENTS = names(
     "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr w_ptr num_bytes num_elements "
     "num_blocks BLOCKSIZE BLOCKSIZE2 ROWS SHUFFLES"
 )
 
 
-def _nf4_decode(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
+def _nf4_decode(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     programs, blocks = grid[0], v["num_blocks"]
     decode = Pass("decode")
     decode.reads("packed_ptr", v["num_bytes"], v["num_bytes"])
@@ -332,7 +279,7 @@ def _nf4_decode(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     decode.reads("code_ptr", code, programs * code)
     if v["offset_ptr"] is not None:
         outer, table = v.itemsize("absmax2_ptr"), v.itemsize("code2_ptr")
-        decode.reads("absmax2_ptr", _cdiv(blocks, v["BLOCKSIZE2"]) * outer, blocks * outer)
+        decode.reads("absmax2_ptr", cdiv(blocks, v["BLOCKSIZE2"]) * outer, blocks * outer)
         # Masked lanes of the last program look up entry 0.
         lookups = programs * v["ROWS"] * table
         decode.reads("code2_ptr", v.count("code2_ptr") * table, lookups)
@@ -341,13 +288,13 @@ def _nf4_decode(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return [decode]
 
 
-_AUGMENTED_ARGUMENTS = _names(
+_AUGMENTED_ARGUMENTS = names(
     "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr B_ptr w_ptr scaling K R "
     "first_r columns parts stride_bn stride_br BLOCKSIZE BLOCKSIZE2 ROWS EVEN SHUFFLES"
 )
 
 
-def _nf4_decode_augmented(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
+def _nf4_decode_augmented(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     """Of rows that hold whole blocks; others load an absmax for each weight."""
     programs, K, blocks = grid[0], v["K"], v.count("absmax_ptr")
     rows = programs // v["parts"]
@@ -361,7 +308,7 @@ def _nf4_decode_augmented(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     decode.reads("code_ptr", code, programs * code)
     if v["offset_ptr"] is not None:
         outer, table = v.itemsize("absmax2_ptr"), v.itemsize("code2_ptr")
-        decode.reads("absmax2_ptr", _cdiv(blocks, v["BLOCKSIZE2"]) * outer, blocks * outer)
+        decode.reads("absmax2_ptr", cdiv(blocks, v["BLOCKSIZE2"]) * outer, blocks * outer)
         # Masked lanes of the last part of a row look up entry 0.
         decode.reads("code2_ptr", v.count("code2_ptr") * table, programs * v["ROWS"] * table)
         decode.reads("offset_ptr", v.itemsize("offset_ptr"), programs * v.itemsize("offset_ptr"))
@@ -371,7 +318,7 @@ def _nf4_decode_augmented(v: _Values, grid: tuple[int, int, int]) -> list[Pass]:
     return [decode]
 
 
-_Count = Callable[[_Values, tuple[int, int, int]], list[Pass]]
+_Count = Callable[[Values, tuple[int, int, int]], list[Pass]]
 _KERNELS: dict[str, tuple[frozenset[str], _Count]] = {
     "ticketed_gemm": (_GEMM_ARGUMENTS, _ticketed_gemm),
     "strips": (_STRIP_ARGUMENTS, _strips),
@@ -379,4 +326,5 @@ _KERNELS: dict[str, tuple[frozenset[str], _Count]] = {
     "shrink": (_SHRINK_ARGUMENTS, _shrink),
     "nf4_decode": (_DECODE_ARGUMENTS, _nf4_decode),
     "nf4_decode_augmented": (_AUGMENTED_ARGUMENTS, _nf4_decode_augmented),
+    **gated_traffic.KERNELS,
 }

@@ -110,8 +110,9 @@ def test_both_directions_fit_the_device(arch: int, case: Case) -> None:
             assert async_products.unfenced(ptx) == [], launch.name
         if arch == 90:
             assert async_products.serialised(ptx) == [], launch.name
-        # Full vectors: one address for eight elements, not for each.
-        assert "global.b16" not in ptx, launch.name
+        # Full vectors, one address for eight elements and not for each; rows of S of other ranks
+        # do not start at 16 bytes.
+        assert case.R % 16 or "global.b16" not in ptx, launch.name
 
 
 @pytest.mark.offline

@@ -18,14 +18,19 @@ import lora_fast.kernels
 from lora_fast.kernels import (
     dropout,
     expand,
+    gated_backward,
+    gated_forward,
+    gated_gradients,
     nf4_decode,
     row_norms,
+    scaling,
     shrink,
     strips,
     ticketed_gemm,
     weight_update,
 )
 from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.gated_tiles import Member as GatedMember
 from lora_fast.kernels.scaling import Shrunk
 from lora_fast.kernels.ticketed_gemm import Layer
 from lora_fast.kernels.tiles import Gains
@@ -88,7 +93,7 @@ def test_every_kernel_says_what_it_is() -> None:
         for name in re.findall(LAUNCH, path.read_text(), re.MULTILINE):
             module = importlib.import_module(f"lora_fast.kernels.{path.stem}")
             launched[name] = getattr(module, name)
-    assert len(launched) == 9
+    assert len(launched) == 12
     for name, kernel in launched.items():
         assert kernel.launch_metadata is not None, name
         assert kernel._repr is not None, name
@@ -181,6 +186,27 @@ def test_routes_of_cublas() -> None:
     check(log, told[:-1], bits=16)
     assert told[0]["flops16"] == 2 * M * K * R
     assert told[-1]["bytes"] == once(log.launches[-1])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_gated_mlp(dtype: torch.dtype) -> None:
+    gate, up, dh = (meta(M, N, dtype=dtype) for _ in range(3))
+    A, B = meta(R, N, dtype=FP32), meta(N, R, dtype=FP32)
+    members = [GatedMember(base, meta(M, R, dtype=dtype), B, 2.0) for base in (gate, up)]
+    with profiling() as (log, told):
+        gated_forward.activate(*members, "silu", A)
+        if dtype == BF16:
+            wanted, outs = gated_backward.Wanted(True, True, True, True), (gate, up)
+            S = meta(M, R, dtype=dtype)
+            gated_backward.gradients(*members, dh, "silu", S, A, wanted=wanted, outs=outs)
+        else:
+            dS = scaling.new_gradient(dh, R, 64)
+            gated_gradients.gradients(*members, dh, "gelu", dS, A, outs=(gate, up), stores_h=True)
+    backward = "backward_silu_64x32x4_r16" if dtype == BF16 else "gradients_gelu_64x64_r16"
+    assert [one["name"] for one in told] == ["gated_forward_silu_64x64_r16", f"gated_{backward}"]
+    check(log, told, bits=16)
+    assert told[0]["flops16"] == 3 * 2 * M * N * R
+    assert told[1]["flops16"] == (8 if dtype == BF16 else 3) * 2 * M * N * R
 
 
 def test_passes_over_a_weight() -> None:
