@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .nf4 import NF4Weight
@@ -40,6 +41,10 @@ class Factors(NamedTuple):
     d: Tensor | None = None
     g: Tensor | None = None
     constants: Constants = NO_CONSTANTS
+
+
+# The weight in factors whose product with W another module computes.
+NO_WEIGHT = torch.empty(0, 0)
 
 
 class Needs(NamedTuple):

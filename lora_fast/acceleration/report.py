@@ -29,7 +29,8 @@ class LayerReport:
     that did not appear as one fallback call. ``counted`` is False for a layer of PEFT's own class,
     whose calls cannot be observed.
     ``route``: how its operations are computed (guide): torch, fused, hybrid or augmented; of
-    those met so far, where each is chosen.
+    those met so far, where each is chosen. ``opaque base``: the base computes its output by itself,
+    and the low rank is added to it.
     ``siblings``: names of the layers that share its input and are computed with it; ``alone``: what
     prevents that, or prevented it in a graph of torch.compile, None for a layer that shares its
     input with no other.
@@ -195,7 +196,7 @@ def _layer_report(name: str, layer: Any, parent: nn.Module, computes: Any) -> La
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
         counted=hasattr(layer, "_lora_fast_calls"),
-        route=_route(base),
+        route="opaque base" if _is_opaque(layer) else _route(base),
         siblings=siblings,
         alone=alone,
     )
@@ -243,6 +244,15 @@ def _obstacle(layer: Any) -> str | None:
     if not runs_own_forward(layer):
         return "forward of the layer replaced"
     return "not accelerated"
+
+
+def _is_opaque(layer: Any) -> bool:
+    if "lora_fast.peft_layers" not in sys.modules:
+        return False
+    from .. import peft_layers
+
+    fused = isinstance(layer, peft_layers.FusedForward)
+    return fused and getattr(layer.active()[0], "opaque", None) is not None
 
 
 def _siblings(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:

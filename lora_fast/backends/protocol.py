@@ -52,6 +52,21 @@ class Backend(Protocol):
         dX [..., K] is one sum, returned with the first layer.
         """
 
+    def add_low_rank(
+        self, y: Tensor | None, x: Tensor, f: Factors, needs: Needs, *, in_place: bool
+    ) -> tuple[Tensor, Saved]:
+        """y + s · b ⊙ ((d ⊙ S) Bᵀ) + bias [..., N], in the memory of y if `in_place`, and S where
+        it is needed; without y that part alone, in the dtype of x [..., K].
+
+        The weight of f is not read, and there is no g. In place, y is contiguous.
+        """
+
+    def low_rank_gradients(
+        self, dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs
+    ) -> Gradients:
+        """The gradients of :meth:`add_low_rank` that `needs` names, for dY [..., N] in the dtype of
+        x; dX is drop'(dS A). x [..., K] is None if A does not train."""
+
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
     ) -> tuple[Tensor, GatedSaved]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
-from . import torch_gated_rows
+from . import torch_gated_rows, torch_opaque
 from . import torch_low_rank as low_rank
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_dropout import Dropout, dropout_mask
@@ -110,6 +110,18 @@ class TorchBackend:
             if need.g:
                 first["g"] = _gain_gradient(dYs[0], given(saved.V)).to(given(f.g).dtype)
         return [Gradients(**gradients) for gradients in found]
+
+    def add_low_rank(
+        self, y: Tensor | None, x: Tensor, f: Factors, needs: Needs, *, in_place: bool
+    ) -> tuple[Tensor, Saved]:
+        with without_autocast(x):
+            return torch_opaque.add_low_rank(y, x, f, needs, in_place=in_place)
+
+    def low_rank_gradients(
+        self, dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs
+    ) -> Gradients:
+        with without_autocast(dY):
+            return torch_opaque.low_rank_gradients(dY, x, saved, f, needs)
 
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds

@@ -36,7 +36,7 @@ from ..tuning.plans import (
     query,
 )
 from ..tuning.tuner import tuner
-from . import torch_gated, triton_gated, triton_routes
+from . import torch_gated, triton_gated, triton_opaque, triton_routes
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_layer import without_autocast
 from .torch_ops import TORCH
@@ -133,6 +133,24 @@ class TritonBackend:
         if dX is not None:
             grads[0] = grads[0]._replace(x=dX.view(*dYs[0].shape[:-1], dX.shape[-1]))
         return grads
+
+    def add_low_rank(
+        self, y: Tensor | None, x: Tensor, f: Factors, needs: Needs, *, in_place: bool
+    ) -> tuple[Tensor, Saved]:
+        _check_dtype(x)
+        rows = x.reshape(-1, x.shape[-1])
+        with Launching(rows), without_autocast(rows):
+            S = triton_opaque.shrunk(rows, f, cublas=self._cublas)
+            sum_ = triton_opaque.expanded(
+                S, f, rows.dtype, y, cublas=self._cublas, in_place=in_place
+            )
+        out = y if in_place and y is not None else shaped_as(x, sum_)
+        return out, Saved(S if needs.saves_S else None)
+
+    def low_rank_gradients(
+        self, dY: Tensor, x: Tensor | None, saved: Saved, f: Factors, needs: Needs
+    ) -> Gradients:
+        return triton_opaque.gradients(dY, x, saved, f, needs)
 
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds

@@ -86,7 +86,7 @@ def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Ten
     if dS.values is not None:
         factors = factors_A(fs)
         drops = fs[0].constants.dropout_p > 0.0
-        if drops or dS.largest is not None or not _multiplies(dYs[0], factors, max(ranks_of(fs))):
+        if drops or dS.largest is not None or not multiplies(dYs[0], factors, max(ranks_of(fs))):
             dX = expand.input_gradient(dS, dtype, factors, dropout(fs[0]))
         else:
             dX = called(torch.mm, dS.values, _cast(_stack(fs), dtype))
@@ -107,7 +107,7 @@ def shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     """S [M, ΣR] of all layers."""
     A, constants = _stack(fs), fs[0].constants
     plain = constants.dropout_p == 0.0 and constants.rank_spans is None
-    if plain and _multiplies(rows, [A], A.shape[0]):
+    if plain and multiplies(rows, [A], A.shape[0]):
         return called(torch.mm, rows, _cast(A, rows.dtype).T)
     return shrink.of_rows(rows, A, dropout(fs[0]), constants.rank_spans)
 
@@ -120,7 +120,7 @@ def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[T
     scalings = [f.constants.scaling for f in fs]
     same = all(bias is None or bias.dtype == dtype for bias in biases)
     has_gain = (f.b is not None or f.d is not None) and max(ranks) <= launch_policy.MAX_BLOCK_R
-    if same and not has_gain and _multiplies(S, factors, max(ranks)):
+    if same and not has_gain and multiplies(S, factors, max(ranks)):
         parts = [S] if len(fs) == 1 else S.split(ranks, dim=1)
         Qs = [expand_factor(f, dtype).T for f in fs]
         return [
@@ -137,7 +137,7 @@ def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[T
     return expand.outputs(S, dtype, layers, gains)
 
 
-def _multiplies(x: Tensor, factors: Sequence[Tensor], R: int) -> bool:
+def multiplies(x: Tensor, factors: Sequence[Tensor], R: int) -> bool:
     """Whether cuBLAS multiplies x with these factors of rank R: on this device and in their dtype,
     or, of ranks that are several steps of a kernel, with copies of them in the dtype of x."""
     wide = R > launch_policy.MAX_BLOCK_R

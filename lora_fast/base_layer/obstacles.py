@@ -22,8 +22,8 @@ from .. import four_bit
 from ..features import is_exporting
 from .linear import weight_shape
 
-_PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
-_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CountingMode(FakeTensorMode):
@@ -79,7 +79,7 @@ def tensor_obstacle(tensor: Tensor | None, role: str) -> str | None:
     """Why `tensor` is not ordinary dense memory (DTensor, torchao's subclasses, meta, sparse)."""
     if tensor is None:
         return None
-    if type(tensor) not in _PLAIN_TENSORS and not _is_counted(tensor):
+    if type(tensor) not in PLAIN_TENSORS and not _is_counted(tensor):
         return f"{role} is {type(tensor).__name__}"
     if tensor.layout is not torch.strided or tensor.is_meta:
         return f"{role} is {'on the meta device' if tensor.is_meta else tensor.layout}"
@@ -149,7 +149,7 @@ def _nf4_obstacle(base: Any) -> str | None:
         return "base layer is not quantised yet"
     if state.quant_type != "nf4":
         return f"base layer is {state.quant_type}"
-    if type(base.weight) not in (four_bit.weight_class, *_PLAIN_TENSORS):
+    if type(base.weight) not in (four_bit.weight_class, *PLAIN_TENSORS):
         return f"weight is {type(base.weight).__name__}"
     return None
 
@@ -164,6 +164,6 @@ def _dtype_obstacle(
         if mixed and not torch.is_autocast_enabled(x.device.type):
             return "x and base layer differ in dtype"
     for t in (x, weight, bias, *factors):
-        if t is not None and t.dtype not in _COMPUTE_DTYPES:
+        if t is not None and t.dtype not in COMPUTE_DTYPES:
             return f"dtype {str(t.dtype).removeprefix('torch.')}"
     return None

@@ -15,6 +15,7 @@ from . import (
     expert_wrappers,
     ia3_layers,
     lora_layers,
+    opaque_layers,
     shared_input,
     vera_layers,
 )
@@ -24,6 +25,7 @@ from .tuners import COVER, TUNER_CLASSES
 
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     **lora_layers.FUSED_CLASSES,
+    **opaque_layers.FUSED_CLASSES,
     **vera_layers.FUSED_CLASSES,
     **adalora_layers.FUSED_CLASSES,
     **ia3_layers.FUSED_CLASSES,

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..base_layer.linear import adapted, four_bit_dtype, weight_of, weight_shape
-from ..base_layer.obstacles import call_obstacle
+from ..base_layer.obstacles import base_obstacle, call_obstacle
 from ..base_layer.row_norms import row_norms
 from ..factors import Constants, Factors
 from ..gated_mlps.operands import Operand
@@ -33,9 +33,11 @@ from .lora_state import (
     is_plain,
     lora_factors,
     member_of,
+    opaque_obstacle,
     read_adapters,
     together_obstacle,
 )
+from .opaque_layers import opaque_input_obstacle, opaque_output
 from .plain_groups import plain_output_in_group
 from .plain_lora import fits, plain_output, read_plain
 from .shared_input import kept_output, output_with_siblings
@@ -58,14 +60,17 @@ class FusedLoRALayer(FusedForward):
 
     def active(self, **kwargs: Any) -> tuple[State, str | None]:
         layer: Any = self
-        base, names = layer.base_layer, kwargs.get("adapter_names")
-        if names is None:
-            adapters, found = read_adapters(layer, base, layer.active_adapters)
-            if found is None and len(adapters) > 1:
-                found = together_obstacle(adapters, mixed=False)
-            return State(base, adapters), found
-        adapters, found = read_adapters(layer, base, dict.fromkeys(names))
-        return State(base, adapters, list(names)), found or together_obstacle(adapters, mixed=True)
+        base, names = layer.base_layer, kwargs.get("adapter_names")  # type: Any, Any
+        mixed = names is not None
+        wanted = dict.fromkeys(names) if mixed else layer.active_adapters
+        adapters, found = read_adapters(layer, wanted)
+        opaque = base_obstacle(base) if found is None else None
+        state = State(base, adapters, list(names) if mixed else None, opaque)
+        if opaque is not None:
+            found = opaque_obstacle(state)
+        if found is None and (mixed or (opaque is None and len(adapters) > 1)):
+            found = together_obstacle(adapters, mixed=mixed)
+        return state, found
 
     def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if args or not _VARIANT_ARGUMENTS.issuperset(kwargs.keys() - {"adapter_names"}):
@@ -74,6 +79,9 @@ class FusedLoRALayer(FusedForward):
 
     def input_obstacle(self, state: State, x: Any) -> str | None:
         base = state.base
+        if state.opaque is not None:
+            found = opaque_input_obstacle(self, state, x)
+            return found or self._autocast_obstacle(x)
         factors: list[Tensor | None] = []
         for adapter in state.adapters:
             factors += (adapter.A, adapter.B, adapter.bias, adapter.magnitude)
@@ -90,14 +98,20 @@ class FusedLoRALayer(FusedForward):
             x.dim() < 2 or len(state.sample_adapters) != x.shape[0]
         ):
             return "length of adapter_names"
+        found = self._autocast_obstacle(x)
+        if found is not None or torch.is_autocast_enabled(x.device.type):
+            return found
+        return cast_obstacle(self, state.adapters, x)
+
+    def _autocast_obstacle(self, x: Tensor) -> str | None:
         four_bit = isinstance(self, LoRALinear4bit)
         if four_bit and torch.is_autocast_enabled() and x.device.type != "cuda":
             return "CUDA autocast off CUDA"
-        if torch.is_autocast_enabled(x.device.type):
-            return None
-        return cast_obstacle(self, state.adapters, x)
+        return None
 
     def fused(self, state: State, x: Tensor) -> Tensor:
+        if state.opaque is not None:
+            return opaque_output(state, x, promotes=isinstance(self, LoRALinear4bit))
         first = state.adapters[0]
         if first.magnitude is not None:
             y = _dora(self, first, x)
@@ -120,7 +134,7 @@ class FusedLoRALayer(FusedForward):
             return Operand(plain.factors(), computes, returns)
         state, found = self.active()
         if found is None and not is_plain(state):
-            found = "more than plain LoRA"
+            found = state.opaque or "more than plain LoRA"
         found = found or self.input_obstacle(state, x)
         if found is not None:
             return found

@@ -11,7 +11,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..base_layer.linear import weight_of
-from ..base_layer.obstacles import base_obstacle, module_obstacle, tensor_obstacle
+from ..base_layer.obstacles import module_obstacle, tensor_obstacle
 from ..functional import Member
 from .fused_forward import casts_input, rate_of, switched_off
 from .plain_lora import fingerprint_of, read_plain
@@ -31,15 +31,17 @@ class Adapter(NamedTuple):
 
 
 class State(NamedTuple):
-    """The base layer, the adapters that take part in a call, and for a mixed batch the adapter of
-    each sample."""
+    """The base layer, the adapters that take part in a call, for a mixed batch the adapter of each
+    sample, and why the base computes its output by itself (base_layer/opaque.py), None if the
+    operation reads its weight."""
 
     base: Any
     adapters: list[Adapter]
     sample_adapters: list[str] | None = None
+    opaque: str | None = None
 
 
-def read_adapters(layer: Any, base: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
+def read_adapters(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
     """The adapters `names`, all of them unless the state of the layer holds an obstacle."""
     adapters: list[Adapter] = []
     # Bypasses the modules' attribute lookups, which are slow Python code.
@@ -78,7 +80,16 @@ def read_adapters(layer: Any, base: Any, names: Iterable[str]) -> tuple[list[Ada
         adapters.append(Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude))
     if not adapters:
         return adapters, "no active adapter"
-    return adapters, base_obstacle(base)
+    return adapters, None
+
+
+def opaque_obstacle(state: State) -> str | None:
+    """Why nothing can be added to the output of an opaque base; the reason why it is opaque."""
+    if torch.compiler.is_compiling():
+        return state.opaque
+    if any(adapter.magnitude is not None for adapter in state.adapters):
+        return state.opaque  # m scales the base's weight
+    return None
 
 
 def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None]:
@@ -119,9 +130,11 @@ def cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None:
 
 
 def is_plain(state: State) -> bool:
-    """Whether a group can compute it: LoRA, one adapter or several, on a frozen weight, with
-    numeric scalings."""
-    if state.sample_adapters is not None or state.base.weight.requires_grad:
+    """Whether a group can compute it: LoRA, one adapter or several, on a frozen weight that the
+    operation reads, with numeric scalings."""
+    if state.sample_adapters is not None or state.opaque is not None:
+        return False
+    if state.base.weight.requires_grad:
         return False
     for adapter in state.adapters:
         if adapter.magnitude is not None or isinstance(adapter.scaling, Tensor):

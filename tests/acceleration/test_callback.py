@@ -131,12 +131,12 @@ def test_layers_that_fall_back_are_a_warning(
     model = tiny_model()
     model.base_model.model.lm_head.register_forward_hook(lambda *_: None)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
-    layer.base_layer.register_forward_hook(lambda *_: None)
+    layer.lora_A["default"].register_forward_hook(lambda *_: None)
     train(tmp_path, fused=True, model=model)
     before, after = (r for r in caplog.records if r.name == "lora_fast.callback")
     assert {before.levelno, after.levelno} == {logging.WARNING}
-    assert "fallback: hooks on base layer" in before.getMessage()
-    assert f"{STEPS} × hooks on base layer" in after.getMessage()
+    assert "fallback: hooks on lora_A" in before.getMessage()
+    assert f"{STEPS} × hooks on lora_A" in after.getMessage()
 
 
 def test_other_models_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

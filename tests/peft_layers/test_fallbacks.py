@@ -6,14 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from lora_models import (
     HAS_MICA,
     MICA,
     K,
-    N,
     accelerated_copy,
     assert_equal_runs,
     counted,
@@ -26,21 +24,12 @@ from lora_models import (
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from transformers.pytorch_utils import Conv1D
 
 Prepare = Callable[[Any], Any]
 
 
-class LinearOfSomeoneElse(nn.Linear):
-    pass
-
-
 def _adapter(name: str) -> Callable[[Any], nn.Module]:
     return lambda model: getattr(lora_layers(model)[0], name)["default"]
-
-
-def _base(model: Any) -> Any:
-    return lora_layers(model)[0].base_layer
 
 
 def _hook(find: Callable[[Any], nn.Module], register: str, hook: Callable[..., Any]) -> Prepare:
@@ -72,22 +61,6 @@ def _second_adapter(**config: Any) -> Prepare:
         model.base_model.set_adapter(["default", "other"])
 
     return add
-
-
-def _set_base(make: Callable[[], nn.Module]) -> Prepare:
-    def replace(model: Any) -> None:
-        torch.manual_seed(5)
-        lora_layers(model)[0].base_layer = make()
-
-    return replace
-
-
-def _fp4() -> nn.Module:
-    return bnb.nn.Linear4bit(K, N, quant_type="fp4", compute_dtype=torch.float32).to("cpu")
-
-
-def _int8() -> nn.Module:
-    return bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False).to("cpu")
 
 
 def _set_dropout(dropout: nn.Module) -> Prepare:
@@ -151,8 +124,6 @@ SAME_RESULT: list[tuple[str, Prepare, dict[str, Any]]] = [
         {},
     ),
     ("hooks on lora_dropout", _hook(_adapter("lora_dropout"), "register_forward_hook", _halve), {}),
-    ("hooks on base layer", _hook(_base, "register_forward_hook", _halve), {}),
-    ("hooks on base layer", _hook(_base, "register_forward_hook", _halve), {"kind": "nf4"}),
     (
         "lora_A is ParametrizedLinear",
         lambda m: parametrizations.weight_norm(_adapter("lora_A")(m)),
@@ -161,12 +132,6 @@ SAME_RESULT: list[tuple[str, Prepare, dict[str, Any]]] = [
     ("forward of lora_A replaced", _replace_forward, {}),
     ("lora_A has a bias", _bias_in_lora_A, {}),
     ("lora_A is Scaled", _subclassed_weight(_adapter("lora_A")), {}),
-    ("weight is Scaled", _subclassed_weight(_base), {}),
-    ("base layer is Conv1D", _set_base(lambda: Conv1D(N, K)), {}),
-    ("base layer is LinearOfSomeoneElse", _set_base(lambda: LinearOfSomeoneElse(K, N)), {}),
-    ("base layer is fp4", _set_base(_fp4), {}),
-    ("base layer is fp4", _set_base(_fp4), {"kind": "nf4"}),
-    ("base layer is Linear8bitLt", _set_base(_int8), {}),
     ("lora_dropout is AlphaDropout", _set_dropout(nn.AlphaDropout(0.5)), {}),
     ("dropout with several adapters", _second_adapter(lora_dropout=0.5), {"lora_dropout": 0.2}),
     ("dtype float64", lambda m: m.double(), {}),
@@ -202,10 +167,6 @@ def _rank(model: Any) -> None:
     lora_layers(model)[0].lora_A["default"] = nn.Linear(K, 4, bias=False)
 
 
-def _unquantised(model: Any) -> None:
-    lora_layers(model)[0].base_layer = bnb.nn.Linear4bit(K, N, quant_type="nf4")
-
-
 def _bfloat16_B(model: Any) -> None:
     lora_layers(model)[0].lora_B.to(torch.bfloat16)
 
@@ -221,7 +182,6 @@ SAME_ERROR: list[tuple[str, Prepare, str, tuple[Any, ...]]] = [
     ("x is on the meta device", _nothing, "dense", (torch.ones(2, K, device="meta"),)),
     ("shapes of lora_A and lora_B", _rank, "dense", (torch.ones(2, K),)),
     ("lora_A and lora_B differ in dtype", _bfloat16_B, "dense", (torch.ones(2, K),)),
-    ("base layer is not quantised yet", _unquantised, "nf4", (torch.ones(2, K),)),
 ]
 
 

@@ -17,7 +17,6 @@ from lora_fast.features import SHARDED_INTEGERS
 FALLBACKS = {
     "fsdp2-children": {"lora_A is FSDPLinear": 12},
     "fsdp2-children-nf4": {"lora_A is FSDPLinear": 12},
-    "tensor-parallel": {"hooks on base layer": 6},
 }
 
 

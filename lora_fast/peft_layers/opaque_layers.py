@@ -1,0 +1,158 @@
+"""PEFT's LoRA layers on bases that compute their output by themselves (base_layer/opaque.py).
+
+    y = base(x) + Σᵢ sᵢ · (drop(x) Aᵢᵀ) Bᵢᵀ + Σᵢ sᵢ · biasᵢ          (i: active adapters)
+
+The classes are those that PEFT has for quantised bases; ``lora.Linear`` and ``lora.bnb.Linear4bit``
+(lora_layers.py) come here as well where their base is none that the operation reads.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+
+from ..base_layer.opaque import adapted_output, input_obstacle
+from ..factors import NO_WEIGHT, Constants, Factors
+from ..operation.validation import check_dropout, check_scaling
+from .fused_forward import FusedForward
+from .lora_state import (
+    Adapter,
+    State,
+    cast_obstacle,
+    opaque_obstacle,
+    rank_spans,
+    read_adapters,
+    stacked,
+    together_obstacle,
+    total_bias,
+)
+
+_NAMES = frozenset({"adapter_names"})
+# Keyword arguments of a variant, which some of the layers remove from the call.
+_ALL = _NAMES.union(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
+
+
+class OpaqueLoRALayer(FusedForward):
+    """The fused forward of a layer whose base is always opaque."""
+
+    # Keyword arguments that PEFT's forward does not pass to the base.
+    _lora_fast_arguments: ClassVar[frozenset[str]] = frozenset()
+    # Whether the result is promoted to the dtype of CUDA's autocast.
+    _lora_fast_promotes: ClassVar[bool] = False
+
+    def active(self, **kwargs: Any) -> tuple[State, str | None]:
+        layer: Any = self
+        names: Any = kwargs.get("adapter_names")
+        mixed = names is not None
+        wanted = dict.fromkeys(names) if mixed else layer.active_adapters
+        adapters, found = read_adapters(layer, wanted)
+        base = layer._modules.get("quant_linear_module", layer.base_layer)
+        reason = f"base layer is {type(base).__name__}"
+        state = State(base, adapters, list(names) if mixed else None, reason)
+        found = found or opaque_obstacle(state)
+        if found is None and mixed:
+            found = together_obstacle(adapters, mixed=True)
+        return state, found
+
+    def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        known = not args and self._lora_fast_arguments.issuperset(kwargs)
+        return None if known else "extra arguments"
+
+    def input_obstacle(self, state: State, x: Any) -> str | None:
+        found = opaque_input_obstacle(self, state, x)
+        if found is None and torch.is_autocast_enabled() and x.device.type != "cuda":
+            return "CUDA autocast off CUDA"
+        return found
+
+    def fused(self, state: State, x: Tensor) -> Tensor:
+        return opaque_output(state, x, promotes=self._lora_fast_promotes)
+
+
+def opaque_input_obstacle(layer: Any, state: State, x: Any) -> str | None:
+    """Why x does not fit the adapters of a layer on an opaque base."""
+    found = input_obstacle(x, [(a.A, a.B, a.bias) for a in state.adapters])
+    if found is not None:
+        return found
+    names = state.sample_adapters
+    if names is not None and (x.dim() < 2 or len(names) != x.shape[0]):
+        return "length of adapter_names"
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    return cast_obstacle(layer, state.adapters, x)
+
+
+def opaque_output(state: State, x: Tensor, *, promotes: bool) -> Tensor:
+    """The layer's output: adapters without dropout share one low-rank product, one with dropout has
+    its own, as it has its own mask."""
+    names, adapters = state.sample_adapters, state.adapters
+    if names is not None:
+        f = _factors(adapters)
+        spans = rank_spans(adapters, names, x.device)
+        layers = [f._replace(constants=f.constants._replace(rank_spans=spans))]
+    else:
+        plain = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
+        groups = [[adapter] for adapter in adapters if adapter.dropout_p > 0.0]
+        layers = [_factors(group) for group in (*([plain] if plain else []), *groups)]
+    for f in layers:
+        check_dropout(f.constants.dropout_p, None, x)
+    return adapted_output(state.base, x, layers, promotes=promotes)
+
+
+def _factors(adapters: list[Adapter]) -> Factors:
+    A, B, scaling = stacked(adapters)
+    bias, b = total_bias(None, adapters), None
+    if isinstance(scaling, Tensor):
+        s = scaling.detach().reshape(()).to(device=B.device, dtype=torch.float32)
+        b, scaling = s.expand(B.shape[0]), 1.0
+    check_scaling(scaling)
+    constants = Constants(float(scaling), adapters[0].dropout_p)
+    return Factors(NO_WEIGHT, bias, A, B, b, None, None, constants)
+
+
+class _Kind(NamedTuple):
+    """A class of PEFT, by its module and name, and what differs between their forwards."""
+
+    module: str
+    name: str
+    arguments: frozenset[str] = frozenset()
+    promotes: bool = False
+
+
+_KINDS = (
+    _Kind("bnb", "Linear8bitLt", _ALL, True),
+    _Kind("hqq", "HqqLoraLinear", _NAMES, True),
+    _Kind("torchao", "TorchaoLoraLinear", _ALL),
+    _Kind("inc", "IncLoraLinear", _ALL),
+    _Kind("gptq", "GPTQLoraLinear"),
+    _Kind("awq", "AwqLoraLinear", promotes=True),
+    _Kind("eetq", "EetqLoraLinear", promotes=True),
+    _Kind("aqlm", "AqlmLoraLinear"),
+    _Kind("te", "TeLinear"),
+)
+
+
+def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """A fused class for each of those that the installed PEFT has, with the packages there are;
+    pickled by its name in this module."""
+    found = {}
+    for kind in _KINDS:
+        try:
+            stock = getattr(import_module(f"peft.tuners.lora.{kind.module}"), kind.name)
+        except (ImportError, AttributeError):
+            continue
+        members = {
+            "__module__": __name__,
+            "__doc__": f"``peft.tuners.lora.{kind.module}.{kind.name}`` on the fused path.",
+            "_lora_fast_arguments": kind.arguments,
+            "_lora_fast_promotes": kind.promotes,
+        }
+        name = f"Fused{kind.name}"
+        found[stock] = globals()[name] = type(name, (OpaqueLoRALayer, stock), members)
+    return found
+
+
+FUSED_CLASSES = _fused_classes()
