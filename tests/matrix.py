@@ -46,6 +46,13 @@ COMMAND_LINE = (
 TRL = ("trl", "datasets")
 # Which none of the suite's dependencies brings along.
 DEEPSPEED = {"deepspeed": "0.19.8"}
+# Quantised layers that LoRA is put on, with what they import.
+BASES = {
+    "hqq": "0.2.8.post1",
+    "torchao": "0.18.0",
+    "optimum-quanto": "0.2.7",
+    "compressed-tensors": "0.20.1",
+}
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?:\[[^]]*\])?(?:>=(?P<bound>[\d.]+))?")
 
 
@@ -137,6 +144,7 @@ def rows() -> list[Row]:
             if name == f"triton-{v}"
         ),
         Row("deepspeed", DEEPSPEED, ("default",), "deepspeed", tuple(DEEPSPEED)),
+        Row("bases", BASES, ("default",), "quantised_bases", tuple(BASES)),
         Row("command-line-oldest", lower_bounds("train", base=False), ("default",)),
     ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -19,71 +18,14 @@ from lora_models import (
     quietly,
     run,
 )
-from opaque_bases import KINDS, opaque_model
+from opaque_bases import KINDS, assert_as_stock, opaque_model, saved_bytes
 from torch import Tensor
 
 import lora_fast
-from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
-from lora_fast.backends.torch_ops import TORCH
+from bench.instruments.accuracy import assert_same_bits
 from lora_fast.base_layer.opaque import is_fresh
-from lora_fast.operation.seeds import draw_seed
 
 M, BF16, FP32 = 48, torch.bfloat16, torch.float32
-
-
-def base_alone(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the base of a model gives and hands back for `run`'s direction of y."""
-    base = copy.deepcopy(lora_layers(model)[0].base_layer)
-    x = x.clone().requires_grad_()
-    y = base(x)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    (dX,) = torch.autograd.grad(y, x, direction.to(y.dtype))
-    return y.detach(), dX
-
-
-def plain(model: Any, x: Tensor, keeps: list[Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    """What `run` gives for a model whose adapters drop x by `keeps`, the low rank in `dtype`."""
-    y, dX = base_alone(model, x)
-    layer, out = lora_layers(model)[0], y.to(torch.promote_types(y.dtype, dtype))
-    x = x.to(dtype).requires_grad_()
-    factors = {}
-    for name, keep in zip(layer.active_adapters, keeps, strict=True):
-        pair = [getattr(layer, part)[name].weight for part in ("lora_A", "lora_B")]
-        A, B = (t.detach().to(dtype).requires_grad_() for t in pair)
-        factors[f"lora_A.{name}"], factors[f"lora_B.{name}"] = A, B
-        out = out + (x * keep.to(dtype)) @ A.T @ B.T * layer.scaling[name]
-    out = out if dtype is torch.float64 else out.to(y.dtype)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    dx, *grads = torch.autograd.grad(out, [x, *factors.values()], direction.to(out.dtype))
-    named = zip(factors, grads, strict=True)
-    return {
-        "y": out.detach(),
-        "x": dx + dX,
-        **{f"base_model.model.fc.{name}.weight": grad for name, grad in named},
-    }
-
-
-def assert_as_plain(fused: Any, stock: Any, x: Tensor, keeps: list[Tensor]) -> None:
-    torch.manual_seed(3)
-    actual = run(fused, x)
-    expected = run(stock, x)
-    assert {k: t.dtype for k, t in actual.items() if t is not None} == {
-        k: t.dtype for k, t in expected.items() if t is not None
-    }
-    ref64 = plain(stock, x, keeps, torch.float64)
-    eager = orders(lambda: plain(stock, x, keeps, x.dtype))
-    assert_all_accurate({k: actual[k] for k in ref64}, ref64, eager, compute_dtype=x.dtype)
-
-
-def keeps_of(ps: list[float]) -> list[Tensor]:
-    """The masks that a call after manual_seed(3) draws, scaled."""
-    torch.manual_seed(3)
-    found = []
-    for p in ps:
-        seed = draw_seed(torch.device("cpu")) if p else 0
-        mask = TORCH.dropout_mask(seed, M, K, p, torch.device("cpu")) if p else torch.ones(M, K)
-        found.append(mask.reshape(4, M // 4, K) / (1 - p))
-    return found
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -93,7 +35,7 @@ def test_as_stock(kind: str, dtype: torch.dtype) -> None:
     for p in (0.0, 0.25):
         stock = opaque_model(kind, dtype, FP32, lora_dropout=p)
         fused = accelerated_copy(stock)
-        assert_as_plain(fused, stock, x, keeps_of([p]))
+        assert_as_stock(stock, x, [p], fused)
         (line,) = lora_fast.report(fused).layers
         assert (line.fused, line.route, counted(fused)) == (True, "opaque base", (1, {}))
     for model in (fused, stock):
@@ -107,7 +49,7 @@ def test_adapters_of_several_and_of_each_sample() -> None:
     quietly(stock.add_adapter, "other", lora_config(r=3, lora_alpha=9, lora_dropout=0.25))
     stock.base_model.set_adapter(["default", "other"])
     fused, x = accelerated_copy(stock), torch.randn(4, M // 4, K)
-    assert_as_plain(fused.train(), stock.train(), x, keeps_of([0.0, 0.25]))
+    assert_as_stock(stock.train(), x, [0.0, 0.25], fused.train())
     names = ["other", "__base__", "default", "other"]
     for model in (fused, stock):
         model.eval()
@@ -146,27 +88,9 @@ def test_saved_bytes(kind: str, adapter_dtype: torch.dtype) -> None:
     """`pytest -s` prints them: at p > 0 at least M × K elements fewer than PEFT saves."""
     for p in (0.0, 0.1):
         stock = opaque_model(kind, BF16, adapter_dtype, lora_dropout=p)
-        ours, theirs = saved_bytes(accelerated_copy(stock)), saved_bytes(stock)
+        ours, theirs = saved_bytes(accelerated_copy(stock), M, BF16), saved_bytes(stock, M, BF16)
         print(f"{kind}, {adapter_dtype} adapters, p = {p}: {ours} bytes, PEFT {theirs}")
         assert ours <= theirs - (M * K * adapter_dtype.itemsize if p else 0)
-
-
-def saved_bytes(model: Any) -> int:
-    """Bytes of all storages that are saved for backward, without parameters and buffers."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x = torch.randn(M, K, dtype=BF16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = model(x)
-    assert y.requires_grad
-    return sum(found.values())
 
 
 def test_copies_and_stock_again() -> None:
