@@ -18,6 +18,9 @@ from ..features import switched_off
 from ..gated_mlps.status import statuses
 from ..modules.adapter_module import AdapterModule
 
+# The route of a layer whose base computes its output by itself.
+OPAQUE = "opaque base"
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -196,7 +199,7 @@ def _layer_report(name: str, layer: Any, parent: nn.Module, computes: Any) -> La
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
         counted=hasattr(layer, "_lora_fast_calls"),
-        route="opaque base" if _is_opaque(layer) else _route(base),
+        route=OPAQUE if _is_opaque(layer) else _route(base),
         siblings=siblings,
         alone=alone,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..gated_mlps.fused_mlp import FusedMLP
 from ..gated_mlps.operands import linears_of
 from ..modules.adapter_module import AdapterModule
-from .report import adapted_layers, report
+from .report import OPAQUE, adapted_layers, report
 
 Progress = Callable[[int, int, str], None]
 
@@ -64,7 +64,8 @@ def warm_up(
 def units(model: nn.Module) -> list[Unit]:
     """The distinct units of `model` that would run fused, in the order of its modules."""
     current = report(model)
-    fused = {layer.name for layer in current.layers if layer.fused}
+    # An opaque base has no operation to time.
+    fused = {line.name for line in current.layers if line.fused and line.route != OPAQUE}
     mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in current.mlps if mlp.fused}
     bundles: dict[int, list[tuple[str, Any]]] = {}
     for name, layer in adapted_layers(model):

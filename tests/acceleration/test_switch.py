@@ -168,8 +168,8 @@ def test_offloading_hooks_run_as_they_are() -> None:
     fused = accelerated_copy(stock)
     add_hook_to_module(lora_layers(fused)[0].base_layer, AlignDevicesHook("cpu", offload=True))
     x = torch.randn(9, K)
-    assert_equal_runs(run(fused, x), run(stock, x))
-    assert counted(fused) == (0, {"forward of base layer replaced": 1})
+    compare(fused, stock, x, compute_dtype=torch.float32)
+    assert counted(fused) == (1, {})
 
 
 @pytest.mark.parametrize("kind", KINDS)
