@@ -105,8 +105,15 @@ def on_routes(*, fused: bool) -> Iterator[None]:
     import lora_fast
     from lora_fast.backends import selection, torch_products
     from lora_fast.backends.triton_ops import TritonBackend
+    from lora_fast.tuning.plans import FUSED
 
-    chooses = TritonBackend(cublas=not fused)
+    class Fused(TritonBackend):
+        """With the tiles of launch_policy.py, whatever others the model prefers."""
+
+        def _plan(self, *asked: Any) -> Any:
+            return FUSED
+
+    chooses = Fused(cublas=False) if fused else TritonBackend(cublas=True)
     with (
         lora_fast.set_backend("triton"),
         mock.patch.object(selection, "_triton", lambda name: chooses),

@@ -10,7 +10,8 @@ make and the operations that PyTorch makes.
 
 No count tells how fast a Triton product is beside cuBLAS's (product_speed.py). Until that was
 measured on an architecture, the choice is a rule: cuBLAS multiplies many rows with W, and one
-launch does all for few.
+launch does all for few. Where cuBLAS may not, the fastest tiles multiply: with one e for all, those
+that shared memory and L2 stretch least.
 """
 
 from __future__ import annotations
@@ -39,9 +40,15 @@ _DECODING_SHARE = 0.5
 
 def pick(q: Query, arch: int | None) -> Plan:
     """The plan without a clock: by the rule of this module, or the fastest by the model where e is
-    measured; fused if cuBLAS may not be used."""
-    if not q.cublas or q.M <= FEW_ROWS:
+    measured, and of the fused ones where cuBLAS may not be used."""
+    if q.M <= FEW_ROWS or (arch is None and not q.cublas):
         return FUSED
+    if not q.cublas:
+        # Where an NF4 weight is decoded is launch_policy.py's to decide.
+        first, *others = candidates(q, arch)
+        tiles = [first, *(plan for plan in others if plan.gemm is not None)]
+        fastest = min(tiles, key=lambda plan: seconds(plan, q, arch))
+        return FUSED if fastest == first else fastest
     if product_speed.is_measured(arch):
         return min(candidates(q, arch), key=lambda plan: seconds(plan, q, arch))
     return AUGMENTED if q.can_augment else HYBRID
