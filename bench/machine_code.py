@@ -6,8 +6,9 @@
     python -m bench.machine_code nf4_decode --show sass
     python -m bench.machine_code forward --tile BLOCK_N=64,num_warps=4    a tile that is not shipped
 
-KERNEL is a kernel's name, or what it does in a step: forward, dX, "dB, dS", dA. It is compiled as
-the library launches it for one 4096 × 4096 layer; each specialisation is printed once.
+KERNEL is a kernel's name, or what it does in a step: forward, dX, "dB, dS", dA, or beside cuBLAS
+"S Q" and "dS A". It is compiled as the library launches it for one 4096 × 4096 layer; each
+specialisation is printed once.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ from typing import Any
 
 from .instruments import resources, stub_driver
 
-KERNELS = ("ticketed_gemm", "strips", "nf4_decode", "row_norms", "weight_update")
-ROLES = ("forward", "dX", "dB, dS", "dA")
+KERNELS = (
+    *("ticketed_gemm", "strips", "nf4_decode", "shrink", "expand", "nf4_decode_augmented"),
+    *("row_norms", "weight_update"),
+)
+ROLES = ("forward", "dX", "dB, dS", "dA", "S Q", "dS A")
+# Of the routes that leave the product with W to cuBLAS.
+OF_ROUTES = ("shrink", "expand", "nf4_decode_augmented", "S Q", "dS A")
 OF_WEIGHTS = ("row_norms", "weight_update")
 STAGES = ("ttir", "ttgir", "llir", "ptx")
 ARCHS = (80, 89, 90, 100, 120)
@@ -52,7 +58,8 @@ def kernels(options: Any) -> Iterator[tuple[dict[str, Any], stub_driver.Compiled
         variant = variants.of_tile(tile(options.tile, options.arch), options.arch, options.r)
     else:
         case = Case(variants.LINEAR, options.rows, options.r, options.weight, options.dropout)
-        variant = variants.of_case(case, options.arch)
+        beside_cublas = options.kernel in OF_ROUTES
+        variant = (variants.of_routes if beside_cublas else variants.of_case)(case, options.arch)
     rows = machine_code.rows([variant], options.arch)
     launches = {id(launch.kernel): launch for launch in variant.log.launches}.values()
     for row, launch in zip(rows, launches, strict=True):
@@ -101,7 +108,7 @@ def _words(value: Any) -> str:
 
 
 def _why(options: Any) -> str:
-    if options.kernel == "nf4_decode":
+    if options.kernel in ("nf4_decode", "nf4_decode_augmented"):
         return "W is decoded first with --weight nf4 and many --rows"
     return "--rows and --weight decide which kernels a step has"
 
@@ -120,7 +127,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16, help="rank (default 16)")
     parser.add_argument("--rows", type=int, default=8192, help="rows of x (default 8192)")
     parser.add_argument(
-        "--weight", choices=("dense", "nf4"), help="default dense; of nf4_decode, nf4"
+        "--weight", choices=("dense", "nf4"), help="default dense; of what decodes, nf4"
     )
     parser.add_argument("--dropout", type=float, default=0.0, help="default 0")
     parser.add_argument("--tile", metavar="NAME=N,…", help="fields of GemmConfig to change")
@@ -130,7 +137,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
             tile(options.tile, options.arch)
         except ValueError as error:
             parser.error(str(error))
-    options.weight = options.weight or ("nf4" if options.kernel == "nf4_decode" else "dense")
+    decodes = options.kernel in ("nf4_decode", "nf4_decode_augmented")
+    options.weight = options.weight or ("nf4" if decodes else "dense")
     return options
 
 

@@ -95,13 +95,7 @@ def _candidates(arch: int, ranks: tuple[int, ...], _: tuple[float, ...]) -> Iter
 def _routes(arch: int, ranks: tuple[int, ...], dropouts: tuple[float, ...]) -> Iterator[Variant]:
     """The kernels beside cuBLAS: of many rows on the routes that are taken by default."""
     for p, weight in itertools.product(dropouts, ("dense", "nf4")):
-        case = Case(LINEAR, 8192, ranks[0], weight, p)
-        ours = contestants.LoraFast(case, adapter_dtype=torch.float32)
-        _, log = ours.step(case, arch)
-        new = [launch for launch in log.launches if launch.name in _OF_ROUTES]
-        log.launches[:] = new
-        note = "fp32 A, B" + " beside x" * (weight == "nf4")
-        yield Variant(log, case.R, p, note)
+        yield of_routes(Case(LINEAR, 8192, ranks[0], weight, p), arch)
 
 
 _OF_ROUTES = ("shrink", "expand", "nf4_decode_augmented")
@@ -131,6 +125,13 @@ KINDS: dict[str, Make] = {
 def of_case(case: Case, arch: int) -> Variant:
     """The step of one case."""
     return _counted(case, arch)
+
+
+def of_routes(case: Case, arch: int) -> Variant:
+    """The kernels beside cuBLAS in the step of a case, on the routes of the default."""
+    _, log = contestants.LoraFast(case, adapter_dtype=torch.float32).step(case, arch)
+    log.launches[:] = [launch for launch in log.launches if launch.name in _OF_ROUTES]
+    return Variant(log, case.R, case.dropout_p, "fp32 A, B" + " beside x" * (case.weight == "nf4"))
 
 
 def of_tile(config: Any, arch: int, R: int) -> Variant:

@@ -53,6 +53,24 @@ def test_the_counts_are_those_of_the_machine_code(capsys: pytest.CaptureFixture[
     )
 
 
+@pytest.mark.parametrize("kernel", machine_code.KERNELS)
+def test_every_kernel_of_the_library_has_a_name(
+    kernel: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert machine_code.main([kernel]) == 0
+    assert capsys.readouterr().out.startswith("# sm_90 ")
+
+
+def test_no_kernel_is_missing() -> None:
+    """Those with names of their own in a profile are launched; the others are called by them."""
+    launched = re.compile(r"@triton\.jit\([^\n]*shown_as[^\n]*\)\ndef (\w+)\(")
+    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    found = [name for source in sources for name in launched.findall(source)]
+    # Dropout's mask by itself, and the kernels of gated MLPs, are not in a step of one layer.
+    elsewhere = {name for name in found if name.startswith(("gated", "store_keep_mask"))}
+    assert set(found) - elsewhere == set(machine_code.KERNELS)
+
+
 def test_what_a_case_does_not_launch_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert machine_code.main(["nf4_decode", "--rows", "16"]) == 1
     assert "no nf4_decode is launched for this case" in capsys.readouterr().err
