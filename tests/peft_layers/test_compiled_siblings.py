@@ -70,6 +70,46 @@ def test_one_operator_with_the_bits_of_eager_mode(kind: str, p: float) -> None:
     assert all(layer.siblings and layer.alone is None for layer in lora_fast.report(model).layers)
 
 
+class _Three(Attention):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+def test_an_output_that_no_loss_reads_has_the_gradients_of_a_stock_graph() -> None:
+    """Zeros, from torch.compile, which gives every output of a graph a gradient; in eager mode
+    there are none."""
+    stock = stock_model(base=_Three)
+    found = []
+    for model in (stock, accelerated_copy(stock)):
+        attention = model.get_base_model()
+        graph, _ = compiled(attention)
+        for run_forward in (graph, attention):
+            attention.zero_grad()
+            run_forward(torch.randn(3, K))[0].sum().backward()
+            weights = [attention.k_proj.lora_A, attention.k_proj.lora_B]
+            found.append([weight["default"].weight.grad for weight in weights])
+    for of_graph, eager in (found[:2], found[2:]):
+        assert all(grad is not None and not grad.any() for grad in of_graph)
+        assert eager == [None, None]
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_each_pass_decodes_a_weight_once(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_fast import nf4
+
+    decode, decoded = nf4.decode, []
+    monkeypatch.setattr(nf4, "decode", lambda *given: decoded.append(given) or decode(*given))
+    model = accelerated_copy(stock_model("nf4"))
+    graph = compiled(model)[0] if compiles else model
+    x = torch.randn(70, K, requires_grad=True)
+    graph(x).sum().backward()
+    decoded.clear()
+    y = graph(x)
+    assert len(decoded) == 3
+    y.sum().backward()
+    assert len(decoded) == 6
+
+
 def test_inductor_computes_what_stock_peft_does() -> None:
     stock = stock_model()
     model = accelerated_copy(stock)
