@@ -104,7 +104,7 @@ def step_of(model: Any, case: Case, dtype: torch.dtype) -> Step:
     """Forward and backward of a model of :func:`model_of`."""
     parent = model.get_base_model()
     x = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
-    dY = torch.randn(ROWS, WIDTH, dtype=dtype)
+    dY, *others = (torch.randn(ROWS, WIDTH, dtype=dtype) for _ in "qkv")
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     layer = parent.q
 
@@ -112,7 +112,7 @@ def step_of(model: Any, case: Case, dtype: torch.dtype) -> Step:
         return torch.autograd.grad(layer(x), wanted, dY)
 
     def qkv() -> object:
-        return torch.autograd.grad(parent(x), wanted, (dY, dY, dY))
+        return torch.autograd.grad(parent(x), wanted, (dY, *others))
 
     return linear if case.layers == "linear" else qkv
 

@@ -131,7 +131,7 @@ def nf4_decode_augmented(
 
 
 def decode(packed, quant_state, dtype):
-    """The dense weight [N, K] in `dtype`; packed is flat uint8, quant_state bitsandbytes' own."""
+    """The dense weight [N, K] in `dtype`; packed is uint8, quant_state bitsandbytes' own."""
     w = empty(packed, *quant_state.shape, dtype=dtype)
     if w.numel() == 0:
         return w

@@ -3,53 +3,119 @@
 Equal geometries mean that x and the factors of every layer agree in dtype, shape, strides, device
 and in whether their memory starts at a multiple of 16 bytes, and in scaling and the rate of
 dropout. It says nothing of what is in that memory, nor whose it is.
+
+Nearly all calls are of plain layers (A, B and perhaps a bias, without spans; a seed is a number).
+Their geometries are numbered (:class:`Numbers`), and found again by what torch.compile's guards
+check a row of tensors with, at once and in C++: the geometry itself takes ten times as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .factors import Constants, Factors
+from .factors import Factors
 from .nf4 import NF4Weight
 
-Geometry = tuple[Any, ...]
+Geometry = Hashable
+# The number of a geometry, and its tensors in a call.
+Numbered = tuple[int, list[Tensor]]
+_Check = Callable[..., bool]
+
+# Geometries that are known; a run with more of them begins anew.
+_MOST = 4096
+_next = itertools.count(1)
 
 
-def of_plain(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, constants: Constants
-) -> Geometry | None:
-    """Of one LoRA layer, the most frequent call, in few steps; None if memory is not aligned. A
-    seed is a number."""
-    at = x.data_ptr() | W.data_ptr() | A.data_ptr() | B.data_ptr()
-    of_bias = None
-    if bias is not None:
-        at |= bias.data_ptr()
-        of_bias = (bias.dtype, bias.shape, bias.stride(), bias.device)
-    if at & 15:
+class Numbers:
+    """Numbers of the geometries of tensors and plain layers: equal for equal ones alone.
+
+    `beside` is what must be equal, too: that says, not the tensors, which of them are absent.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, int] = {}
+        self._last: dict[Hashable, tuple[_Check, int]] = {}
+
+    def find(
+        self, beside: Hashable, tensors: Sequence[Tensor], fs: Sequence[Factors]
+    ) -> tuple[int | None, list[Tensor]]:
+        """The number of a geometry, None for a new one, and all its tensors."""
+        found, at = [*tensors], 0
+        for t in tensors:
+            at |= t.data_ptr()
+        W: Any = fs[0].B
+        # What differs from layer to layer of a model; what else does, the check finds.
+        key: list[Any] = [beside, tensors[0].shape, W.shape]
+        for W, bias, A, B, _, _, _, constants in fs:
+            assert A is not None and B is not None
+            if isinstance(W, Tensor):
+                found += (W, A, B)
+                at |= W.data_ptr() | A.data_ptr() | B.data_ptr()
+            else:
+                state, parts = W.quant_state, parts_of(W)
+                found += (*parts, A, B)
+                at |= A.data_ptr() | B.data_ptr()
+                for t in parts:
+                    at |= t.data_ptr()
+                second = state.state2.blocksize if state.nested else None
+                key += (tuple(state.shape), state.blocksize, second)
+            if bias is not None:
+                found.append(bias)
+                at |= bias.data_ptr()
+            key += (constants[0], constants[1])
+        key.append(len(found))
+        asked = tuple(key)
+        last = self._last.get(asked)
+        if last is not None and not at & 15 and last[0](*found):
+            return last[1], found
+        number = self._known.get((beside, of_any(tensors, fs)))
+        if number is not None and not at & 15:
+            self._note(asked, found, number)
+        return number, found
+
+    def add(self, beside: Hashable, tensors: Sequence[Tensor], fs: Sequence[Factors]) -> int:
+        """A number for a new geometry."""
+        if len(self._known) >= _MOST:
+            # No number is given twice, so those that are lost mean nothing.
+            self._known.clear()
+        number = self._known.setdefault((beside, of_any(tensors, fs)), next(_next))
+        self.find(beside, tensors, fs)  # which notes it
+        return number
+
+    def _note(self, key: Hashable, tensors: Sequence[Tensor], number: int) -> None:
+        check = check_of(tensors)
+        if check is not None:
+            if len(self._last) >= _MOST:
+                self._last.clear()
+            self._last[key] = check, number
+
+
+def check_of(tensors: Sequence[Tensor]) -> _Check | None:
+    """Whether other tensors, each another one, agree with these in type, dtype, device, shape,
+    strides, in whether they require a gradient, and in what PyTorch dispatches by; None if this
+    version of PyTorch has no such check."""
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    try:
+        kind: Any = torch._C._dynamo.guards.TensorGuards
+        guards = kind(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check: _Check = guards.check
+    except (AttributeError, TypeError):
         return None
-    return (
-        x.dtype, x.shape, x.stride(), x.device, W.dtype, W.shape, W.stride(), W.device,
-        A.dtype, A.shape, A.stride(), A.device, B.dtype, B.shape, B.stride(), B.device,
-        of_bias, constants[0], constants[1],
-    )  # fmt: skip
+    return check
 
 
-def of_plain_gradients(
-    dY: Tensor, x: Tensor, S: Tensor, W: Tensor, A: Tensor, B: Tensor, constants: Constants
-) -> Geometry | None:
-    """Of the gradients of one LoRA layer, as :func:`of_plain`."""
-    at = dY.data_ptr() | x.data_ptr() | S.data_ptr() | W.data_ptr() | A.data_ptr() | B.data_ptr()
-    if at & 15:
-        return None
-    return (
-        dY.dtype, dY.shape, dY.stride(), dY.device, x.dtype, x.shape, x.stride(), x.device,
-        S.dtype, S.shape, S.stride(), S.device, W.dtype, W.shape, W.stride(), W.device,
-        A.dtype, A.shape, A.stride(), A.device, B.dtype, B.shape, B.stride(), B.device,
-        constants[0], constants[1],
-    )  # fmt: skip
+def parts_of(weight: NF4Weight) -> tuple[Tensor, ...]:
+    """The tensors that an NF4 weight consists of."""
+    state = weight.quant_state
+    if not state.nested:
+        return weight.packed, state.absmax, state.code
+    second = state.state2
+    return weight.packed, state.absmax, state.code, second.absmax, second.code, state.offset
 
 
 def of_any(tensors: Sequence[Tensor | None], fs: Sequence[Factors]) -> Geometry:
@@ -76,10 +142,7 @@ def tensors_of(fs: Sequence[Factors]) -> list[Tensor | None]:
     for f in fs:
         weight: Any = f.weight
         if isinstance(weight, NF4Weight):
-            state = weight.quant_state
-            found += (weight.packed, state.absmax, state.code)
-            if state.nested:
-                found += (state.state2.absmax, state.state2.code, state.offset)
+            found += parts_of(weight)
         else:
             found.append(weight)
         _, _, seed, spans = f.constants

@@ -29,12 +29,13 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SECOND_BLOCKSIZE = 256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NF4Weight:
     """A frozen NF4 weight [N, K]: a view of bitsandbytes' storage, without a copy.
 
-    packed: the quantised bytes, flat uint8. quant_state: bitsandbytes' own description of them.
-    decoded: where a backend leaves W that it has decoded, and finds it, if anywhere.
+    packed: the quantised bytes, contiguous uint8 of any shape. quant_state: bitsandbytes' own
+    description of them. decoded: where a backend leaves W that it has decoded, and finds it, if
+    anywhere.
     Build one with :meth:`from_params4bit` or :meth:`from_dense`.
     """
 
@@ -64,14 +65,14 @@ class NF4Weight:
             raise ValueError(f"weight must have shape [N, K], got {tuple(state.shape)}")
         # A copy: bitsandbytes changes its state in place when it packs the weight.
         own = state if torch.compiler.is_compiling() else copy.copy(state)
-        return cls.view(weight.data, own)
+        return cls.view(weight.data.view(-1), own)
 
     @classmethod
     def view(cls, data: Tensor, quant_state: Any) -> NF4Weight:
         """The weight of a layer's data and state, unchecked, for as long as neither is replaced."""
         if is_plain(quant_state):
-            flat = data.view(-1)
-            return cls(flat if flat.dtype == torch.uint8 else flat.view(torch.uint8), quant_state)
+            is_bytes = data.dtype is torch.uint8
+            return cls(data if is_bytes else data.view(-1).view(torch.uint8), quant_state)
         return cls(plain_bytes(data, quant_state), plain_state(quant_state))
 
     @classmethod

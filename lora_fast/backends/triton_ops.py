@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
-from ..geometry import Geometry
+from ..geometry import Numbered
 from ..kernels import dropout as dropout_kernels
 from ..kernels import launch_policy, ticketed_gemm, weight_update
 from ..kernels import row_norms as row_norms_kernels
@@ -72,14 +72,14 @@ class TritonBackend:
         fs: Sequence[Factors],
         needs: Sequence[Needs],
         plan: Plan | None = None,
-        geometry: Geometry | None = None,
+        numbered: Numbered | None = None,
     ) -> tuple[list[Tensor], Saved]:
-        """As the protocol has it; by `plan`, where one is given. `geometry` is for launch plans."""
+        """As the protocol has it; by `plan`, where one is given. `numbered` is for launch plans."""
         rows = x.reshape(-1, x.shape[-1])
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
         if plan is None:
             plan = FUSED
-            if (self._cublas or tuner.times) and rows.shape[0]:
+            if rows.shape[0]:
                 op = FORWARD if len(fs) == 1 else FORWARD_GROUP
                 asked = [_SAVES_V if need.saves_V else _NOTHING] * len(fs)
                 plan = self._plan(op, rows, fs, asked, lambda p: self.forward(x, fs, needs, p))
@@ -115,17 +115,17 @@ class TritonBackend:
         fs: Sequence[Factors],
         needs: Sequence[Needs],
         plan: Plan | None = None,
+        is_plain: bool = False,
     ) -> list[Gradients]:
-        """As the protocol has it; by `plan`, where one is given."""
+        """As the protocol has it; by `plan`, where one is given. `is_plain` (the geometry of
+        forward was numbered) is for launch plans."""
         rows = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
         if rows[0].shape[0] == 0:
             return [_empty_batch(*each) for each in zip(dYs, fs, needs, strict=True)]
         if plan is None:
-            plan = FUSED
-            if self._cublas or tuner.times:
-                op = BACKWARD if len(fs) == 1 else BACKWARD_GROUP
-                arguments = (dYs, x, saved, fs, needs)
-                plan = self._plan(op, rows[0], fs, needs, lambda p: self.backward(*arguments, p))
+            op = BACKWARD if len(fs) == 1 else BACKWARD_GROUP
+            arguments = (dYs, x, saved, fs, needs)
+            plan = self._plan(op, rows[0], fs, needs, lambda p: self.backward(*arguments, p))
         x = None if x is None else x.reshape(-1, x.shape[-1])
         with Launching(rows[0]), without_autocast(rows[0]):
             grads = _gradients(rows, x, saved, fs, needs, plan)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..factors import Factors, Gradients, Needs, Saved
-from ..geometry import Geometry, of_any, of_plain_gradients, tensors_of
+from ..geometry import Geometry, Numbered, Numbers, of_any, tensors_of
 from ..kernels import launch_plans
 from ..nf4 import NF4Weight
 from ..tuning.plans import Plan
@@ -24,6 +24,7 @@ from .triton_ops import TritonBackend
 _MOST_PLANS = 4096
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _SEEN, _NO_PLAN, _NO_SEED = object(), object(), (0, 0)
+_of_gradients = Numbers()
 # By geometry, the gradients that are required, and whether cuBLAS may multiply.
 _plans: dict[Any, Any] = {}
 
@@ -37,12 +38,12 @@ class PlannedTritonBackend(TritonBackend):
         fs: Sequence[Factors],
         needs: Sequence[Needs],
         plan: Plan | None = None,
-        geometry: Geometry | None = None,
+        numbered: Numbered | None = None,
     ) -> tuple[list[Tensor], Saved]:
+        geometry: Geometry
         operands: list[Any]
-        found: Any
-        if geometry is not None and isinstance(fs[0][-1][2], int):
-            operands = [x, *fs[0][:4]]
+        if numbered is not None:
+            geometry, operands = numbered
         elif plan is not None or type(x) not in _PLAIN_TENSORS or _has_decoded(fs):
             launch_plans.give_up()
             return super().forward(x, fs, needs, plan)
@@ -50,7 +51,7 @@ class PlannedTritonBackend(TritonBackend):
             geometry = of_any((x,), fs)
             operands = [x, *tensors_of(fs)]
         key, seed = (geometry, tuple(needs), self._cublas), _seed_words(fs[0])
-        found = _plans.get(key)
+        found: Any = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
             if result is not None:
@@ -65,30 +66,22 @@ class PlannedTritonBackend(TritonBackend):
         fs: Sequence[Factors],
         needs: Sequence[Needs],
         plan: Plan | None = None,
+        is_plain: bool = False,
     ) -> list[Gradients]:
         if plan is not None or type(dYs[0]) is not Tensor or _has_decoded(fs):
             launch_plans.give_up()
             return super().backward(dYs, x, saved, fs, needs, plan)
-        geometry: Geometry | None = None
-        operands: list[Any] = []
-        found: Any
+        geometry: Geometry
+        operands: list[Any]
         S, V, _ = saved
-        factors: Any = fs[0]
-        W, bias, A, B, b, d, g, constants = factors
-        if (
-            len(fs) == 1
-            and isinstance(W, Tensor)
-            and V is b is d is g is constants[3] is None
-            and not (x is None or S is None or needs[0].bias)
-            and isinstance(constants[2], int)
-        ):
-            geometry = of_plain_gradients(dYs[0], x, S, W, A, B, constants)
-            operands = [dYs[0], x, S, W, bias, A, B]
-        if geometry is None:
-            geometry = of_any((*dYs, x, S, V), fs)
-            operands = [*dYs, x, S, V, *tensors_of(fs)]
+        if is_plain:
+            beside, tensors = (x is None, S is None), [t for t in (*dYs, x, S) if t is not None]
+            geometry, operands = _of_gradients.find(beside, tensors, fs)
+            geometry = geometry or _of_gradients.add(beside, tensors, fs)
+        else:
+            geometry, operands = of_any((*dYs, x, S, V), fs), [*dYs, x, S, V, *tensors_of(fs)]
         key, seed = (geometry, tuple(needs), self._cublas), _seed_words(fs[0])
-        found = _plans.get(key)
+        found: Any = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
             if result is not None:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..factors import Factors, Needs
 from ..kernels import expand, launch_policy, nf4_decode, shrink
-from ..kernels.launch_plans import called
+from ..kernels.launch_plans import called, empty
 from ..nf4 import NF4Weight
 from .protocol import ranks_of
 from .torch_low_rank import expand_factor
-from .torch_products import scaled_product, wide_dtype, working_dtype
+from .torch_products import wide_dtype, working_dtype
 from .triton_operands import dense, dropout, factors_A, vectors
 
 _Outputs = tuple[list[Tensor], Tensor | None, Tensor | None]
@@ -108,7 +108,7 @@ def shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     A, constants = _stack(fs), fs[0].constants
     plain = constants.dropout_p == 0.0 and constants.rank_spans is None
     if plain and multiplies(rows, [A], A.shape[0]):
-        return called(torch.mm, rows, _cast(A, rows.dtype).T)
+        return called(torch.nn.functional.linear, rows, _cast(A, rows.dtype))
     return shrink.of_rows(rows, A, dropout(fs[0]), constants.rank_spans)
 
 
@@ -124,7 +124,7 @@ def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[T
         parts = [S] if len(fs) == 1 else S.split(ranks, dim=1)
         Qs = [expand_factor(f, dtype).T for f in fs]
         return [
-            called(scaled_product, S_i, Q, s)
+            called(Tensor.addmm_, empty(S, S.shape[0], Q.shape[1]), S_i, Q, beta=0, alpha=s)
             if bias is None
             else called(torch.addmm, bias, S_i, Q, alpha=s)
             for S_i, Q, s, bias in zip(parts, Qs, scalings, biases, strict=True)

@@ -59,12 +59,13 @@ def decode(
     dtype: torch.dtype,
     shape: Sequence[int],
 ) -> Tensor:
-    """The dense weight of `shape` in `dtype`, of NF4 or FP4, on the CPU: packed is flat uint8,
+    """The dense weight of `shape` in `dtype`, of NF4 or FP4, on the CPU: packed is uint8,
     absmax float32, one for each block of the flattened weight. float64 is the exact image of the
     float32 product."""
     elements = math.prod(shape)
     pairs = _pairs(quant_type)
     out = torch.empty(elements, dtype=dtype, device="cpu")
+    packed = packed.view(-1)
     step = blocksize * max(1, _CHUNK // blocksize)
     for first in range(0, elements, step):
         last = min(first + step, elements)

@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
-from ..factors import Constants, Factors, Needs, Saved, needs_of_all, saved_input
-from ..geometry import Geometry
-from ..nf4 import NF4Weight
+from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
+from ..geometry import Numbered
 from . import compiled_groups, compiled_ops, recomputation
 from .seeds import draw_seed
 from .validation import check_dropout, check_operands, check_scaling
@@ -29,6 +28,7 @@ from .validation import check_dropout, check_operands, check_scaling
 # Tensors of one layer among the arguments of apply(): all that may need a gradient except x.
 _PER_LAYER = len(Needs._fields) - 1
 _NOTHING = Needs()
+_NONE = (None,) * _PER_LAYER
 
 
 def compute(
@@ -63,16 +63,16 @@ def run(
     x: Tensor,
     layers: Sequence[Factors],
     dropout_seed: int | Tensor | None = None,
-    geometry: Geometry | None = None,
+    numbered: Numbered | None = None,
 ) -> Sequence[Tensor]:
     """:func:`compute` for operands that are known to fit together, x in the compute dtype, and
     numbers as scalings, outside of torch.func and torch.compile.
 
-    `geometry` is that of one plain layer, where it is known. This and what it calls run for each
-    layer of each step: a call of a Python function here is 0.1 µs of the host's time, a new tensor,
-    a view too, 0.7 µs.
+    `numbered` is the geometry of plain layers, where it is known. This and what it calls run for
+    each layer of each step: a call of a Python function here is 0.1 µs of the host's time, a new
+    tensor, a view too, 0.7 µs.
     """
-    return _run(_apply, x, layers, dropout_seed, geometry)
+    return _run(_apply, x, layers, dropout_seed, numbered)
 
 
 def _run(
@@ -80,23 +80,27 @@ def _run(
     x: Tensor,
     layers: Sequence[Factors],
     dropout_seed: int | Tensor | None,
-    geometry: Geometry | None = None,
+    numbered: Numbered | None = None,
 ) -> Sequence[Tensor]:
     if layers[0].constants.dropout_p > 0.0:
         layers = _with_seed(x, layers, dropout_seed)
+        if isinstance(layers[0].constants.dropout_seed, Tensor):
+            numbered = None
     backend = backend_for(x.device)
     if not is_recording():
+        needs = (_NOTHING,) * len(layers)
+        if numbered is None or backend.name == "torch":
+            return backend.forward(x, layers, needs)[0]
         planned: Any = backend
-        known = {} if geometry is None or backend.name == "torch" else {"geometry": geometry}
-        return planned.forward(x, layers, (_NOTHING,) * len(layers), **known)[0]
+        return planned.forward(x, layers, needs, None, numbered)[0]
     tensors: list[Any] = []
     for f in layers:
         tensors += f[:_PER_LAYER] if isinstance(f[0], Tensor) else (None, *f[1:_PER_LAYER])
-    return apply(x, layers, backend, geometry, *tensors)
+    return apply(x, layers, backend, numbered, *tensors)
 
 
 class AdaptedLinears(torch.autograd.Function):
-    """apply(x, fs, backend, geometry, weight_1, bias_1, A_1, B_1, b_1, d_1, g_1, weight_2, …) → y_1
+    """apply(x, fs, backend, numbered, weight_1, bias_1, A_1, B_1, b_1, d_1, g_1, weight_2, …) → y_1
     …: x [..., K] is in the compute dtype, all else in its own; the tensors are those of fs."""
 
     @staticmethod
@@ -105,29 +109,32 @@ class AdaptedLinears(torch.autograd.Function):
         x: Tensor,
         fs: Sequence[Factors],
         backend: Backend,
-        geometry: Geometry | None,
+        numbered: Numbered | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         needs = _needs_of(ctx.needs_input_grad)
-        packed, read_by = False, fs
+        constants, read_by, keeps_weights = fs[0][7], fs, False
         for f in fs:
-            packed = packed or not isinstance(f[0], Tensor)
-        ctx.saves_weights = packed and needs[0].x and recomputation.is_checkpointed_or_recomputed()
-        if ctx.saves_weights:
-            read_by = recomputation.remembering(fs)
-        if geometry is None or backend.name == "torch":
-            ys, saved = backend.forward(x, read_by, needs)
+            if not isinstance(f[0], Tensor) and needs[0].x:
+                keeps_weights = recomputation.is_checkpointed_or_recomputed()
+                break
+        if keeps_weights:
+            read_by, numbered = recomputation.remembering(fs), None
+        if numbered is None or backend.name == "torch":
+            ys, (S, V, mask) = backend.forward(x, read_by, needs)
         else:
             planned: Any = backend
-            ys, saved = planned.forward(x, fs, needs, geometry=geometry)
+            ys, (S, V, mask) = planned.forward(x, fs, needs, None, numbered)
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
-        read = saved_input(x, fs[0].constants, need, copies=backend.copies_input)
+        read = saved_input(x, constants, need, copies=backend.copies_input)
         # A number stays with the constants.
-        drawn = fs[0][-1].dropout_seed
-        seed = drawn if isinstance(drawn, Tensor) else None
-        weights = recomputation.saved_weights(read_by, x) if ctx.saves_weights else ()
-        ctx.save_for_backward(read, *saved, seed, *tensors, *weights)
-        ctx.backend, ctx.others = backend, [_unsaved(f, seed) for f in fs]
+        seed = constants[2] if isinstance(constants[2], Tensor) else None
+        weights = recomputation.saved_weights(read_by, x) if keeps_weights else ()
+        ctx.save_for_backward(read, S, V, mask, seed, *tensors, *weights)
+        others = [(None if isinstance(f[0], Tensor) else f[0], f[7]) for f in fs]
+        if seed is not None:
+            others = [(packed, c._replace(dropout_seed=0)) for packed, c in others]
+        ctx.call = backend, others, keeps_weights, numbered is not None
         if len(fs) > 1:
             ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -142,36 +149,45 @@ class AdaptedLinears(torch.autograd.Function):
 _apply = super(torch.autograd.Function, AdaptedLinears).apply
 
 
-def _unsaved(f: Factors, seed: Tensor | None) -> tuple[NF4Weight | None, Constants]:
-    """What backward needs of a layer beside the tensors that autograd saves."""
-    constants = f[-1] if seed is None else f[-1]._replace(dropout_seed=0)
-    return None if isinstance(f[0], Tensor) else f[0], constants
-
-
 def _gradients(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs, others = _needs_of(ctx.needs_input_grad), ctx.others
-    like = next((dY for dY in dYs if dY is not None), None)
-    if like is None:
-        return (None,) * len(ctx.needs_input_grad)
+    asked = ctx.needs_input_grad
+    needs = _needs_of(asked)
+    backend, others, keeps_weights, is_plain = ctx.call
     x, S, V, mask, seed, *tensors = ctx.saved_tensors
-    fs: list[Factors] = []
-    rows, start = [], 0
-    for dY, (packed, constants) in zip(dYs, others, strict=True):
+    fs, start = [], 0
+    for packed, constants in others:
         if seed is not None:
             constants = constants._replace(dropout_seed=seed)
         W, bias, A, B, b, d, g = tensors[start : start + _PER_LAYER]
         start += _PER_LAYER
-        f = Factors(packed if W is None else W, bias, A, B, b, d, g, constants)
-        fs.append(f)
-        rows.append(like.new_zeros(*like.shape[:-1], f.weight.shape[0]) if dY is None else dY)
-    if ctx.saves_weights:
+        fs.append(Factors(W if packed is None else packed, bias, A, B, b, d, g, constants))
+    rows: Any = dYs if len(dYs) == 1 else _complete(dYs, fs)
+    if not rows:
+        return (None,) * len(asked)
+    if keeps_weights:
         fs = recomputation.with_saved(fs, tensors[start:])
-    grads = ctx.backend.backward(rows, x, Saved(S, V, mask), fs, needs)
-    found: list[Tensor | None] = [grads[0].x, None, None, None]
+    saved = Saved(S, V, mask)
+    if is_plain and backend.name != "torch":
+        grads = backend.backward(rows, x, saved, fs, needs, None, True)
+    else:
+        grads = backend.backward(rows, x, saved, fs, needs)
+    found: list[Tensor | None] = [grads[0][0], None, None, None]
     for dY, grad in zip(dYs, grads, strict=True):
         # A layer whose output is unused gets no gradients, as if it were alone.
-        found += [None] * _PER_LAYER if dY is None else grad[1:]
+        found += _NONE if dY is None else grad[1:]
     return tuple(found)
+
+
+def _complete(dYs: Sequence[Tensor | None], fs: Sequence[Factors]) -> Sequence[Tensor | None]:
+    """dY of every layer, zeros where an output is unused; none if all are."""
+    used = [dY for dY in dYs if dY is not None]
+    if len(used) in (0, len(dYs)):
+        return used
+    like = used[0]
+    return [
+        like.new_zeros(*like.shape[:-1], f.weight.shape[0]) if dY is None else dY
+        for dY, f in zip(dYs, fs, strict=True)
+    ]
 
 
 _differentiable_once = once_differentiable(_gradients)

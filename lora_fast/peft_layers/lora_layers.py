@@ -22,7 +22,6 @@ from ..base_layer.obstacles import base_obstacle, call_obstacle
 from ..base_layer.row_norms import row_norms
 from ..factors import Constants, Factors
 from ..gated_mlps.operands import Operand
-from ..geometry import of_plain
 from .four_bit_classes import LoRALinear4bit
 from .fused_forward import FusedForward
 from .lora_merging import merge_terms, plain_terms, unmerge_terms
@@ -39,7 +38,7 @@ from .lora_state import (
 )
 from .opaque_layers import opaque_input_obstacle, opaque_output
 from .plain_groups import plain_output_in_group
-from .plain_lora import fits, plain_output, read_plain
+from .plain_lora import geometry_if_fitting, is_frozen, plain_output, read_plain
 from .shared_input import kept_output, output_with_siblings
 
 # Keyword arguments of a variant; PEFT removes them from the call and plain LoRA ignores them.
@@ -123,15 +122,15 @@ class FusedLoRALayer(FusedForward):
     def operand(self, x: Tensor, casts: torch.dtype | None) -> Operand | str:
         """The layer as a part of the operation of a gated MLP, for an input like x; `casts` is the
         dtype of autocast. The reason why its own forward must run, if it must."""
-        plain = read_plain(self) if type(x) is Tensor and x.layout is torch.strided else None
-        geometry, trains = None, False
-        if plain is not None and plain.quant_state is None:
-            geometry, trains = of_plain(x, *plain[:5]), plain.weight.requires_grad
-        if plain is not None and not trains and fits(self, plain, x, casts, geometry):
+        plain = read_plain(self) if type(x) is Tensor else None
+        if (
+            plain is not None
+            and is_frozen(plain)
+            and geometry_if_fitting(self, x, (plain.factors,), plain.dtype, casts) is not None
+        ):
             computes = casts or plain.dtype or x.dtype
-            packed = plain.quant_state is not None
-            returns = _widened(x, casts) if packed else computes
-            return Operand(plain.factors(), computes, returns)
+            returns = computes if plain.dtype is None else _widened(x, casts)
+            return Operand(plain.factors, computes, returns)
         state, found = self.active()
         if found is None and not is_plain(state):
             found = state.opaque or "more than plain LoRA"

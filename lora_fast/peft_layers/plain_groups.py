@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from ..base_layer.obstacles import environment_obstacle
 from ..operation.autograd import run
 from .compiled_siblings import GROUP
 from .plain_lora import (
+    CASTS_INPUT,
+    TENSORS,
     Plain,
     autocast_dtype,
     fingerprint_of,
-    fits,
+    geometry_if_fitting,
     input_of,
+    is_frozen,
     output_of,
     plain_output,
     read_plain,
@@ -31,50 +35,51 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     group, index = layer._lora_fast_group
     kept: Kept | None = group.of_thread.kept
     if kept is not None and kept.first < index and kept.x() is x:
-        kept_y = kept_output(layer, x)  # type: ignore[arg-type]
+        kept_y = kept_output(layer, x, sys._getframe(1))  # type: ignore[arg-type]
         return plain_output(layer, x) if kept_y is None else kept_y
     if index + 1 == len(group.names):
         return plain_output(layer, x)
     plain = read_plain(layer)
-    if plain is None or not isinstance(x, Tensor) or x.is_inference():
+    if plain is None or type(x) not in TENSORS or x.is_inference() or runs_hooks(layer):
         return None
-    casts = autocast_dtype(x)
-    if not (_may_share(plain) and fits(layer, plain, x, casts)) or runs_hooks(layer):
+    if not is_frozen(plain):
         return None
-    parent = group.parent_of(index, layer)
+    parent = group.parent_of(index, layer, sys._getframe(1))
     if parent is None or not group.is_called_as_read(parent):
         return None
-    plains, before = [plain], {}
+    fs, before = [plain.factors], {}
     for i in range(index + 1, len(group.names)):
         sibling: Any = parent._modules.get(group.names[i])
         if sibling is None or sibling.__dict__.get(GROUP) != (group, i):
             continue
         changed = "forward" in sibling.__dict__ or runs_hooks(sibling)
         found = None if changed else read_plain(sibling)
-        if found is None or not _are_alike(found, plain) or not fits(sibling, found, x, casts):
+        if found is None or not _are_alike(sibling, found, layer, plain):
             return None  # the long way knows what that means for the others
-        plains.append(found)
+        fs.append(found.factors)
         before[i] = fingerprint_of(found)
     if not before or None in before.values():
         return None
-    y, *others = run(input_of(plain, x, casts), [each.factors() for each in plains])
-    if plain.quant_state is not None:
+    casts = autocast_dtype(x)
+    fitting = geometry_if_fitting(layer, x, fs, plain.dtype, casts)
+    if fitting is None:
+        return None
+    read = input_of(plain, x, casts)
+    y, *others = run(read, fs, None, fitting if read is x else None)
+    if plain.dtype is not None:
         y, *others = (output_of(x, each, casts) for each in (y, *others))
-    outputs = dict(zip(before, zip(others, before.values(), strict=True), strict=True))
+    outputs = {i: (other, before[i]) for i, other in zip(before, others, strict=True)}
     group.of_thread.kept = kept = Kept(x, index, outputs)
     return kept.live_with(y)
 
 
-def _may_share(plain: Plain) -> bool:
-    return plain.quant_state is not None or not plain.weight.requires_grad
-
-
-def _are_alike(one: Plain, other: Plain) -> bool:
+def _are_alike(layer: Any, plain: Plain, first: Any, of_first: Plain) -> bool:
     """Whether two layers compute in one dtype, on weights of one kind, with one dropout."""
+    f, f_first = plain.factors, of_first.factors
     return (
-        one.dtype is other.dtype
-        and one.constants.dropout_p == other.constants.dropout_p
-        and (one.quant_state is None) is (other.quant_state is None)
-        and one.weight.dtype is other.weight.dtype
-        and _may_share(one)
+        plain.dtype is of_first.dtype
+        and f[7][1] == f_first[7][1]
+        and f[0].dtype is f_first[0].dtype
+        and is_frozen(plain)
+        and layer.__dict__.get(CASTS_INPUT, True) is first.__dict__.get(CASTS_INPUT, True)
     )

@@ -9,7 +9,9 @@ obstacles.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,36 +20,27 @@ from torch import Tensor, nn
 from .. import four_bit
 from ..base_layer.obstacles import environment_obstacle
 from ..factors import Constants, Factors
-from ..geometry import Geometry, of_plain
+from ..geometry import Numbered, Numbers
 from ..nf4 import NF4Weight
 from ..operation.autograd import run
 
 _COMPUTE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_TENSORS = frozenset((Tensor, nn.Parameter))
+TENSORS = frozenset((Tensor, nn.Parameter))
+# The attribute of a layer that says whether PEFT casts x to the dtype of lora_A.
+CASTS_INPUT = "cast_input_dtype_enabled"
 # The attribute of a parameter that DeepSpeed ZeRO-3 has partitioned.
 _PARTITIONED = "ds_id"
-# Geometries that fit, with the circumstances that decide beside them; a run with more of them
-# begins anew.
-_MOST = 4096
-_fitting: set[Any] = set()
+# Of the geometries of x and layers that fit together.
+_fitting = Numbers()
+_without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 class Plain(NamedTuple):
-    """A layer with one adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias; of a 4-bit layer the packed
-    weight, what bitsandbytes knows of it, and the dtype in which it computes."""
+    """A layer with one adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias; of a 4-bit layer also the
+    dtype in which it computes."""
 
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    constants: Constants
-    quant_state: Any = None
+    factors: Factors
     dtype: torch.dtype | None = None
-
-    def factors(self) -> Factors:
-        weight, bias, A, B, constants, state, _ = self
-        W = weight if state is None else NF4Weight.view(weight.data, state)
-        return Factors(W, bias, A, B, None, None, None, constants)
 
 
 def plain_output(layer: Any, x: Any) -> Tensor | None:
@@ -55,17 +48,15 @@ def plain_output(layer: Any, x: Any) -> Tensor | None:
     if torch.compiler.is_compiling() or environment_obstacle() is not None:
         return None
     plain = read_plain(layer)
-    if plain is None or type(x) not in _TENSORS:
+    if plain is None or type(x) not in TENSORS:
         return None
-    casts, geometry = autocast_dtype(x), None
-    W, bias, A, B, constants, state, _ = plain
-    if state is None and x.layout is torch.strided:
-        geometry = of_plain(x, W, bias, A, B, constants)
-    if not fits(layer, plain, x, casts, geometry):
+    fs, casts = (plain.factors,), autocast_dtype(x)
+    fitting = geometry_if_fitting(layer, x, fs, plain.dtype, casts)
+    if fitting is None:
         return None
     read = input_of(plain, x, casts)
-    (y,) = run(read, (plain.factors(),), None, geometry if read is x else None)
-    return y if state is None else output_of(x, y, casts)
+    (y,) = run(read, fs, None, fitting if read is x else None)
+    return y if plain.dtype is None else output_of(x, y, casts)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -114,119 +105,144 @@ def read_plain(layer: Any) -> Plain | None:
                 return None
     elif type(dropout) is not nn.Identity:
         return None
-    if not (
-        type(A) is type(B) is nn.Linear
-        and _runs_alone(A)
-        and _runs_alone(B)
-        and _runs_alone(base)
-        and _runs_alone(dropout)
-    ):
+    if not type(A) is type(B) is nn.Linear or not _run_alone(A, B, base, dropout):
         return None
     of_A: Any = A._parameters
     of_B: Any = B._parameters
     of_base: Any = base._parameters
-    W, bias, a, b = (
-        of_base.get("weight"),
-        of_base.get("bias"),
-        of_A.get("weight"),
-        of_B.get("weight"),
-    )
+    W, bias = of_base.get("weight"), of_base.get("bias")
+    a, b = of_A.get("weight"), of_B.get("weight")
     if (
         W is None
-        or type(a) not in _TENSORS
-        or type(b) not in _TENSORS
+        or type(a) not in TENSORS
+        or type(b) not in TENSORS
         or of_A["bias"] is not None
         or of_B["bias"] is not None
-        or not (bias is None or type(bias) in _TENSORS)
         or hasattr(W, _PARTITIONED)
         or hasattr(a, _PARTITIONED)
         or hasattr(b, _PARTITIONED)
-        or hasattr(bias, _PARTITIONED)
-        or not a.layout is b.layout is W.layout is torch.strided
-        or not (bias is None or bias.layout is torch.strided)
+        or not a.layout is b.layout is torch.strided
     ):
         return None
-    constants = Constants(scaling, p)
-    if type(base) is nn.Linear:
-        return Plain(W, bias, a, b, constants) if type(W) in _TENSORS else None
-    return _four_bit_plain(base, W, bias, a, b, constants)
+    if bias is not None and (
+        type(bias) not in TENSORS or hasattr(bias, _PARTITIONED) or bias.layout is not torch.strided
+    ):
+        return None
+    dtype = None
+    if type(base) is not nn.Linear:
+        W, dtype = _four_bit_weight(base, W)
+        if W is None:
+            return None
+    elif type(W) not in TENSORS or W.layout is not torch.strided:
+        return None
+    return Plain(Factors(W, bias, a, b, None, None, None, _constants(scaling, p)), dtype)
 
 
-def _four_bit_plain(
-    base: Any, W: Any, bias: Tensor | None, A: Tensor, B: Tensor, constants: Constants
-) -> Plain | None:
-    """The state of a layer on bitsandbytes' 4-bit one, in NF4 and quantised."""
-    weight, state = W, getattr(W, "quant_state", None)
+_constants = functools.lru_cache(maxsize=1024)(Constants)
+
+
+def _four_bit_weight(base: Any, W: Any) -> tuple[NF4Weight | None, torch.dtype | None]:
+    """The weight of bitsandbytes' 4-bit layer, in NF4 and quantised, and the dtype in which the
+    layer computes; None for any other."""
+    state, kind = getattr(W, "quant_state", None), type(W)
     if (
         type(base) not in (four_bit.classes or four_bit.find())
-        or type(weight) is not four_bit.weight_class
+        or kind is not four_bit.weight_class
         or state is None
         or state.quant_type != "nf4"
         or not base.compute_type_is_set
         or base.compute_dtype is None
     ):
-        return None
-    return Plain(W, bias, A, B, constants, state, base.compute_dtype)
+        return None, None
+    # A Params4bit answers every question in Python.
+    with _without_torch_function():
+        data: Tensor = W.detach()
+    if data.layout is not torch.strided or not data.is_contiguous():
+        return None, None
+    return NF4Weight.view(data, state), base.compute_dtype
 
 
-def _runs_alone(module: Any) -> bool:
-    """Whether a call of a module runs the forward of its class and nothing else."""
-    own = module.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or module._compiled_call_impl is not None
-    )
+def _run_alone(*modules: Any) -> bool:
+    """Whether a call of each module runs the forward of its class and nothing else."""
+    for module in modules:
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or module._compiled_call_impl is not None
+        ):
+            return False
+    return True
+
+
+def is_frozen(plain: Plain) -> bool:
+    """Whether the weight of a layer gets no gradient, as in groups and gated MLPs."""
+    weight = plain.factors.weight
+    return not isinstance(weight, Tensor) or not weight.requires_grad
 
 
 def fingerprint_of(plain: Plain) -> tuple[Any, ...] | None:
     """A value that changes with everything that the output of a plain layer depends on, except x;
     None for inference tensors, which have no version counter."""
-    W, bias, A, B, constants, state, dtype = plain
-    found: list[Any] = [constants, id(state), dtype]
+    f, dtype = plain
+    W, bias, A, B, _, _, _, constants = f
+    found: list[Any] = [constants, dtype]
+    t: Any
     try:
-        for t in (W, A, B) if bias is None else (W, A, B, bias):
+        for t in (A, B) if bias is None else (A, B, bias):
             found += (id(t), t.data_ptr(), t.requires_grad, t._version)
+        if isinstance(W, Tensor):
+            found += (id(W), W.data_ptr(), W.requires_grad, W._version)
+        else:
+            found += (id(W.quant_state), W.packed.data_ptr(), W.packed._version)
     except RuntimeError:  # raised by _version
         return None
     return tuple(found)
 
 
-def fits(
+def geometry_if_fitting(
     layer: Any,
-    plain: Plain,
     x: Tensor,
+    fs: Sequence[Factors],
+    dtype: torch.dtype | None,
     casts: torch.dtype | None,
-    geometry: Geometry | None = None,
+) -> Numbered | None:
+    """The geometry of x and plain layers, if they fit together, in dtypes that PEFT computes with
+    as the operation does; None if they do not.
+
+    `dtype` is that in which 4-bit layers compute, `casts` that of autocast where it is on. What was
+    found for a geometry need not be found again.
+    """
+    if x.layout is not torch.strided:
+        return None
+    if dtype is not None and not x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return None
+    casts_input = layer.__dict__.get(CASTS_INPUT, True)
+    beside = dtype, casts, casts_input
+    number, tensors = _fitting.find(beside, (x,), fs)
+    if number is None:
+        for f in fs:
+            if not _fits(x, f, dtype, casts, casts_input):
+                return None
+        number = _fitting.add(beside, (x,), fs)
+    return number, tensors
+
+
+def _fits(
+    x: Tensor,
+    f: Factors,
+    packed: torch.dtype | None,
+    casts: torch.dtype | None,
+    casts_input: bool,
 ) -> bool:
-    """Whether x and the tensors of a layer fit together, in dtypes that PEFT computes with as the
-    operation does; `casts` is autocast's dtype where that is on. What was found for a geometry need
-    not be found again."""
-    casts_input = layer.__dict__.get("cast_input_dtype_enabled", True)
-    if geometry is None:
-        return _fits(plain, x, casts, casts_input)
-    asked = (geometry, casts, casts_input)
-    if asked in _fitting:
-        return True
-    found = _fits(plain, x, casts, casts_input)
-    if found:
-        if len(_fitting) >= _MOST:
-            _fitting.clear()
-        _fitting.add(asked)
-    return found
-
-
-def _fits(plain: Plain, x: Tensor, casts: torch.dtype | None, casts_input: bool) -> bool:
-    W, bias, A, B, _, state, packed = plain
-    if not (x.is_cuda or x.is_cpu) or x.layout is not torch.strided:
+    W, bias, A, B, *_ = f
+    assert A is not None and B is not None
+    if not (x.is_cuda or x.is_cpu):
         return False
-    if packed is not None and not x.is_cuda and torch.is_autocast_enabled("cuda"):
-        return False
-    device, size, R = x.device, x.shape, A.shape[0]
-    shape = W.shape if state is None else state.shape
+    device, size, R, shape = x.device, x.shape, A.shape[0], W.shape
     N, K = shape if len(shape) == 2 else (0, 0)
     if not (size and R and N and K and size[-1] == K):
         return False
@@ -236,7 +252,7 @@ def _fits(plain: Plain, x: Tensor, casts: torch.dtype | None, casts_input: bool)
     for t in (W, A, B, *vectors):
         if t.device != device:
             return False
-    dense = () if packed is not None else (W,)
+    dense = (W,) if isinstance(W, Tensor) else ()
     for t in (x, A, B, *dense, *vectors):
         if t.dtype not in _COMPUTE_DTYPES:
             return False
@@ -246,4 +262,4 @@ def _fits(plain: Plain, x: Tensor, casts: torch.dtype | None, casts_input: bool)
         return False
     if packed is not None:
         return packed in _COMPUTE_DTYPES
-    return all(t.dtype is x.dtype for t in (W, *vectors))
+    return all(t.dtype is x.dtype for t in (*dense, *vectors))

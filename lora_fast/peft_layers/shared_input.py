@@ -39,6 +39,8 @@ from .lora_state import State, fingerprint, is_plain, member_of
 
 # Attributes of a layer: its group and its index there (GROUP); why it is in none.
 ALONE = "_lora_fast_alone"
+# What nn.Module runs between a forward and that of a child.
+_CALL, _OUTER_CALL = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
 # Modules whose frames may lie between a forward and the fused forward of a layer it calls.
 _BETWEEN = frozenset(
     {
@@ -78,11 +80,14 @@ class Kept:
         """y for the first layer to return, with whose graph the outputs are released."""
         if not y.requires_grad:
             return y
-        y = torch.ops.aten._unsafe_view.default(y, y.shape)  # a node of its own
+        y = _with_node_of_its_own(y, y.shape)
         node: Any = y.grad_fn
         alive = node.metadata[GROUP] = _Alive()
         self._is_alive = weakref.ref(alive, self._forget)
         return y
+
+
+_with_node_of_its_own = torch.ops.aten._unsafe_view.default._op  # without a frame of Python
 
 
 class _Alive:
@@ -94,8 +99,6 @@ def _forget(outputs: dict[int, Any], reference: Any) -> None:
 
 
 class _OfThread(threading.local):
-    """What a thread keeps."""
-
     kept: Kept | None = None
 
 
@@ -129,10 +132,17 @@ class Group:
     def __reduce__(self) -> tuple[Any, ...]:
         return Group, (self.names,)
 
-    def parent_of(self, index: int, layer: Any) -> nn.Module | None:
+    def parent_of(
+        self, index: int, layer: Any, forward: FrameType | None = None
+    ) -> nn.Module | None:
         """The module whose forward is calling `layer`, the member `index`; None if anything else
-        calls it."""
-        frame: FrameType | None = sys._getframe(1)
+        calls it. `forward` is the frame of the layer's own forward, where it is known."""
+        frame: FrameType | None = forward or sys._getframe(1)
+        if forward is not None:
+            call = forward.f_back
+            outer = None if call is None or call.f_code is not _CALL else call.f_back
+            if outer is not None and outer.f_code is _OUTER_CALL:
+                frame = outer.f_back
         while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
             frame = frame.f_back
         if frame is None or not frame.f_code.co_argcount:
@@ -196,8 +206,9 @@ def _nothing() -> None:
     return None
 
 
-def kept_output(layer: Any, x: Tensor) -> Tensor | None:
-    """The output that a sibling has computed for `layer` and x, if nothing has changed since."""
+def kept_output(layer: Any, x: Tensor, forward: FrameType | None = None) -> Tensor | None:
+    """The output that a sibling has computed for `layer` and x, if nothing has changed since;
+    `forward` as for :meth:`Group.parent_of`."""
     group, index = layer._lora_fast_group
     if torch.compiler.is_dynamo_compiling():
         return compiled_siblings.held_output(layer, x)
@@ -205,7 +216,7 @@ def kept_output(layer: Any, x: Tensor) -> Tensor | None:
     if kept is None or kept.first >= index or kept.x() is not x:
         return None
     y, before = kept.outputs.pop(index, (None, None))
-    if y is None or group.parent_of(index, layer) is None:
+    if y is None or group.parent_of(index, layer, forward) is None:
         return None
     return y if kept.circumstances == _circumstances(x) and before == fingerprint(layer) else None
 
@@ -328,7 +339,7 @@ def runs_hooks(module: Any) -> bool:
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type
     autocast = torch.is_autocast_enabled(kind)
     return (
         x.data_ptr(),

@@ -27,7 +27,7 @@ from lora_fast import reference
 from lora_fast.backends.selection import backend_for
 from lora_fast.backends.torch_ops import TorchBackend
 from lora_fast.peft_layers import lora_layers as fused_lora_layers
-from lora_fast.peft_layers.plain_lora import Plain
+from lora_fast.peft_layers import plain_lora
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["dense", "nf4"]
@@ -118,8 +118,14 @@ def test_a_gradient_off_by_one_percent_is_caught(
 def test_a_dropped_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = peft_model()
     fused = accelerated_copy(stock)
-    factors = Plain.factors
-    monkeypatch.setattr(Plain, "factors", lambda plain: factors(plain)._replace(bias=None))
+    read = plain_lora.read_plain
+
+    def without_bias(layer: object) -> object:
+        plain = read(layer)
+        assert plain is not None
+        return plain._replace(factors=plain.factors._replace(bias=None))
+
+    monkeypatch.setattr(plain_lora, "read_plain", without_bias)
     with pytest.raises(AssertionError, match=r"y \("):
         compare(fused, stock, torch.randn(21, K), compute_dtype=F32)
 

@@ -26,7 +26,6 @@ TESTED_IN = {
     "lora_fast/backends/triton_plans.py": "kernels/test_launch_plans.py",
     "lora_fast/factors.py": "test_functional.py",
     "lora_fast/gated.py": "operation/test_gated_mlp.py",
-    "lora_fast/geometry.py": "kernels/test_launch_plans.py",
     "lora_fast/peft_layers/plain_groups.py": "peft_layers/test_shared_input.py",
     "lora_fast/skeleton.py": "planning/test_memory.py",
     "lora_fast/version.py": "project/test_packaging.py",
