@@ -37,6 +37,7 @@ bench: $(installed)
 	    --benchmark-columns median,iqr,rounds --benchmark-sort name $(ARGS)
 	$(bin)/python -m bench.linear
 	$(bin)/python -m bench.decoder_layer
+	$(bin)/python -m bench.gated_mlp
 
 gpu: $(installed)
 	$(bin)/python -m bench.gpu_day $(ARGS)

@@ -320,7 +320,7 @@ def _halves_in(memory: Tensor, shape: Sequence[int], *, fused: bool) -> tuple[Te
 
 
 def _scaled(dB: Tensor, f: Factors) -> Tensor:
-    return (dB * f.constants.scaling).to(given(f.B).dtype, memory_format=torch.contiguous_format)
+    return (dB * f.constants.scaling).to(given(f.B).dtype).contiguous()
 
 
 def _shaped(rows: Tensor | None, lead: Sequence[int]) -> Tensor | None:

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from bench import decoder_layer, linear
+from bench import decoder_layer, gated_mlp, linear
 from bench.accuracy_table import run_case as accuracy_of
 from bench.instruments.paired import Timings, measure
 from bench.linear_cases import Case, build, fused_calls
@@ -111,3 +111,26 @@ def test_a_layer_that_is_not_fused_is_not_timed() -> None:
     case = decoder_layer.Case(decoder_layer.SMALL[0], "dense", 4, 0.0, 1, 4, torch.float32)
     with pytest.raises(RuntimeError, match="not every adapted linear ran fused"):
         decoder_layer.check_fused(decoder_layer.build(case, "peft", CPU))
+
+
+def test_gated_mlps_of_all_contestants_compute_the_same() -> None:
+    results = {}
+    for name in gated_mlp.CONTESTANTS:
+        model = gated_mlp.build(name, torch.float32, 0.0)
+        results[name] = gated_mlp.step_of(model, torch.float32, 4)()
+        fused = gated_mlp.saved_bytes(model, torch.float32, 4)
+        plain = 4 * 4 * (gated_mlp.H + 2 * gated_mlp.WIDTH)
+        if name in ("lora_fast", "lora_fast fp32"):
+            assert fused <= 1.06 * plain
+        elif name != "frozen":
+            assert fused > 1.4 * plain
+    assert len(results.pop("frozen")) == 1
+    for found in results.values():
+        for mine, theirs in zip(found, results["peft"], strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_gated_mlps_report_every_contestant() -> None:
+    row = gated_mlp.run(torch.bfloat16, 0.1, rounds=1, seconds=1e-4, tokens=4)
+    assert set(row["over_peft"]) == {n for n in gated_mlp.CONTESTANTS if n[:4] != "peft"}
+    assert set(row["saved"]) == set(gated_mlp.CONTESTANTS)

@@ -110,6 +110,7 @@ TESTED_IN = {
     "bench/accuracy_table.py": "bench/test_bench.py",
     "bench/builtin_model.py": "bench/test_bench.py",
     "bench/decoder_layer.py": "bench/test_bench.py",
+    "bench/gated_mlp.py": "bench/test_bench.py",
     "bench/delta_lora_rounding.py": "optim/test_delta_lora.py",
     "bench/linear.py": "bench/test_bench.py",
     "bench/linear_cases.py": "bench/test_bench.py",
