@@ -258,6 +258,7 @@ def test_an_adapted_model_is_planned_as_it_is() -> None:
     assert all(p.device.type == "cpu" and type(p) is nn.Parameter for p in model.parameters())
     step(model, settings)
     assert lora_fast.report(model).all_fused
+    assert all(mlp.fused_calls == 1 for mlp in lora_fast.report(model).mlps)
 
 
 def test_eight_bit_moments_take_what_bitsandbytes_allocates() -> None:
