@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..files.model_source import check_hub
 from ..files.safe_files import COMPANIONS, CONFIG, Entry, TensorFiles, checkpoint_files
 from ..four_bit.decoding import absmax_of, decode
 
-_STATE = re.compile(r"^(.*weight)\.quant_state\.bitsandbytes__(\w+)$")
+_STATE = re.compile(r"^(.+)\.quant_state\.bitsandbytes__(\w+)$")
 _CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -51,12 +51,25 @@ def base_folder(name: str) -> Path:
     ) from problem
 
 
+class Part(NamedTuple):
+    """What a tensor of a checkpoint is of the weight [E, N, K] that transformers makes of it.
+
+    of: the name of that weight · expert: whose, None if it is put together in another way · piece
+    of pieces: which of equal parts of the rows.
+    """
+
+    of: str
+    expert: int | None = None
+    piece: int = 0
+    pieces: int = 1
+
+
 class Weights:
     """The tensors of a checkpoint, 4-bit ones decoded, by their names in `model`.
 
     ``header`` has the shape and dtype of each as :meth:`tensor` returns it; ``stored`` its name in
-    the file. A weight that transformers would assemble from several tensors keeps its stored names
-    and is in ``assembled``.
+    the file. A weight that transformers would assemble from several tensors keeps its stored names,
+    by which ``assembled`` has the parts.
     """
 
     def __init__(self, files: TensorFiles, model: nn.Module) -> None:
@@ -97,22 +110,22 @@ class Weights:
         return QuantState.from_dict(parts, device=torch.device("cpu"))
 
 
-def _names(keys: Iterable[str], model: Any) -> tuple[dict[str, str], set[str]]:
-    """({name in the model: name in the file}, the names that stand for parts of a weight)."""
+def _names(keys: Iterable[str], model: Any) -> tuple[dict[str, str], dict[str, Part]]:
+    """({name in the model: name in the file}, parts of a weight by their names)."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     prefix = getattr(model, "base_model_prefix", "")
     renamed = _renamer(model)
     names: dict[str, str] = {}
-    assembled: set[str] = set()
+    assembled: dict[str, Part] = {}
     for key in keys:
-        name, is_part = renamed(key)
+        name, part = renamed(key)
         shorter = name.removeprefix(f"{prefix}.") if prefix else name
         for candidate in (name, shorter, f"{prefix}.{name}"):
             if candidate in own:
                 name = candidate
                 break
-        if is_part:
-            assembled.add(key)
+        if part is not None:
+            assembled[key] = part._replace(of=name)
             name = key
         names[name] = key
     return names, assembled
@@ -128,13 +141,24 @@ def _renamer(model: Any) -> Any:
             rename_source_key,
         )
     except ImportError:  # before transformers 5, names in files are those of the model
-        return lambda key: (key, False)
+        return lambda key: (key, None)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
 
-    def renamed(key: str) -> tuple[str, bool]:
-        name, part = rename_source_key(key, renamings, converters)
-        return name, part is not None
+    def renamed(key: str) -> tuple[str, Part | None]:
+        name, pattern = rename_source_key(key, renamings, converters)
+        return name, None if pattern is None else _part(key, name, pattern, converters)
 
     return renamed
+
+
+def _part(key: str, name: str, pattern: str, converters: list[Any]) -> Part:
+    """Experts one after the other, each perhaps of gate and up: what most files hold."""
+    converter = next(c for c in converters if pattern in c.source_patterns)
+    made_by = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    numbers = re.findall(r"\.(\d+)\.", key)
+    if made_by[:1] != [("MergeModulelist", 0)] or made_by[1:] not in ([], [("Concatenate", 1)]):
+        return Part(name)
+    pieces = converter.source_patterns if made_by[1:] else [pattern]
+    return Part(name, int(numbers[-1]), pieces.index(pattern), len(pieces))

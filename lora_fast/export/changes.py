@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..base_layer.merging import LowRank, add_low_rank
 from ..base_layer.row_norms import row_norms
+from ..features import EXPERTS_OF_PEFT
 from ..files.adapter_files import PREFIX
 from ..modules.vera import VeRAProjections
 
@@ -28,7 +29,8 @@ NAME = "default"
 @dataclass(frozen=True, eq=False)
 class Change:
     """New values of one tensor: a weight gets ``term`` and gains, a bias ``shift`` and ``g``;
-    ``value`` replaces the whole tensor, or the ``rows`` given.
+    ``value`` replaces the whole tensor, or the ``rows`` given. Of a weight of experts [E, N, K] the
+    term's A [E, R, K] and B [E, N, R] are those of all.
 
     ``magnitude``: DoRA's m, divided by the norms of the rows. ``transposed``: the weight is stored
     as [K, N]. ``columns``: g [K] multiplies columns.
@@ -52,9 +54,25 @@ class Change:
         if before.dim() == 1:
             wide = before.float() if self.g is None else before.float() * self.g.float()
             return (wide if self.shift is None else wide + self.shift.float()).to(dtype)
+        if before.dim() == 3:
+            return self._experts(before, dtype)
         weight = before.t().contiguous() if self.transposed else before
         merged = self._weight(weight, dtype)
         return merged.t().contiguous() if self.transposed else merged
+
+    def of_expert(self, expert: int, piece: int = 0, pieces: int = 1) -> Change:
+        """The change of one expert's weight [N, K], or of one of equal parts of its rows."""
+        assert self.term is not None
+        A, B, scaling = self.term.A[expert], self.term.B[expert], self.term.scaling
+        B = B.chunk(pieces)[piece]
+        term = LowRank(A.contiguous(), B.contiguous(), scaling)
+        return Change(term, transposed=self.transposed)
+
+    def _experts(self, before: Tensor, dtype: torch.dtype) -> Tensor:
+        new = torch.empty(before.shape, dtype=dtype, device="cpu")
+        for expert, weight in enumerate(before):
+            new[expert] = self.of_expert(expert).apply(functools.partial(_itself, weight), dtype)
+        return new
 
     def equals(self, other: Change) -> bool:
         """Whether both change a tensor in the same way."""
@@ -71,6 +89,10 @@ class Change:
         out = torch.empty_like(weight, dtype=dtype)
         add_low_rank(weight, terms, gain, out=out)
         return out
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -112,9 +134,14 @@ def changes_of(model: Any, keys: set[str], read: Read) -> Changes:
         # A module in two places has its tensors in the file once, under the first of its names.
         path = f"{PREFIX}{paths.setdefault(id(layer), name)}"
         own = {key for key in keys if key.startswith(f"{path}.")}
-        used |= {key for key in own if ".base_layer." not in key}
+        wrappers = _nested(layer)
+        used |= {key for key in own if wrappers or ".base_layer." not in key}
         if type(layer).__name__ in ("LNTuningLayer", "ModulesToSaveWrapper"):
             replaced |= {_unwrapped(key.replace(path, f"{PREFIX}{name}", 1)): key for key in own}
+        elif wrappers:
+            for depth, wrapper in enumerate(wrappers):
+                below = functools.partial(_read_below, read, path + depth * ".base_layer")
+                makers |= _parameter(name, wrapper, below)
         else:
             tokens = _token_layer(layer)
             if tokens is None:
@@ -170,6 +197,32 @@ def _layer_changes(
         )
     found: dict[str, Callable[[], Change]] = make(model, name, layer, get)
     return found
+
+
+def _nested(layer: Any) -> list[Any]:
+    """PEFT's wrappers around parameters of one module, the outermost first."""
+    found = []
+    while hasattr(layer, "parameter_name"):
+        found.append(layer)
+        layer = layer.base_layer
+    return found
+
+
+def _parameter(name: str, wrapper: Any, get: Read) -> dict[str, Callable[[], Change]]:
+    """LoRA on a parameter: of experts [E, N, K] or [E, K, N], or a matrix."""
+    if not EXPERTS_OF_PEFT.is_on():
+        raise NotImplementedError(f"{name}.{wrapper.parameter_name}: {EXPERTS_OF_PEFT.obstacle()}")
+    scaling, E = float(wrapper.scaling[NAME]), int(wrapper.num_experts)
+    transposed = E > 1 and not wrapper._did_swap_in_out_features
+
+    def weight() -> Change:
+        A, B = get("lora_A.weight"), get("lora_B.weight")
+        if E > 1:
+            # The experts' index is the slowest of A's and the fastest of B's.
+            A, B = A.view(E, -1, A.shape[1]), B.view(B.shape[0], -1, E).permute(2, 0, 1)
+        return Change(LowRank(A, B, scaling), transposed=transposed)
+
+    return {f"{name}.{wrapper.parameter_name}": weight}
 
 
 def _token_layer(layer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from ..files.adapter_files import CHANGED, CONFIG, WEIGHTS, adapt, adapter_confi
 from ..files.safe_files import COMPANIONS, Entry, TensorFiles, checkpoint_files
 from ..files.whole_folder import WholeFolder
 from ..skeleton import load_config, skeleton
-from .base_checkpoint import Weights, base_folder
-from .changes import Changes, changes_of
+from .base_checkpoint import Part, Weights, base_folder
+from .changes import Change, Changes, changes_of
 from .model_writer import copy_files, write_shards
 from .origin import complete_classifier, other_base
 from .ties import parted, shared_names, untied
@@ -58,9 +59,10 @@ def merge_checkpoint(
 
     `base`: a folder or a hub id, 16-bit, float32 or 4-bit (bitsandbytes); 4-bit weights are decoded
     first. `adapter`: a folder with PEFT's LoRA, rsLoRA, DoRA, LoRA+, LoRA-FA, VeRA, AdaLoRA, (IA)³
-    or LayerNorm tuning, or what ``lora-fast train`` wrote for a method that trains weights of the
-    base (Delta-LoRA, BitFit, linear probing). `dtype`: bfloat16, float16 or float32, by default
-    that of each tensor of the base. Tensors are read, merged and written shard by shard, at most
+    or LayerNorm tuning, on layers or (LoRA) on experts, or what ``lora-fast train`` wrote for a
+    method that trains weights of the base (Delta-LoRA, BitFit, linear probing). `dtype`: bfloat16,
+    float16 or float32, by default that of each tensor of the base. Tensors are read, merged and
+    written shard by shard, at most
     `max_shard_size` at a time: bytes, or a size such as ``5GB`` or ``500MiB``.
 
     `out` appears once it is complete; an interrupted merge leaves nothing there, and merging again
@@ -129,6 +131,7 @@ class _Merging:
             wrapped = adapt(self.model, peft_config, adapter)
             check_header(reader.header, wrapped, peft_config, adapter / WEIGHTS)
             self._changes = changes_of(wrapped, set(reader.header), reader.tensor)
+            _divide_among_parts(self._changes.makers, self._base.assembled)
             values |= {name: reader.header[key] for name, key in self._changes.replaced.items()}
         self._read_adapter = held[WEIGHTS].tensor if WEIGHTS in held else None
         self._dtype = dtype
@@ -246,6 +249,29 @@ class _Merging:
                 raise ValueError(f"the base or the adapter must hold {name}, got neither")
             if in_base is not None and in_base.shape != shape:
                 raise ValueError(f"the base: {name} must have shape {shape}, got {in_base.shape}")
+
+
+def _divide_among_parts(makers: dict[str, Callable[[], Change]], parts: dict[str, Part]) -> None:
+    """Replace changes of weights that transformers assembles by those of the stored parts.
+
+    Raises NotImplementedError for a weight that is put together in another way than one expert
+    after the other.
+    """
+    changed = {part.of for part in parts.values()} & makers.keys()
+    whole = {name: functools.lru_cache(maxsize=1)(makers.pop(name)) for name in changed}
+    for key, part in parts.items():
+        if part.of in whole:
+            if part.expert is None:
+                raise NotImplementedError(
+                    f"{part.of}: merge with PEFT's merge_and_unload: {key} of the base is stored "
+                    "in another way than one expert after the other"
+                )
+            makers[key] = functools.partial(_part_of, whole[part.of], part)
+
+
+def _part_of(whole: Callable[[], Change], part: Part) -> Change:
+    assert part.expert is not None
+    return whole().of_expert(part.expert, part.piece, part.pieces)
 
 
 def _told(merging: _Merging, progress: Progress) -> Callable[[str], Tensor]:
