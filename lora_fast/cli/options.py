@@ -161,6 +161,14 @@ BatchSize = Annotated[
 GradAccum = Annotated[
     int, typer.Option(help="Batches per optimizer step.", rich_help_panel=TRAINING)
 ]
+Experts = Annotated[
+    bool,
+    typer.Option(
+        "--experts",
+        help="Adapt the experts of a mixture, too.",
+        rich_help_panel=ADAPTER,
+    ),
+]
 GradientCheckpointing = Annotated[
     bool,
     typer.Option(

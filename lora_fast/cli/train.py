@@ -30,6 +30,7 @@ def train(
     alpha: opt.Alpha = DEFAULT.alpha,
     dropout: opt.Dropout = DEFAULT.dropout,
     target_modules: opt.TargetModules = DEFAULT.target_modules,
+    experts: opt.Experts = DEFAULT.experts,
     lr_ratio: opt.LrRatio = DEFAULT.lr_ratio,
     delta_scale: opt.DeltaScale = DEFAULT.delta_scale,
     delta_start: opt.DeltaStart = DEFAULT.delta_start,

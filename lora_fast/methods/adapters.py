@@ -271,12 +271,31 @@ def target_modules(model: nn.Module, wanted: str) -> str | list[str]:
 
 
 def _lora_options(base: Base, config: MethodOptions) -> dict[str, Any]:
-    return {
+    options = {
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout or 0.0,
         "target_modules": _targets(base, config),
     }
+    return {**options, "target_parameters": _experts(base)} if config.experts else options
+
+
+def _experts(base: Base) -> list[str]:
+    """What PEFT takes as ``target_parameters``: the weights of all experts.
+
+    Raises TrainingError: the model has none that are parameters.
+    """
+    from ..experts.quantisation import expert_modules, expert_parameters
+    from ..experts.storage import packed_parameters
+
+    found = {
+        f"{path.rpartition('.')[2]}.{name}"
+        for path, module in expert_modules(base.model)
+        for name in (*expert_parameters(module), *packed_parameters(module))
+    }
+    if not found:
+        raise TrainingError(f"--experts: {base.name} has no experts that are parameters")
+    return sorted(found)
 
 
 def _targets(base: Base, config: MethodOptions) -> str | list[str]:

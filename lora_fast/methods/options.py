@@ -31,8 +31,8 @@ class MethodOptions:
     `target_modules`: the layers to adapt, as PEFT takes them, comma-separated. `lr_ratio`: lr(B)
     over lr(A) of LoRA+. `delta_scale`, `delta_start`: c and the first step of Delta-LoRA.
     `frequencies`: of FourierFT. `virtual_tokens`: of prompt and prefix tuning. `lr`: peak learning
-    rate. `optim`: as transformers' TrainingArguments take it. `seed`: of VeRA's and FourierFT's
-    frozen random matrices.
+    rate. `optim`: as transformers' TrainingArguments take it. `experts`: adapters on the experts of
+    a mixture, too. `seed`: of VeRA's and FourierFT's frozen random matrices.
     """
 
     task: str = "classification"
@@ -49,5 +49,6 @@ class MethodOptions:
     virtual_tokens: int | None = None
     lr: float | None = None
     optim: str | None = None
+    experts: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0

@@ -79,6 +79,16 @@ def check_options(options: MethodOptions) -> None:
         )
     if options.task == "causal-lm" and options.method == "probe":
         raise TrainingError("--method probe needs --task classification: it trains the head alone")
+    if options.experts and options.method not in WITH_EXPERTS:
+        raise TrainingError(
+            f"--method {options.method} takes no --experts: PEFT adapts parameters with "
+            f"{', '.join(WITH_EXPERTS)} alone"
+        )
+    if options.experts and options.dropout:
+        raise TrainingError(
+            f"--experts needs --dropout 0, got {options.dropout}: x is not dropped before a weight "
+            "that is a parameter"
+        )
     if options.gradient_checkpointing and options.method == "prefix":
         raise TrainingError(
             "--method prefix cannot have --gradient-checkpointing: it needs a cache"
@@ -105,6 +115,8 @@ def _options(**changed: Any) -> Mapping[str, Any]:
     return MappingProxyType({k: v for k, v in {**family, **changed}.items() if v is not _ABSENT})
 
 
+# Methods whose adapters PEFT puts on parameters.
+WITH_EXPERTS = ("lora", "rslora", "lora-fa", "lora-plus")
 _ABSENT = object()
 _PLAIN = MappingProxyType({"optim": "adamw_torch"})
 _LORA_RATES = (5e-4, 2e-4, 1e-4)

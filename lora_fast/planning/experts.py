@@ -1,12 +1,12 @@
 """The experts of a mixture: weights that are parameters of their module, not layers.
 
-``--quantize nf4`` and ``--target-modules`` apply to linear layers; :func:`about_experts` says what
-happens to the experts.
+``--quantize nf4`` applies to them as it does to linear layers, ``--target-modules`` does not;
+:func:`about_experts` says what happens to the experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,10 @@ class Experts:
     modules: int
     trained: int
 
-
-def expert_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that hold weights [experts, N, K], or transposed ones."""
-    for module in model.modules():
-        count = getattr(module, "num_experts", None)
-        if any(p.dim() == 3 and p.shape[0] == count for p in module.parameters(recurse=False)):
-            yield module
+    @property
+    def in_four_bits(self) -> set[int]:
+        """The ids of the weights that quantising the model quantises: not of biases."""
+        return {id(weight) for weight in self.weights if weight.dim() == 3}
 
 
 def experts_of(modules: Iterable[nn.Module], adapted: Any) -> Experts | None:
@@ -47,7 +44,7 @@ def about_experts(experts: Experts, dtype: str, *, quantised: bool) -> str:
     """One line: the number of parameters, and the settings that do not apply to them."""
     size = sum(w.numel() for w in experts.weights) / 1e9
     line = f"experts: {size:.3g}B parameters in {experts.modules} modules, no linear layers; "
-    line += f"they stay {dtype}, " + ("which --quantize nf4 does not change, " if quantised else "")
+    line += f"in {'nf4' if quantised else dtype}, "
     if experts.trained:
         return line + f"and LoRA trains {experts.trained / 1e6:.4g}M parameters on them"
     return line + "and are not adapted"

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
+from ..experts.quantisation import expert_modules
 from ..methods.base_model import Base
 from ..methods.options import MethodOptions
 from ..methods.table import METHODS, completed
 from ..optional_packages import needed
 from .activations import Activations, count_activations
 from .advice import changes
-from .experts import Experts, about_experts, expert_modules, experts_of
+from .experts import Experts, about_experts, experts_of
 from .memory_plan import MemoryPlan
 from .settings import FULL, SHAPING, Settings
 from .states import decode_bytes, nf4_layers, optimizer_bytes, weight_bytes
@@ -178,7 +179,7 @@ def _count(name: str, config: Any, settings: Settings) -> _Counted:
     base.config.use_cache = settings.method == "prefix"
     quantised = nf4_layers(base) if settings.quantize == "nf4" else {}
     own = {id(tensor) for tensor in [*base.parameters(), *base.buffers()]}
-    with_experts = list(expert_modules(base))
+    with_experts = [module for _, module in expert_modules(base)]
     model = adapted(name, base, settings)
     tensors = [*model.parameters(), *model.buffers()]
     trained = tuple(p for p in model.parameters() if p.requires_grad)
@@ -293,7 +294,8 @@ def _planned(
         state, paged = optimizer_bytes(wide, s.optim)
     parts = {f"weights, {kind}": size for kind, size in counted.weights.items()}
     if counted.experts is not None:
-        for kind, size in weight_bytes(counted.experts.weights, {}).items():
+        packed = counted.experts.in_four_bits if s.quantize == "nf4" else ()
+        for kind, size in weight_bytes(counted.experts.weights, packed).items():
             parts[f"weights of experts, {kind}"] = size
         about = about_experts(counted.experts, s.dtype, quantised=s.quantize == "nf4")
         notes = (about, *notes)

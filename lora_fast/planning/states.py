@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -46,12 +46,14 @@ def nf4_bytes(N: int, K: int) -> int:
     return sum(map(_bytes, nf4_tensors(weight))) + _bytes(weight.quant_state.code)
 
 
-def weight_bytes(tensors: Iterable[Tensor], quantised: dict[int, nn.Module]) -> Counter[str]:
-    """Bytes of `tensors` by kind: ``nf4``, or the name of their dtype."""
+def weight_bytes(tensors: Iterable[Tensor], quantised: Container[int]) -> Counter[str]:
+    """Bytes of `tensors` by kind: ``nf4``, or the name of their dtype. `quantised`: ids of those
+    that loading quantises."""
     found: Counter[str] = Counter()
     for tensor in tensors:
         if id(tensor) in quantised:
-            found["nf4"] += nf4_bytes(*tensor.shape)
+            # Experts [E, N, K] are quantised like a matrix.
+            found["nf4"] += nf4_bytes(math.prod(tensor.shape[:-1]), tensor.shape[-1])
         elif (state := getattr(tensor, "quant_state", None)) is not None:
             found[str(state.quant_type)] += quantised_bytes(tensor)
         else:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import TrainingError, first_line
+from ..experts.quantisation import expert_modules, quantize_experts
+from ..experts.storage import packed_parameters
 from ..files.model_source import BUILTIN, check_hub, resolve_model
 from ..four_bit import is_four_bit
 from ..four_bit.layout import forbid_packing
@@ -74,6 +76,8 @@ def load_base(config: TrainConfig, labels: list[str]) -> Base:
         model, new_modules = _load(name, config, options, skipped)
     if quantize and not any(map(is_four_bit, model.modules())):
         raise TrainingError(f"--quantize nf4: {name} has no linear layers to quantise")
+    if quantize:
+        _quantise_experts(name, model)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     left = skipped if quantize else None
@@ -121,12 +125,30 @@ def add_adapter(base: Base, config: TrainConfig, steps: int) -> Any:
 
 def base_parameters(model: Any) -> int:
     """The parameters of a model; bitsandbytes packs two in a byte."""
-    return sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in model.parameters())
+    packed = {
+        id(module._parameters[name])
+        for module in model.modules()
+        for name in packed_parameters(module)
+    }
+    return sum(
+        p.numel() * (2 if hasattr(p, "quant_state") or id(p) in packed else 1)
+        for p in model.parameters()
+    )
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters; one in 4 bits counts as one."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), base_parameters(model)
+
+
+def _quantise_experts(name: str, model: Any) -> None:
+    """Quantise experts that are parameters, which loading leaves in 16 bits."""
+    if next(expert_modules(model), None) is None:
+        return
+    try:
+        quantize_experts(model)
+    except ValueError as error:
+        raise TrainingError(f"--quantize nf4: cannot quantise {name}: {error}") from error
 
 
 def _check_readable(name: str) -> None:

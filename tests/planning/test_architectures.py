@@ -125,15 +125,18 @@ def test_experts_are_counted_apart_and_told_of() -> None:
     shape = {"batch_size": 1, "max_length": 16, "advise": False}
     adapted = plan(config, **shape)
     size = 2 * 8 * (2 * 32 * 64 + 64 * 32)  # layers, experts, gate and up, down
-    assert adapted.parts["weights of experts, bfloat16"] == 2 * size
+    # Half a byte, a byte of absmax for 64 elements, and of four weights the tables of constants.
+    packed = adapted.parts["weights of experts, nf4"]
+    assert 0 < packed - size * (1 / 2 + 1 / 64) < 4 * 4 * (16 + 256 + 16)
     about = adapted.notes[0]
     assert f"experts: {size / 1e9:.3g}B parameters in 2 modules" in about
-    assert "which --quantize nf4 does not change" in about
+    assert "in nf4, " in about
     assert "and LoRA trains" in about
     attention = plan(config, target_modules="q_proj,k_proj,v_proj,o_proj", **shape)
     assert attention.notes[0].endswith("and are not adapted")
     dense = plan(config, quantize="none", **shape)
-    assert "--quantize" not in dense.notes[0]
+    assert dense.parts["weights of experts, bfloat16"] == 2 * size
+    assert "in bfloat16, " in dense.notes[0]
 
 
 def test_fewer_target_modules_are_among_the_changes() -> None:

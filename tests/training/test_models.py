@@ -8,11 +8,13 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from expert_models import FUSES, expert_base
 from peft.tuners import lora
 from tiny_runs import save_bert, save_llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lora_fast
 from lora_fast.errors import TrainingError
 from lora_fast.training import models
 from lora_fast.training.config import TrainConfig
@@ -50,6 +52,53 @@ def test_nf4_takes_every_linear_layer_but_the_head(bert: Path) -> None:
     state = base.model.get_submodule("bert.pooler.dense").weight.quant_state
     assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
     assert base.model.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    save_llama(folder)
+    experts = expert_base("qwen3_moe", vocab_size=LlamaConfig.from_pretrained(folder).vocab_size)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    experts.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not FUSES, reason="needs PEFT 0.19.1 and transformers' flags")
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_experts_are_quantised_and_adapted(mixture: Path, quantize: str) -> None:
+    run = config(mixture, task="causal-lm", quantize=quantize, experts=True, r=2)
+    base = models.load_base(run, [])
+    size = models.base_parameters(expert_base("qwen3_moe", vocab_size=base.model.vocab_size))
+    assert models.base_parameters(base.model) == size
+    model = lora_fast.accelerate(models.add_adapter(base, run, 10))
+    ids = torch.tensor([[1, 5, 7, 3]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    lines = {line.name: line for line in lora_fast.report(model).layers}
+    experts = [line for name, line in lines.items() if ".experts" in name]
+    assert len(experts) == 4  # two parameters in each of two layers
+    for line in experts:
+        assert (line.fused_calls, line.base) == (1, "nf4" if quantize == "nf4" else "float32")
+    assert any("q_proj" in name for name in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "vera"}, "--method vera takes no --experts"),
+        ({"dropout": 0.1}, "--experts needs --dropout 0"),
+    ],
+)
+def test_experts_that_cannot_be_adapted(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        TrainConfig(model="m", data="d.jsonl", experts=True, **options)
+
+
+def test_a_model_without_experts(bert: Path) -> None:
+    run = config(bert, experts=True)
+    with pytest.raises(TrainingError, match="has no experts that are parameters"):
+        models.add_adapter(models.load_base(run, LABELS), run, 10)
 
 
 def test_unquantised(bert: Path) -> None:
