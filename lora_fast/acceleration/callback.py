@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..optional_packages import needed
+from .pitfalls import pitfalls
 from .report import Report, adapted_layers, report
 from .switch import accelerate, check_switches
 
@@ -29,8 +32,10 @@ class LoraFastCallback(TrainerCallback):
     The main process logs :func:`lora_fast.report` at level INFO of the logger
     ``lora_fast.callback``, at the start as a prediction and at the end with all calls counted; at
     level WARNING when layers or calls fall back to PEFT's own forward, or when the model has no
-    adapted layer and stays unchanged. If nothing handles INFO, as in a plain script, it prints one
-    line at the start instead, like Trainer's losses.
+    adapted layer and stays unchanged. At the start it warns, in a line each, of what the model and
+    its adapters would do without a word (:mod:`lora_fast.acceleration.pitfalls`). If nothing
+    handles INFO, as in a plain script, it prints one line at the start instead, like Trainer's
+    losses.
 
     Raises TypeError if one of them is not a bool.
     """
@@ -48,6 +53,9 @@ class LoraFastCallback(TrainerCallback):
         accelerate(model, **self.options)
         found = report(model)
         _log(found, state)
+        if state.is_world_process_zero:
+            for line in pitfalls(model, **_circumstances(args)):
+                logger.warning("%s", line)
         silent = found.all_fused and not logger.isEnabledFor(logging.INFO)
         if silent and state.is_world_process_zero:
             print(f"lora_fast: {len(found.layers)} adapted layers run fused")
@@ -58,6 +66,14 @@ class LoraFastCallback(TrainerCallback):
         found = report(model)
         if found.layers:
             _log(found, state)
+
+
+def _circumstances(args: Any) -> dict[str, Any]:
+    """The dtype of autocast and whether the loss is fused, by the arguments of a Trainer."""
+    autocast = torch.bfloat16 if getattr(args, "bf16", False) else None
+    if getattr(args, "fp16", False):
+        autocast = torch.float16
+    return {"autocast": autocast, "fused_loss": bool(getattr(args, "use_liger_kernel", False))}
 
 
 def _log(found: Report, state: Any) -> None:

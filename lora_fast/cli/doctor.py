@@ -29,6 +29,18 @@ AdapterOption = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="With this adapter.", rich_help_panel=MODEL),
 ]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="adapter_config.json",
+        help="Or with a new adapter of this config.",
+        rich_help_panel=MODEL,
+    ),
+]
+AutocastOption = Annotated[
+    str,
+    typer.Option(metavar="bf16|fp16|none", help="Autocast of the run.", rich_help_panel=MODEL),
+]
 MethodOption = Annotated[
     str,
     typer.Option(
@@ -60,15 +72,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def doctor(
     model: Model = None,
     adapter: AdapterOption = None,
+    config: ConfigOption = None,
     method: MethodOption = "lora",
     quantize: QuantizeOption = "nf4",
     target_modules: opt.TargetModules = None,
+    autocast: AutocastOption = "none",
     arch: Arch = None,
     kernels: Kernels = True,
     as_json: Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Show versions, the GPU, the backend, which kernels compile and which layers run fused.
+
+    Of a model it warns of what it and its adapters would do without a word: experts that nothing
+    trains, adapters that a fused loss ignores, target modules that match nothing, …
 
     The exit code is 1 if something is broken.
     """
@@ -88,9 +105,11 @@ def doctor(
                 found = diagnose(
                     model=model,
                     adapter=adapter,
+                    config=config,
                     method=method,
                     quantize=quantize,
                     target_modules=target_modules,
+                    autocast=autocast,
                     arch=arch,
                     kernels=kernels,
                     told=working.told,
@@ -120,6 +139,8 @@ def show_diagnosis(console: Console, found: Diagnosis) -> None:
         _show_kernels(console, found)
     if found.model is not None:
         _show_layers(console, found)
+    for warning in found.warnings:
+        console.print(f"[yellow]![/] {escape(warning)}")
     for reason in found.switched_off:
         console.print(f"[yellow]off[/]      {escape(reason)}")
     for problem in found.problems:

@@ -27,6 +27,7 @@ OPTIONAL = ("bitsandbytes", "peft", "transformers", "accelerate", "safetensors",
 OF_THE_LIBRARY, OF_THE_COMMANDS = ("peft", "qlora", "transformers", "trl"), ("train",)
 DEFAULT_ARCH = 90
 MIN_CAPABILITY = (8, 0)
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILERS = (os.environ.get("CC", "cc"), "gcc", "clang")
 
 
@@ -53,8 +54,9 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The findings. ``problems``: what is broken, one line each; ``switched_off``: features that
-    these versions lack, without which the rest works."""
+    """The findings. ``problems``: what is broken, one line each; ``warnings``: what the model and
+    its adapters would do without a word; ``switched_off``: features that these versions lack,
+    without which the rest works."""
 
     version: str
     python: str
@@ -66,6 +68,7 @@ class Diagnosis:
     kernels: tuple[KernelCheck, ...]
     model: str | None
     layers: tuple[LayerPath, ...]
+    warnings: tuple[str, ...]
     switched_off: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -78,9 +81,11 @@ def diagnose(
     *,
     model: str | None = None,
     adapter: str | None = None,
+    config: str | None = None,
     method: str = "lora",
     quantize: str = "none",
     target_modules: str | None = None,
+    autocast: str = "none",
     arch: str | None = None,
     kernels: bool = True,
     told: Callable[[str], None] = lambda stage: None,
@@ -88,8 +93,9 @@ def diagnose(
     """Check versions, the GPU, the kernels and, with `model`, the path of each of its layers.
 
     `model`: a folder, a ``config.json`` or a hub id, of which only the config is read, adapted by
-    the adapter in the folder `adapter`, else by `method` of ``lora-fast train``, with its frozen
-    weights in `quantize`. `arch` (``sm_90``, …) is the target of the kernels, by default the GPU of
+    the adapter in the folder `adapter`, by an ``adapter_config.json`` alone (`config`), else by
+    `method` of ``lora-fast train``, with its frozen weights in `quantize`. `autocast` (bf16, fp16)
+    is that of the run. `arch` (``sm_90``, …) is the target of the kernels, by default the GPU of
     this machine, else sm_90. ``told(stage)`` is called before slow stages.
 
     Raises ValueError for arguments that name nothing; broken parts are in the result.
@@ -114,9 +120,15 @@ def diagnose(
         f"{c.layer} does not compile for sm_{target}: {c.error}" for c in checks if c.error
     ]
     layers: tuple[LayerPath, ...] = ()
+    warnings: tuple[str, ...] = ()
+    if autocast not in AUTOCAST:
+        raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, got {autocast!r}")
     if model is not None:
         told(f"Building {model} without its weights")
-        layers = layer_paths(model, adapter, method, quantize, target_modules)
+        layers, warnings = layer_paths(
+            model, adapter or config, method, quantize, target_modules,
+            autocast=AUTOCAST[autocast], has_weights=adapter is not None,
+        )  # fmt: skip
     return Diagnosis(
         version=__version__,
         python=platform.python_version(),
@@ -128,15 +140,25 @@ def diagnose(
         kernels=checks,
         model=model,
         layers=layers,
+        warnings=warnings,
         switched_off=(*switched_off(), *_too_old_for_commands(packages)),
         problems=tuple(problems),
     )
 
 
 def layer_paths(
-    model: str, adapter: str | None, method: str, quantize: str, target_modules: str | None
-) -> tuple[LayerPath, ...]:
-    """The path of each adapted layer of a model that is not loaded, grouped by kind."""
+    model: str,
+    adapter: str | None,
+    method: str,
+    quantize: str,
+    target_modules: str | None,
+    *,
+    autocast: torch.dtype | None = None,
+    has_weights: bool = True,
+) -> tuple[tuple[LayerPath, ...], tuple[str, ...]]:
+    """The path of each adapted layer of a model that is not loaded, grouped by kind, and the lines
+    of pitfalls. `adapter`: a folder, or unless it `has_weights` a config alone."""
+    from ..acceleration.pitfalls import pitfalls
     from ..acceleration.report import adapted_layers, report
     from ..acceleration.switch import accelerate
     from ..planning.settings import QUANTIZERS
@@ -149,7 +171,9 @@ def layer_paths(
     base = skeleton(config, default_task(config) if adapter is None else None, torch.bfloat16)
     quantised = nf4_layers(base) if quantize == "nf4" else {}
     names = {name for name, layer in base.named_modules() if id(layer) in _ids(quantised)}
-    wrapped = _wrapped(model, base, adapter, method, target_modules, default_task(config))
+    wrapped = _wrapped(
+        model, base, adapter, method, target_modules, default_task(config), has_weights
+    )
     found: Counter[tuple[str, str, str | None]] = Counter()
     example: dict[tuple[str, str, str | None], str] = {}
     with imagined(wrapped) as fake:
@@ -160,7 +184,9 @@ def layer_paths(
             key = (layer.kind, "nf4" if name in names else layer.base, layer.obstacle)
             found[key] += 1
             example.setdefault(key, name)
-    return tuple(LayerPath(*key, count, example[key]) for key, count in found.items())
+        said = pitfalls(fake, autocast=autocast)
+    paths = tuple(LayerPath(*key, count, example[key]) for key, count in found.items())
+    return paths, said
 
 
 def _wrapped(
@@ -170,11 +196,16 @@ def _wrapped(
     method: str,
     target_modules: str | None,
     task: str | None,
+    has_weights: bool,
 ) -> nn.Module:
     if adapter is not None:
-        from ..files.adapter_files import adapt, adapter_config
+        from ..files.adapter_files import CONFIG, adapt, adapter_config
 
-        wrapped: nn.Module = adapt(base, adapter_config(Path(adapter)), Path(adapter))
+        folder = Path(adapter)
+        if not has_weights and folder.name == CONFIG:
+            folder = folder.parent
+        config = adapter_config(folder, has_weights=has_weights)
+        wrapped: nn.Module = adapt(base, config, folder)
         return wrapped
     from ..planning.memory import adapted
     from ..planning.settings import Settings

@@ -19,8 +19,8 @@ MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Header = Mapping[str, Entry]
 
 
-def adapter_config(folder: Path) -> Any:
-    """PEFT's config of the adapter in `folder`.
+def adapter_config(folder: Path, *, has_weights: bool = True) -> Any:
+    """PEFT's config of the adapter in `folder`, which `has_weights` unless it is to be trained.
 
     Nothing that it names is imported: Megatron layers, whose module a config may name, are refused.
 
@@ -30,12 +30,13 @@ def adapter_config(folder: Path) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     raw = read_json(folder, CONFIG)
-    if not (folder / WEIGHTS).is_file():
+    if has_weights and not (folder / WEIGHTS).is_file():
         raise ValueError(
             f"{folder} must hold {WEIGHTS}, got none: only safetensors are read, save the adapter "
             "with save_pretrained"
         )
-    inside(folder, WEIGHTS)
+    if has_weights:
+        inside(folder, WEIGHTS)
     if raw.get("peft_type") not in {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}:
         kind = raw.get("peft_type")
         raise ValueError(f"{folder / CONFIG} must name a peft_type of PEFT, got {kind!r}")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from gated_models import liger_forward
 from lora_models import counted
-from peft import PromptTuningConfig, TaskType
+from peft import LoraConfig, PromptTuningConfig, TaskType
 from torch import nn
 from trainer_runs import (
     LAYERS,
@@ -133,10 +133,21 @@ def test_layers_that_fall_back_are_a_warning(
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.lora_A["default"].register_forward_hook(lambda *_: None)
     train(tmp_path, fused=True, model=model)
-    before, after = (r for r in caplog.records if r.name == "lora_fast.callback")
-    assert {before.levelno, after.levelno} == {logging.WARNING}
+    before, warned, after = (r for r in caplog.records if r.name == "lora_fast.callback")
+    assert {before.levelno, warned.levelno, after.levelno} == {logging.WARNING}
+    assert "to fuse: remove the hooks while training" in warned.getMessage()
     assert "fallback: hooks on lora_A" in before.getMessage()
     assert f"{STEPS} × hooks on lora_A" in after.getMessage()
+
+
+def test_what_would_happen_silently_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], lora_dropout=0.1)
+    state = type("State", (), {"is_world_process_zero": True})
+    args = type("Arguments", (), {"bf16": True, "use_liger_kernel": True})
+    LoraFastCallback().on_train_begin(args, state, None, model=tiny_model(config))
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [line.partition(" ")[0] for line in said] == ["lm_head:", "adapters:", "lora_dropout"]
+    assert "the fused loss multiplies" in said[0] and "under bfloat16 autocast" in said[1]
 
 
 def test_other_models_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

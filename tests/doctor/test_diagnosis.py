@@ -55,6 +55,25 @@ def test_layers_of_an_adapter_say_why_they_are_not_fused(llama: Path, tmp_path: 
     }
 
 
+def test_a_config_without_weights_and_what_it_would_do(llama: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head", "c_attn"], lora_dropout=0.1)
+    config.save_pretrained(tmp_path)
+    for given in (tmp_path, tmp_path / "adapter_config.json"):
+        found = diagnose(model=str(llama), config=str(given), autocast="bf16", kernels=False)
+        assert paths(found) == {("lora.Linear", "bfloat16", None): 3}
+        said = [line.split(":")[0] for line in found.warnings]
+        assert said == [
+            "lm_head",
+            "adapters",
+            "lora_dropout = 0.1 is applied here; libraries whose kernels have none leave it out "
+            "or run PEFT's code, so losses beside theirs differ",
+            "target_modules of default",
+        ]
+    assert found.to_dict()["warnings"] == found.warnings
+    with pytest.raises(ValueError, match="autocast must be one of none, bf16, fp16, got 'int8'"):
+        diagnose(autocast="int8", kernels=False)
+
+
 def test_packages_out_of_range_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["torch>=99", "peft>=0.1; extra == 'peft'", "bitsandbytes>=0.1; extra == 'qlora'"]
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)

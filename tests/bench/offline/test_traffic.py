@@ -286,9 +286,13 @@ def _compare(launches: list[Observed]) -> None:
             if "code2_ptr" in read:
                 assert read.pop("code2_ptr") <= modelled.read.pop("code2_ptr")
             assert read == launch.as_observed(modelled.read), where
-            assert launch.distinct(launch.stores, number) == launch.as_observed(modelled.written), where
+            assert launch.distinct(launch.stores, number) == launch.as_observed(modelled.written), (
+                where
+            )
             assert launch.issued(launch.loads, number) == launch.as_observed(modelled.loaded), where
-            assert launch.issued(launch.stores, number) == launch.as_observed(modelled.stored), where
+            assert launch.issued(launch.stores, number) == launch.as_observed(modelled.stored), (
+                where
+            )
 
 
 def test_flops_are_those_of_the_equation() -> None:

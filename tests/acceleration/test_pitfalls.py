@@ -1,0 +1,134 @@
+"""Each warning has a model that provokes it and one that does not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model_families import EXPERTS_ARE_PARAMETERS, tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lora_fast
+from lora_fast.acceleration import pitfalls as module
+from lora_fast.acceleration.pitfalls import pitfalls
+
+
+def adapted(family: str, **options: Any) -> Any:
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], **options}
+    return lora_fast.accelerate(get_peft_model(tiny_model(family), LoraConfig(**options)))
+
+
+def llama(**options: Any) -> Any:
+    return adapted("llama", **options)
+
+
+def moe(**options: Any) -> Any:
+    return adapted("qwen3_moe", **options)
+
+
+def hooked() -> Any:
+    model = llama()
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    layer.lora_A["default"].register_forward_hook(lambda *args: None)
+    return model
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 4), nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[0](x) * self.gate(x).sum()
+
+
+def routed(*targets: str) -> Any:
+    config = LoraConfig(r=2, target_modules=list(targets))
+    return lora_fast.accelerate(get_peft_model(nn.Sequential(Router()), config))
+
+
+def quantised() -> Any:
+    model = lora_fast.quantize_experts(tiny_model("qwen3_moe").bfloat16())
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+BF16 = {"autocast": torch.bfloat16}
+NEEDS_EXPERTS = pytest.mark.skipif(
+    not EXPERTS_ARE_PARAMETERS, reason="experts are a list of modules"
+)
+# name: what the line says, how the model is made that provokes it and that does not, options
+CASES: dict[str, tuple[str, Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
+    "output layer": (
+        "lm_head: a fused loss (Liger, Cut Cross-Entropy) multiplies with its weight alone",
+        lambda: llama(target_modules=["q_proj", "lm_head"]),
+        llama,
+        {},
+    ),
+    "wide adapters": (
+        "parameters in float32 under bfloat16 autocast",
+        llama,
+        lambda: llama().bfloat16(),
+        BF16,
+    ),
+    "linear attention": (
+        "DeltaNet: without fla and causal_conv1d the recurrence runs step by step",
+        lambda: adapted("qwen3_next", target_modules=["out_proj"]),
+        llama,
+        {},
+    ),
+    "dropout": (
+        "lora_dropout = 0.1 is applied here",
+        lambda: llama(lora_dropout=0.1),
+        llama,
+        {},
+    ),
+    "lost target": (
+        "target_modules of default: c_attn match no layer of the model",
+        lambda: llama(target_modules=["q_proj", "c_attn"]),
+        llama,
+        {},
+    ),
+    "router": (
+        "0.gate: an adapter on a router changes which experts are chosen",
+        lambda: routed("gate", "experts.0"),
+        lambda: routed("experts.0"),
+        {},
+    ),
+    "fallback": (
+        "PEFT's own forward runs, hooks on lora_A; to fuse: remove the hooks while training",
+        hooked,
+        llama,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_is_said_where_it_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, provoking, innocent, options = CASES[name]
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda package: None)
+    said = pitfalls(provoking(), **options)
+    assert sum(words in line for line in said) == 1, said
+    assert pitfalls(innocent(), **options) == ()
+
+
+@NEEDS_EXPERTS
+def test_experts_are_adapted_or_quantised_or_named() -> None:
+    (line,) = pitfalls(moe())
+    assert "in 2 modules are neither adapted (target_parameters) nor quantised" in line
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert not any("experts" in line for line in pitfalls(moe(target_parameters=both)))
+    assert not any("experts" in line for line in pitfalls(quantised()))
+
+
+def test_nothing_is_said_of_a_loss_that_is_not_fused() -> None:
+    model = llama(target_modules=["q_proj", "lm_head"])
+    assert pitfalls(model, fused_loss=False) == ()
+    assert "the fused loss" in pitfalls(model, fused_loss=True)[0]
+    before = copy.deepcopy(model.state_dict())
+    pitfalls(model)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
