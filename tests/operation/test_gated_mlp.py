@@ -77,6 +77,25 @@ def test_every_variant(changes, dtype, adapter):
     check(MLP(dtype, adapter), **changes)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", ["x", "gate.A", "gate.B", "up.A", "up.B", "down.A", "down.B"])
+def test_a_gradient_too_large_by_a_hundredth_is_found(name, dtype, monkeypatch):
+    original = TorchBackend.gated_backward
+
+    def wrong(*arguments, **options):
+        grads = original(*arguments, **options)
+        member, _, kind = name.rpartition(".")
+        if not member:
+            return grads._replace(x=grads.x * 1.01)
+        found = getattr(grads, member)
+        factor = getattr(found, kind) * 1.01
+        return grads._replace(**{member: found._replace(**{kind: factor})})
+
+    monkeypatch.setattr(TorchBackend, "gated_backward", wrong)
+    with pytest.raises(AssertionError, match=f"d{name}"):
+        check(MLP(dtype))
+
+
 SUBSETS = [
     trains
     for count in range(5)
