@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 from lora_models import accelerated_copy, compare, counted, lora_layers
+from model_families import inputs, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.models.bert import modeling_bert as bert
+
+import lora_fast
+from bench.instruments.accuracy import assert_models_agree
 
 HIDDEN, LAYERS, TOKENS = 32, 2, 6
 
@@ -78,3 +83,34 @@ def test_values_gradients_and_groups(name: str, grouped: list[int]) -> None:
     compare(fused, stock, torch.randn(2, TOKENS, HIDDEN), compute_dtype=torch.float32)
     assert grouped == list(family.groups) * LAYERS
     assert counted(fused) == (LAYERS * family.linears, {})
+
+
+# Layers that read the same input in gated delta nets and in multi-head latent attention, their
+# widths unlike; of a layer each, and how many layers of the model have them.
+SIBLINGS = {
+    "qwen3_next": (("in_proj_qkvz", "in_proj_ba"), LAYERS),
+    "qwen3_5_text": (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), LAYERS),
+    "deepseek_v2": (("q_a_proj", "kv_a_proj_with_mqa"), LAYERS),
+    "deepseek_v3": (("q_a_proj", "kv_a_proj_with_mqa"), LAYERS),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("name", [name for name in SIBLINGS if name in MODEL_MAPPING_NAMES])
+def test_projections_of_one_input(name: str, checkpointed: bool, grouped: list[int]) -> None:
+    siblings, layers = SIBLINGS[name]
+    targets = [*siblings, "out_proj", "kv_b_proj", "o_proj"]
+    lora = LoraConfig(r=2, lora_alpha=0.4, target_modules=targets, init_lora_weights=False)
+    stock = get_peft_model(tiny_model(name), lora).train()
+    fused, results = accelerated_copy(stock), []
+    for model in (fused, stock):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        found = model(**inputs())
+        found.loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        results.append({"logits": found.logits.detach(), **grads})
+    assert grouped == [len(siblings)] * layers * (2 if checkpointed else 1)
+    assert lora_fast.report(fused).all_fused
+    assert_models_agree(*results)

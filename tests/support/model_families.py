@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "deepseek_v2": {"num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4},
     "jamba": {"use_mamba_kernels": False}, "mamba2": {"head_dim": 16, "n_groups": 1},
-    "falcon_h1": {"mamba_d_ssm": 64},
+    "falcon_h1": {"mamba_d_ssm": 64}, "qwen3_5_text": {},
     **{name: {"decoder_start_token_id": 0} for name in ("t5", "longt5", "switch_transformers")},
     **{name: {} for name in (
         "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
