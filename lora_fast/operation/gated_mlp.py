@@ -65,6 +65,7 @@ def compute(
     outside = any(isinstance(t, Tensor) and t.dtype is not x.dtype for t in (gate, up))
     if outside or torch.compiler.is_compiling() or _transforms():
         return _composed(x, gate, up, down, activation, dropout_seeds)
+    x = torch._C._functorch.unwrap_if_dead(x)
     if down is None or _is_covered(down):
         return run(x, GatedLinears(gate, up, down), activation, dropout_seeds)
     h = run(x, GatedLinears(gate, up, None), activation, dropout_seeds)
@@ -122,19 +123,19 @@ def run(
 ) -> Tensor:
     """:func:`compute` for operands that are known to fit together, of layers that are part of the
     operation, x in the compute dtype, outside of torch.func and torch.compile."""
-    linears = _with_seeds(x, linears, dropout_seeds)
-    backend = backend_for(x.device)
+    linears, backend = _with_seeds(x, linears, dropout_seeds), backend_for(x.device)
+    read = x if linears.read_x else None
     if not autograd.is_recording():
-        return backend.gated_forward(x, linears, activation, NO_NEEDS)[0]
+        return backend.gated_forward(read, linears, activation, NO_NEEDS)[0]
     tensors: list[Any] = [f if isinstance(f, Tensor) else None for f in linears[:2]]
     for f in linears:
         tensors += _tensors_of(f)
-    reads_x = bool(linears.read_x)
-    if not _train([x, *tensors[:10]] if reads_x else tensors[:10]):
-        # Only down may train: h is all that it needs.
-        h = backend.gated_forward(x, linears._replace(down=None), activation, NO_NEEDS)[0]
-        return h if linears.down is None else autograd.run(h, [linears.down])[0]
-    return GatedMLP.apply(x if reads_x else None, linears, activation, backend, *tensors)
+    if _train([read, *tensors[:-_PER_LAYER]]):
+        return GatedMLP.apply(read, linears, activation, backend, *tensors)
+    # Only down may train: h is all that it needs.
+    h = backend.gated_forward(read, linears._replace(down=None), activation, NO_NEEDS)[0]
+    down = linears.down
+    return h if down is None else autograd.run(h, [down], down.constants.dropout_seed)[0]
 
 
 def _tensors_of(f: Any) -> tuple[Any, ...]:

@@ -67,6 +67,7 @@ VARIANTS = {
     **{f"only {name}": {"adapted": (name,), "p": 0.3} for name in MEMBERS},
     **{f"not {name}": {"adapted": tuple(m for m in MEMBERS if m != name)} for name in MEMBERS},
     "no adapter": {"adapted": ()},
+    "only down trains": {"trains": ("A", "B"), "frozen": ("gate", "up"), "p": 0.3},
 }
 
 
