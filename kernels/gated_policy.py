@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .launch_policy import SMALL_SHARED, RowsConfig
+from .launch_policy import SMALL_SHARED, TENSOR_MEMORY, RowsConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,19 @@ _FLOAT32 = RowsConfig(32, 32, num_warps=4, num_stages=1)
 _FOUR_PARTS = GatedConfig(64, 32, PARTS=4, num_warps=4)
 _THREE_PARTS = GatedConfig(64, 32, PARTS=3, num_warps=4)
 _WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=4)
-OF_GATED = (_FORWARD, _FORWARD_WIDE_RANK, _FLOAT32, _FOUR_PARTS, _THREE_PARTS, _WIDE_RANK)
+# Where the sums lie in tensor memory, 8 warps share them, and the tile.
+_B200 = GatedConfig(64, 64, PARTS=4, num_warps=8)
+_B200_MASKS = GatedConfig(64, 64, PARTS=3, num_warps=8)
+OF_GATED = (
+    _FORWARD,
+    _FORWARD_WIDE_RANK,
+    _FLOAT32,
+    _FOUR_PARTS,
+    _THREE_PARTS,
+    _WIDE_RANK,
+    _B200,
+    _B200_MASKS,
+)
 
 # A launch of gated_forward aims for so many programs of at most so many tiles of columns; one of
 # gated_backward for so many CTAs: some waves of any device, so that the last one does not show.
@@ -54,6 +66,8 @@ def pick_gated_backward(BLOCK_R: int, arch: int | None, *, drops: bool) -> Gated
     """The tiles of gated_backward, for ranks padded to BLOCK_R."""
     if BLOCK_R > 16:
         return _WIDE_RANK
+    if arch in TENSOR_MEMORY:
+        return _B200_MASKS if drops else _B200
     crowded = arch in SMALL_SHARED or (drops and arch in (80, 90))
     return _THREE_PARTS if crowded else _FOUR_PARTS
 

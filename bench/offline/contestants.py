@@ -30,13 +30,15 @@ STOCK = ("frozen", "peft", "peft fp32")
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the tables; ``weight`` is dense or nf4, everything else bfloat16."""
+    """One cell of the tables; ``weight`` is dense or nf4, everything else bfloat16. ``activates``:
+    the activation of the MLP is counted, too, as whoever it is computes it."""
 
     shape: layers.Shape
     M: int
     R: int
     weight: str
     dropout_p: float
+    activates: bool = False
 
     def __str__(self) -> str:
         return f"{self.shape.name} M{self.M} r{self.R} {self.weight} p={self.dropout_p}"
@@ -58,7 +60,7 @@ class LoraFastStep(Step):
 
 def stock(case: Case, kind: str) -> Step:
     """The real operations of the frozen layer, or of PEFT, on meta tensors."""
-    model = layers.Linears(case.shape, case.weight, "meta")
+    model = layers.Linears(case.shape, case.weight, "meta", activates=case.activates)
     if kind != "frozen":
         dtype = torch.float32 if kind == "peft fp32" else layers.DTYPE
         model = layers.with_lora(model, case.R, case.dropout_p, "meta", adapter_dtype=dtype)
@@ -78,7 +80,7 @@ class LoraFast:
     def __init__(self, case: Case, *, adapter_dtype: torch.dtype = layers.DTYPE) -> None:
         import lora_fast
 
-        base = layers.Linears(case.shape, case.weight, "cpu")
+        base = layers.Linears(case.shape, case.weight, "cpu", activates=case.activates)
         model = layers.with_lora(base, case.R, case.dropout_p, "cpu", adapter_dtype=adapter_dtype)
         self.model = lora_fast.accelerate(model)
 

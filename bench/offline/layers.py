@@ -1,8 +1,8 @@
 """The linears of real decoder layers, with LoRA by PEFT, by lora_fast, or frozen.
 
 Modules of real size that compute nothing: on the meta device, or on the CPU in untouched memory.
-The parts between the linears (norms, attention, the activation) are the same for everybody and are
-replaced by an operation without cost.
+The parts between the linears (norms, attention) are the same for everybody and are replaced by an
+operation without cost, and so is the activation where it is not asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 DTYPE = torch.bfloat16
 BLOCKSIZE = 64
@@ -86,12 +87,21 @@ class _Mlp(nn.Module):
         return y
 
 
+class _ActivatedMlp(nn.Module):
+    """The MLP with its activation, as Hugging Face's LlamaMLP computes it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(functional.silu(self.gate_proj(h)) * self.up_proj(h))
+        return y
+
+
 class Linears(nn.Module):
     """x [1, M, hidden] through the linears in the order and with the inputs of a decoder layer."""
 
-    def __init__(self, shape: Shape, weight: str, device: str) -> None:
+    def __init__(self, shape: Shape, weight: str, device: str, *, activates: bool = False) -> None:
         super().__init__()
-        self.self_attn, self.mlp = _Attention(shape), _Mlp(shape)
+        self.self_attn = _Attention(shape)
+        self.mlp = _ActivatedMlp() if activates else _Mlp(shape)
         self.shape = shape
         for path, (N, K) in shape.linears.items():
             parent, name = path.split(".")

@@ -85,11 +85,12 @@ def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Ten
     dtype, dX = dYs[0].dtype, None
     if dS.values is not None:
         factors = factors_A(fs)
-        drops = fs[0].constants.dropout_p > 0.0
-        if drops or dS.largest is not None or not multiplies(dYs[0], factors, max(ranks_of(fs))):
+        # Of several layers, a product would take a copy of all A side by side.
+        alone = len(factors) == 1 and fs[0].constants.dropout_p == 0.0 and dS.largest is None
+        if not (alone and multiplies(dYs[0], factors, max(ranks_of(fs)))):
             dX = expand.input_gradient(dS, dtype, factors, dropout(fs[0]))
         else:
-            dX = called(torch.mm, dS.values, _cast(_stack(fs), dtype))
+            dX = called(torch.mm, dS.values, _cast(factors[0], dtype))
     for dY, f in zip(dYs, fs, strict=True):
         W = dense(f.weight, dtype)
         if f.g is not None:
@@ -120,15 +121,13 @@ def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[T
     scalings = [f.constants.scaling for f in fs]
     same = all(bias is None or bias.dtype == dtype for bias in biases)
     has_gain = (f.b is not None or f.d is not None) and max(ranks) <= launch_policy.MAX_BLOCK_R
-    if same and not has_gain and multiplies(S, factors, max(ranks)):
-        parts = [S] if len(fs) == 1 else S.split(ranks, dim=1)
-        Qs = [expand_factor(f, dtype).T for f in fs]
-        return [
-            called(Tensor.addmm_, empty(S, S.shape[0], Q.shape[1]), S_i, Q, beta=0, alpha=s)
-            if bias is None
-            else called(torch.addmm, bias, S_i, Q, alpha=s)
-            for S_i, Q, s, bias in zip(parts, Qs, scalings, biases, strict=True)
-        ]
+    # Of several layers, the kernel is one launch.
+    if len(fs) == 1 and same and not has_gain and multiplies(S, factors, max(ranks)):
+        Q = expand_factor(f, dtype).T
+        if biases[0] is None:
+            y = empty(S, S.shape[0], Q.shape[1])
+            return [called(Tensor.addmm_, y, S, Q, beta=0, alpha=scalings[0])]
+        return [called(torch.addmm, biases[0], S, Q, alpha=scalings[0])]
     _, gains = vectors(f)
     layers = [
         expand.Layer(B, s, None if bias is None else bias.contiguous())

@@ -101,7 +101,7 @@ def test_both_directions_fit_the_device(arch: int, case: Case) -> None:
         assert found.local_bytes <= 32, f"{launch.name} spills: {found}"
         assert all(loop.by_class["local"] == 0 for loop in found.hot_loops), launch.name
         assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
-        assert found.ctas_per_sm >= 2, f"{launch.name}: {found}"
+        assert found.ctas_per_sm * launch.kernel.num_warps >= 8, f"{launch.name}: {found}"
         expected = set() if case.dtype == torch.float32 else {limits.mma}
         # A sum of 32 rows is mma.sync everywhere.
         assert set(found.mma) - {"HMMA"} <= expected and bool(found.mma) == bool(expected)
