@@ -115,6 +115,8 @@ TESTED_IN = {
     "bench/linear_cases.py": "bench/test_bench.py",
     "bench/instruments/device_label.py": "bench/test_bench.py",
     "bench/instruments/paired.py": "bench/test_bench.py",
+    "bench/instruments/gated_traffic.py": "bench/offline/test_traffic.py",
+    "bench/instruments/passes.py": "bench/offline/test_traffic.py",
     "bench/instruments/traffic.py": "bench/offline/test_traffic.py",
     **{
         f"bench/gpu_day/{name}.py": f"bench/gpu_day/test_{test}.py"
