@@ -39,10 +39,10 @@ class FusedParamWrapper(FusedForward, ParamWrapper):
     def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state: Any = None
         found = environment_obstacle()
-        if found is None and (kwargs or len(args) != 2):
-            found = "extra arguments"
         if found is None:
             state, found = self.active()
+        if found is None and (kwargs or len(args) != 2):
+            found = "extra arguments"
         if found is None:
             found = _input_obstacle(state, x, *args)
         if found is not None:

@@ -81,7 +81,11 @@ class CallCounter(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores."""
-        kept = {name: vars(calls) for name, calls in self._calls.items()}
+        # The reasons in a plain dict: transformers would make pairs of a Counter's keys.
+        kept = {
+            name: {**vars(calls), "fallbacks": dict(calls.fallbacks)}
+            for name, calls in self._calls.items()
+        }
         return {"args": {}, "attributes": {"calls": kept}}
 
 
