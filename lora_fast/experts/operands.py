@@ -57,12 +57,13 @@ class Routing(NamedTuple):
 
     order [P]: for every sorted row its place in the flattened top_k_index [T, k], P = T · k, in
     rising order within an expert · token [P] = order // k · offsets [E]: where the rows of each
-    expert end. Rows beyond the last one belong to no expert.
+    expert end. Rows beyond the last one belong to no expert; ``complete``: there are none.
     """
 
     order: Tensor
     token: Tensor
     offsets: Tensor
+    complete: bool = False
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """(expert, start, stop) of every expert with rows; on a GPU it waits for the offsets."""
@@ -84,10 +85,10 @@ def spans(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
         start = stop
 
 
-def sort_by_expert(top_k_index: Tensor, experts: int) -> Routing:
-    """The rows of top_k_index [T, k] by expert; an index ≥ `experts` names none of them. Nothing
-    waits for a GPU."""
+def sort_by_expert(top_k_index: Tensor, experts: int, *, complete: bool = False) -> Routing:
+    """The rows of top_k_index [T, k] by expert; an index ≥ `experts` names none of them, unless it
+    is known (`complete`) that there is none. Nothing waits for a GPU."""
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     wanted = torch.arange(1, experts + 1, device=ids.device, dtype=ids.dtype)
     offsets = torch.searchsorted(ids, wanted, out_int32=True)
-    return Routing(order, order // max(1, top_k_index.shape[-1]), offsets)
+    return Routing(order, order // max(1, top_k_index.shape[-1]), offsets, complete)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import torch_experts
+from ..backends import torch_experts, torch_grouped
 from ..backends.torch_experts import BlockNeeds, BlockSaved, ProjectionNeeds
 from ..backends.torch_gates import Gate
 from ..experts.operands import Projection, Routing, sort_by_expert
@@ -37,11 +37,14 @@ def block(
     first: Projection,
     second: Projection,
     gate: Gate,
+    *,
+    complete: bool = False,
 ) -> Tensor:
-    """out [T, H] of x [T, H] in the compute dtype, all checked before."""
-    routing = sort_by_expert(top_k_index, first.weight.shape[0])
+    """out [T, H] of x [T, H] in the compute dtype, all checked before. `complete`: every index is
+    known to name an expert."""
+    routing = sort_by_expert(top_k_index, first.weight.shape[0], complete=complete)
     if not is_recording():
-        return torch_experts.block_forward(x, w, routing, first, second, gate, None)[0]
+        return _way(x, first, second).block_forward(x, w, routing, first, second, gate, None)[0]
     tensors = (*_tensors(first), *_tensors(second))
     return ExpertsBlock.apply(x, w, routing, first, second, gate, *tensors)
 
@@ -94,11 +97,12 @@ class ExpertsBlock(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         needs = _block_needs(ctx.needs_input_grad)
-        out, saved = torch_experts.block_forward(x, w, routing, first, second, gate, needs)
+        out, saved = _way(x, first, second).block_forward(x, w, routing, first, second, gate, needs)
         assert saved is not None
         read = x if needs.first.A else None
-        ctx.save_for_backward(read, w, *routing, *saved, *tensors)
+        ctx.save_for_backward(read, w, *routing[:3], *saved, *tensors)
         ctx.unsaved, ctx.gate = (_unsaved(first), _unsaved(second)), gate
+        ctx.complete = routing.complete
         return out
 
     @staticmethod
@@ -107,11 +111,16 @@ class ExpertsBlock(torch.autograd.Function):
         x, w, order, token, offsets, rows, S1, S2, *tensors = ctx.saved_tensors
         first = _restored(ctx.unsaved[0], tensors[:_PER_PROJECTION])
         second = _restored(ctx.unsaved[1], tensors[_PER_PROJECTION:])
-        dx, dw, of_first, of_second = torch_experts.block_backward(
-            dout, x, w, Routing(order, token, offsets), BlockSaved(rows, S1, S2),
+        dx, dw, of_first, of_second = _way(dout, first, second).block_backward(
+            dout, x, w, Routing(order, token, offsets, ctx.complete), BlockSaved(rows, S1, S2),
             first, second, ctx.gate, _block_needs(ctx.needs_input_grad),
         )  # fmt: skip
         return dx, dw, None, None, None, None, None, *of_first, None, *of_second
+
+
+def _way(x: Tensor, first: Projection, second: Projection) -> Any:
+    """All experts in each call, or one after the other."""
+    return torch_grouped if torch_grouped.takes(x, first, second) else torch_experts
 
 
 def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:

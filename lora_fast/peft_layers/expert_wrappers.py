@@ -14,7 +14,9 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..backends import torch_grouped
 from ..base_layer.obstacles import environment_obstacle, module_obstacle, tensor_obstacle
+from ..experts.nf4_experts import NF4Experts
 from ..features import EXPERTS_OF_PEFT, is_exporting
 from ..operation import expert_layers
 from .expert_merging import is_packed, merge_packed, unmerge_packed
@@ -114,16 +116,30 @@ def _input_obstacle(state: ExpertsState, x: Any, top_k_index: Any, w: Any) -> st
         return "shape of top_k_index"
     if not torch.is_autocast_enabled(x.device.type) and x.dtype != state.dtype:
         return "x and experts differ in dtype"
+    packed = isinstance(state.first.weight, NF4Experts)
+    if x.is_cuda and not packed and not _takes_grouped(state, x):
+        # One expert after the other has too many launches; PEFT's products are grouped.
+        return "experts of these shapes, or not in bfloat16, on a GPU"
     return None
+
+
+def _takes_grouped(state: ExpertsState, x: Tensor) -> bool:
+    computed = x.new_empty(0, dtype=_compute_dtype(state, x))
+    return torch_grouped.takes(computed, state.first, state.second)
 
 
 def _output(state: ExpertsState, x: Tensor, top_k_index: Tensor, w: Tensor) -> Tensor:
     """out [T, H] in the dtype of x."""
-    dtype = state.dtype
+    dtype = _compute_dtype(state, x)
+    return expert_layers.block(
+        x.to(dtype), top_k_index, w, state.first, state.second, state.gate, complete=True
+    ).to(x.dtype)
+
+
+def _compute_dtype(state: ExpertsState, x: Tensor) -> torch.dtype:
+    """The dtype in which stock computes: under autocast, which does not know grouped products,
+    these take x in the dtype of W."""
     implementation = state.module.config._experts_implementation
     if torch.is_autocast_enabled(x.device.type) and implementation != "grouped_mm":
-        # Autocast does not know grouped products, which take x in the dtype of W.
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return expert_layers.block(
-        x.to(dtype), top_k_index, w, state.first, state.second, state.gate
-    ).to(x.dtype)
+        return torch.get_autocast_dtype(x.device.type)
+    return state.dtype

@@ -16,6 +16,7 @@ from bench.instruments.accuracy import (
     orders,
 )
 from lora_fast import reference
+from lora_fast.backends import torch_grouped
 from lora_fast.experts.nf4_experts import NF4Experts
 from lora_fast.experts.operands import Projection
 from lora_fast.functional import adapted_experts, experts_block
@@ -56,15 +57,27 @@ GATES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor], int]] = {
 }  # fmt: skip
 
 
-def _operands(P: int, tokens: int, k: int, *, transposed: bool, bias: bool, r: int = R) -> Any:
+def _operands(
+    P: int,
+    tokens: int,
+    k: int,
+    *,
+    transposed: bool,
+    bias: bool,
+    r: int = R,
+    hidden: int = H,
+    inner: int = INNER,
+) -> Any:
     generator = torch.Generator().manual_seed(5)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    first = {"weight": draw(E, H, P).transpose(1, 2) if transposed else draw(E, P, H)}
-    second = {"weight": draw(E, INNER, H).transpose(1, 2) if transposed else draw(E, H, INNER)}
-    for factors, N, K in ((first, P, H), (second, H, INNER)):
+    first = {"weight": draw(E, hidden, P).transpose(1, 2) if transposed else draw(E, P, hidden)}
+    second = {
+        "weight": draw(E, inner, hidden).transpose(1, 2) if transposed else draw(E, hidden, inner)
+    }
+    for factors, N, K in ((first, P, hidden), (second, hidden, inner)):
         factors["weight"] = factors["weight"] / K**0.5
         # B as PEFT stores it: [N, R, E], the experts fastest.
         factors |= {"A": draw(E, r, K) / K**0.5, "B": draw(N, r, E).permute(2, 0, 1)}
@@ -74,7 +87,7 @@ def _operands(P: int, tokens: int, k: int, *, transposed: bool, bias: bool, r: i
     index = torch.stack(choices) if tokens else torch.zeros(0, k, dtype=torch.int64)
     if tokens > 1:
         index[0, 0] = 4
-    return draw(tokens, H), index, draw(tokens, k), first, second
+    return draw(tokens, hidden), index, draw(tokens, k), first, second
 
 
 def _run(call: Callable[..., Tensor], values: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -223,6 +236,57 @@ def test_what_is_saved() -> None:
     floats = sum(t.numel() for t in saved.values() if t.is_floating_point())
     assert floats == places * (2 * INNER + 2 * R)
     assert sum(t.numel() for t in saved.values() if not t.is_floating_point()) == 2 * places + E
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The way of a GPU, on a CPU, and the calls of it."""
+    calls: list[str] = []
+    product = torch_grouped._grouped
+    if product is None:
+        pytest.skip("this torch has no grouped products")
+
+    def counted(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        calls.append("product")
+        made = product(a, b, offs=offs)
+        if b.dim() == 3 and offs[-1] < a.shape[0]:  # as on a GPU: nobody writes these rows
+            made[int(offs[-1]) :] = float("nan")
+        return made
+
+    monkeypatch.setattr(torch_grouped, "_grouped", counted)
+    monkeypatch.setattr(torch_grouped, "takes", torch_grouped.fits)
+    return calls
+
+
+@pytest.mark.parametrize("gate", ["silu", "own"])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_all_experts_in_each_call(gate: str, beyond: bool, grouped: list[str]) -> None:
+    """On a GPU, in bfloat16; a rank that is no multiple of 8, experts without rows, and rows that
+    belong to no expert."""
+    values = _operands(48, 20, 3, transposed=gate == "own", bias=True, r=5, hidden=16, inner=24)
+    if beyond:
+        values[1][4:7] = E
+    _check(values, gate, torch.bfloat16)
+    # Forward: base, shrink and expand of both. Backward: base, dS and dS A, and three gradients.
+    assert len(grouped) == 2 * 3 + 2 * (3 + 3)
+
+
+def test_all_experts_in_nf4(grouped: list[str]) -> None:
+    """Decoded into a workspace: the bits of the dense weight."""
+    x, index, w, first, second = _operands(
+        64, 12, 2, transposed=False, bias=False, hidden=16, inner=32
+    )
+    for factors in (first, second):
+        dense = factors["weight"].bfloat16()
+        matrix = NF4Weight.from_dense(dense.reshape(-1, dense.shape[2]))
+        matrix.quant_state.shape = dense.shape
+        factors["weight"] = NF4Experts(matrix.packed, matrix.quant_state)
+    decoded = [{**f, "weight": f["weight"].dequantize()} for f in (first, second)]
+    for t in (first, second, *decoded):
+        t |= {key: t[key].bfloat16() for key in ("A", "B")}
+    actual = _block(x.bfloat16(), index, w, first, second)
+    assert_same_bits(actual, _block(x.bfloat16(), index, w, *decoded), name="y")
+    assert grouped
 
 
 def test_one_projection() -> None:

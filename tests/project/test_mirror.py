@@ -33,6 +33,7 @@ TESTED_IN = {
     "lora_fast/backends/selection.py": "backends/test_backends.py",
     "lora_fast/backends/torch_dropout.py": "test_functional.py",
     "lora_fast/backends/torch_experts.py": "operation/test_expert_layers.py",
+    "lora_fast/backends/torch_grouped.py": "operation/test_expert_layers.py",
     "lora_fast/backends/torch_gates.py": "operation/test_expert_layers.py",
     "lora_fast/experts/module_layout.py": "peft_layers/test_expert_wrappers.py",
     "lora_fast/experts/storage.py": "experts/test_quantisation.py",
