@@ -31,9 +31,11 @@ from .lora_state import (
     cast_obstacle,
     is_plain,
     lora_factors,
+    masks_rows,
     member_of,
     opaque_obstacle,
     read_adapters,
+    samples_obstacle,
     together_obstacle,
 )
 from .opaque_layers import opaque_input_obstacle, opaque_output
@@ -64,10 +66,12 @@ class FusedLoRALayer(FusedForward):
         wanted = dict.fromkeys(names) if mixed else layer.active_adapters
         adapters, found = read_adapters(layer, wanted)
         opaque = base_obstacle(base) if found is None else None
-        state = State(base, adapters, list(names) if mixed else None, opaque)
+        offsets = kwargs.get("alora_offsets")
+        state = State(base, adapters, list(names) if mixed else None, opaque, offsets)
         if opaque is not None:
             found = opaque_obstacle(state)
-        if found is None and (mixed or (opaque is None and len(adapters) > 1)):
+        several = len(adapters) > 1 and (opaque is None or masks_rows(state))
+        if found is None and (mixed or several):
             found = together_obstacle(adapters, mixed=mixed)
         return state, found
 
@@ -93,11 +97,7 @@ class FusedLoRALayer(FusedForward):
                 return "shapes of lora_A and lora_B"
             if adapter.magnitude is not None and adapter.magnitude.shape != (N,):
                 return "shape of lora_magnitude_vector"
-        if state.sample_adapters is not None and (
-            x.dim() < 2 or len(state.sample_adapters) != x.shape[0]
-        ):
-            return "length of adapter_names"
-        found = self._autocast_obstacle(x)
+        found = samples_obstacle(state, x) or self._autocast_obstacle(x)
         if found is not None or torch.is_autocast_enabled(x.device.type):
             return found
         return cast_obstacle(self, state.adapters, x)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from ..base_layer.obstacles import module_obstacle, tensor_obstacle
 from ..functional import Member
 from .fused_forward import casts_input, rate_of, switched_off
 from .plain_lora import fingerprint_of, read_plain
+
+# Variants that PEFT has from 0.18 and 0.20 on. MiCA is LoRA with a frozen B.
+ALORA = getattr(variants, "ALoraLinearVariant", None)
+MICA = getattr(variants, "MiCALinearVariant", None)
 
 
 class Adapter(NamedTuple):
@@ -28,6 +33,7 @@ class Adapter(NamedTuple):
     dropout: nn.Module
     dropout_p: float
     magnitude: Tensor | None = None
+    masks_rows: bool = False  # aLoRA: only the last rows of a sample use it
 
 
 class State(NamedTuple):
@@ -39,6 +45,8 @@ class State(NamedTuple):
     adapters: list[Adapter]
     sample_adapters: list[str] | None = None
     opaque: str | None = None
+    # Of aLoRA, how many of the last rows of each sample use the adapter; None: no row does.
+    offsets: Sequence[int | None] | None = None
 
 
 def read_adapters(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str | None]:
@@ -50,12 +58,13 @@ def read_adapters(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str 
     if found is not None:
         return adapters, found
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-    dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
+    dropouts, of_layer = modules["lora_dropout"]._modules, layer.lora_variant
     for name in names:
         if name not in lora_A:
             continue
         A, B, dropout, magnitude = lora_A[name], lora_B[name], dropouts[name], None
-        if name in variants:
+        kind = type(of_layer[name]) if name in of_layer else None
+        if kind is not None and kind is not MICA:
             magnitude, found = _magnitude(layer, name, B)
         found = (
             found
@@ -77,7 +86,9 @@ def read_adapters(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str 
         scaling = layer.scaling[name]
         if isinstance(scaling, Tensor) and scaling.requires_grad:
             return adapters, "scaling requires a gradient"
-        adapters.append(Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude))
+        adapters.append(
+            Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude, kind is ALORA)
+        )
     if not adapters:
         return adapters, "no active adapter"
     return adapters, None
@@ -93,8 +104,10 @@ def opaque_obstacle(state: State) -> str | None:
 
 
 def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None]:
-    """DoRA's m, and why a variant of LoRA cannot be computed here."""
+    """DoRA's m, None for aLoRA, and why a variant of LoRA cannot be computed here."""
     variant = layer.lora_variant[name]
+    if type(variant) is ALORA:
+        return None, None if B.bias is None else "aLoRA with a bias of lora_B"
     if type(variant) is not DoraLinearVariant:
         return None, f"variant {type(variant).__name__}"
     if B.bias is not None or getattr(layer, "fan_in_fan_out", False):
@@ -110,6 +123,8 @@ def together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
         return None
     if any(adapter.magnitude is not None for adapter in adapters):
         return "DoRA with several adapters"
+    if any(adapter.masks_rows for adapter in adapters):
+        return "aLoRA with several adapters"
     if mixed and any(adapter.bias is not None for adapter in adapters):
         # Each sample adds the bias of its own adapter; the equation has no such term.
         return "bias of lora_B in a mixed batch"
@@ -139,6 +154,8 @@ def is_plain(state: State) -> bool:
     for adapter in state.adapters:
         if adapter.magnitude is not None or isinstance(adapter.scaling, Tensor):
             return False
+        if adapter.masks_rows:
+            return False
     return True
 
 
@@ -152,18 +169,16 @@ def lora_factors(state: State, x: Tensor) -> dict[str, Any]:
     """The arguments of :func:`lora_fast.base_layer.linear.adapted` for a call with x."""
     adapters = state.adapters
     A, B, scaling = stacked(adapters)
-    bias, spans = state.base.bias, None
+    bias = state.base.bias
     if state.sample_adapters is None:
         bias = total_bias(bias, adapters)
-    else:
-        spans = rank_spans(adapters, state.sample_adapters, x.device)
     return {
         "bias": bias,
         "A": A,
         "B": B,
         "scaling": scaling,
         "dropout_p": adapters[0].dropout_p,
-        "rank_spans": spans,
+        "rank_spans": spans_of(state, x),
     }
 
 
@@ -208,6 +223,41 @@ def stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
         return A, torch.cat([adapter.B for adapter in adapters], dim=1), first.scaling
     scaled = [adapter.B.float() * adapter.scaling for adapter in adapters]
     return A, torch.cat(scaled, dim=1), 1.0
+
+
+def spans_of(state: State, x: Tensor) -> Tensor | None:
+    """The columns of S that each sample uses, or each row; None: all use all."""
+    adapters = state.adapters
+    if state.sample_adapters is not None:
+        return rank_spans(adapters, state.sample_adapters, x.device)
+    if not adapters[0].masks_rows:
+        return None
+    samples, rows = x.shape[0], x.shape[1] if x.dim() == 3 else 1
+    last = torch.zeros(samples, 1, dtype=torch.int64)
+    if state.offsets is not None:
+        last[:, 0] = torch.tensor([0 if n is None else int(n) for n in state.offsets])
+    used = torch.arange(rows) >= rows - last
+    spans = torch.zeros(samples * rows, 2, dtype=torch.int32)
+    spans[:, 1] = used.reshape(-1) * adapters[0].A.shape[0]
+    return spans.to(x.device, non_blocking=True)
+
+
+def masks_rows(state: State) -> bool:
+    """Whether an adapter is aLoRA's."""
+    return any(adapter.masks_rows for adapter in state.adapters)
+
+
+def samples_obstacle(state: State, x: Tensor) -> str | None:
+    """Why the samples of x are not those that a call names."""
+    names = state.sample_adapters
+    if names is not None and (x.dim() < 2 or len(names) != x.shape[0]):
+        return "length of adapter_names"
+    if names is None and state.adapters[0].masks_rows:
+        if x.dim() not in (2, 3):
+            return "shape of x"
+        if state.offsets is not None and len(state.offsets) != x.shape[0]:
+            return "length of alora_offsets"
+    return None
 
 
 def rank_spans(adapters: list[Adapter], sample_adapters: list[str], device: torch.device) -> Tensor:

@@ -23,9 +23,11 @@ from .lora_state import (
     Adapter,
     State,
     cast_obstacle,
+    masks_rows,
     opaque_obstacle,
-    rank_spans,
     read_adapters,
+    samples_obstacle,
+    spans_of,
     stacked,
     together_obstacle,
     total_bias,
@@ -52,10 +54,11 @@ class OpaqueLoRALayer(FusedForward):
         adapters, found = read_adapters(layer, wanted)
         base = layer._modules.get("quant_linear_module", layer.base_layer)
         reason = f"base layer is {type(base).__name__}"
-        state = State(base, adapters, list(names) if mixed else None, reason)
+        offsets = kwargs.get("alora_offsets")
+        state = State(base, adapters, list(names) if mixed else None, reason, offsets)
         found = found or opaque_obstacle(state)
-        if found is None and mixed:
-            found = together_obstacle(adapters, mixed=True)
+        if found is None and (mixed or (len(adapters) > 1 and masks_rows(state))):
+            found = together_obstacle(adapters, mixed=mixed)
         return state, found
 
     def arguments_obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -77,9 +80,9 @@ def opaque_input_obstacle(layer: Any, state: State, x: Any) -> str | None:
     found = input_obstacle(x, [(a.A, a.B, a.bias) for a in state.adapters])
     if found is not None:
         return found
-    names = state.sample_adapters
-    if names is not None and (x.dim() < 2 or len(names) != x.shape[0]):
-        return "length of adapter_names"
+    found = samples_obstacle(state, x)
+    if found is not None:
+        return found
     if torch.is_autocast_enabled(x.device.type):
         return None
     return cast_obstacle(layer, state.adapters, x)
@@ -88,10 +91,9 @@ def opaque_input_obstacle(layer: Any, state: State, x: Any) -> str | None:
 def opaque_output(state: State, x: Tensor, *, promotes: bool) -> Tensor:
     """The layer's output: adapters without dropout share one low-rank product, one with dropout has
     its own, as it has its own mask."""
-    names, adapters = state.sample_adapters, state.adapters
-    if names is not None:
+    adapters, spans = state.adapters, spans_of(state, x)
+    if spans is not None:
         f = _factors(adapters)
-        spans = rank_spans(adapters, names, x.device)
         layers = [f._replace(constants=f.constants._replace(rank_spans=spans))]
     else:
         plain = [adapter for adapter in adapters if adapter.dropout_p == 0.0]

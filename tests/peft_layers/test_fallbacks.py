@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lora_models import (
-    HAS_MICA,
-    MICA,
     K,
     accelerated_copy,
     assert_equal_runs,
@@ -105,7 +103,6 @@ SAME_RESULT: list[tuple[str, Prepare, dict[str, Any]]] = [
     ("merged", lambda m: m.merge_adapter(safe_merge=True), {}),
     ("no active adapter", lambda m: m.base_model.set_adapter([]), {}),
     ("DoRA with several adapters", _second_adapter(use_dora=True), {"use_dora": True}),
-    *([("variant MiCALinearVariant", _nothing, MICA)] if HAS_MICA else []),
     ("hooks on lora_A", _hook(_adapter("lora_A"), "register_forward_hook", _halve), {}),
     ("hooks on lora_B", _hook(_adapter("lora_B"), "register_forward_hook", _halve), {}),
     (

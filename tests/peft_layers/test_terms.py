@@ -107,9 +107,9 @@ TERMS = {
     "use_bdlora": Term(
         {"r": 4, "use_bdlora": {"target_modules_bd_a": ["q_proj"], "match_strict": False}}
     ),
-    "alora_invocation_tokens": Term({"alora_invocation_tokens": [1]}),
+    "alora_invocation_tokens": Term({"alora_invocation_tokens": [1]}, fused=ONE_ADAPTER),
     "velora_config": Term({"velora_config": {"num_groups": 4}}),
-    "mica": Term({**MICA, "r": 4}),
+    "mica": Term({**MICA, "r": 4}, fused=ALL),
     "kasa_config": Term({"kasa_config": "KasaConfig"}),
     "scaling as a tensor": Term(change=_scaling(lambda: torch.tensor(0.7)), fused=ALL),
     "scaling of another as a tensor": Term(

@@ -1,0 +1,84 @@
+"""Variants of LoRA that are a switch of the equation: MiCA (B frozen) and aLoRA (rows of S)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lora_models import HAS_MICA, MICA, K, accelerated_copy, compare, counted, peft_model, run
+from opaque_bases import opaque_model
+from peft.tuners.lora import variants
+from torch import Tensor
+
+from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
+
+ALORA = {"alora_invocation_tokens": [1]}
+SAMPLES, ROWS = 3, 7
+needs_alora = pytest.mark.skipif(
+    not hasattr(variants, "ALoraLinearVariant"), reason="PEFT has no aLoRA"
+)
+
+
+@pytest.mark.skipif(not HAS_MICA, reason="PEFT has no MiCA")
+def test_mica_trains_A_alone() -> None:
+    stock = peft_model(**MICA).train()
+    fused = accelerated_copy(stock)
+    compare(fused, stock, torch.randn(4, 5, K), compute_dtype=torch.float32)
+    trained = [name for name, p in fused.named_parameters() if p.requires_grad]
+    assert len(trained) == 1 and "lora_A" in trained[0]
+    assert counted(fused) == (1, {})
+
+
+@needs_alora
+@pytest.mark.parametrize("offsets", [None, [2, None, 99]], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "int8"])
+def test_alora_adapts_the_last_rows_of_a_sample(
+    kind: str, offsets: list[int | None] | None
+) -> None:
+    stock = peft_model(**ALORA) if kind == "dense" else opaque_model(kind, **ALORA)
+    fused, x = accelerated_copy(stock), torch.randn(SAMPLES, ROWS, K)
+    plain = peft_model() if kind == "dense" else opaque_model(kind)
+    plain.load_state_dict(stock.state_dict())
+    weights = torch.zeros(SAMPLES, ROWS, 1)
+    for weight, offset in zip(weights, offsets or [0] * SAMPLES, strict=True):
+        weight[max(0, ROWS - (offset or 0)) :] = 1
+
+    def of_rows(model: Any, x: Tensor) -> dict[str, Tensor | None]:
+        """Rows with an adapter from `model`, the others from its base alone."""
+        return run(Rows(model, weights), x)
+
+    actual = run(fused, x, alora_offsets=offsets)
+    assert counted(fused) == (1, {})
+    ours = {name if name in ("y", "x") else f"model.{name}": t for name, t in actual.items()}
+    eager = orders(lambda: of_rows(plain, x))
+    if kind == "dense":
+        ref64 = of_rows(copy.deepcopy(plain).double(), x.double())
+        assert_all_accurate(ours, ref64, eager, compute_dtype=torch.float32)
+    for name, values in eager.items():  # of int8 there is no float64
+        torch.testing.assert_close(ours[name], values[0])
+    base = run(fused, x)["y"]
+    with stock.disable_adapter():
+        assert base is not None
+        assert_same_bits(base, stock(x).detach(), name="without offsets the base's output")
+
+
+class Rows(torch.nn.Module):
+    def __init__(self, model: Any, weights: Tensor) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.model.disable_adapter():
+            base = self.model(x)
+        return torch.where(self.weights.bool(), self.model(x), base)
+
+
+@needs_alora
+def test_alora_of_a_batch_of_adapters_falls_back() -> None:
+    fused = accelerated_copy(peft_model(**ALORA)).eval()
+    with torch.no_grad():
+        y = fused(torch.randn(2, 3, K), adapter_names=["default", "default"], alora_offsets=[1, 2])
+    assert y.isfinite().all()
+    assert counted(fused) == (0, {"aLoRA with several adapters": 1})
