@@ -26,8 +26,9 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True, fuse_mlp: bool
 
     The class of every linear layer of LoRA (with rsLoRA, LoRA-FA, MiCA, aLoRA, DoRA), VeRA, AdaLoRA
     and (IA)³, dense or 4-bit, becomes a subclass of it; that of LoRA on any other base as well.
-    Their parameters, state_dict keys, repr and adapter methods stay as they are. Anything the fused path does not cover (merged or disabled adapters,
-    other variants, hooks on the inner layers, …) falls back to PEFT's own forward;
+    Their parameters, state_dict keys, repr and adapter methods stay as they are. Anything the fused
+    path does not cover (merged or disabled adapters, other variants, hooks on the inner layers, …)
+    falls back to PEFT's own forward;
     :func:`lora_fast.report` tells where, and why. Other kinds of layers (embeddings, convolutions,
     FourierFT, …) stay unchanged. Adapters that `model` adds, loads or hot-swaps later are covered,
     including layers that PEFT wraps for them; after ``peft.inject_adapter_in_model``, which keeps
