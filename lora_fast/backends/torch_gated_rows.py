@@ -42,23 +42,21 @@ def gated_forward(
     like, up = halves(*found)
     gate, up, f = rows_of(like, like.dtype), rows_of(up, up.dtype), linears.down
     work, narrow = product_dtypes(gate)
-    M, width = gate.shape
-    Sd = None if f is None or f.A is None else gate.new_empty(M, f.A.shape[0])
-    y = gate.new_empty(M, width if f is None else f.weight.shape[0])
+    (M, width), dtype = gate.shape, gate.dtype
+    y = Sd = None
     with without_autocast(gate):
-        product = None if f is None else _Product(f, M, gate.dtype, work)
+        product = None if f is None else _Product(f, M, dtype, work)
         dropout = None if f is None else _drawn(f, M, gate)
-        for some in _blocks(gate, y.shape[1], linears):
-            h = activated(gate[some].to(work), activation).mul_(up[some])
-            if f is None or product is None:
-                y[some] = h
-                continue
-            part = None
-            if f.A is not None:
-                part = low_rank.shrink(h.to(narrow), f.A, _of(dropout, some))
-                given(Sd)[some] = part
-            y[some] = product(h, part)
-    y = shaped_as(like, y)
+        for some in _blocks(gate, width if f is None else f.weight.shape[0], linears):
+            h = activated(_of(gate, some).to(work), activation).mul_(_of(up, some))
+            if f is not None and product is not None:
+                S_some = None
+                if f.A is not None:
+                    S_some = low_rank.shrink(h.to(narrow), f.A, _dropped(dropout, some))
+                    Sd = _with(Sd, some, S_some, M, dtype)
+                h = product(h, S_some)
+            y = _with(y, some, h, M, dtype)
+    y = shaped_as(like, given(y))
     if not needs.down.x:
         return y, GatedSaved()
     S = S if needs.gate.B or needs.up.B else None
@@ -119,26 +117,26 @@ def gated_backward(
     gate, up, rows = (rows_of(t, t.dtype) for t in (*halves(given(saved.gate), saved.up), dY))
     blocks, work = _blocks(gate, rows.shape[1], linears), product_dtypes(rows)[0]
     places = [i for i in (0, 1) if isinstance(linears[i], Factors)]
-    memory = gate.new_empty(2 * blocks[0].stop * gate.shape[1], dtype=work)
+    memory = gate.new_empty(2 * _of(gate, blocks[0]).numel(), dtype=work)
     # Where they were computed elsewhere, their gradients are results.
-    results = {i: torch.empty_like(gate) for i in (0, 1) if i not in places and needs[i].x}
+    results: dict[int, Tensor | None] = {i: None for i in (0, 1) if i not in places and needs[i].x}
     with without_autocast(dY):
         before = _Before(linears.read_x, [needs[i] for i in places], saved.S, rows, len(blocks) > 1)
         down = None
         if linears.down is not None:
             down = _Down(linears.down, needs.down, saved.Sd, rows, len(blocks) > 1)
         for some in blocks:
-            wide_gate, wide_up = gate[some].to(work), up[some].to(work)
+            wide_gate, wide_up = _of(gate, some).to(work), _of(up, some).to(work)
             acted = activated(wide_gate, activation)
             if down is None:
-                dH = rows[some].to(work)
+                dH = _of(rows, some).to(work)
             else:
                 dH = down.add(some, acted * wide_up if needs.down.A else None)
-            both, *pair = _halves_in(memory, gate[some].shape, fused=linears.is_fused)
+            both, *pair = _halves_in(memory, wide_gate.shape, fused=linears.is_fused)
             torch.mul(dH, acted, out=pair[1])
             activation_gradient(dH * wide_up, wide_gate, activation, out=pair[0])
             for i, whole in results.items():
-                whole[some] = pair[i]
+                results[i] = _with(whole, some, pair[i], gate.shape[0], gate.dtype)
             before.add(some, [both] if linears.is_fused else [pair[i] for i in places])
         of_read_x = before.gradients(None if x is None else rows_of(x, x.dtype))
     lead = dY.shape[:-1]
@@ -199,18 +197,18 @@ class _Down:
         self._is_one = below is not None
         self._W = _Weights([f], dY.dtype, work, keeps_weights, below)
 
-    def add(self, some: slice, h: Tensor | None) -> Tensor:
+    def add(self, some: slice | None, h: Tensor | None) -> Tensor:
         """dH of some rows, whose part of dA is added; `h` if A trains."""
-        dropout, dH = _of(self._dropout, some), None
+        dropout, dH = _dropped(self._dropout, some), None
         if self._dS is not None:
-            dS = self._dS[some]
+            dS = _of(self._dS, some)
             if not self._is_one:
                 A = given(self._A).to(self._narrow)
                 dH = low_rank.input_gradient(dS, A, dropout).to(self._dY.dtype)
             if h is not None:
                 dA = low_rank.factor_gradient(dS, h.to(self._narrow), dropout)
                 self._dA = dA if self._dA is None else self._dA.add_(dA)
-        return add_product(dH, self._dY[some], self._W[0])
+        return add_product(dH, _of(self._dY, some), self._W[0])
 
     @property
     def gradients(self) -> Gradients:
@@ -242,10 +240,10 @@ class _Before:
         self._dS: Tensor | None = None
         if self._ranked and self._need.saves_mask:
             self._dropout = _drawn(self._ranked[0], self._M, dY)
-        K = fs[0].weight.shape[1] if fs else 0
-        self.dX = dY.new_empty(self._M, K) if self._need.x and fs else None
+        self._dtype = dY.dtype
+        self.dX: Tensor | None = None
 
-    def add(self, some: slice, dYs: Sequence[Tensor]) -> None:
+    def add(self, some: slice | None, dYs: Sequence[Tensor]) -> None:
         """Some rows of dX, and what they add to the factors' gradients, for dY of every layer."""
         narrows = [dY.to(self._narrow) for dY in dYs]
         for i, (f, need, dY) in enumerate(zip(self._fs, self._needs, narrows, strict=True)):
@@ -253,18 +251,20 @@ class _Before:
             if need.bias and f.bias is not None:
                 self._sum(i, "bias", dY.sum(0, dtype=wide_dtype(dY.dtype)))
             if need.B and S is not None:
-                # This way round: its sums are rows of few columns the other way.
-                self._sum(i, "B", rows_product(S[some].to(self._narrow), dY))
+                S = _of(S, some).to(self._narrow)
+                # Rows of dBᵀ are long, which is faster where that outweighs turning it round.
+                dB = rows_product(S, dY).T if dY.shape[0] >= _ROWS else rows_product(dY, S)
+                self._sum(i, "B", dB)
         dX = None
         if self._A is not None and self._need.saves_mask:
             dS = self._shrunk(some, narrows)
             if self._need.x:
-                dropout = _of(self._dropout, some)
+                dropout = _dropped(self._dropout, some)
                 dX = low_rank.input_gradient(dS, self._A, dropout).to(self._work)
-        if self.dX is not None:
+        if self._need.x and dYs:
             for i, dY in enumerate(dYs):
                 dX = add_product(dX, dY, self._W[i])
-            self.dX[some] = given(dX)
+            self.dX = _with(self.dX, some, given(dX), self._M, self._dtype)
 
     def gradients(self, x: Tensor | None) -> list[Gradients]:
         """Those of the factors of every layer, each in its dtype, after all rows."""
@@ -280,20 +280,18 @@ class _Before:
                 Gradients(
                     bias=None if bias is None else bias.to(given(f.bias).dtype),
                     A=dA.to(given(f.A).dtype) if need.A and dA is not None else None,
-                    B=None if dB is None else _scaled(dB.T, f),
+                    B=None if dB is None else _scaled(dB, f),
                 )
             )
         return found
 
-    def _shrunk(self, some: slice, dYs: Sequence[Tensor]) -> Tensor:
+    def _shrunk(self, some: slice | None, dYs: Sequence[Tensor]) -> Tensor:
         """dS of some rows [rows, Σ R], which is kept for dA."""
         ranked = [(dY, f) for dY, f in zip(dYs, self._fs, strict=True) if f.A is not None]
         parts = [low_rank.shrunk_gradient(dY, f) for dY, f in ranked]
         dS = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self._need.A:
-            if self._dS is None:
-                self._dS = dS.new_empty(self._M, dS.shape[1])
-            self._dS[some] = dS
+            self._dS = _with(self._dS, some, dS, self._M, dS.dtype)
         return dS
 
     def _sum(self, i: int, name: str, part: Tensor) -> None:
@@ -301,12 +299,14 @@ class _Before:
         sums[name] = sums[name].add_(part) if name in sums else part
 
 
-def _blocks(gate: Tensor, N: int, linears: GatedLinears) -> list[slice]:
-    """Rows that are computed at a time: some on a CPU, all elsewhere and beside NF4 weights."""
+def _blocks(gate: Tensor, N: int, linears: GatedLinears) -> list[slice | None]:
+    """Rows that are computed at a time: some on a CPU, all (None) elsewhere and beside NF4."""
     M = gate.shape[0]
     packed = any(isinstance(f, Factors) and isinstance(f.weight, NF4Weight) for f in linears)
     step = M if packed or gate.device.type != "cpu" else max(_ROWS, N // _PART_OF_H)
-    return [slice(start, min(start + step, M)) for start in range(0, M, max(1, step))] or [slice(0)]
+    if step >= M:
+        return [None]
+    return [slice(start, min(start + step, M)) for start in range(0, M, step)]
 
 
 def _halves_in(memory: Tensor, shape: Sequence[int], *, fused: bool) -> tuple[Tensor, ...]:
@@ -320,7 +320,7 @@ def _halves_in(memory: Tensor, shape: Sequence[int], *, fused: bool) -> tuple[Te
 
 
 def _scaled(dB: Tensor, f: Factors) -> Tensor:
-    return (dB * f.constants.scaling).to(given(f.B).dtype).contiguous()
+    return dB.mul_(f.constants.scaling).to(given(f.B).dtype).contiguous()
 
 
 def _shaped(rows: Tensor | None, lead: Sequence[int]) -> Tensor | None:
@@ -335,5 +335,22 @@ def _drawn(f: Factors, M: int, like: Tensor) -> Dropout | None:
     return Dropout(dropout_mask(seed, M, f.A.shape[1], p, like.device), p)
 
 
-def _of(dropout: Dropout | None, some: slice) -> Dropout | None:
-    return None if dropout is None else Dropout(dropout.mask[some], dropout.p)
+def _dropped(dropout: Dropout | None, some: slice | None) -> Dropout | None:
+    """The dropout of some rows."""
+    return None if dropout is None else Dropout(_of(dropout.mask, some), dropout.p)
+
+
+def _of(rows: Tensor, some: slice | None) -> Tensor:
+    return rows if some is None else rows[some]
+
+
+def _with(
+    whole: Tensor | None, some: slice | None, part: Tensor, M: int, dtype: torch.dtype
+) -> Tensor:
+    """The matrix of M rows and `dtype` with some rows, or all: `whole` is None before the first."""
+    if some is None:
+        return part if part.dtype is dtype else part.to(dtype)
+    if whole is None:
+        whole = part.new_empty(M, part.shape[1], dtype=dtype)
+    whole[some] = part
+    return whole
