@@ -11,6 +11,7 @@ symbols are asked for them.
 from __future__ import annotations
 
 import dis
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -78,7 +79,10 @@ def _check(function: Any, cls: type, reads: list[Read], seen: set[Any]) -> None:
     for name, cell in closure:
         if name != "__class__":
             _check_value(name, cell.cell_contents, cls, reads, seen)
-    for name in _globals_of(code):
+    names, reason = _globals_of(code)
+    if reason is not None:
+        raise Unprovable(reason)
+    for name in names:
         if name in scope:
             reads.append((scope, name, scope[name]))
             _check_value(name, scope[name], cls, reads, seen)
@@ -97,19 +101,25 @@ def _check_value(name: str, value: Any, cls: type, reads: list[Read], seen: set[
     _check(value, cls, reads, seen)
 
 
-def _globals_of(code: CodeType) -> Iterator[str]:
-    """The global names that the code reads, its nested functions' too."""
+@functools.cache
+def _globals_of(code: CodeType) -> tuple[tuple[str, ...], str | None]:
+    """The global names that the code reads, its nested functions' too, and why it may not run."""
+    names: list[str] = []
     for instruction in dis.get_instructions(code):
         name, found = instruction.opname, instruction.argval
         if name in _STORES or (name == "STORE_DEREF" and found in code.co_freevars):
-            raise Unprovable(f"{code.co_qualname} changes {found or 'a value'}")
+            return (), f"{code.co_qualname} changes {found or 'a value'}"
         if name in _LEAVES:
-            raise Unprovable(f"{code.co_qualname} imports or yields")
+            return (), f"{code.co_qualname} imports or yields"
         if name in _READS_GLOBAL:
-            yield found
+            names.append(found)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _globals_of(constant)
+            inner, reason = _globals_of(constant)
+            if reason is not None:
+                return (), reason
+            names += inner
+    return tuple(dict.fromkeys(names)), None
 
 
 def _inherited(code: CodeType, cls: type) -> Iterator[FunctionType]:

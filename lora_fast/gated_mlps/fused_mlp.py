@@ -59,7 +59,7 @@ class FusedMLP:
         state: MLPState | None = module.__dict__.get(STATE)
         if state is not None:
             if torch.compiler.is_compiling():
-                y: Tensor | str = "torch.compile"
+                y: Tensor | str = "layers are operators"
             elif len(args) == 1 and not kwargs:
                 y = output(module, state, args[0])
             else:

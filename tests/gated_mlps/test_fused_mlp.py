@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from gated_models import (
     NAMES,
+    WIDTH,
     BothInOne,
     GatedMLP,
     H,
@@ -211,6 +213,24 @@ def test_one_layer_is_another(change: Any, name: str) -> None:
     assert reported(fused).fused
     assert (name in reported(fused).alone) == (change is not other_rank)
     assert counted(fused) == (3, {})
+
+
+def test_an_8_bit_gate() -> None:
+    base = Model()
+    gate = bnb.nn.Linear8bitLt(H, WIDTH, bias=False, has_fp16_weights=False)
+    gate.load_state_dict(base.mlp.gate_proj.state_dict())
+    base.mlp.gate_proj = gate.to("cpu")  # type: ignore[assignment]
+    base.is_loaded_in_8bit = True  # type: ignore[assignment]
+    lora = LoraConfig(r=4, target_modules=list(NAMES), init_lora_weights=False)
+    stock = get_peft_model(base, lora).eval()
+    fused = accelerated_copy(stock)
+    x = torch.randn(3, H)
+    expected = run(stock, x)
+    for name, tensor in run(fused, x).items():
+        assert_agree(tensor, expected[name], within=ORDER_DIFFERENCE, name=name)
+    assert counts(fused) == (1, {})
+    assert list(reported(fused).alone) == ["gate_proj"]
+    assert counted(fused) == (2, {})
 
 
 def test_gate_and_up_in_one_layer() -> None:
