@@ -68,9 +68,9 @@ def _walk_columns(
         # Of a multiple that the compiler sees: with it, rows load in vectors.
         first_l = tile * BLOCK_L
         offs_l = first_l + tl.arange(0, BLOCK_L)
-        x = load_branch(gate, offs_m, offs_l, M, L, TILES, TARGET.PRECISION)
+        x = load_branch(gate, offs_m, offs_l, M, L, TILES, TARGET)
         a, _ = activated(x, ACTIVATION)
-        h = a * load_branch(up, offs_m, offs_l, M, L, TILES, TARGET.PRECISION)
+        h = a * load_branch(up, offs_m, offs_l, M, L, TILES, TARGET)
         h = h.to(dtype)
         store_tile(h_mat, h, offs_m, offs_l)
         if HAS_S:

@@ -42,7 +42,7 @@ class DownScaled(NamedTuple):
 @triton.jit
 def _add_step(
     part, down, u, offs_m, offs_l, r, M, L,
-    BLOCK_E: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, DTYPE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """part + u · dS A of the columns of the rank from r on."""
     offs_r = r + tl.arange(0, BLOCK_E)
@@ -51,13 +51,13 @@ def _add_step(
         dS = (dS * u).to(DTYPE)
     A_mat = Matrix(down.A_ptr, down.stride_al, down.stride_ar, L, down.R)
     A = load_tile(A_mat, offs_l, offs_r).to(DTYPE)
-    return tl.dot(dS, tl.trans(A), part, input_precision=PRECISION)
+    return tl.dot(dS, tl.trans(A), part, input_precision=TARGET.PRECISION)
 
 
 @triton.jit
 def _low_rank(
     down, words, tile_rows, offs_m, block_m, first_l, M, L,
-    DROPOUT: tl.constexpr, DTYPE: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, DTYPE: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """drop'(dS A) of a tile."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
@@ -72,10 +72,10 @@ def _low_rank(
         keep_scale *= inverse
     part = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
     if TILES.ONE_STEP:
-        part = _add_step(part, down, u, offs_m, offs_l, 0, M, L, BLOCK_E, DTYPE, PRECISION)
+        part = _add_step(part, down, u, offs_m, offs_l, 0, M, L, BLOCK_E, DTYPE, TARGET)
     else:
         for r in tl.range(0, down.R, BLOCK_E, num_stages=1):
-            part = _add_step(part, down, u, offs_m, offs_l, r, M, L, BLOCK_E, DTYPE, PRECISION)
+            part = _add_step(part, down, u, offs_m, offs_l, r, M, L, BLOCK_E, DTYPE, TARGET)
     if DROPOUT:
         keep = keep_mask(words, seed_of(words), offs_m, first_l, BLOCK_L)
         part = tl.where(keep, part * keep_scale, 0.0)
@@ -97,15 +97,15 @@ def gated_gradients(
     offs_m = block_m * TILES.BLOCK_M + tl.arange(0, TILES.BLOCK_M)
     offs_l = first_l + tl.arange(0, TILES.BLOCK_L)
     a, slope = activated(
-        load_branch(gate, offs_m, offs_l, M, L, TILES, TARGET.PRECISION), ACTIVATION
+        load_branch(gate, offs_m, offs_l, M, L, TILES, TARGET), ACTIVATION
     )
-    u = load_branch(up, offs_m, offs_l, M, L, TILES, TARGET.PRECISION)
+    u = load_branch(up, offs_m, offs_l, M, L, TILES, TARGET)
     dh_mat = Matrix(dh_ptr, stride_dh, 1, M, L)
     dh = load_tile(dh_mat, offs_m, offs_l).to(tl.float32)
     if down.dS_ptr is not None:
         dh += _low_rank(
             down, Words(seed_ptr, seed_low, seed_high, threshold, keep_scale), tile_rows, offs_m,
-            block_m, first_l, M, L, DROPOUT, dh_ptr.dtype.element_ty, TILES, TARGET.PRECISION,
+            block_m, first_l, M, L, DROPOUT, dh_ptr.dtype.element_ty, TILES, TARGET,
         )  # fmt: skip
     store_tile(Matrix(dgate_ptr, stride_dgate, 1, M, L), dh * (u * slope), offs_m, offs_l)
     store_tile(Matrix(dup_ptr, stride_dup, 1, M, L), dh * a, offs_m, offs_l)

@@ -57,18 +57,18 @@ def load_Q(branch, offs_l, offs_r, L):
 
 @triton.jit
 def _add_step(
-    tile, branch, offs_m, offs_l, r, M, L, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr
+    tile, branch, offs_m, offs_l, r, M, L, BLOCK_E: tl.constexpr, TARGET: tl.constexpr
 ):
     """tile + S · Qᵀ of the columns of the rank from r on."""
     offs_r = r + tl.arange(0, BLOCK_E)
     S = load_tile(Matrix(branch.s_ptr, branch.stride_s, 1, M, branch.R), offs_m, offs_r)
     Q = load_Q(branch, offs_l, offs_r, L)
-    return tl.dot(S, tl.trans(Q), tile, input_precision=PRECISION)
+    return tl.dot(S, tl.trans(Q), tile, input_precision=TARGET.PRECISION)
 
 
 @triton.jit
 def load_branch(
-    branch, offs_m, offs_l, M, L, TILES: tl.constexpr, PRECISION: tl.constexpr
+    branch, offs_m, offs_l, M, L, TILES: tl.constexpr, TARGET: tl.constexpr
 ):  # fmt: skip
     """A tile of gate or up in float32, the low-rank part added to it."""
     tile = load_tile(Matrix(branch.base_ptr, branch.stride_base, 1, M, L), offs_m, offs_l)
@@ -76,10 +76,10 @@ def load_branch(
     BLOCK_E: tl.constexpr = TILES.BLOCK_E
     if branch.s_ptr is not None:
         if TILES.ONE_STEP:
-            tile = _add_step(tile, branch, offs_m, offs_l, 0, M, L, BLOCK_E, PRECISION)
+            tile = _add_step(tile, branch, offs_m, offs_l, 0, M, L, BLOCK_E, TARGET)
         else:
             for r in tl.range(0, branch.R, BLOCK_E, num_stages=1):
-                tile = _add_step(tile, branch, offs_m, offs_l, r, M, L, BLOCK_E, PRECISION)
+                tile = _add_step(tile, branch, offs_m, offs_l, r, M, L, BLOCK_E, TARGET)
     return tile
 
 
