@@ -31,7 +31,7 @@ from .torch_products import add_product, linear, product_dtypes, rows_product, w
 
 # Rows at a time on a CPU: at least so many, and a part of H, since products read the whole weight
 # for every few rows.
-_ROWS, _PART_OF_H = 512, 4
+_ROWS, _PART_OF_H = 1024, 4
 
 
 def gated_forward(
@@ -88,12 +88,12 @@ def _gate_and_up(
 
 
 class _Product:
-    """x Wᵀ + s · S Bᵀ + bias for rows of x [M, K]. For many it is one product,
-    [x | S] [W | s·B]ᵀ + bias, which is worth a copy of W; for few, one on top of the other."""
+    """x Wᵀ + s · S Bᵀ + bias for rows of x [M, K]. In 16 bits, for many rows, it is one product,
+    [x | S] [W | s·B]ᵀ + bias, which is worth a copy of W; else one on top of the other."""
 
     def __init__(self, f: Factors, M: int, dtype: torch.dtype, work: torch.dtype) -> None:
         self._f, self._W = f, dense(f.weight, dtype).to(work)
-        self._is_one = f.B is not None and self._W.shape[1] <= M
+        self._is_one = f.B is not None and work.itemsize == 2 and self._W.shape[1] <= M
         if self._is_one:
             Q = low_rank.expand_factor(f, work) * f.constants.scaling
             self._W = torch.cat([self._W, Q], dim=1)
@@ -177,7 +177,7 @@ class _Weights:
 class _Down:
     """The layer that reads h: its gradients, of which those of h and A come some rows at a time.
 
-    Of many rows and without dropout dH is one product, [dY | dS] [W; A], as y is.
+    Without dropout dH is one product, [dY | dS] [W; A], where y is.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class _Down:
         self._dA: Tensor | None = None
         if f.A is not None:
             self._dS = low_rank.shrunk_gradient(narrow, f)
-            if self._dropout is None and self._dS.dtype is work and N <= M:
+            if self._dropout is None and self._dS.dtype is work and work.itemsize == 2 and N <= M:
                 self._dY, below = torch.cat([self._dY, self._dS], dim=1), f.A.to(work)
         self._is_one = below is not None
         self._W = _Weights([f], dY.dtype, work, keeps_weights, below)
