@@ -12,7 +12,7 @@ from torch import nn
 
 from ..backends.choice import get_backend, uses_triton
 from ..base_layer.call_counts import CallCounts
-from ..base_layer.linear import describe
+from ..base_layer.linear import describe, is_conv1d, weight_shape
 from ..base_layer.obstacles import environment_obstacle, runs_own_forward
 from ..features import switched_off
 from ..gated_mlps.status import statuses
@@ -215,12 +215,14 @@ def _route(base: Any) -> str:
     tuner = sys.modules.get("lora_fast.tuning.tuner")
     met = [] if tuner is None else tuner.tuner.chosen()
     found = []
+    N, K = (getattr(base, name, None) for name in ("out_features", "in_features"))
+    if is_conv1d(base):
+        N, K = weight_shape(base)
     for direction, is_forward in (("forward", True), ("backward", False)):
         routes = {
             query.M: plan.route
             for query, plan in sorted(met, key=lambda pair: pair[0].M)
-            if query.is_forward == is_forward
-            and (query.K, base.out_features in query.N) == (base.in_features, True)
+            if query.is_forward == is_forward and (query.K, N in query.N) == (K, True)
         }
         if len(set(routes.values())) == 1:
             found.append(f"{direction} {next(iter(routes.values()))}")

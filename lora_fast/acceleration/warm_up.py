@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..base_layer.linear import weight_shape
 from ..gated_mlps.fused_mlp import FusedMLP
 from ..gated_mlps.operands import linears_of
 from ..modules.adapter_module import AdapterModule
@@ -91,7 +92,7 @@ def run(layers: Sequence[Any], M: int, *, training: bool) -> None:
     base = _first_linear(layers[0])
     device: torch.device = base.weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        x = torch.randn(1, M, base.in_features, device=device).to(compute_dtype(base))
+        x = torch.randn(1, M, weight_shape(base)[1], device=device).to(compute_dtype(base))
         trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         if training and trained:
             for needs_x in (True, False):

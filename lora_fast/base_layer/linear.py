@@ -44,7 +44,7 @@ def adapted(
     """
     constants = Constants(scaling, dropout_p, 0, rank_spans)  # type: ignore[arg-type]
     if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
-        return compute(x, [Factors(base.weight, bias, A, B, b, d, g, constants)])[0]
+        return compute(x, [Factors(weight_of(base), bias, A, B, b, d, g, constants)])[0]
     dtype, given = four_bit_dtype(base, x), x.dtype
     x = x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
     weight = NF4Weight.view(base.weight.data, base.weight.quant_state)
@@ -70,10 +70,20 @@ def adapted_together(
 
 
 def weight_of(base: Any) -> Tensor | NF4Weight:
-    """W [N, K] as the operation takes it."""
+    """W [N, K] as the operation takes it; of a Conv1D a view of its [K, N]."""
     weight = base.weight
+    if type(base) is nn.Linear:
+        return weight
+    if is_conv1d(base):
+        return weight.T
     packed = isinstance(base, four_bit.classes or four_bit.find())
     return NF4Weight.view(weight.data, weight.quant_state) if packed else weight
+
+
+def is_conv1d(base: Any) -> bool:
+    """Whether `base` is the linear layer of GPT-2, ``transformers.pytorch_utils.Conv1D``."""
+    kind = type(base)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def describe(base: nn.Module) -> str:
@@ -90,6 +100,8 @@ def describe(base: nn.Module) -> str:
 
 def weight_shape(base: Any) -> tuple[int, ...]:
     """(N, K) of the base's weight, packed or not."""
+    if is_conv1d(base):
+        return tuple(reversed(base.weight.shape))
     if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
         return tuple(base.weight.shape)
     if getattr(base.weight, "quant_state", None) is None:

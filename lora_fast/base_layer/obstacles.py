@@ -20,7 +20,7 @@ from torch.nn.modules import module as module_hooks
 
 from .. import four_bit
 from ..features import is_exporting
-from .linear import weight_shape
+from .linear import is_conv1d, weight_shape
 
 PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,9 +95,13 @@ def _partition_obstacle(tensor: Tensor | None, role: str) -> str | None:
     return f"{role} is partitioned by DeepSpeed ZeRO-3" if hasattr(tensor, "ds_id") else None
 
 
-def base_obstacle(base: Any) -> str | None:
-    """Why the base layer's weight and bias cannot enter the equation directly."""
-    if type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
+def base_obstacle(base: Any, *, takes_conv1d: bool = False) -> str | None:
+    """Why the base layer's weight and bias cannot enter the equation directly; a Conv1D's, whose
+    weight is [K, N], only where the caller takes it."""
+    if takes_conv1d and is_conv1d(base):
+        found = module_obstacle(base, "base layer", type(base))
+        found = found or tensor_obstacle(base.weight, "weight")
+    elif type(base) is nn.Linear or not isinstance(base, four_bit.classes or four_bit.find()):
         found = module_obstacle(base, "base layer", nn.Linear)
         found = found or tensor_obstacle(base.weight, "weight")
     else:
@@ -139,7 +143,8 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
         if t is not None and t.device != device:
             return "tensors on different devices"
     # Weights that base_obstacle accepts are dense or packed.
-    return _dtype_obstacle(x, weight if type(base) is nn.Linear else None, bias, factors)
+    is_dense = type(base) is nn.Linear or is_conv1d(base)
+    return _dtype_obstacle(x, weight if is_dense else None, bias, factors)
 
 
 def _nf4_obstacle(base: Any) -> str | None:

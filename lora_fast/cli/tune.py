@@ -124,7 +124,7 @@ def _show(console: Console, model: str, layers: Replica, tokens: list[int]) -> N
     for note in layers.notes:
         console.print(f"[yellow]![/] {escape(note)}")
     for reason, count in layers.plain.items():
-        console.print(f"[yellow]![/] {count} layers stay PEFT's: {escape(reason)}")
+        console.print(f"[yellow]![/] {count} layers are not timed: {escape(reason)}")
     if not layers.alike:
         console.print(f"[bold]{escape(model)}[/]: no layer of it runs fused: nothing to time")
         return

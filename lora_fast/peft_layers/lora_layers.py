@@ -65,7 +65,7 @@ class FusedLoRALayer(FusedForward):
         mixed = names is not None
         wanted = dict.fromkeys(names) if mixed else layer.active_adapters
         adapters, found = read_adapters(layer, wanted)
-        opaque = base_obstacle(base) if found is None else None
+        opaque = base_obstacle(base, takes_conv1d=True) if found is None else None
         offsets = kwargs.get("alora_offsets")
         state = State(base, adapters, list(names) if mixed else None, opaque, offsets)
         if opaque is not None:

@@ -34,7 +34,7 @@ class Replica(nn.Module):
     """Layers by the path of their parent, on the meta device until :meth:`materialise`.
 
     ``alike``: how many parents of the model have the same adapted layers, by path. ``plain``: how
-    many layers stay PEFT's, by reason. ``notes``: remarks on the config.
+    many layers are not timed, by reason. ``notes``: remarks on the config.
     """
 
     def __init__(self, model: nn.Module, notes: tuple[str, ...] = ()) -> None:
