@@ -20,7 +20,7 @@ from typing import Any
 
 from lora_fast.tuning.rooflines import BY_ARCH
 
-from . import counting, one_case, regression, tables, tasks, whole_layer
+from . import activated, counting, one_case, regression, tables, tasks, whole_layer
 from .contestants import Case
 from .counting import EVERYTHING, FAST, MAIN
 
@@ -101,7 +101,7 @@ def _about() -> dict[str, str]:
 def _keep(new: dict[str, Any], folder: Path) -> None:
     """Write results, tables and pictures, with the parts that --check does not compare."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = {**new, "whole_layers": whole_layer.rows()}
+    new = {**new, "whole_layers": whole_layer.rows(), "activated": activated.rows()}
     _write(folder / FILE, new)
     text = tables.everything(new, counting.breakdown(MAIN, 90))
     (folder / "tables.md").write_text(text)
@@ -124,6 +124,7 @@ def _write(path: Path, results: dict[str, Any]) -> None:
         "launches": _lines(results["launches"]),
         "kernels": _lines(results["kernels"]),
         "whole_layers": _lines(results["whole_layers"]),
+        "activated": _lines(results["activated"]),
     }
     body = ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items())
     path.write_text("{\n" + body + "\n}\n")

@@ -27,6 +27,8 @@ def everything(results: dict[str, Rows], breakdown: Rows) -> str:
         _assumptions(),
         "## In short: one Llama-3-8B layer, bfloat16, M = 8192, r = 16, forward + backward",
         in_short(counts, results["whole_layers"]),
+        "## The linears and the activation of one layer: M = 8192, r = 16, forward + backward",
+        with_mlp(results["activated"]),
         "## Every device: bfloat16, M = 8192, r = 16, forward + backward",
         summary(counts),
         "## The routes that are taken, until a device was measured: r = 16, forward + backward",
@@ -73,6 +75,24 @@ _NAMES = {
     "lorafusion": "LoRAFusion (model of its graph)",
     "lora_fast": "lora_fast",
 }
+
+
+def with_mlp(rows: Rows) -> str:
+    """The linears of a decoder layer with the activation of its MLP, as each computes both, over
+    the frozen layer as Hugging Face computes it; of ours one row for each device."""
+    devices = [r.name for r in ROOFLINES]
+    lines = [
+        (
+            row["weight"],
+            row["who"],
+            str(row["launches"]),
+            f"{row['bytes'] / 1e9:.2f} GB",
+            f"{row['saved_bytes'] / 1e6:.0f} MB",
+            *(f"{row['over_frozen'][d]:.3f}" if d in row["over_frozen"] else "" for d in devices),
+        )
+        for row in rows
+    ]
+    return table(("W", "", "launches", "HBM traffic", "saved", *devices), lines)
 
 
 def routes(counts: Rows) -> str:

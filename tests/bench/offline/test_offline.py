@@ -196,6 +196,7 @@ KEPT: dict[str, Any] = {
         }
     ],
     "whole_layers": [{"layer": "L", "who": "lora_fast", "saved_bytes": 1}],
+    "activated": [],
 }
 
 
