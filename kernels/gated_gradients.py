@@ -96,9 +96,7 @@ def gated_gradients(
     first_l = block_l * TILES.BLOCK_L
     offs_m = block_m * TILES.BLOCK_M + tl.arange(0, TILES.BLOCK_M)
     offs_l = first_l + tl.arange(0, TILES.BLOCK_L)
-    a, slope = activated(
-        load_branch(gate, offs_m, offs_l, M, L, TILES, TARGET), ACTIVATION
-    )
+    a, slope = activated(load_branch(gate, offs_m, offs_l, M, L, TILES, TARGET), ACTIVATION)
     u = load_branch(up, offs_m, offs_l, M, L, TILES, TARGET)
     dh_mat = Matrix(dh_ptr, stride_dh, 1, M, L)
     dh = load_tile(dh_mat, offs_m, offs_l).to(tl.float32)

@@ -56,9 +56,7 @@ def load_Q(branch, offs_l, offs_r, L):
 
 
 @triton.jit
-def _add_step(
-    tile, branch, offs_m, offs_l, r, M, L, BLOCK_E: tl.constexpr, TARGET: tl.constexpr
-):
+def _add_step(tile, branch, offs_m, offs_l, r, M, L, BLOCK_E: tl.constexpr, TARGET: tl.constexpr):
     """tile + S · Qᵀ of the columns of the rank from r on."""
     offs_r = r + tl.arange(0, BLOCK_E)
     S = load_tile(Matrix(branch.s_ptr, branch.stride_s, 1, M, branch.R), offs_m, offs_r)

@@ -114,6 +114,7 @@ TESTED_IN = {
     "bench/delta_lora_rounding.py": "optim/test_delta_lora.py",
     "bench/linear.py": "bench/test_bench.py",
     "bench/linear_cases.py": "bench/test_bench.py",
+    "bench/experts.py": "bench/test_bench.py",
     "bench/instruments/device_label.py": "bench/test_bench.py",
     "bench/instruments/paired.py": "bench/test_bench.py",
     "bench/instruments/gated_traffic.py": "bench/offline/test_traffic.py",
