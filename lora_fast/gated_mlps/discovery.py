@@ -49,13 +49,15 @@ class GatedMLP(NamedTuple):
 
 class Proof(NamedTuple):
     """What the forward of a module was found to compute, or why that is unknown; as long as
-    everything that it read is what it was. `modules` must run their own forward alone."""
+    everything that it read is what it was. `modules` must run their own forward alone; `names` are
+    those of the linear layers."""
 
     mlp: GatedMLP | None
     reason: str | None
     own: dict[str, Any]
     reads: tuple[Read, ...] = ()
     modules: tuple[nn.Module, ...] = ()
+    names: tuple[str, ...] = ()
 
     def holds(self, module: nn.Module) -> bool:
         """Whether another proof for `module` would give the same."""
@@ -88,7 +90,8 @@ def prove(module: nn.Module, linears: dict[str, Any]) -> Proof:
     if trace.refused is not None:
         mlp = None
     reads, modules = _distinct(trace.reads), tuple(dict.fromkeys(trace.modules))
-    return Proof(mlp, trace.refused, module.__dict__, reads, modules)
+    names = () if mlp is None else mlp.names
+    return Proof(mlp, trace.refused, module.__dict__, reads, modules, names)
 
 
 def forward_of(module: nn.Module, reads: list[Read] | None = None) -> Any:

@@ -108,7 +108,7 @@ def output(module: nn.Module, state: MLPState, x: Any) -> Tensor | str:
     mlp = proof.mlp
     if mlp is None:
         return proof.reason or ""
-    found = observed(module, proof, mlp)
+    found = observed(module, proof)
     if found is not None:
         return found
     if not isinstance(x, Tensor):
@@ -120,21 +120,22 @@ def output(module: nn.Module, state: MLPState, x: Any) -> Tensor | str:
     up = None if mlp.up is None else children[mlp.up]
     of_gate = read(gate, x, casts)
     of_up = None if up is None else read(up, x, casts)
-    return _computed(mlp, x, casts, (gate, up, down), of_gate, of_up)
+    y = _plain(mlp, x, (gate, up, down), of_gate, of_up, casts)
+    return _computed(mlp, x, casts, (gate, up, down), of_gate, of_up) if y is None else y
 
 
-def observed(module: nn.Module, proof: Proof, mlp: GatedMLP) -> str | None:
+def observed(module: nn.Module, proof: Proof) -> str | None:
     """Why somebody may see or change the values between the layers, or leaves adapters out."""
-    for inner in proof.modules:
-        found = obstacle(inner)
-        if found is not None:
-            return f"{found} on {type(inner).__name__}"
     children: Any = module._modules
-    for name in mlp.names:
-        found = obstacle(children.get(name))
-        if found is not None:
-            return f"{name}: {found}"
-    return None
+    layers = [children.get(name) for name in proof.names]
+    found = obstacle([*layers, *proof.modules])
+    if found is None:
+        return None
+    layer, reason = found
+    for name, child in zip(proof.names, layers, strict=True):
+        if child is layer:
+            return f"{name}: {reason}"
+    return f"{reason} on {type(layer).__name__}"
 
 
 def _computed(
@@ -147,9 +148,6 @@ def _computed(
 ) -> Tensor | str:
     """The output, with those layers computed by themselves that the operation does not cover."""
     gate, up, down = layers
-    y = _plain(mlp, x, layers, of_gate, of_up, casts)
-    if y is not None:
-        return y
     first = [each for each in (of_gate, of_up) if isinstance(each, Operand)]
     dtypes = {each.returns for each in first} or {casts or x.dtype}
     (dtype, *different) = dtypes

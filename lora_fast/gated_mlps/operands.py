@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -89,25 +90,26 @@ def read(child: Any, x: Tensor, casts: torch.dtype | None) -> Operand | str:
     return Operand(Factors(weight_of(child), child.bias), computes, returns)
 
 
-def obstacle(child: Any) -> str | None:
-    """Why a call of a layer does more than its forward, or leaves its adapter out, so that the
-    forward of the MLP must make it; None for an ordinary one."""
-    if child is None:
-        return "missing"
-    own = child.__dict__
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        return "hooks"
-    if child._compiled_call_impl is not None:
-        return "compiled by itself"
-    if "forward" in own and not runs_own_forward(child):
-        return "forward replaced"
-    if own.get("_disable_adapters"):
-        return "adapters disabled"
-    if own.get("merged_adapters") or own.get("_undo") is not None:
-        return "merged"
+def obstacle(layers: Iterable[Any]) -> tuple[Any, str] | None:
+    """The first of some modules whose call does more than its forward, or leaves an adapter out, so
+    that the forward of the MLP must make it, and why; None if all are ordinary."""
+    for layer in layers:
+        if layer is None:
+            return layer, "missing"
+        own = layer.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return layer, "hooks"
+        if layer._compiled_call_impl is not None:
+            return layer, "compiled by itself"
+        if "forward" in own and not runs_own_forward(layer):
+            return layer, "forward replaced"
+        if own.get("_disable_adapters"):
+            return layer, "adapters disabled"
+        if own.get("merged_adapters") or own.get("_undo") is not None:
+            return layer, "merged"
     return None

@@ -45,7 +45,7 @@ def statuses(model: nn.Module) -> Iterator[MLPStatus]:
         found, alone = proof.reason, {}
         if mlp is not None:
             found = "not accelerated" if state is None else environment_obstacle()
-            found = found or observed(module, proof, mlp)
+            found = found or observed(module, proof)
             alone = {n: reason for n in mlp.names if (reason := always_alone(linears.get(n)))}
             if found is None and all(n in alone for n in mlp.names if is_adapted(linears.get(n))):
                 found = f"{mlp.down}: {alone.get(mlp.down, 'no adapter')}"

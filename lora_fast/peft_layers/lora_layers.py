@@ -40,7 +40,7 @@ from .lora_state import (
 )
 from .opaque_layers import opaque_input_obstacle, opaque_output
 from .plain_groups import plain_output_in_group
-from .plain_lora import geometry_if_fitting, is_frozen, plain_output, read_plain
+from .plain_lora import geometry_if_fitting, plain_output, read_plain
 from .shared_input import kept_output, output_with_siblings
 
 # Keyword arguments of a variant; PEFT removes them from the call and plain LoRA ignores them.
@@ -125,7 +125,7 @@ class FusedLoRALayer(FusedForward):
         plain = read_plain(self) if type(x) is Tensor else None
         if (
             plain is not None
-            and is_frozen(plain)
+            and not getattr(plain.factors.weight, "requires_grad", False)
             and geometry_if_fitting(self, x, (plain.factors,), plain.dtype, casts) is not None
         ):
             computes = casts or plain.dtype or x.dtype
