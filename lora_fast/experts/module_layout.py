@@ -40,7 +40,7 @@ def layout_of(module: Any) -> tuple[Layout | None, str | None]:
     """The layout, or why a module does not compute that equation on parameters of its own."""
     shared = _shared_forward()
     if shared is None or getattr(undecorated(type(module).forward), "__code__", None) is not shared:
-        return None, f"forward of {type(module).__name__} is not that of transformers' experts"
+        return None, f"{type(module).__name__} is not decorated as transformers decorates experts"
     if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
         return None, "transformers without flags of the experts' layout"
     if module.has_post_expert_norm:

@@ -216,7 +216,7 @@ def _train_experts(model: Any) -> None:
 
 
 OBSTACLES = {
-    "forward of Own is not that of transformers' experts": _no_decoration,
+    "Own is not decorated as transformers decorates experts": _no_decoration,
     "hooks on experts module": _hook,
     "hooks on inner wrapper": _hook_on_inner,
     "expert parallelism": _set("_is_expert_parallel", True),
@@ -257,7 +257,7 @@ def test_undecorated_families_fall_back() -> None:
     fused = lora_fast.accelerate(copy.deepcopy(stock))
     assert_models_agree(results(fused), results(stock))
     report = lora_fast.report(fused)
-    reason = "forward of Llama4TextExperts is not that of transformers' experts"
+    reason = "Llama4TextExperts is not decorated as transformers decorates experts"
     assert {line.obstacle for line in report.layers} == {reason}
 
 
