@@ -32,7 +32,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     """W [N, K] in `dtype`."""
     if not isinstance(weight, NF4Weight):
-        return weight.to(dtype)
+        return weight if weight.dtype is dtype else weight.to(dtype)
     if weight.decoded is None:
         return weight.dequantize(dtype)
     return weight.decoded.once(dtype, lambda: weight.dequantize(dtype))

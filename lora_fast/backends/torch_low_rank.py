@@ -104,7 +104,8 @@ def output_gradients(
     T = T if f.constants.scaling == 1.0 else T.mul_(f.constants.scaling)
     if needs.B:
         dB = T if f.d is None else T * f.d
-        found["B"] = (dB if f.b is None else dB * f.b.unsqueeze(1)).to(f.B.dtype)
+        dB = dB if f.b is None else dB * f.b.unsqueeze(1)
+        found["B"] = dB if dB.dtype is f.B.dtype else dB.to(f.B.dtype)
     if needs.b or needs.d:
         # Sums of N · R products with cancellation: float64 costs nothing at this size.
         TB = T.double() * f.B

@@ -70,9 +70,12 @@ class TorchBackend:
                     y, V = _gained(rows, W, S_i, f)
                 del W  # before the next one is decoded
                 ys.append(shaped_as(x, y if work is dtype else y.to(dtype)))
+        # A Tensor.to that has nothing to do takes the time of a small product.
+        S = S if S is None or S.dtype is dtype else S.to(dtype)
+        V = V if V is None or V.dtype is dtype else V.to(dtype)
         return ys, Saved(
-            S.to(dtype) if S is not None and need.saves_S else None,
-            V.to(dtype) if V is not None and need.saves_V else None,
+            S if need.saves_S else None,
+            V if V is not None and need.saves_V else None,
             dropout.mask if dropout is not None and need.saves_mask else None,
         )
 
@@ -285,4 +288,5 @@ def _set_gradients_of_A(
     parts = [dA] if len(fs) == 1 else dA.split(ranks_of(fs))
     for gradients, part, f, need in zip(found, parts, fs, needs, strict=True):
         if need.A:
-            gradients["A"] = part.to(given(f.A).dtype)
+            dtype = given(f.A).dtype
+            gradients["A"] = part if part.dtype is dtype else part.to(dtype)

@@ -164,7 +164,7 @@ def rows_product(a: Tensor, b: Tensor, *, cancels: bool = False) -> Tensor:
         if M * P * Q >= _ONEDNN_FROM and _takes_onednn(b.T, a.T):
             # It is slow where the result has more rows than columns.
             return _onednn_linear(b.T, a.T).T.contiguous() if Q < P else _onednn_linear(a.T, b.T)
-        return torch.nn.functional.linear(a.T, b.T)
+        return a.T @ b
     converts = (_CHUNK if cancels else _FEW) >= M
     if converts or a.dtype is not torch.bfloat16 or a.is_cuda:
         return product(a.T, b)
@@ -184,7 +184,7 @@ def operand(matrix: Tensor, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tenso
     1 and 2 in float16. Other dtypes have float32's exponents, and c is None.
     """
     if dtype != torch.float16 or matrix.dtype == dtype or matrix.numel() == 0:
-        return matrix.to(dtype), None
+        return matrix if matrix.dtype is dtype else matrix.to(dtype), None
     largest = torch.linalg.vector_norm(matrix, float("inf"), dim=dim, keepdim=True)
     # The exponent alone: 2 to the power of ⌊log₂ largest⌋, infinity for what is not finite.
     c = (largest.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=_SMALLEST)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.choice import uses_triton
 from ..base_layer.obstacles import environment_obstacle
 from ..operation.autograd import run
 from .compiled_siblings import GROUP
@@ -37,7 +38,7 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     if kept is not None and kept.first < index and kept.x() is x:
         kept_y = kept_output(layer, x, sys._getframe(1))  # type: ignore[arg-type]
         return plain_output(layer, x) if kept_y is None else kept_y
-    if index + 1 == len(group.names):
+    if index + 1 == len(group.names) or _is_one_row_on_a_cpu(x):
         return plain_output(layer, x)
     plain = read_plain(layer)
     if plain is None or type(x) not in TENSORS or x.is_inference() or runs_hooks(layer):
@@ -71,6 +72,13 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     outputs = {i: (other, before[i]) for i, other in zip(before, others, strict=True)}
     group.of_thread.kept = kept = Kept(x, index, outputs)
     return kept.live_with(y)
+
+
+def _is_one_row_on_a_cpu(x: Any) -> bool:
+    """Whether there is nothing to share but the reading of one row, while A would be copied."""
+    if type(x) not in TENSORS or not x.is_cpu or x.shape[-1:] != (x.numel(),):
+        return False
+    return not uses_triton(x.device)
 
 
 def _are_alike(layer: Any, plain: Plain, first: Any, of_first: Plain) -> bool:

@@ -33,7 +33,7 @@ TORCH = {
     ("dense", False): (24, 0),
     ("dense", True): (27, 0),
     ("nf4", False): (32, 0),
-    ("module", False): (40, 0),
+    ("module", False): (42, 0),
 }
 # Of a third call, which repeats launches.
 TRITON = {
@@ -42,7 +42,9 @@ TRITON = {
     ("nf4", False): (23, 3),
 }
 TRITON_BACKWARD = (9, 3)
-OF_A_GROUP = {True: 83, False: 78}
+OF_A_GROUP = {True: 84, False: 79}
+# Of one row, on a CPU: each by itself.
+OF_THREE_ALONE = {True: 96, False: 87}
 # As many as gate, up and down by themselves; the activation is part of it.
 OF_AN_MLP = {True: 128, False: 96}
 # Functions of ours between a layer's forward and a launch, and the files that they are in; where
@@ -127,7 +129,8 @@ def test_group(rows: int, gradients: bool) -> None:
         with counting() as found:
             attention(x)
     assert counted(fused) == (6, {})
-    assert found["lora_fast"] <= OF_A_GROUP[gradients]
+    budget = OF_THREE_ALONE if rows == 1 else OF_A_GROUP
+    assert found["lora_fast"] <= budget[gradients]
 
 
 @pytest.mark.parametrize("gradients", OF_AN_MLP)

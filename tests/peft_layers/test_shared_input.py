@@ -48,10 +48,22 @@ def test_values_and_gradients(kind: str, shape: tuple[int, ...], grouped: list[i
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("rows", [1, 64, 65, 200])
 def test_a_group_in_any_mode_and_of_any_number_of_rows(rows: int, grad: bool) -> None:
+    """But of one row on a CPU, where there is nothing to share."""
     fused, x = accelerated_copy(stock_model()), torch.randn(rows, K)
     with torch.set_grad_enabled(grad):
         for _ in range(2):
-            assert products_of(lambda: fused(x)) == THREE
+            assert products_of(lambda: fused(x)) == (3 * ALONE if rows == 1 else THREE)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("shape", [(1, K), (1, 1, K), (K,)], ids=str)
+def test_one_row_on_a_cpu_is_computed_alone(
+    kind: str, shape: tuple[int, ...], grouped: list[int]
+) -> None:
+    stock = stock_model(kind)
+    fused = accelerated_copy(stock)
+    agree(fused, stock, torch.randn(shape))
+    assert grouped == [] and counted(fused) == (3, {})
 
 
 def test_groups_can_be_refused(grouped: list[int]) -> None:
@@ -248,7 +260,7 @@ def test_a_tiny_llama_trains_as_without_groups(grouped: list[int]) -> None:
         LlamaForCausalLM(config),
         LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
     )
-    fused = accelerated_copy(stock)
+    fused = lora_fast.accelerate(copy.deepcopy(stock), fuse_mlp=False)
     ids = torch.randint(64, (2, 12))
     for model in (stock, fused):
         model(input_ids=ids, labels=ids).loss.backward()
