@@ -116,6 +116,7 @@ def opaque_model(
         found: Any = wrapped.base_model.model
         layer = wrapper(packed, "default", config=lora_config(**config), r=5, lora_alpha=8)
         layer.load_state_dict(found.fc.state_dict(), strict=False)
+        layer.lora_dropout = found.fc.lora_dropout  # older PEFT does not read it from the config
         found.fc = layer
         assert isinstance(layer, lora.LoraLayer)
         packed.requires_grad_(False)
