@@ -25,6 +25,7 @@ from .discovery import STATE, GatedMLP, Proof, prove
 from .operands import (
     Operand,
     linears_of,
+    may_be_adapted,
     obstacle,
     read,
 )
@@ -76,10 +77,16 @@ class FusedMLP:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        make, arguments, *others = reduced
-        if make is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
-            return _new, (getattr(type(self), STOCK), *arguments[1:]), *others
-        return reduced
+        make, arguments, state, *others = reduced
+        module: Any = self
+        if make is not copyreg.__newobj__ or arguments[0] is not type(self):  # type: ignore[attr-defined]
+            return reduced
+        stock = getattr(type(self), STOCK)
+        if any(map(may_be_adapted, linears_of(module).values())) or not isinstance(state, dict):
+            return _new, (stock, *arguments[1:]), state, *others
+        # Merged and unloaded: nothing of PEFT is left in the module, and nothing of ours need be.
+        state = {name: value for name, value in state.items() if name != STATE}
+        return object.__new__, (stock,), state, *others
 
 
 @functools.cache

@@ -145,6 +145,19 @@ def test_copies_run_fused(copied: Any) -> None:
         assert type(mlp_of(other)) is GatedMLP
 
 
+def test_a_merged_and_unloaded_model_needs_nothing_of_ours() -> None:
+    fused = lora_fast.accelerate(stock_model())
+    x = torch.randn(3, H)
+    expected = fused(x)
+    merged = quietly(fused.merge_and_unload)
+    assert_agree(merged(x), expected, within=ORDER_DIFFERENCE)
+    data = pickle.dumps(merged)
+    assert b"lora_fast" not in data
+    for copied in (pickle.loads(data), copy.deepcopy(merged)):
+        assert type(mlp_of(copied)) is GatedMLP
+        assert torch.equal(copied(x), merged(x))
+
+
 def _in_child(data: bytes, results: Any) -> None:
     model = pickle.loads(data)
     y = model(torch.ones(2, H))
