@@ -133,7 +133,7 @@ def main() -> None:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for p in (0.0, 0.1):
-            row = run(dtype, p, options.rounds, 0.1, TOKENS)
+            row = run(dtype, p, options.rounds, 0.3, TOKENS)
             print(_line(row), flush=True)
             rows.append(row)
     if options.json:
