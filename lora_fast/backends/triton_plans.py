@@ -7,17 +7,20 @@ same one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..factors import Factors, Gradients, Needs, Saved
+from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..geometry import Geometry, Numbered, Numbers, of_any, tensors_of
 from ..kernels import launch_plans
 from ..nf4 import NF4Weight
 from ..tuning.plans import Plan
 from .torch_dropout import is_capturing
+from .triton_gated import takes
 from .triton_ops import TritonBackend
 
 # Geometries whose plans are kept; a run with more of them begins anew.
@@ -88,6 +91,49 @@ class PlannedTritonBackend(TritonBackend):
                 return result
         return self._recorded(key, operands, seed, super().backward, dYs, x, saved, fs, needs)
 
+    def gated_forward(
+        self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
+    ) -> tuple[Tensor, GatedSaved]:
+        compute = functools.partial(super().gated_forward, x, linears, activation, needs)
+        kept = (x, *(f for f in linears[:2] if isinstance(f, Tensor)))
+        key = ("forward", activation, needs)
+        return self._repeated(key, kept, linears, compute)
+
+    def gated_backward(
+        self,
+        dY: Tensor,
+        x: Tensor | None,
+        saved: GatedSaved,
+        linears: GatedLinears,
+        activation: Activation,
+        needs: GatedNeeds,
+        *,
+        in_place: bool,
+    ) -> GatedGradients:
+        arguments = (dY, x, saved, linears, activation, needs)
+        compute = functools.partial(super().gated_backward, *arguments, in_place=in_place)
+        key = ("backward", activation, needs, in_place)
+        return self._repeated(key, (dY, x, *saved), linears, compute)
+
+    def _repeated(
+        self, key: Any, tensors: Sequence[Tensor | None], linears: GatedLinears, compute: Any
+    ) -> Any:
+        """compute() of a gated MLP, or what a plan of it gives."""
+        fs = [f for f in linears if isinstance(f, Factors)]
+        given = [t for t in tensors if t is not None]
+        if not _is_plannable(given, linears, fs):
+            launch_plans.give_up()
+            return compute()
+        of_linears = tuple(map(type, linears)), tuple(t is None for t in tensors)
+        whole = (key, of_linears, of_any(given, fs), self._cublas)
+        operands = [*given, *tensors_of(fs)]
+        found: Any = _plans.get(whole)
+        if type(found) is launch_plans.Plan:
+            result = found.run(operands, _NO_SEED)
+            if result is not None:
+                return result
+        return self._recorded(whole, operands, _NO_SEED, compute)
+
     def _recorded(
         self, key: Any, operands: list[Any], seed: Any, compute: Any, *arguments: Any
     ) -> Any:
@@ -110,6 +156,14 @@ class PlannedTritonBackend(TritonBackend):
 def forget() -> None:
     """Forget all plans."""
     _plans.clear()
+
+
+def _is_plannable(tensors: Sequence[Tensor], linears: GatedLinears, fs: Sequence[Factors]) -> bool:
+    """Whether a gated MLP runs in kernels of its own, without a mask: plans take one seed anew, and
+    it has two."""
+    drops = any(f.constants.dropout_p > 0.0 and f.A is not None for f in fs)
+    plain = all(type(t) in _PLAIN_TENSORS for t in tensors)
+    return plain and not drops and not _has_decoded(fs) and takes(tensors[0], linears)
 
 
 def _has_decoded(fs: Sequence[Factors]) -> bool:

@@ -9,11 +9,16 @@ from typing import Any
 import machines
 import pytest
 import torch
-from gated_checks import BF16, FP16, FP32, MEMBERS, MLP, check, factors_of, fused, make
+from gated_checks import BF16, FP16, FP32, MEMBERS, MLP, check, factors_of, fused, make, results_of
 from machines import Executor, started
 
+pytest.importorskip("triton")
+from lora_fast.kernels import launch_plans
+
+import lora_fast
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast import gated
+from lora_fast.backends import triton_plans
 from lora_fast.backends.selection import backend_for
 from lora_fast.factors import Needs
 
@@ -77,6 +82,26 @@ def test_compiled_code(typical_executor: Executor) -> None:
     with typical_executor.counting_launches() as names:
         check(MANY, typical_executor.device, p=0.25, ranks=(8, 8, 8), H=64, intermediate=64)
     assert {"gated_forward", "gated_backward"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    "is_fused",
+    [
+        pytest.param(False, id="apart"),
+        pytest.param(True, id="fused", marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.compiled
+def test_repeated_launches_give_the_same_bits(sm: int, is_fused: bool) -> None:
+    mlp = replace(MANY, ranks=(8, 8, 8), H=32, intermediate=32, fused=is_fused)
+    with lora_fast.set_backend("triton"):
+        # The second call is recorded, the third repeats it on other memory.
+        first, *_, third = [results_of(make(mlp), fused) for _ in range(3)]
+    assert any(type(plan) is launch_plans.Plan for plan in triton_plans._plans.values())
+    for name, value in first.items():
+        again = third[name]
+        assert value is not None and again is not None
+        assert_same_bits(again, value, name=name)
 
 
 # Beside these, products by cuBLAS; on a CPU they are no other launches than on a GPU with adapters

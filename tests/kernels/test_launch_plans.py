@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gated_checks
 import pytest
 import torch
 from checked_plans import leave_unchecked
@@ -95,6 +96,19 @@ def test_the_third_call_launches_the_same_without_the_binder(
         assert one.constexprs == other.constexprs
         assert one.kernel is other.kernel
         assert one.arguments.get("seed_low") == other.arguments.get("seed_low")
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_a_gated_mlp_is_repeated_without_the_binder(
+    launches: Any, bound: list[str], fused: bool
+) -> None:
+    for _ in range(3):
+        o = gated_checks.make(gated_checks.MLP(BF16, BF16, M=70, ranks=(8, 8, 8), fused=fused))
+        gated_checks.fused(o, o.leaves).backward(o.dY)
+    each = len(launches) // 3
+    assert "gated_backward" in bound and len(bound) == 2 * each
+    for one, other in zip(launches[:each], launches[2 * each :], strict=True):
+        assert described(one)[:2] == described(other)[:2] and one.kernel is other.kernel
 
 
 def test_a_plan_takes_the_seed_of_its_call(launches: Any, bound: list[str]) -> None:
