@@ -17,7 +17,7 @@ from torch import nn
 from .nf4_experts import NF4Experts
 from .storage import packed_experts, undecorated
 
-_FLAGS = ("is_transposed", "has_bias", "has_gate", "has_post_expert_norm")
+_FLAGS = ("is_transposed", "has_bias", "has_gate")
 # Implementations of the same equation that transformers itself has; None is eager.
 _REPLACED = (None, "eager", "grouped_mm", "batched_mm")
 
@@ -43,7 +43,8 @@ def layout_of(module: Any) -> tuple[Layout | None, str | None]:
         return None, f"{type(module).__name__} is not decorated as transformers decorates experts"
     if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
         return None, "transformers without flags of the experts' layout"
-    if module.has_post_expert_norm:
+    # Flags of later versions: before them there was nothing of the kind.
+    if getattr(module, "has_post_expert_norm", False):
         return None, "norm of each expert's output"
     if getattr(module, "_is_expert_parallel", False):
         return None, "expert parallelism"

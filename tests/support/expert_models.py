@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -15,12 +16,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lora_fast
 from lora_fast.features import installed
 
+try:
+    from transformers.integrations import moe
+except ImportError:  # before transformers 5
+    moe = None  # type: ignore[assignment]
+
+_FLAGS = {"is_transposed", "has_bias", "has_gate"}
 R = 3  # not the number of experts
 # Whether PEFT and transformers have what the fused path reads.
 FUSES = (
     EXPERTS_ARE_PARAMETERS
     and (installed("peft") or ()) >= (0, 19, 1)
-    and (installed("transformers") or ()) >= (5, 10)
+    and set(inspect.signature(getattr(moe, "use_experts_implementation", id)).parameters) >= _FLAGS
 )
 # Their own layouts: halves, interleaved and transposed with a bias and a clamped gate, no gate.
 TYPICAL = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "nemotron_h")
