@@ -283,19 +283,20 @@ def no_launch(monkeypatch):
     monkeypatch.setattr(triton_ops.ticketed_gemm, "forward", launch)
 
 
-def test_auto_asks_the_tuner_and_triton_does_not(monkeypatch, no_launch):
-    class Asked(Exception):
-        pass
+def test_the_tuner_knows_whether_cublas_may_multiply(monkeypatch, no_launch):
+    """ "auto" leaves products to cuBLAS, "triton" does not."""
+    asked = []
 
     def plan(query, device, run):
-        raise Asked
+        asked.append(query.cublas)
+        return FUSED
 
     monkeypatch.setattr(triton_ops.tuner, "plan", plan)
     x, f = torch.zeros(4, 8), Factors(torch.zeros(8, 8))
-    with pytest.raises(Asked):
-        TritonBackend(cublas=True).forward(x, [f], [Needs()])
-    with pytest.raises(Launched):
-        TritonBackend(cublas=False).forward(x, [f], [Needs()])
+    for cublas in (True, False):
+        with pytest.raises(Launched):
+            TritonBackend(cublas=cublas).forward(x, [f], [Needs()])
+    assert asked == [True, False]
 
 
 def test_an_empty_batch_needs_no_choice(monkeypatch, no_launch):
