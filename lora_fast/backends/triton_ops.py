@@ -75,6 +75,7 @@ class TritonBackend:
         numbered: Numbered | None = None,
     ) -> tuple[list[Tensor], Saved]:
         """As the protocol has it; by `plan`, where one is given. `numbered` is for launch plans."""
+        _check_dtype(x)
         rows = x.reshape(-1, x.shape[-1])
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
         if plan is None:
@@ -83,7 +84,6 @@ class TritonBackend:
                 op = FORWARD if len(fs) == 1 else FORWARD_GROUP
                 asked = [_SAVES_V if need.saves_V else _NOTHING] * len(fs)
                 plan = self._plan(op, rows, fs, asked, lambda p: self.forward(x, fs, needs, p))
-        _check_dtype(x)
         if plan.route != "fused":
             augments = plan.route == "augmented" and triton_routes.can_augment(fs)
             compute = triton_routes.augmented if augments else triton_routes.hybrid

@@ -229,8 +229,8 @@ class _Hybrid(_Counts):
             if self._needs_dS(R, need):
                 yield self._make_dS(N, R, need, int(i == 0))
         if self.R and needs_x:
-            plain = self._is_plain(max(self.q.R)) and not self.float16
-            size = self.adapter
+            alone = len(self.layers) == 1 and not self.float16
+            plain, size = alone and self._is_plain(max(self.q.R)), self.adapter
             if plain:
                 size = yield from self._stack(plain)
             moved = self._dS(self.R) + self.R * K * size + M * K * e
@@ -253,10 +253,10 @@ class _Hybrid(_Counts):
         return self.e
 
     def _expand(self) -> Iterator[Work]:
-        """S_i Q_iᵀ of every layer: a product each, or one launch of ours for all."""
+        """S_i Q_iᵀ of every layer: a product, or one launch of ours for all of several."""
         gains = self.q.has("b") + self.q.has("d")
         wide = max(self.q.R) > launch_policy.MAX_BLOCK_R
-        launched = not wide and (self._casts() or gains > 0)
+        launched = len(self.layers) > 1 or (not wide and (self._casts() or gains > 0))
         for i, (N, R, _) in enumerate(self.layers):
             size = self.adapter if launched else self.e
             moved = self._S(R) + N * R * size + self.M * N * self.e
