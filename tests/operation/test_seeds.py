@@ -63,8 +63,8 @@ def in_memory(device: torch.device) -> torch.Tensor:
     return torch.tensor([SEED], device=device)
 
 
-def test_a_seed_in_memory_stands_for_its_number(executor: Executor) -> None:
-    check_equal(executor, CASES[1])
+def test_a_seed_in_memory_stands_for_its_number(typical_executor: Executor) -> None:
+    check_equal(typical_executor, CASES[1])
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
