@@ -84,6 +84,9 @@ class FusedParamWrapper(FusedForward, ParamWrapper):
         layer.merged_adapters.clear()
 
 
+# PEFT knows its wrappers by this name, when it adds an adapter.
+FusedParamWrapper.__name__ = "ParamWrapper"
+
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {ParamWrapper: FusedParamWrapper}
 
 

@@ -125,6 +125,21 @@ def test_several_adapters_at_once() -> None:
 
 
 @needs_fused
+def test_an_adapter_is_added_to_fused_experts() -> None:
+    """PEFT looks for its wrappers by the name of their class."""
+    stock = adapted(expert_base("qwen3_moe"))
+    fused = lora_fast.accelerate(copy.deepcopy(stock))
+    config = copy.deepcopy(stock.peft_config["default"])
+    for model in (stock, fused):
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    fused.load_state_dict(stock.state_dict())
+    assert_models_agree(results(fused), results(stock))
+    assert lora_fast.report(fused).all_fused
+    assert_models_agree(results(pickle.loads(pickle.dumps(fused))), results(stock))
+
+
+@needs_fused
 def test_merged_and_disabled_fall_back() -> None:
     stock, fused = pair("gpt_oss")
     before = results(fused)

@@ -81,7 +81,8 @@ EXCUSED = (
     "torch.func transform",
     "global module hooks",
 )
-EXCUSED_PREFIXES = ("hooks on ", "forward of ")
+# The last one: parameters of modules that are no experts.
+EXCUSED_PREFIXES = ("hooks on ", "forward of ", "Linear is not decorated ")
 ARMS = ("stock", "accelerated")
 
 
