@@ -137,20 +137,9 @@ class NF4Weight:
 
         float64 is the exact float64 image of the float32 product code · absmax.
         """
-        wanted = dtype or self.dtype
-        if self.packed.device.type == "cpu":
-            state = self.quant_state
-            absmax, blocksize = absmax_of(state), int(state.blocksize)
-            return decode(self.packed, absmax, blocksize, "nf4", wanted, state.shape)
-        import bitsandbytes  # noqa: F401 - registers the operator
-
-        direct = (
-            wanted if wanted in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
-        )
-        out = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.packed, self.absmax(), self.blocksize, "nf4", list(self.shape), direct
-        )
-        return out.to(wanted)
+        state = self.quant_state
+        absmax, blocksize = absmax_of(state), int(state.blocksize)
+        return decode(self.packed, absmax, blocksize, "nf4", dtype or state.dtype, state.shape)
 
 
 def _check_absmax(dense: Tensor, blocksize: int) -> None:

@@ -15,7 +15,7 @@ but what is saved. Neither W + s B A nor a gradient of W is made.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from ..experts.operands import Projection, Routing, spans
 from ..factors import Factors, Needs, Saved
 from .torch_gates import Gate
+from .torch_low_rank import given
 from .torch_ops import TORCH, without_autocast
 from .torch_products import wide_dtype
 
@@ -126,7 +127,7 @@ def project_backward(
             x_e = None if x is None else x[rows]
             (found,) = TORCH.backward([dY[rows]], x_e, saved, [factors[expert]], wanted)
             if dX is not None:
-                dX[rows] = _given(found.x)
+                dX[rows] = given(found.x)
             sums.add(expert, found.bias, found.A, found.B)
     return dX, sums.gradients()
 
@@ -200,16 +201,16 @@ def block_backward(
             bias = (dy.to(wide) * scale).sum(0) if needs.second.bias else None
             sums[1].add(expert, bias, found.A, found.B)
             if dw is not None:
-                dw[routing.order[rows]] = _weight_gradient(_given(found.x), h, dy, f, wide)
+                dw[routing.order[rows]] = _weight_gradient(given(found.x), h, dy, f, wide)
             if not goes_on:
                 continue
-            du = vjp((_given(found.x) * scale).to(h.dtype))
+            du = vjp((given(found.x) * scale).to(h.dtype))
             x_e = None if x is None else x.index_select(0, token)
             S1 = None if saved.S1 is None else saved.S1[rows]
             (found,) = TORCH.backward([du], x_e, Saved(S1), [firsts[expert]], wanted_1)
             sums[0].add(expert, found.bias, found.A, found.B)
             if dx is not None:
-                dx.index_add_(0, token, _given(found.x).to(wide))
+                dx.index_add_(0, token, given(found.x).to(wide))
     return (
         None if dx is None else dx.to(dout.dtype),
         None if dw is None else dw.to(w.dtype).view(w.shape),
@@ -238,8 +239,3 @@ def _saved_S(projection: Projection, needs: ProjectionNeeds, x: Tensor, rows: in
 def _keep(total: Tensor | None, rows: slice, part: Tensor | None) -> None:
     if total is not None and part is not None:
         total[rows] = part
-
-
-def _given(found: Any) -> Tensor:
-    assert found is not None
-    return found

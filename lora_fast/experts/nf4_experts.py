@@ -64,9 +64,8 @@ class NF4Experts:
         """Dense [E, N, K] in `dtype` (default: the dtype before quantisation), of all experts."""
         state = self.quant_state
         absmax, wanted = absmax_of(state), dtype or self.dtype
-        dense = _decoded(
-            self.packed.view(-1), absmax, int(state.blocksize), tuple(state.shape), wanted
-        )
+        flat, blocksize = self.packed.view(-1), int(state.blocksize)
+        dense = decode(flat, absmax, blocksize, "nf4", wanted, state.shape)
         return dense.transpose(1, 2) if self.transposed else dense
 
 
@@ -84,19 +83,5 @@ class DecodedByExpert:
 
     def __getitem__(self, expert: int) -> Tensor:
         packed, absmax = self._bytes[expert], self._absmax[expert]
-        dense = _decoded(packed, absmax, self._blocksize, self._shape, self._dtype)
+        dense = decode(packed, absmax, self._blocksize, "nf4", self._dtype, self._shape)
         return dense.T if self._transposed else dense
-
-
-def _decoded(
-    packed: Tensor, absmax: Tensor, blocksize: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """The dense weight of `shape` in `dtype`, by the formula."""
-    if packed.device.type == "cpu":
-        return decode(packed, absmax, blocksize, "nf4", dtype, shape)
-    import bitsandbytes  # noqa: F401 - registers the operator
-
-    known = (torch.float32, torch.float16, torch.bfloat16)
-    direct = dtype if dtype in known else torch.float32
-    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
-    return dequantize(packed, absmax, blocksize, "nf4", list(shape), direct).to(dtype)

@@ -80,6 +80,23 @@ def decode(
     return out.view(*shape)
 
 
+def _by_bitsandbytes(
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+) -> Tensor:
+    import bitsandbytes  # noqa: F401 - registers the operator
+
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    direct = dtype if dtype in known else torch.float32
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+    found: Tensor = dequantize(packed, absmax, blocksize, quant_type, list(shape), direct)
+    return found.to(dtype)
+
+
 @functools.cache
 def _pairs(quant_type: str) -> Tensor:
     """[256]: float32 codes of the high and the low nibble of a byte, together as an int64."""
