@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .acceleration.switch import accelerate, decelerate
     from .acceleration.warm_up import warm_up
     from .backends.choice import set_backend
+    from .experts.loading import quantize_experts_on_load
     from .experts.quantisation import quantize_experts
     from .files.peft_files import load_adapter, save_adapter
     from .modules.conversion import convert
@@ -49,6 +50,7 @@ _LAZY = {
     "load_adapter": "files.peft_files",
     "plan": "planning",
     "quantize_experts": "experts.quantisation",
+    "quantize_experts_on_load": "experts.loading",
     "report": "acceleration.report",
     "save_adapter": "files.peft_files",
     "set_backend": "backends.choice",
@@ -73,6 +75,7 @@ __all__ = [
     "optim",
     "plan",
     "quantize_experts",
+    "quantize_experts_on_load",
     "reference",
     "report",
     "save_adapter",

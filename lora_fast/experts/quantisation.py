@@ -24,25 +24,20 @@ def quantize_experts(
     Experts are the parameters [E, …, …] of modules that hold ``num_experts`` of them; linear
     layers, biases and routers stay as they are. bitsandbytes quantises on the device of each
     parameter, one after the other. Saved keys are those of ``bitsandbytes.nn.parametrize``, and
-    ``load_state_dict`` of a model that is quantised alike reads them. PEFT adapts the parameters as
-    it adapts dense ones; :func:`lora_fast.accelerate` computes with them an expert at a time.
-    Without it, and where it falls back, PEFT's own code runs on decoded weights; its merging
-    raises. Parameters that are in NF4 already stay so. Returns `model`. Source: QLoRA (Dettmers et
-    al. 2023, §3).
+    ``load_state_dict`` of a model that is quantised alike reads them, on the meta device, too, with
+    ``assign=True``. PEFT adapts the parameters as it adapts dense ones;
+    :func:`lora_fast.accelerate` computes with them an expert at a time. Without it, and where it
+    falls back, PEFT's own code runs on decoded weights; its merging raises. Parameters that are in
+    NF4 already stay so. Returns `model`. Source: QLoRA (Dettmers et al. 2023, §3).
+    :func:`lora_fast.quantize_experts_on_load` does it while a model is loaded.
 
     Raises TypeError or ValueError, with `model` unchanged, for arguments that are out of range, a
-    model without experts or with adapters on them, weights on the meta device or of no floating
-    dtype, and experts whose elements are not a multiple of `blocksize`; ImportError without
-    bitsandbytes.
+    model without experts or with adapters on them, weights of no floating dtype, and experts whose
+    elements are not a multiple of `blocksize`; ImportError without bitsandbytes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if quant_type != "nf4":
-        raise ValueError(f"quant_type must be 'nf4', got {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize!r}")
-    if not isinstance(double_quant, bool):
-        raise TypeError(f"double_quant must be a bool, got {type(double_quant).__name__}")
+    check_options(quant_type, blocksize, double_quant)
     if any(hasattr(module, "parameter_name") for module in model.modules()):
         raise ValueError(
             "model must have no adapters on parameters yet, got some: quantise the experts before "
@@ -52,7 +47,7 @@ def quantize_experts(
     if not found and not any(map(packed_parameters, model.modules())):
         raise ValueError("model must contain experts that are parameters [E, …, …], got none")
     for path, weight in ((path, weight) for path, _, _, weight in found):
-        _check(path, weight, blocksize)
+        check_weight(path, weight, blocksize)
     for _, module, name, _ in found:
         packed, state = packed_like(module._parameters[name], blocksize, double_quant)
         store_packed(module, name, packed, state)
@@ -89,9 +84,18 @@ def _dense_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tens
             yield f"{path}.{name}", module, name, module._parameters[name]
 
 
-def _check(path: str, weight: Tensor, blocksize: int) -> None:
-    if weight.is_meta:
-        raise ValueError(f"{path} must be loaded to be quantised, got the meta device")
+def check_options(quant_type: Any, blocksize: Any, double_quant: Any) -> None:
+    """Raise TypeError or ValueError that names an option out of range."""
+    if quant_type != "nf4":
+        raise ValueError(f"quant_type must be 'nf4', got {quant_type!r}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize!r}")
+    if not isinstance(double_quant, bool):
+        raise TypeError(f"double_quant must be a bool, got {type(double_quant).__name__}")
+
+
+def check_weight(path: str, weight: Tensor, blocksize: int) -> None:
+    """Raise ValueError for experts that cannot be stored in 4 bits."""
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{path} must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.shape[1] * weight.shape[2] % blocksize:

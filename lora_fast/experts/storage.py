@@ -37,7 +37,7 @@ def packed_experts(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
     state, packed = _states_of(module).get(name), module._parameters.get(name)
     if state is None or packed is None:
         return None
-    if state.absmax.device != packed.device:
+    if state.absmax.device != packed.device and not packed.is_meta:
         state.to(packed.device)  # module.to() moved the bytes alone
     return packed, state
 

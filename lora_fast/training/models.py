@@ -6,12 +6,14 @@ adapter trained here fits the model that anyone loads with the same configuratio
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import TrainingError, first_line
+from ..experts.loading import packing_on_load
 from ..experts.quantisation import expert_modules, quantize_experts
 from ..experts.storage import packed_parameters
 from ..files.model_source import BUILTIN, check_hub, resolve_model
@@ -142,7 +144,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
 
 
 def _quantise_experts(name: str, model: Any) -> None:
-    """Quantise experts that are parameters, which loading leaves in 16 bits."""
+    """Quantise the experts that were not in the checkpoint, or are in its 16 bits."""
     if next(expert_modules(model), None) is None:
         return
     try:
@@ -174,7 +176,8 @@ def _load(
         options = {**options, "quantization_config": quantization_config(options["dtype"], skipped)}
     torch.manual_seed(config.seed)
     try:
-        model, info = auto.from_pretrained(absolute(name), output_loading_info=True, **options)
+        with packing_on_load() if config.quantize == "nf4" else nullcontext():
+            model, info = auto.from_pretrained(absolute(name), output_loading_info=True, **options)
     except Exception as error:  # unreadable files surface as many kinds of error
         raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error
     forbid_packing(model)
