@@ -1,6 +1,6 @@
-"""The values of a nibble and an absmax of an NF4 weight, for every kernel that decodes one.
+"""The values of a nibble and an absmax of a 4-bit weight, for every kernel that decodes one.
 
-    code of a nibble: one of 16 float32 numbers
+    code of a nibble: one of 16 float32 numbers, NF4's or FP4's
     absmax[j] = code2[absmax_u8[j]] · absmax2[j // blocksize2] + offset     (double quantisation)
 
 The sum with the offset must not be contracted into a fused multiply-add: kernels that use this are

@@ -1,4 +1,4 @@
-"""NF4 weights in bitsandbytes' storage.
+"""NF4 and FP4 weights in bitsandbytes' storage.
 
 A weight [N, K] is flattened; ``blocksize`` consecutive elements share one absmax. Byte i holds
 element 2i in its high nibble and 2i+1 in its low one. With double quantisation
@@ -6,7 +6,8 @@ element 2i in its high nibble and 2i+1 in its low one. With double quantisation
     absmax[i] = code2[absmax_u8[i]] · absmax2[i // blocksize2] + offset
 
 W = code[nibble] · absmax in float32, rounded once to the wanted dtype (QLoRA, Dettmers et al. 2023,
-§3). bitsandbytes takes longer to import than PyTorch, so it is loaded only to quantise or decode.
+§3). NF4 and FP4 differ in the 16 values of `code` alone. bitsandbytes takes longer to import than
+PyTorch, so it is loaded only to quantise or decode.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .features import EQUAL_ABSMAX
 from .four_bit.decoded import Decoded
-from .four_bit.decoding import absmax_of, decode
+from .four_bit.decoding import CODES, absmax_of, decode
 from .four_bit.layout import is_plain, plain_bytes, plain_state
 from .optional_packages import needed
 
@@ -31,7 +32,7 @@ _SECOND_BLOCKSIZE = 256
 
 @dataclass(eq=False)
 class NF4Weight:
-    """A frozen NF4 weight [N, K]: a view of bitsandbytes' storage, without a copy.
+    """A frozen NF4 or FP4 weight [N, K]: a view of bitsandbytes' storage, without a copy.
 
     packed: the quantised bytes, contiguous uint8 of any shape. quant_state: bitsandbytes' own
     description of them. decoded: where a backend leaves W that it has decoded, and finds it, if
@@ -43,15 +44,13 @@ class NF4Weight:
     quant_state: Any
     decoded: Decoded | None = None
 
-    quant_type = "nf4"
-
     @classmethod
     def from_params4bit(cls, weight: Any) -> NF4Weight:
         """Wrap the weight of a ``bitsandbytes.nn.Linear4bit`` (any ``quant_storage``), without a
         copy; one that bitsandbytes has packed for a CPU is unpacked into new memory.
 
-        Raises TypeError if `weight` is not quantised, NotImplementedError for fp4, ValueError for a
-        shape that is not [N, K].
+        Raises TypeError if `weight` is not quantised, NotImplementedError for another table than
+        those of nf4 and fp4, ValueError for a shape that is not [N, K].
         """
         state = getattr(weight, "quant_state", None)
         if state is None:
@@ -59,8 +58,10 @@ class NF4Weight:
                 "weight must be a quantised bitsandbytes Params4bit with a quant_state, got "
                 f"{type(weight).__name__} without one; move the layer to its device to quantise it"
             )
-        if state.quant_type != "nf4":
-            raise NotImplementedError(f"weight must be quantised as nf4, got {state.quant_type}")
+        if state.quant_type not in CODES:
+            raise NotImplementedError(
+                f"weight must be quantised as {' or '.join(CODES)}, got {state.quant_type}"
+            )
         if len(state.shape) != 2:
             raise ValueError(f"weight must have shape [N, K], got {tuple(state.shape)}")
         # A copy: bitsandbytes changes its state in place when it packs the weight.
@@ -77,9 +78,15 @@ class NF4Weight:
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, *, blocksize: int = 64, double_quant: bool = True
+        cls,
+        weight: Tensor,
+        *,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        quant_type: str = "nf4",
     ) -> NF4Weight:
-        """Quantise a dense [N, K] weight (bfloat16, float16 or float32) with bitsandbytes.
+        """Quantise a dense [N, K] weight (bfloat16, float16 or float32) with bitsandbytes, as "nf4"
+        or "fp4".
 
         Raises ValueError that names the argument, ImportError without bitsandbytes,
         NotImplementedError for `double_quant` if the installed version cannot do it.
@@ -88,6 +95,8 @@ class NF4Weight:
             raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
         if blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+        if quant_type not in CODES:
+            raise ValueError(f"quant_type must be one of {tuple(CODES)}, got {quant_type!r}")
         bnb = needed("bitsandbytes.functional", "an NF4 weight")
         if weight.is_meta:
             # bitsandbytes caches its table of 8-bit values on the device of first use, which must
@@ -101,10 +110,15 @@ class NF4Weight:
         if double_quant and not EQUAL_ABSMAX.is_on():
             _check_absmax(dense, blocksize)
         packed, state = bnb.quantize_4bit(
-            dense, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
+            dense, blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
         )
         state.shape = weight.shape
         return cls(packed.view(-1), state)
+
+    @property
+    def quant_type(self) -> str:
+        """Which table the nibbles index: "nf4" or "fp4"."""
+        return str(self.quant_state.quant_type)
 
     @property
     def shape(self) -> torch.Size:
@@ -139,7 +153,8 @@ class NF4Weight:
         """
         state = self.quant_state
         absmax, blocksize = absmax_of(state), int(state.blocksize)
-        return decode(self.packed, absmax, blocksize, "nf4", dtype or state.dtype, state.shape)
+        wanted = dtype or state.dtype
+        return decode(self.packed, absmax, blocksize, state.quant_type, wanted, state.shape)
 
 
 def _check_absmax(dense: Tensor, blocksize: int) -> None:

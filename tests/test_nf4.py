@@ -92,13 +92,16 @@ def test_an_odd_number_of_elements_ends_in_half_a_byte():
     assert_same_bits(weight.absmax(), even.absmax(), name="absmax")
 
 
-def test_what_is_not_nf4_is_refused():
+def test_other_weights_are_refused():
     dense = torch.randn(32, 64)
     with pytest.raises(TypeError, match="weight must be a quantised bitsandbytes Params4bit"):
         NF4Weight.from_params4bit(dense)
-    fp4 = bnb.nn.Linear4bit(64, 32, quant_type="fp4").to("cpu")
-    with pytest.raises(NotImplementedError, match="weight must be quantised as nf4, got fp4"):
-        NF4Weight.from_params4bit(fp4.weight)
+    other = bnb.nn.Linear4bit(64, 32, quant_type="fp4").to("cpu")
+    other.weight.quant_state.quant_type = "int4"
+    with pytest.raises(NotImplementedError, match="quantised as nf4 or fp4, got int4"):
+        NF4Weight.from_params4bit(other.weight)
+    with pytest.raises(ValueError, match=r"quant_type must be one of .*, got 'int4'"):
+        NF4Weight.from_dense(dense, quant_type="int4")
     with pytest.raises(ValueError, match=r"weight must have shape \[N, K\]"):
         NF4Weight.from_dense(torch.randn(64))
     with pytest.raises(ValueError, match="blocksize must be one of"):

@@ -30,7 +30,7 @@ _REMEDIES = (
     ("not accelerated", "accelerate(model)"),
     ("hooks on", "remove the hooks while training"),
     ("forward of", "call accelerate after what replaces the forward"),
-    ("base layer", "load the base in NF4 or 16 bits"),
+    ("base layer", "load the base in 4 or 16 bits"),
     ("variant", "train plain LoRA, rsLoRA or DoRA"),
     ("DoRA with several", "train one adapter at a time"),
     ("dropout with several", "lora_dropout=0"),

@@ -1,4 +1,5 @@
-"""The frozen linear layer under an adapter: ``nn.Linear``, or bitsandbytes' ``Linear4bit`` in NF4.
+"""The frozen linear layer under an adapter: ``nn.Linear``, or bitsandbytes' ``Linear4bit`` in
+NF4 or FP4.
 
     y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 

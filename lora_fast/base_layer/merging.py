@@ -3,15 +3,15 @@
     W' = round( g ⊙ (W + Σ_i s_i · (b_i ⊙ (B_i d_i)) A_i) )
 
 One pass over W, float32 products and sums (float64 for a float64 W), one rounding to W's dtype or
-one quantisation to NF4. With u = eps / 2 of W's dtype, γ = (ΣR + 4) · 2⁻²⁴ (2⁻⁵³ for float64) and
-the exact W*, every element of a dense W' obeys
+one quantisation to 4 bits. With u = eps / 2 of W's dtype, γ = (ΣR + 4) · 2⁻²⁴ (2⁻⁵³ for float64)
+and the exact W*, every element of a dense W' obeys
 
     |W' − W*| ≤ u · |W*| + γ · |g| (|W| + Σ_i |s_i b_i B_i d_i| |A_i|)
 
 (and half of the smallest number of the dtype, where W* is subnormal); so the merged layer differs
 from the unmerged one by at most Σ_k |x_k| times that, and the roundings of the two layers
-themselves. For NF4 the bound is 0.152 times the block's absmax, half the widest gap between codes,
-and the error that double quantisation makes in that absmax.
+themselves. For NF4 the bound is 0.152 times the block's absmax, for FP4 0.167 times, half the
+widest gap between codes, and the error that double quantisation makes in that absmax.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Subtraction:
 def merge(
     base: Any, terms: Sequence[LowRank], *, g: Tensor | None = None, keep: bool = True
 ) -> KeptWeight | Subtraction:
-    """Give `base`, an ``nn.Linear`` or NF4 ``Linear4bit``, the weight W'; returns what undoes it.
+    """Give `base`, an ``nn.Linear`` or 4-bit ``Linear4bit``, the weight W'; returns what undoes it.
 
-    NF4 is quantised again with the same block size and nesting. ``keep=True`` puts a new tensor in
-    the place of W, which other references to W do not see, and keeps W. ``keep=False`` overwrites W
-    in place if subtraction can undo that: an NF4 weight, and any weight with a gain, are kept
-    anyway.
+    4 bits are quantised again with the same table, block size and nesting. ``keep=True`` puts a new
+    tensor in the place of W, which other references to W do not see, and keeps W. ``keep=False``
+    overwrites W in place if subtraction can undo that: a 4-bit weight, and any weight with a gain,
+    are kept anyway.
 
     Raises ValueError, with `base` unchanged, if W' is not finite in the dtype of the weight or if
     factors do not fit it.
@@ -130,7 +130,7 @@ def merged_linear(
     """A dense ``nn.Linear`` with the weight W' in `dtype` and the bias of `base`, which does not
     change.
 
-    `dtype` is by default that of W, for NF4 the dtype before quantisation. Raises
+    `dtype` is by default that of W, for 4 bits the dtype before quantisation. Raises
     ValueError if W' is not finite in `dtype` or if factors do not fit `base`.
     """
     _check_terms(base, terms, g)
@@ -162,16 +162,21 @@ def add_low_rank(
     backend_for(weight.device).update_weight(weight, out, g=g, **factors)
 
 
-def overwrite_nf4(weight: Any, dense: Tensor) -> None:
-    """Quantise `dense` [N, K] into the storage of the NF4 `weight` (a Params4bit)."""
+def overwrite_four_bit(weight: Any, dense: Tensor) -> None:
+    """Quantise `dense` [N, K] into the storage of the 4-bit `weight` (a Params4bit)."""
     now = NF4Weight.from_params4bit(weight)
-    then = NF4Weight.from_dense(dense, blocksize=now.blocksize, double_quant=now.nested)
-    for old, new in zip(nf4_tensors(now), nf4_tensors(then), strict=True):
+    then = NF4Weight.from_dense(
+        dense,
+        blocksize=now.blocksize,
+        double_quant=now.nested,
+        quant_type=now.quant_type,
+    )
+    for old, new in zip(four_bit_tensors(now), four_bit_tensors(then), strict=True):
         old.copy_(new)
 
 
-def nf4_tensors(weight: NF4Weight) -> tuple[Tensor, ...]:
-    """The tensors of an NF4 weight: all that quantising other values would change."""
+def four_bit_tensors(weight: NF4Weight) -> tuple[Tensor, ...]:
+    """The tensors of a 4-bit weight: all that quantising other values would change."""
     state = weight.quant_state
     nested = (state.state2.absmax, state.offset) if weight.nested else ()
     return (weight.packed, state.absmax, *nested)

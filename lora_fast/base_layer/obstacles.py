@@ -20,6 +20,7 @@ from torch.nn.modules import module as module_hooks
 
 from .. import four_bit
 from ..features import is_exporting
+from ..four_bit.decoding import CODES
 from .linear import is_conv1d, weight_shape
 
 PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
@@ -105,7 +106,7 @@ def base_obstacle(base: Any, *, takes_conv1d: bool = False) -> str | None:
         found = module_obstacle(base, "base layer", nn.Linear)
         found = found or tensor_obstacle(base.weight, "weight")
     else:
-        found = module_obstacle(base, "base layer", *four_bit.classes) or _nf4_obstacle(base)
+        found = module_obstacle(base, "base layer", *four_bit.classes) or _four_bit_obstacle(base)
     bias = None if found is not None else base.bias
     return found if bias is None else tensor_obstacle(bias, "bias")
 
@@ -147,12 +148,12 @@ def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     return _dtype_obstacle(x, weight if is_dense else None, bias, factors)
 
 
-def _nf4_obstacle(base: Any) -> str | None:
+def _four_bit_obstacle(base: Any) -> str | None:
     # FSDP replaces the parameter; for that case bitsandbytes keeps the state on the module.
     state = getattr(base.weight, "quant_state", None) or base.quant_state
     if state is None:
         return "base layer is not quantised yet"
-    if state.quant_type != "nf4":
+    if state.quant_type not in CODES:
         return f"base layer is {state.quant_type}"
     if type(base.weight) not in (four_bit.weight_class, *PLAIN_TENSORS):
         return f"weight is {type(base.weight).__name__}"

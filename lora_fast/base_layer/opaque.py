@@ -1,4 +1,4 @@
-"""A base layer that computes its output by itself: 8 bits, FP4, GPTQ, AWQ, HQQ, torchao, FP8, a
+"""A base layer that computes its output by itself: 8 bits, GPTQ, AWQ, HQQ, torchao, FP8, a
 subclass of nn.Linear, a layer with hooks or a replaced forward, …
 
     y = base(x) + s · (drop(x) Aᵀ) Bᵀ + bias

@@ -24,7 +24,7 @@ from ..four_bit.layout import forbid_packing
 
 @dataclass(frozen=True, eq=False)
 class KeptLayer:
-    """The NF4 layer that a dense, merged one replaces."""
+    """The 4-bit layer that a dense, merged one replaces."""
 
     layer: Any
 
@@ -47,7 +47,7 @@ class AdapterModule(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, **arguments: Any) -> Self:
-        """Adapt an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+        """Adapt an ``nn.Linear`` or a quantised ``bitsandbytes.nn.Linear4bit``.
 
         `linear` becomes ``base_layer`` itself, not a copy, and is frozen. `arguments` are those of
         the class. Raises TypeError or ValueError that names the argument.
@@ -122,7 +122,7 @@ class AdapterModule(nn.Module):
         ``keep_weight=True`` keeps the unmerged weight for :meth:`unmerge`, which is then exact to
         the bit. ``keep_weight=False`` overwrites a dense W in place; unmerging subtracts, to within
         one ulp of the larger of the two weights (three for float32 with g). ``dequantize=True``
-        gives an NF4 layer a dense weight, in its dtype before quantisation, until it is unmerged.
+        gives a 4-bit layer a dense weight, in its dtype before quantisation, until it is unmerged.
         RuntimeError if already merged, ValueError if the merged weight is not finite; the layer is
         then as it was. The bounds are in :mod:`lora_fast.base_layer.merging`.
         """
@@ -186,4 +186,6 @@ def check_base(linear: Any) -> None:
         raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
     found = base_obstacle(linear)
     if found is not None:
-        raise ValueError(f"linear must be a plain nn.Linear or an NF4 Linear4bit, got: {found}")
+        raise ValueError(
+            f"linear must be a plain nn.Linear or a quantised Linear4bit, got: {found}"
+        )

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..four_bit import is_four_bit
 from ..four_bit.decoded import provide_for
+from ..four_bit.decoding import CODES
 from ..four_bit.layout import forbid_packing
 from ..gated_mlps.switch import fuse
 from ..optional_packages import needed
@@ -27,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _METHODS = ("lora", "dora", "vera")
 _RANKS = {"lora": 16, "dora": 16, "vera": 256}
-_QUANTIZATIONS = (None, "nf4")
+_QUANTIZATIONS = (None, *CODES)
 _ALL_LINEAR = "all-linear"
 # Names of the new head of a sequence classifier in transformers, which PEFT does not adapt either.
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -43,7 +44,7 @@ def convert(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     projection_prng_key: int = 0,
-    quantize: Literal["nf4"] | None = None,
+    quantize: Literal["nf4", "fp4"] | None = None,
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     fuse_mlp: bool = True,
@@ -58,16 +59,16 @@ def convert(
     such as ``partial(SVFTLinear.from_linear, r=4)``, and takes none of these options.
     `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string,
     a regular expression for the whole dotted name; or "all-linear", every linear layer but the
-    output head. Each target must be an ``nn.Linear`` or an NF4 ``bitsandbytes.nn.Linear4bit`` that
-    the model calls; "all-linear" skips others, with a warning that names them.
-    ``quantize="nf4"`` quantises the targets that are dense (blocks of 64, double quantisation,
+    output head. Each target must be an ``nn.Linear`` or a ``bitsandbytes.nn.Linear4bit`` that the
+    model calls; "all-linear" skips others, with a warning that names them.
+    `quantize` stores the targets that are dense in 4 bits (blocks of 64, double quantisation,
     computing in the dtype of the weight); the dense weights are released once all are quantised, so
     a failure changes nothing. Everything is frozen except the adapters and `modules_to_save`
     (names or ends of names, such as that of a new head), which are never adapted. A layer that is
     reachable under several names stays one layer. `fuse_mlp` is that of
     :func:`lora_fast.accelerate`: gated MLPs run as one operation.
 
-    Raises TypeError or ValueError that names the argument, ImportError for ``quantize="nf4"``
+    Raises TypeError or ValueError that names the argument, ImportError for `quantize`
     without bitsandbytes, before anything is changed.
     Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024), VeRA
     (Kopiczko et al. 2023), QLoRA (Dettmers et al. 2023).
@@ -137,21 +138,21 @@ def _projections(
 
 
 def _base(linear: nn.Module, quantize: str | None) -> nn.Module:
-    """`linear` itself, or its NF4 copy if it is dense and to be quantised."""
+    """`linear` itself, or its 4-bit copy if it is dense and to be quantised."""
     if quantize is None or is_four_bit(linear) or not isinstance(linear, nn.Linear):
         return linear
     weight, bias = linear.weight, linear.bias
-    quantised = needed("bitsandbytes.nn", 'quantize="nf4"').Linear4bit(
+    quantised = needed("bitsandbytes.nn", f'quantize="{quantize}"').Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=bias is not None,
         compute_dtype=weight.dtype,
         compress_statistics=True,
-        quant_type="nf4",
+        quant_type=quantize,
         device="meta",
     )
     quantised.weight = type(quantised.weight)(
-        weight.detach(), requires_grad=False, quant_type="nf4", module=quantised
+        weight.detach(), requires_grad=False, quant_type=quantize, module=quantised
     ).to(weight.device)
     quantised.bias = bias
     return quantised.train(linear.training)
@@ -279,7 +280,7 @@ def _check_arguments(model: Any, method: Any, quantize: Any) -> None:
         known = ", ".join(_METHODS)
         raise ValueError(f"method must be one of {known}, got {method!r}; or a function of a layer")
     if quantize not in _QUANTIZATIONS:
-        raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}")
+        raise ValueError(f"quantize must be one of {_QUANTIZATIONS}, got {quantize!r}")
     peft = sys.modules.get("peft.tuners.tuners_utils")
     for name, module in model.named_modules():
         if isinstance(module, AdapterModule):

@@ -20,7 +20,7 @@ from .adapter_module import AdapterModule, check_adapter_dtype, check_rank
 class LoRALinear(AdapterModule):
     """y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ + bias, with s = α/R, or α/√R for rsLoRA.
 
-    x [..., K] → y [..., N]. ``base_layer`` holds the frozen W [N, K], dense or NF4, and bias [N];
+    x [..., K] → y [..., N]. ``base_layer`` holds the frozen W [N, K], dense or 4-bit, and bias [N];
     ``lora_A`` [R, K] and ``lora_B`` [N, R] train. y has the dtype that ``base_layer`` alone gives.
     Sources: LoRA (Hu et al. 2021, eq. 3), rsLoRA (Kalajdzievski 2023),
     QLoRA (Dettmers et al. 2023, eq. 5).
@@ -58,7 +58,7 @@ class LoRALinear(AdapterModule):
     ) -> Self:
         """Adapt a linear layer, which becomes ``base_layer`` itself, not a copy, and is frozen.
 
-        `linear`: an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+        `linear`: an ``nn.Linear`` or a quantised ``bitsandbytes.nn.Linear4bit``.
         `r`: the rank R ≥ 1.
         `lora_alpha`: α, finite; the scaling is α/R.
         `lora_dropout`: the probability in [0, 1] with which training drops an element of x.

@@ -100,7 +100,7 @@ class VeRALinear(AdapterModule):
     ) -> Self:
         """Adapt a linear layer, which becomes ``base_layer`` itself, not a copy, and is frozen.
 
-        `linear`: an ``nn.Linear`` or a quantised NF4 ``bitsandbytes.nn.Linear4bit``.
+        `linear`: an ``nn.Linear`` or a quantised ``bitsandbytes.nn.Linear4bit``.
         `r`: the rank R ≥ 1.
         `vera_dropout`: the probability in [0, 1] with which training drops an element of x.
         `d_initial`: what every element of d starts as.

@@ -4,7 +4,7 @@
     lora_fast::adapted_linears_backward  the gradients of what trains
 
 As the operators of one layer (:mod:`compiled_ops`), but tensors come in lists, which hold no None:
-`weights` W_i, or what NF4 packs it into; `factors` A_i, B_i and, where there is one, bias_i, layer
+`weights` W_i, or what it is packed into; `factors` A_i, B_i and, where there is one, bias_i, layer
 after layer. `shapes` tells them apart.
 """
 
@@ -22,9 +22,9 @@ from ..backends.selection import backend_for
 from ..factors import Constants, Factors, Gradients, Needs, Saved, needs_of_all, saved_input
 from .compiled_ops import FlatWeight, enabled_needs, registered, seed_in_graph, seed_of
 
-# Of a layer in `shapes`: N, K, tensors of W, whether there is a bias, and the blocks of NF4 values
-# and of absmax values.
-_SHAPE = 6
+# Of a layer in `shapes`: N, K, tensors of W, whether there is a bias, the blocks of 4-bit values
+# and of absmax values, and their table.
+_SHAPE = 7
 
 
 class Group(NamedTuple):
@@ -192,7 +192,7 @@ def apply(x: Tensor, fs: Sequence[Factors], dropout_seed: int | Tensor | None) -
     for f in fs:
         *parts, sizes, packed = FlatWeight.of(f.weight)
         given = [t for t in parts if t is not None]
-        N, K, *blocks = sizes or (*f.weight.shape, 0, 0)
+        N, K, *blocks = sizes or (*f.weight.shape, 0, 0, 0)
         shapes += [N, K, len(given), int(f.bias is not None), *blocks]
         weights += given
         factors += [t for t in (f.A, f.B, f.bias) if t is not None]

@@ -4,7 +4,7 @@
     lora_fast::adapted_linear_backward  the gradients of what trains
     lora_fast::row_norms                ‖W_i + s (B A)_i‖₂ of every row, for DoRA
 
-They call the backend as the autograd.Function does, with the same saved tensors. An NF4 weight is
+They call the backend as the autograd.Function does, with the same saved tensors. A 4-bit weight is
 split into its tensors and sizes. Dropout's seed is a tensor, so that a graph draws it instead of
 holding a constant: on x's device for kernels, which read it there, else on the CPU. Tensors that
 are not saved are empty. Eager code does not use them: dispatching a custom operator costs more than
@@ -22,16 +22,19 @@ from torch import Tensor
 from ..backends.choice import BackendName, get_backend, uses_triton
 from ..backends.selection import backend_for
 from ..factors import Constants, Factors, Needs, Saved, saved_input
+from ..four_bit.decoding import CODES
 from ..nf4 import NF4Weight
 from .seeds import seed_tensor
 
 _CPU = torch.device("cpu")
+_TABLES = tuple(CODES)
 
 
 class FlatWeight(NamedTuple):
-    """W [N, K] in tensors and numbers: dense, or `data` packed as NF4 with bitsandbytes' state.
+    """W [N, K] in tensors and numbers: dense, or `data` packed in 4 bits with bitsandbytes' state.
 
-    sizes: nothing, or [N, K, blocksize, that of the absmax values (0 unless they are quantised)].
+    sizes: nothing, or [N, K, blocksize, that of the absmax values (0 unless they are quantised),
+    index of the table in CODES].
     """
 
     data: Tensor
@@ -56,7 +59,10 @@ class FlatWeight(NamedTuple):
             state.offset if state.nested else None,
             None if second is None else second.absmax,
             None if second is None else second.code,
-            [*state.shape, state.blocksize, 0 if second is None else second.blocksize],
+            [
+                *(*state.shape, state.blocksize, 0 if second is None else second.blocksize),
+                _TABLES.index(state.quant_type),
+            ],
             state.dtype,
         )
 
@@ -69,7 +75,7 @@ class FlatWeight(NamedTuple):
             return self.data
         from bitsandbytes.functional import QuantState
 
-        N, K, blocksize, blocksize2 = self.sizes
+        N, K, blocksize, blocksize2, table = self.sizes
         second = None
         if blocksize2:
             second = QuantState(
@@ -80,7 +86,7 @@ class FlatWeight(NamedTuple):
             shape=torch.Size((N, K)),
             code=self.code,
             blocksize=blocksize,
-            quant_type="nf4",
+            quant_type=_TABLES[table],
             dtype=self.dtype,
             offset=self.offset,
             state2=second,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base_layer.merging import LowRank, add_low_rank, nf4_tensors, overwrite_nf4
+from ..base_layer.merging import LowRank, add_low_rank, four_bit_tensors, overwrite_four_bit
 from ..base_layer.obstacles import tensor_obstacle
 from ..four_bit import is_four_bit
 from ..modules.lora import LoRALinear
@@ -118,7 +118,7 @@ class DeltaLayer:
         elif isinstance(source, NF4Weight):
             dense = source.dequantize(torch.float32)
             add_low_rank(dense, terms)
-            overwrite_nf4(self.base.weight, dense)
+            overwrite_four_bit(self.base.weight, dense)
 
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
         return [(_wide(A, copy=True), _wide(B, copy=True)) for A, B, _ in self.adapters()]
@@ -126,7 +126,7 @@ class DeltaLayer:
 
 def tensors_of(weight: Tensor | NF4Weight) -> tuple[Tensor, ...]:
     """The tensors whose values make up a weight."""
-    return nf4_tensors(weight) if isinstance(weight, NF4Weight) else (weight,)
+    return four_bit_tensors(weight) if isinstance(weight, NF4Weight) else (weight,)
 
 
 def _copy(weight: Tensor | NF4Weight) -> Tensor | NF4Weight:

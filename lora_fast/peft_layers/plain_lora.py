@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import four_bit
 from ..base_layer.obstacles import environment_obstacle
 from ..factors import Constants, Factors
+from ..four_bit.decoding import CODES
 from ..geometry import Numbered, Numbers
 from ..nf4 import NF4Weight
 from ..operation.autograd import run
@@ -142,14 +143,14 @@ _constants = functools.lru_cache(maxsize=1024)(Constants)
 
 
 def _four_bit_weight(base: Any, W: Any) -> tuple[NF4Weight | None, torch.dtype | None]:
-    """The weight of bitsandbytes' 4-bit layer, in NF4 and quantised, and the dtype in which the
-    layer computes; None for any other."""
+    """The weight of bitsandbytes' 4-bit layer, quantised, and the dtype in which it computes; None
+    for any other layer."""
     state, kind = getattr(W, "quant_state", None), type(W)
     if (
         type(base) not in (four_bit.classes or four_bit.find())
         or kind is not four_bit.weight_class
         or state is None
-        or state.quant_type != "nf4"
+        or state.quant_type not in CODES
         or not base.compute_type_is_set
         or base.compute_dtype is None
     ):

@@ -39,11 +39,11 @@ def nf4_layers(model: Any) -> dict[int, nn.Module]:
 @functools.cache
 def nf4_bytes(N: int, K: int) -> int:
     """Bytes of an NF4 weight [N, K] with double quantisation, as bitsandbytes stores it."""
-    from ..base_layer.merging import nf4_tensors
+    from ..base_layer.merging import four_bit_tensors
     from ..nf4 import NF4Weight
 
     weight = NF4Weight.from_dense(torch.empty(N, K, dtype=torch.bfloat16, device="meta"))
-    return sum(map(_bytes, nf4_tensors(weight))) + _bytes(weight.quant_state.code)
+    return sum(map(_bytes, four_bit_tensors(weight))) + _bytes(weight.quant_state.code)
 
 
 def weight_bytes(tensors: Iterable[Tensor], quantised: Container[int]) -> Counter[str]:

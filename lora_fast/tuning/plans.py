@@ -186,6 +186,7 @@ def _routes(q: Query, arch: int | None) -> tuple[bool | None, ...]:
 
 
 def _kind(weight: Tensor | NF4Weight) -> torch.dtype | tuple[int, bool]:
+    """What the time depends on; the kernels read the tables of NF4 and FP4 alike."""
     if isinstance(weight, NF4Weight):
         return weight.blocksize, weight.nested
     return weight.dtype

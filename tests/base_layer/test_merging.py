@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast import LoRALinear, NF4Weight
 from lora_fast.backends.torch_ops import TorchBackend
-from lora_fast.base_layer.merging import LowRank, Subtraction, merge, merged_linear, overwrite_nf4
+from lora_fast.base_layer.merging import (
+    LowRank,
+    Subtraction,
+    merge,
+    merged_linear,
+    overwrite_four_bit,
+)
 
 K, N = 48, 32
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -122,19 +128,23 @@ def _requantised(base: Any, blocksize: int) -> None:
     weight = base.weight
     base.weight = type(weight)(
         NF4Weight.from_params4bit(weight).dequantize(BF16),
-        quant_type="nf4",
+        quant_type=weight.quant_state.quant_type,
         blocksize=blocksize,
         compress_statistics=weight.compress_statistics,
         quant_storage=weight.quant_storage,
     ).to("cpu")
 
 
-def _assert_nf4_of(weight: Any, dense: Tensor) -> None:
+STORAGES = [(torch.uint8, "nf4"), (torch.bfloat16, "fp4")]
+
+
+def _assert_four_bits_of(weight: Any, dense: Tensor) -> None:
     """`weight` is `dense`, to half the widest gap between codes and the error of its absmax."""
     actual = NF4Weight.from_params4bit(weight)
     blocks = dense.double().reshape(-1, actual.blocksize)
     largest = blocks.abs().amax(1)
-    allowed = 0.152 * largest + (actual.absmax().double() - largest).abs()
+    widest = {"nf4": 0.152, "fp4": 0.167}[actual.quant_type]
+    allowed = widest * largest + (actual.absmax().double() - largest).abs()
     error = actual.dequantize(F64).reshape(blocks.shape) - blocks
     assert (error.abs() <= allowed[:, None] * (1 + 1e-6)).all()
     assert (actual.absmax() / largest - 1).abs().max() < 0.05
@@ -143,9 +153,12 @@ def _assert_nf4_of(weight: Any, dense: Tensor) -> None:
 @pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("blocksize", [64, 128])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-def test_nf4_keeps_its_format(blocksize: int, nested: bool, storage: torch.dtype) -> None:
-    base: Any = nf4_linear(_linear(BF16), BF16, compress_statistics=nested, quant_storage=storage)
+@pytest.mark.parametrize(("storage", "kind"), STORAGES, ids=str)
+def test_four_bits_keep_their_format(
+    blocksize: int, nested: bool, storage: torch.dtype, kind: str
+) -> None:
+    options = {"compress_statistics": nested, "quant_storage": storage, "quant_type": kind}
+    base: Any = nf4_linear(_linear(BF16), BF16, **options)
     if blocksize != 64:
         _requantised(base, blocksize)
     weight, packed = base.weight, base.weight.data.view(torch.uint8).clone()
@@ -159,7 +172,7 @@ def test_nf4_keeps_its_format(blocksize: int, nested: bool, storage: torch.dtype
         assert getattr(state, name) == getattr(expected, name), name
     assert state.blocksize == blocksize
     assert (base.weight.dtype, base.weight.shape) == (storage, weight.shape)
-    _assert_nf4_of(base.weight, _exact(wide, terms, None))
+    _assert_four_bits_of(base.weight, _exact(wide, terms, None))
 
     undo.restore(base)
     assert base.weight is weight and base.quant_state is expected
@@ -167,15 +180,18 @@ def test_nf4_keeps_its_format(blocksize: int, nested: bool, storage: torch.dtype
 
 @pytest.mark.usefixtures("cpu_kind")
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-def test_nf4_is_overwritten_in_its_storage(nested: bool, storage: torch.dtype) -> None:
-    base = nf4_linear(_linear(BF16), BF16, compress_statistics=nested, quant_storage=storage)
+@pytest.mark.parametrize(("storage", "kind"), STORAGES, ids=str)
+def test_four_bits_are_overwritten_in_their_storage(
+    nested: bool, storage: torch.dtype, kind: str
+) -> None:
+    options = {"compress_statistics": nested, "quant_storage": storage, "quant_type": kind}
+    base = nf4_linear(_linear(BF16), BF16, **options)
     weight, state = base.weight, base.weight.quant_state
     pointers = weight.data_ptr(), state.absmax.data_ptr()
     dense = torch.randn(N, K)
-    overwrite_nf4(weight, dense)
+    overwrite_four_bit(weight, dense)
     assert pointers == (weight.data_ptr(), state.absmax.data_ptr())
-    fresh = NF4Weight.from_dense(dense, double_quant=nested).dequantize(F32)
+    fresh = NF4Weight.from_dense(dense, double_quant=nested, quant_type=kind).dequantize(F32)
     assert_same_bits(NF4Weight.from_params4bit(weight).dequantize(F32), fresh, name="W")
 
 

@@ -23,9 +23,13 @@ def decode(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_formula(executor, dtype, nested):
     """Every byte value in both nibbles, block sizes with and without a partial last block."""
-    for blocksize, shape in ((64, (40, 96)), (64, (33, 17)), (4096, (96, 70))):
+    cases = ((64, (40, 96), "nf4"), (64, (33, 17), "fp4"), (4096, (96, 70), "nf4"))
+    for blocksize, shape, kind in cases:
         weight = NF4Weight.from_dense(
-            torch.randn(shape, device=executor.device), blocksize=blocksize, double_quant=nested
+            torch.randn(shape, device=executor.device),
+            blocksize=blocksize,
+            double_quant=nested,
+            quant_type=kind,
         )
         count = min(256 * (weight.packed.numel() // 256), weight.packed.numel() - 1)
         weight.packed[:count] = torch.arange(count, device=executor.device).to(torch.uint8)
@@ -45,10 +49,13 @@ def test_one_launch(executor):
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_block_size(blocksize, nested):
     """With a last block that is partial."""
-    weight = NF4Weight.from_dense(torch.randn(91, 91), blocksize=blocksize, double_quant=nested)
-    for dtype in DTYPES:
-        expected = formula(weight.packed, weight.quant_state, dtype)
-        assert_same_bits(decode(weight, dtype), expected, name=str(dtype))
+    for kind, dtypes in (("nf4", DTYPES), ("fp4", DTYPES[:1])):
+        weight = NF4Weight.from_dense(
+            torch.randn(91, 91), blocksize=blocksize, double_quant=nested, quant_type=kind
+        )
+        for dtype in dtypes:
+            expected = formula(weight.packed, weight.quant_state, dtype)
+            assert_same_bits(decode(weight, dtype), expected, name=f"{kind} {dtype}")
 
 
 # N, K, blocksize: whole blocks in each row, several parts of a row, blocks across rows, odd rows.

@@ -126,12 +126,12 @@ def test_few_rows_agree_with_the_reference(executor):
 @pytest.mark.parametrize(
     "case",
     [
-        replace(FEW, M=1, factors=("x", "A", "B")),
+        replace(FEW, M=1, factors=("x", "A", "B"), quant_type="fp4"),
         replace(FEW, M=16, K=256, N=64, nf4=False, dY_layout="transposed"),
         replace(FEW, M=40, x_layout="transposed", factors=GAINS, nested=False, blocksize=128),
         replace(FEW, M=33, p=0.3, R=100, dY_layout="sliced"),
         replace(FEW, M=17, dtype=FP32, adapter_dtype=None, factors=GAINS),
-        replace(FEW, M=3, factors=("x", "g")),
+        replace(FEW, M=3, factors=("x", "g"), quant_type="fp4"),
         replace(FEW, M=20, p=0.3, factors=GAINS),
         replace(FEW, M=4, K=71, N=24, dtype=FP16, adapter_dtype=None),
     ],

@@ -106,16 +106,17 @@ def test_returns_the_model_and_keeps_its_function() -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("bias", [True, False])
-def test_quantize(bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("bias", "kind"), [(True, "nf4"), (False, "fp4")])
+def test_quantize(bias: bool, kind: Any, dtype: torch.dtype) -> None:
     model = Single(bias).to(dtype)
     linear = model.fc
-    expected = nf4_linear(linear, dtype)
-    model = lora_fast.convert(model, "all-linear", quantize="nf4")
+    expected = nf4_linear(linear, dtype, quant_type=kind)
+    model = lora_fast.convert(model, "all-linear", quantize=kind)
     base = model.fc.base_layer
     assert type(base) is bnb.nn.Linear4bit
     assert torch.equal(base.weight.data, expected.weight.data)
-    assert base.weight.quant_state.dtype == dtype and base.weight.quant_state.nested
+    state = base.weight.quant_state
+    assert (state.dtype, state.nested, state.quant_type) == (dtype, True, kind)
     assert base.compute_dtype == dtype and base.bias is linear.bias
     assert linear.weight.dtype == dtype, "the dense layer itself is not modified"
     assert repr(base) == repr(expected)
@@ -155,7 +156,7 @@ def test_a_shared_layer_stays_shared() -> None:
     assert counted(model) == (3, {})
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quantize", [None, "nf4", "fp4"])
 def test_values_and_gradients_of_a_model(quantize: Any) -> None:
     model = lora_fast.convert(Mlp(), "all-linear", r=3, quantize=quantize)
     for layer in (model.fc1, model.fc2):
@@ -175,7 +176,7 @@ def test_values_and_gradients_of_a_model(quantize: Any) -> None:
 
 
 def _make_dense(layer: LoRALinear) -> None:
-    """Decode an NF4 base without rounding, so that the layer can compute in float64."""
+    """Decode a 4-bit base without rounding, so that the layer can compute in float64."""
     if isinstance(layer.base_layer, bnb.nn.Linear4bit):
         weight = lora_fast.NF4Weight.from_params4bit(layer.base_layer.weight).dequantize(F32)
         bias = layer.base_layer.bias
@@ -209,7 +210,7 @@ def _with_int8() -> nn.Module:
         (Mlp, {"lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite, got nan"),
         (Mlp, {"lora_dropout": -0.1}, ValueError, "lora_dropout must lie in"),
         (Mlp, {"dtype": torch.uint8}, TypeError, "dtype must be a floating point dtype"),
-        (Mlp, {"quantize": "fp4"}, ValueError, "quantize must be None or 'nf4', got 'fp4'"),
+        (Mlp, {"quantize": "int8"}, ValueError, "quantize must be one of .*'fp4'.*, got 'int8'"),
         (Mlp, {"method": "ia3"}, ValueError, "method must be one of lora, dora, vera, got 'ia3'"),
         (Mlp, {"method": "vera", "lora_alpha": 8}, ValueError, "lora_alpha and use_rslora must"),
         (Mlp, {"modules_to_save": ["head"]}, ValueError, "modules_to_save must .*got 'head'"),

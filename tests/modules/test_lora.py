@@ -272,7 +272,6 @@ def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -
         (lambda: "fc", TypeError, "linear must be a torch.nn.Linear, got str"),
         (lambda: bnb.nn.Linear8bitLt(4, 4), ValueError, "base layer is Linear8bitLt"),
         (lambda: bnb.nn.Linear4bit(4, 4), ValueError, "base layer is not quantised yet"),
-        (lambda: bnb.nn.Linear4bit(16, 16).to("cpu"), ValueError, "base layer is fp4"),
         (lambda: nn.Linear(4, 4, device="meta"), ValueError, "weight is on the meta device"),
     ],
 )

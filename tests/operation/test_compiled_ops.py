@@ -24,12 +24,12 @@ CASE = Case(M=12, K=40, N=29, R=5, lead=(3, 4))
 EVERYTHING = replace(CASE, factors=FACTORS, p=0.3, spans=((0, 2), (1, 5), (2, 2)))
 GROUPS = [
     replace(CASE, dtype=torch.bfloat16, adapter_dtype=torch.float32, nf4=True, p=0.3),
-    replace(CASE, nf4=True, nested=False, trains=("B",)),
+    replace(CASE, nf4=True, quant_type="fp4", nested=False, trains=("B",)),
     CASE,
 ]
 CASES = [
     replace(EVERYTHING, dtype=torch.bfloat16, adapter_dtype=torch.float32, nf4=True),
-    replace(CASE, nf4=True, nested=False, blocksize=32, trains=("B",)),
+    replace(CASE, nf4=True, quant_type="fp4", nested=False, blocksize=32, trains=("B",)),
     replace(CASE, factors=("x", "g"), x_layout="transposed", lead=()),
 ]
 

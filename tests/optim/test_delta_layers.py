@@ -119,16 +119,6 @@ def test_a_layer_with_two_names_is_one_layer() -> None:
     assert [layer.name for layer in _wrapped(model)._layers] == ["fc1", "fc2"]
 
 
-def test_fp4_weights() -> None:
-    import bitsandbytes as bnb
-
-    base: Any = Mlp()
-    base.fc2 = bnb.nn.Linear4bit(40, 20, bias=False, quant_type="fp4").to("cpu")
-    model = get_peft_model(base, lora_config(target_modules=["fc2"]))
-    with pytest.raises(NotImplementedError, match="weight must be quantised as nf4, got fp4"):
-        _wrapped(model)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -32,6 +32,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype | None = None
     nf4: bool = False
+    quant_type: str = "nf4"
     nested: bool = True
     blocksize: int = 64
     factors: tuple[str, ...] = ("x", "bias", "A", "B")
@@ -48,7 +49,11 @@ class Case:
         names = [str(self.dtype).removeprefix("torch.")]
         if self.adapter_dtype:
             names.append("adapter-" + str(self.adapter_dtype).removeprefix("torch."))
-        names += ["nf4" if self.nf4 else "dense", f"{self.M}x{self.K}x{self.N}", f"R{self.R}"]
+        names += [
+            self.quant_type if self.nf4 else "dense",
+            f"{self.M}x{self.K}x{self.N}",
+            f"R{self.R}",
+        ]
         names += [name for name in ("b", "d", "g") if name in self.factors]
         names += [f"p{self.p}"] * (self.p > 0)
         names += [f"x-{self.x_layout}"] * (self.x_layout != "contiguous")
@@ -109,7 +114,12 @@ def make(case: Case, device: torch.device | str = "cpu") -> Operands:
     dense = torch.randn(N, K, dtype=torch.float64).to(case.dtype).to(device)
     weight: Any = dense
     if case.nf4:
-        weight = NF4Weight.from_dense(dense, blocksize=case.blocksize, double_quant=case.nested)
+        weight = NF4Weight.from_dense(
+            dense,
+            blocksize=case.blocksize,
+            double_quant=case.nested,
+            quant_type=case.quant_type,
+        )
         dense = weight.dequantize(case.dtype)
     dY = lay_out(torch.randn(M, N).to(case.dtype).to(device), case.dY_layout)
     mask = None

@@ -51,7 +51,7 @@ class Mlp(nn.Module):
 def nf4_linear(
     linear: nn.Linear, compute_dtype: torch.dtype | None = None, **options: Any
 ) -> bnb.nn.Linear4bit:
-    """`linear` in bitsandbytes' NF4, by default with double quantisation."""
+    """`linear` in bitsandbytes' 4 bits, by default NF4 with double quantisation."""
     quantised = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -70,7 +70,7 @@ def nf4_linear(
 def quantised(
     model: nn.Module, compute_dtype: torch.dtype | None = None, **options: Any
 ) -> nn.Module:
-    """`model` with every linear layer in NF4, marked as PEFT expects it."""
+    """`model` with every linear layer in 4 bits, marked as PEFT expects it."""
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:
@@ -87,10 +87,10 @@ def peft_model(
     model: nn.Module | None = None,
     **config: Any,
 ) -> Any:
-    """A stock PEFT model, dense or nf4, with B ≠ 0; of one layer unless `model` is given."""
+    """A stock PEFT model, dense, nf4 or fp4, with B ≠ 0; of one layer unless `model` is given."""
     base = (model or Single()).to(dtype)
-    if kind == "nf4":
-        base = quantised(base, compute_dtype)
+    if kind != "dense":
+        base = quantised(base, compute_dtype, quant_type=kind)
     wrapped = get_peft_model(base, lora_config(**config), autocast_adapter_dtype=False)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
@@ -109,7 +109,7 @@ def lora_config(**config: Any) -> LoraConfig:
 
 
 def float64_copy(model: Any) -> Any:
-    """The same model in float64 on plain nn.Linear, NF4 weights decoded without rounding."""
+    """The same model in float64 on plain nn.Linear, 4-bit weights decoded without rounding."""
     wide = copy.deepcopy(model)
     for layer in tuner_layers(wide):
         if isinstance(layer.base_layer, bnb.nn.Linear4bit):
@@ -150,8 +150,8 @@ def method_model(
 ) -> Any:
     """A stock PEFT model of one of PEFT's methods, every trained number moved off its start."""
     base = (model or Single()).to(dtype)
-    if kind == "nf4":
-        base = quantised(base, compute_dtype)
+    if kind != "dense":
+        base = quantised(base, compute_dtype, quant_type=kind)
     first = _method_config(method, dropout, r)
     wrapped = get_peft_model(base, first, autocast_adapter_dtype=False)
     for number in range(1, adapters):

@@ -54,17 +54,6 @@ def int8(linear: nn.Linear) -> nn.Module:
     return made.to("cpu")
 
 
-def fp4(linear: nn.Linear) -> nn.Module:
-    made = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, quant_type="fp4", compute_dtype=linear.weight.dtype
-    )
-    made.load_state_dict(linear.state_dict())
-    made.weight.data = linear.weight.detach().clone()
-    assert linear.bias is not None
-    made.bias = nn.Parameter(linear.bias.detach().clone())
-    return made.to("cpu")
-
-
 def subclass(linear: nn.Linear) -> nn.Module:
     linear.__class__ = LinearOfSomeoneElse
     return linear
@@ -86,7 +75,6 @@ def replaced(linear: nn.Linear) -> nn.Module:
 # finds it by itself
 KINDS: dict[str, tuple[Callable[[nn.Linear], nn.Module], type | None]] = {
     "int8": (int8, None),
-    "fp4": (fp4, None),
     "gptq": (Packed, GPTQLoraLinear),
     "awq": (Packed, AwqLoraLinear),
     "aqlm": (Packed, AqlmLoraLinear),
@@ -107,7 +95,7 @@ def opaque_model(
     make, wrapper = KINDS[kind]
     model: Any = Single().to(dtype)
     model.fc = make(model.fc)
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind == "fp4"
+    model.is_loaded_in_8bit = kind == "int8"
     if wrapper is None:
         wrapped = get_peft_model(model, lora_config(**config), autocast_adapter_dtype=False)
     else:
