@@ -10,7 +10,7 @@ import pytest
 import torch
 from expert_models import FUSES
 
-from bench import decoder_layer, experts, gated_mlp, linear
+from bench import decoder_layer, experts, gated_mlp, linear, quantised_base
 from bench.accuracy_table import run_case as accuracy_of
 from bench.instruments.paired import Timings, measure
 from bench.linear_cases import Case, build, fused_calls
@@ -151,3 +151,10 @@ def test_gated_mlps_report_every_contestant() -> None:
     row = gated_mlp.run(torch.bfloat16, 0.1, rounds=1, seconds=1e-4, tokens=4)
     assert set(row["over_peft"]) == {n for n in gated_mlp.CONTESTANTS if n[:4] != "peft"}
     assert set(row["saved"]) == set(gated_mlp.CONTESTANTS)
+
+
+@pytest.mark.parametrize("kind", quantised_base.BASES)
+def test_quantised_bases_report_a_ratio(kind: str) -> None:
+    row = quantised_base.run(kind, 0.05, wide=kind == "fp4", rounds=1, seconds=1e-4, tokens=4)
+    assert set(row["over_peft"]) == {"median", "low", "high"}
+    assert set(row["median_seconds"]) == {"peft", "lora_fast"}

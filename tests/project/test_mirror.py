@@ -112,6 +112,7 @@ TESTED_IN = {
     "bench/decoder_layer.py": "bench/test_bench.py",
     "bench/gated_mlp.py": "bench/test_bench.py",
     "bench/delta_lora_rounding.py": "optim/test_delta_lora.py",
+    "bench/quantised_base.py": "bench/test_bench.py",
     "bench/linear.py": "bench/test_bench.py",
     "bench/linear_cases.py": "bench/test_bench.py",
     "bench/experts.py": "bench/test_bench.py",
