@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts.storage import states_of, unpack_parameters
 from .four_bit.layout import plain_state
 from .optional_packages import needed
 
@@ -133,8 +134,8 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of `model` in which every tensor is a fake one on the CPU; nothing is allocated.
 
     Inside the block operations compute shapes and dtypes, and the layers of lora_fast accept such
-    tensors as ordinary ones. 4-bit layers appear as dense ones of the dtype that was quantised:
-    they save the same bytes for backward.
+    tensors as ordinary ones. 4-bit layers and experts appear as dense ones of the dtype that was
+    quantised: they save the same bytes for backward.
     """
     from .backends.choice import set_backend
     from .base_layer.obstacles import CountingMode
@@ -145,12 +146,17 @@ def imagined(model: nn.Module) -> Iterator[nn.Module]:
         for module in model.modules():
             if is_four_bit(module):
                 memo[id(module)] = _dense_stand_in(module)
+            for state in states_of(module).values():
+                memo[id(state)] = state  # read below
         for tensor in _tensors_of(model):
             fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = fake
-        yield copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+        for module in copied.modules():
+            unpack_parameters(module, lambda state: torch.empty(state.shape, dtype=state.dtype))
+        yield copied
 
 
 @contextmanager

@@ -34,7 +34,7 @@ _decoded: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("decoded
 def packed_experts(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
     """The packed bytes and the ``quant_state`` of a 4-bit parameter; None for any other, and while
     PEFT adds an adapter to it."""
-    state, packed = _states_of(module).get(name), module._parameters.get(name)
+    state, packed = states_of(module).get(name), module._parameters.get(name)
     if state is None or packed is None:
         return None
     if state.absmax.device != packed.device and not packed.is_meta:
@@ -44,7 +44,7 @@ def packed_experts(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
 
 def packed_parameters(module: nn.Module) -> list[str]:
     """The names of the 4-bit parameters of a module."""
-    return [name for name in _states_of(module) if module._parameters.get(name) is not None]
+    return [name for name in states_of(module) if module._parameters.get(name) is not None]
 
 
 def store_packed(module: nn.Module, name: str, packed: Tensor, state: Any) -> None:
@@ -58,7 +58,18 @@ def store_packed(module: nn.Module, name: str, packed: Tensor, state: Any) -> No
         module.__class__ = packed_class(cls.__bases__[1], module.__dict__[_STATES].keys())
 
 
-def _states_of(module: nn.Module) -> dict[str, Any]:
+def unpack_parameters(module: nn.Module, dense: Callable[[Any], Tensor]) -> None:
+    """Make the 4-bit parameters of a module what `dense` makes of their ``quant_state``."""
+    if not isinstance(module, PackedExperts):
+        return
+    for name in packed_parameters(module):
+        made = dense(module.__dict__[_STATES].pop(name))
+        module._parameters[name] = nn.Parameter(made, requires_grad=False)
+    module.__class__ = _packed_type(module).__bases__[1]
+
+
+def states_of(module: nn.Module) -> dict[str, Any]:
+    """The ``quant_state`` of every 4-bit parameter of a module."""
     found: dict[str, Any] = module.__dict__.get(_STATES, {})
     return found
 
@@ -105,12 +116,16 @@ class PackedExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        cls: Any = next(c for c in type(self).__mro__ if c.__dict__.get("_is_packed"))
+        cls = _packed_type(self)
         names = tuple(self.__dict__[_STATES])
         return _made_again, (cls.__bases__[1], names), self.__dict__.copy()
 
     def _get_name(self) -> str:
         return type(self).__name__
+
+
+def _packed_type(module: nn.Module) -> Any:
+    return next(c for c in type(module).__mro__ if c.__dict__.get("_is_packed"))
 
 
 def packed_class(cls: Any, names: Any) -> Any:

@@ -50,6 +50,7 @@ def plan(
     target_modules: str | None = None,
     frequencies: int | None = None,
     virtual_tokens: int | None = None,
+    experts: bool | None = None,
     dtype: str = "bfloat16",
     task: str | None = None,
     batch_size: int | None = None,
@@ -72,6 +73,7 @@ def plan(
     `quantize`: nf4 or none; by default nf4, and none for full.
     `r`, `dropout`, `target_modules`, `frequencies`, `virtual_tokens`: the method's, and its own
     defaults.
+    `experts`: adapters on the experts of a mixture, too; by default none.
 
     How it trains:
 
@@ -95,6 +97,7 @@ def plan(
     given = Settings(
         method=method or "lora", quantize=quantize, r=r, dropout=dropout,
         target_modules=target_modules, frequencies=frequencies, virtual_tokens=virtual_tokens,
+        experts=experts,
         dtype=dtype, task=task, batch_size=batch_size, max_length=max_length,
         gradient_checkpointing=gradient_checkpointing, optim=optim, fused=fused,
     )  # fmt: skip
@@ -184,8 +187,8 @@ def _count(name: str, config: Any, settings: Settings) -> _Counted:
     tensors = [*model.parameters(), *model.buffers()]
     trained = tuple(p for p in model.parameters() if p.requires_grad)
     added = [t for t in tensors if id(t) not in own]
-    experts = experts_of(with_experts, model)
-    apart = {id(t) for t in experts.weights} if experts else set()
+    experts = experts_of(with_experts, model, quantised=settings.quantize == "nf4")
+    apart = experts.weights if experts else ()
     frozen = (t for t in tensors if id(t) in own and id(t) not in apart)
     return _Counted(
         name=name,
@@ -195,7 +198,7 @@ def _count(name: str, config: Any, settings: Settings) -> _Counted:
         trained=trained,
         extra_state=_extra_state(model, settings, quantised),
         master=sum(4 * p.numel() for p in trained if settings.method == FULL and p.itemsize < 4),
-        decode=decode_bytes(model, quantised, dtype),
+        decode=max(decode_bytes(model, quantised, dtype), _experts_decoded(experts, dtype)),
         parameters=sum(p.numel() for p in model.parameters()),
         experts=experts,
     )
@@ -203,7 +206,10 @@ def _count(name: str, config: Any, settings: Settings) -> _Counted:
 
 def _count_model(model: Any, settings: Settings) -> _Counted:
     trained = tuple(p for p in model.parameters() if p.requires_grad)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    experts = experts_of((m for _, m in expert_modules(model)), model, quantised=False)
+    apart = experts.weights if experts else ()
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in apart]
+    dtype = getattr(torch, settings.dtype)
     return _Counted(
         name=type(model).__name__,
         model=model,
@@ -212,12 +218,20 @@ def _count_model(model: Any, settings: Settings) -> _Counted:
         trained=trained,
         extra_state=0,
         master=0,
-        decode=decode_bytes(model, {}, getattr(torch, settings.dtype)),
-        parameters=sum(
+        decode=max(decode_bytes(model, {}, dtype), _experts_decoded(experts, dtype)),
+        parameters=(experts.elements if experts else 0)
+        + sum(
             p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel()
             for p in model.parameters()
+            if id(p) not in apart
         ),
+        experts=experts,
     )
+
+
+def _experts_decoded(experts: Experts | None, dtype: torch.dtype) -> int:
+    """The workspace into which the largest projection of all experts is decoded."""
+    return experts.decoded * dtype.itemsize if experts else 0
 
 
 def adapted(name: str, base: Any, settings: Settings) -> Any:
@@ -232,6 +246,7 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
     dtype = getattr(torch, settings.dtype)
     try:
         given = {key: getattr(settings, key) for key in SHAPING} | {"quantize": "none"}
+        given["experts"] = bool(settings.experts)
         if settings.task is not None:
             given["task"] = settings.task
         options = completed(MethodOptions(**given), sum(p.numel() for p in base.parameters()))
@@ -294,11 +309,9 @@ def _planned(
         state, paged = optimizer_bytes(wide, s.optim)
     parts = {f"weights, {kind}": size for kind, size in counted.weights.items()}
     if counted.experts is not None:
-        packed = counted.experts.in_four_bits if s.quantize == "nf4" else ()
-        for kind, size in weight_bytes(counted.experts.weights, packed).items():
+        for kind, size in counted.experts.sizes.items():
             parts[f"weights of experts, {kind}"] = size
-        about = about_experts(counted.experts, s.dtype, quantised=s.quantize == "nf4")
-        notes = (about, *notes)
+        notes = (about_experts(counted.experts), *notes)
     parts["adapters"] = counted.adapters
     parts["gradients"] = sum(p.numel() * p.itemsize for p in counted.trained)
     if counted.master:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..methods.options import BATCH_SIZE, MAX_LENGTH, QUANTIZERS, TASKS
-from ..methods.table import METHODS
+from ..methods.table import METHODS, WITH_EXPERTS
 
 FULL = "full"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -27,6 +27,7 @@ SHAPING = (
     "target_modules",
     "frequencies",
     "virtual_tokens",
+    "experts",
 )
 
 
@@ -36,9 +37,10 @@ class Settings:
 
     ``method`` is one of ``lora-fast train --method`` or ``full``; r, dropout (on the input of the
     adapters), target_modules, frequencies and virtual_tokens are None for the method's own
-    defaults. ``quantize`` is nf4 if None, and none for ``full``. ``task``: None is causal-lm where
-    a config names an architecture that is one, else classification, else the architecture itself.
-    ``batch_size`` and ``max_length`` are the task's if None: 8 × 1024, 32 × 256 for classification.
+    defaults. ``experts``: adapters on the experts of a mixture, too; None is no. ``quantize`` is
+    nf4 if None, and none for ``full``. ``task``: None is causal-lm where a config names an
+    architecture that is one, else classification, else the architecture itself. ``batch_size`` and
+    ``max_length`` are the task's if None: 8 × 1024, 32 × 256 for classification.
 
     A 16-bit ``full`` run keeps a float32 master copy of the weights beside its optimizer's float32
     moments: 16 bytes per parameter. Adapters are float32 whatever the dtype. ``fused`` is the model
@@ -54,6 +56,7 @@ class Settings:
     target_modules: str | None = None
     frequencies: int | None = None
     virtual_tokens: int | None = None
+    experts: bool | None = None
     dtype: str = "bfloat16"
     task: str | None = None
     batch_size: int | None = None
@@ -81,9 +84,15 @@ class Settings:
         taken = METHODS[self.method].options if self.method != FULL else ()
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name in SHAPING[2:]:
+        for name in SHAPING[2:-1]:
             if getattr(self, name) is not None and name not in taken:
                 raise ValueError(f"{name} must not be given for method {self.method}")
+        if not isinstance(self.experts, bool | None):
+            raise TypeError(f"experts must be a bool, got {type(self.experts).__name__}")
+        if self.experts and self.method not in WITH_EXPERTS:
+            raise ValueError(f"experts must not be given for method {self.method}")
+        if self.experts and self.dropout:
+            raise ValueError(f"dropout must be 0 with experts, got {self.dropout}")
         if self.gradient_checkpointing and self.method == "prefix":
             raise ValueError(
                 "gradient_checkpointing must be off for method prefix: it needs a cache"

@@ -63,7 +63,12 @@ def weight_bytes(tensors: Iterable[Tensor], quantised: Container[int]) -> Counte
 
 def quantised_bytes(weight: Any) -> int:
     """Bytes of a loaded bitsandbytes weight and its constants."""
-    state, total = plain_state(weight.quant_state), _bytes(weight)
+    return state_bytes(weight, plain_state(weight.quant_state))
+
+
+def state_bytes(packed: Tensor, state: Any) -> int:
+    """Bytes of packed elements and of the ``quant_state`` that describes them."""
+    total = _bytes(packed)
     while state is not None:
         held = (state.absmax, state.code, state.offset)
         total += sum(_bytes(t) for t in held if isinstance(t, Tensor))

@@ -119,6 +119,20 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+def test_transformers_does_not_read_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads would read tensors into memory faster than they are quantised."""
+
+    class NoThreads:
+        def __init__(self, **_: Any) -> None:
+            raise AssertionError("transformers loads in threads")
+
+    monkeypatch.setattr("transformers.core_model_loading.ThreadPoolExecutor", NoThreads)
+    with pytest.raises(AssertionError, match="loads in threads"):
+        _loaded(folder)
+    with lora_fast.quantize_experts_on_load():
+        _loaded(folder)
+
+
 def test_a_saved_model_is_loaded_without_its_dense_weights(folder: Path, tmp_path: Path) -> None:
     with lora_fast.quantize_experts_on_load():
         saved = _loaded(folder)

@@ -97,7 +97,6 @@ TESTED_IN = {
     "lora_fast/peft_layers/module_conditions.py": "peft_layers/test_forward_source.py",
     "lora_fast/peft_layers/vera_layers.py": "peft_layers/test_methods.py",
     "lora_fast/planning/advice.py": "planning/test_memory.py",
-    "lora_fast/planning/experts.py": "planning/test_architectures.py",
     "lora_fast/planning/memory_plan.py": "planning/test_memory.py",
     "lora_fast/planning/settings.py": "planning/test_memory.py",
     "lora_fast/planning/states.py": "planning/test_memory.py",
