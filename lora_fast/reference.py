@@ -47,7 +47,9 @@ def adapted_linear(
     has it. ``dropout_mask`` [M, K] (True: kept) replaces the mask drawn from
     ``dropout_seed``. ``rank_spans`` [samples, 2]: the rows of sample i, the i-th of equal parts,
     use the columns start ≤ r < stop of the rank alone. Sources: LoRA (Hu et al. 2021, eq. 3), VeRA
-    (Kopiczko et al. 2023, eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g).
+    (Kopiczko et al. 2023, eq. 2: b, d), DoRA (Liu et al. 2024, eq. 5: g), IA3 (Liu et al. 2022: g),
+    KaSA (Wang et al. 2024: d), DeLoRA (Bini et al. 2025: A ⊙ w, d), aLoRA (Greenewald et al.
+    2025: spans of rows).
     """
     dtype = x.dtype
     rows = x.reshape(-1, x.shape[-1])

@@ -24,8 +24,9 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True, fuse_mlp: bool
 
         y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
 
-    The class of every linear layer of LoRA (with rsLoRA, LoRA-FA, MiCA, aLoRA, DoRA), VeRA, AdaLoRA
-    and (IA)³, dense or 4-bit, becomes a subclass of it; that of LoRA on any other base as well.
+    The class of every linear layer of LoRA (with rsLoRA, LoRA-FA, MiCA, aLoRA, KaSA, DoRA), DeLoRA,
+    VeRA, AdaLoRA and (IA)³, dense or 4-bit, becomes a subclass of it; so does that of LoRA on any
+    other base.
     Their parameters, state_dict keys, repr and adapter methods stay as they are. Anything the fused
     path does not cover (merged or disabled adapters, other variants, hooks on the inner layers, …)
     falls back to PEFT's own forward;

@@ -29,20 +29,22 @@ _FRESH_OUTPUTS = frozenset(
 )
 
 
-def input_obstacle(x: Any, pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> str | None:
-    """Why the low rank of the A [R, K], B [N, R] and bias [N] in `pairs` cannot be computed for
-    x."""
+def input_obstacle(
+    x: Any, adapters: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+) -> str | None:
+    """Why the low rank of the A [R, K], B [N, R], bias [N] and d [R] in `adapters` cannot be
+    computed for x."""
     if not isinstance(x, Tensor):
         return f"x is {type(x).__name__}"
     found = tensor_obstacle(x, "x")
     if found is not None:
         return found
-    for A, B, bias in pairs:
+    for A, B, *vectors in adapters:
         if x.dim() == 0 or x.shape[-1] != A.shape[1] or 0 in A.shape or 0 in B.shape:
             return "shape of x"
-        if B.shape != (pairs[0][1].shape[0], A.shape[0]):
+        if B.shape != (adapters[0][1].shape[0], A.shape[0]):
             return "shapes of lora_A and lora_B"
-        for t in (x, A, B) if bias is None else (x, A, B, bias):
+        for t in (x, A, B, *(v for v in vectors if v is not None)):
             if t.device != x.device:
                 return "tensors on different devices"
             if t.dtype not in COMPUTE_DTYPES:

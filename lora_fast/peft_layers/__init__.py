@@ -12,6 +12,7 @@ from torch import nn
 
 from . import (
     adalora_layers,
+    delora_layers,
     expert_wrappers,
     ia3_layers,
     lora_layers,
@@ -29,6 +30,7 @@ FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     **vera_layers.FUSED_CLASSES,
     **adalora_layers.FUSED_CLASSES,
     **ia3_layers.FUSED_CLASSES,
+    **delora_layers.FUSED_CLASSES,
     **expert_wrappers.FUSED_CLASSES,
 }
 STOCK_CLASSES = {ours: stock for stock, ours in (FUSED_CLASSES | TUNER_CLASSES).items()}

@@ -87,7 +87,7 @@ class FusedLoRALayer(FusedForward):
             return found or self._autocast_obstacle(x)
         factors: list[Tensor | None] = []
         for adapter in state.adapters:
-            factors += (adapter.A, adapter.B, adapter.bias, adapter.magnitude)
+            factors += (adapter.A, adapter.B, adapter.bias, adapter.magnitude, adapter.d)
         found = call_obstacle(base, x, *factors)
         if found is not None:
             return found

@@ -17,9 +17,10 @@ from ..functional import Member
 from .fused_forward import casts_input, rate_of, switched_off
 from .plain_lora import fingerprint_of, read_plain
 
-# Variants that PEFT has from 0.18 and 0.20 on. MiCA is LoRA with a frozen B.
+# Variants that PEFT has from 0.18, 0.20 and 0.21 on. MiCA is LoRA with a frozen B, KaSA has a d.
 ALORA = getattr(variants, "ALoraLinearVariant", None)
 MICA = getattr(variants, "MiCALinearVariant", None)
+KASA = getattr(variants, "KasaLinearVariant", None)
 
 
 class Adapter(NamedTuple):
@@ -34,6 +35,7 @@ class Adapter(NamedTuple):
     dropout_p: float
     magnitude: Tensor | None = None
     masks_rows: bool = False  # aLoRA: only the last rows of a sample use it
+    d: Tensor | None = None  # KaSA: the gain of each column of S
 
 
 class State(NamedTuple):
@@ -62,9 +64,11 @@ def read_adapters(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str 
     for name in names:
         if name not in lora_A:
             continue
-        A, B, dropout, magnitude = lora_A[name], lora_B[name], dropouts[name], None
+        A, B, dropout, magnitude, d = lora_A[name], lora_B[name], dropouts[name], None, None
         kind = type(of_layer[name]) if name in of_layer else None
-        if kind is not None and kind is not MICA:
+        if kind is not None and kind is KASA:
+            d, found = _diagonal(layer, name)
+        elif kind is not None and kind is not MICA:
             magnitude, found = _magnitude(layer, name, B)
         found = (
             found
@@ -86,11 +90,15 @@ def read_adapters(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str 
         scaling = layer.scaling[name]
         if isinstance(scaling, Tensor) and scaling.requires_grad:
             return adapters, "scaling requires a gradient"
+        masks = kind is not None and kind is ALORA
         adapters.append(
-            Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude, kind is ALORA)
+            Adapter(name, weight_A, weight_B, bias, scaling, dropout, p, magnitude, masks, d)
         )
     if not adapters:
         return adapters, "no active adapter"
+    if len(adapters) > 1:
+        # The columns of S that all rows use come first: those of a row lie side by side.
+        adapters.sort(key=lambda adapter: adapter.masks_rows)
     return adapters, None
 
 
@@ -101,6 +109,14 @@ def opaque_obstacle(state: State) -> str | None:
     if any(adapter.magnitude is not None for adapter in state.adapters):
         return state.opaque  # m scales the base's weight
     return None
+
+
+def _diagonal(layer: Any, name: str) -> tuple[Tensor | None, str | None]:
+    """KaSA's d [R], and why the layer is not ready: its first forward in PEFT changes W."""
+    if name in getattr(layer, "_lora_kasa_truncation_deferred", ()):
+        return None, "KaSA has yet to truncate the base weight"
+    d = layer.lora_diag[name]
+    return d, tensor_obstacle(d, "lora_diag")
 
 
 def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None]:
@@ -123,8 +139,6 @@ def together_obstacle(adapters: list[Adapter], *, mixed: bool) -> str | None:
         return None
     if any(adapter.magnitude is not None for adapter in adapters):
         return "DoRA with several adapters"
-    if any(adapter.masks_rows for adapter in adapters):
-        return "aLoRA with several adapters"
     if mixed and any(adapter.bias is not None for adapter in adapters):
         # Each sample adds the bias of its own adapter; the equation has no such term.
         return "bias of lora_B in a mixed batch"
@@ -139,6 +153,8 @@ def cast_obstacle(layer: Any, adapters: list[Adapter], x: Tensor) -> str | None:
         dtype = adapter.A.dtype
         if adapter.B.dtype != dtype or (adapter.bias is not None and adapter.bias.dtype != dtype):
             return "lora_A and lora_B differ in dtype"
+        if adapter.d is not None and adapter.d.dtype != dtype:
+            return "lora_A and lora_diag differ in dtype"
         if x.dtype != dtype and not casts_input(layer):
             return "x and lora_A differ in dtype"
     return None
@@ -154,7 +170,7 @@ def is_plain(state: State) -> bool:
     for adapter in state.adapters:
         if adapter.magnitude is not None or isinstance(adapter.scaling, Tensor):
             return False
-        if adapter.masks_rows:
+        if adapter.masks_rows or adapter.d is not None:
             return False
     return True
 
@@ -176,6 +192,7 @@ def lora_factors(state: State, x: Tensor) -> dict[str, Any]:
         "bias": bias,
         "A": A,
         "B": B,
+        "d": stacked_gains(adapters),
         "scaling": scaling,
         "dropout_p": adapters[0].dropout_p,
         "rank_spans": spans_of(state, x),
@@ -225,21 +242,44 @@ def stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
     return A, torch.cat(scaled, dim=1), 1.0
 
 
+def stacked_gains(adapters: list[Adapter]) -> Tensor | None:
+    """d [ΣR] of stacked adapters; None if none has any."""
+    if all(adapter.d is None for adapter in adapters):
+        return None
+    parts = [a.A.new_ones(a.A.shape[0]) if a.d is None else a.d for a in adapters]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def spans_of(state: State, x: Tensor) -> Tensor | None:
     """The columns of S that each sample uses, or each row; None: all use all."""
-    adapters = state.adapters
-    if state.sample_adapters is not None:
-        return rank_spans(adapters, state.sample_adapters, x.device)
-    if not adapters[0].masks_rows:
+    names, masks = state.sample_adapters, masks_rows(state)
+    if names is None and not masks:
         return None
-    samples, rows = x.shape[0], x.shape[1] if x.dim() == 3 else 1
-    last = torch.zeros(samples, 1, dtype=torch.int64)
+    always, on = _spans(state, x.shape[0])
+    if not masks:
+        return torch.tensor(on, dtype=torch.int32, device=x.device)
+    rows, last = x.shape[1] if x.dim() == 3 else 1, torch.zeros(x.shape[0], 1, dtype=torch.int64)
     if state.offsets is not None:
         last[:, 0] = torch.tensor([0 if n is None else int(n) for n in state.offsets])
-    used = torch.arange(rows) >= rows - last
-    spans = torch.zeros(samples * rows, 2, dtype=torch.int32)
-    spans[:, 1] = used.reshape(-1) * adapters[0].A.shape[0]
-    return spans.to(x.device, non_blocking=True)
+    used = (torch.arange(rows) >= rows - last).unsqueeze(2)
+    adapted, other = (torch.tensor(found, dtype=torch.int32).unsqueeze(1) for found in (on, always))
+    return torch.where(used, adapted, other).view(-1, 2).to(x.device, non_blocking=True)
+
+
+def _spans(state: State, samples: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Start and stop of each sample's columns of the stacked rank: of all its rows, and of those
+    that aLoRA adapts."""
+    of_adapter, start, unmasked = {}, 0, 0
+    for adapter in state.adapters:
+        stop = start + adapter.A.shape[0]
+        of_adapter[adapter.name] = ((0, 0) if adapter.masks_rows else (start, stop), (start, stop))
+        unmasked = unmasked if adapter.masks_rows else stop
+        start = stop
+    if state.sample_adapters is None:
+        return [(0, unmasked)] * samples, [(0, start)] * samples
+    nothing = ((0, 0), (0, 0))
+    found = [of_adapter.get(name, nothing) for name in state.sample_adapters]
+    return [always for always, _ in found], [on for _, on in found]
 
 
 def masks_rows(state: State) -> bool:
@@ -252,22 +292,12 @@ def samples_obstacle(state: State, x: Tensor) -> str | None:
     names = state.sample_adapters
     if names is not None and (x.dim() < 2 or len(names) != x.shape[0]):
         return "length of adapter_names"
-    if names is None and state.adapters[0].masks_rows:
+    if masks_rows(state):
         if x.dim() not in (2, 3):
             return "shape of x"
         if state.offsets is not None and len(state.offsets) != x.shape[0]:
             return "length of alora_offsets"
     return None
-
-
-def rank_spans(adapters: list[Adapter], sample_adapters: list[str], device: torch.device) -> Tensor:
-    """[samples, 2]: start and stop of each sample's columns of the stacked rank."""
-    spans, start = {}, 0
-    for adapter in adapters:
-        spans[adapter.name] = (start, start + adapter.A.shape[0])
-        start += adapter.A.shape[0]
-    rows = [spans.get(name, (0, 0)) for name in sample_adapters]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def total_bias(base_bias: Tensor | None, adapters: list[Adapter]) -> Tensor | None:

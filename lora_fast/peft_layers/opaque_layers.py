@@ -29,6 +29,7 @@ from .lora_state import (
     samples_obstacle,
     spans_of,
     stacked,
+    stacked_gains,
     together_obstacle,
     total_bias,
 )
@@ -77,7 +78,7 @@ class OpaqueLoRALayer(FusedForward):
 
 def opaque_input_obstacle(layer: Any, state: State, x: Any) -> str | None:
     """Why x does not fit the adapters of a layer on an opaque base."""
-    found = input_obstacle(x, [(a.A, a.B, a.bias) for a in state.adapters])
+    found = input_obstacle(x, [(a.A, a.B, a.bias, a.d) for a in state.adapters])
     if found is not None:
         return found
     found = samples_obstacle(state, x)
@@ -112,7 +113,7 @@ def _factors(adapters: list[Adapter]) -> Factors:
         b, scaling = s.expand(B.shape[0]), 1.0
     check_scaling(scaling)
     constants = Constants(float(scaling), adapters[0].dropout_p)
-    return Factors(NO_WEIGHT, bias, A, B, b, None, None, constants)
+    return Factors(NO_WEIGHT, bias, A, B, b, stacked_gains(adapters), None, constants)
 
 
 class _Kind(NamedTuple):

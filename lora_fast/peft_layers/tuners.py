@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.delora import DeloraModel
 from peft.tuners.ia3 import IA3Model
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
@@ -49,6 +50,10 @@ class CoveredIA3Model(CoversLaterLayers, IA3Model):
     """``peft.tuners.ia3.IA3Model`` whose later layers run fused."""
 
 
+class CoveredDeloraModel(CoversLaterLayers, DeloraModel):
+    """``peft.tuners.delora.DeloraModel`` whose later layers run fused."""
+
+
 class CoveredMixedModel(CoversLaterLayers, MixedModel):
     """``peft.tuners.mixed.MixedModel`` whose later layers run fused."""
 
@@ -58,5 +63,6 @@ TUNER_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     VeraModel: CoveredVeraModel,
     AdaLoraModel: CoveredAdaLoraModel,
     IA3Model: CoveredIA3Model,
+    DeloraModel: CoveredDeloraModel,
     MixedModel: CoveredMixedModel,
 }

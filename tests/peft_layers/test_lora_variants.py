@@ -1,4 +1,4 @@
-"""Variants of LoRA that are a switch of the equation: MiCA (B frozen) and aLoRA (rows of S)."""
+"""Variants of LoRA that are a switch of the equation: MiCA (B frozen), aLoRA (rows of S), KaSA."""
 
 from __future__ import annotations
 
@@ -7,8 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from lora_models import HAS_MICA, MICA, K, accelerated_copy, compare, counted, peft_model, run
+from lora_models import (
+    HAS_MICA,
+    MICA,
+    K,
+    accelerated_copy,
+    assert_equal_runs,
+    compare,
+    counted,
+    lora_config,
+    lora_layers,
+    peft_model,
+    quietly,
+    run,
+)
 from opaque_bases import opaque_model
+from peft.tuners.lora import config as lora
 from peft.tuners.lora import variants
 from torch import Tensor
 
@@ -18,6 +32,10 @@ ALORA = {"alora_invocation_tokens": [1]}
 SAMPLES, ROWS = 3, 7
 needs_alora = pytest.mark.skipif(
     not hasattr(variants, "ALoraLinearVariant"), reason="PEFT has no aLoRA"
+)
+
+needs_kasa = pytest.mark.skipif(
+    not hasattr(variants, "KasaLinearVariant"), reason="PEFT has no KaSA"
 )
 
 
@@ -76,9 +94,48 @@ class Rows(torch.nn.Module):
 
 
 @needs_alora
-def test_alora_of_a_batch_of_adapters_falls_back() -> None:
-    fused = accelerated_copy(peft_model(**ALORA)).eval()
+@pytest.mark.parametrize("offsets", [None, [1, 9, None, 2]], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "int8"])
+def test_alora_of_a_batch_of_adapters(kind: str, offsets: list[int | None] | None) -> None:
+    """Each sample has its adapter, and its offset only where that is aLoRA's."""
+    stock = peft_model(**ALORA) if kind == "dense" else opaque_model(kind, **ALORA)
+    quietly(stock.add_adapter, "lora", lora_config(r=3))
+    fused, x = accelerated_copy(stock.eval()), torch.randn(4, ROWS, K)
+    names = ["default", "lora", "__base__", "default"]
     with torch.no_grad():
-        y = fused(torch.randn(2, 3, K), adapter_names=["default", "default"], alora_offsets=[1, 2])
-    assert y.isfinite().all()
-    assert counted(fused) == (0, {"aLoRA with several adapters": 1})
+        found = [m(x, adapter_names=names, alora_offsets=offsets) for m in (fused, stock)]
+    torch.testing.assert_close(*found)
+    assert counted(fused) == (1, {})
+
+
+@needs_kasa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kasa_trains_the_diagonal(dtype: torch.dtype) -> None:
+    stock = kasa_model(dtype)
+    fused = accelerated_copy(stock)
+    compare(fused, stock, torch.randn(4, 5, K).to(dtype), compute_dtype=dtype)
+    trained = {name.split(".")[-2] for name, p in fused.named_parameters() if p.requires_grad}
+    assert trained == {"default", "lora_diag"} and counted(fused) == (1, {})
+    for model in (fused, stock):
+        quietly(model.merge_adapter)
+    ours, theirs = (lora_layers(model)[0].base_layer.weight for model in (fused, stock))
+    assert_same_bits(ours, theirs, name="merged by PEFT")
+
+
+@needs_kasa
+def test_kasa_falls_back_until_the_weight_is_truncated() -> None:
+    stock = kasa_model(torch.float32)
+    lora_layers(stock)[0]._lora_kasa_truncation_deferred.add("default")
+    fused, x = accelerated_copy(stock), torch.randn(3, K)
+    before = lora_layers(fused)[0].base_layer.weight.clone()
+    assert_equal_runs(run(fused, x), run(stock, x))
+    assert counted(fused) == (0, {"KaSA has yet to truncate the base weight": 1})
+    assert not torch.equal(lora_layers(fused)[0].base_layer.weight, before)
+    compare(fused, stock, x, compute_dtype=torch.float32)
+    assert counted(fused)[0] == 1
+
+
+def kasa_model(dtype: torch.dtype) -> Any:
+    stock = peft_model(dtype=dtype, adapter_dtype=dtype, kasa_config=lora.KasaConfig())
+    lora_layers(stock)[0].lora_diag["default"].data = torch.randn(5).to(dtype)
+    return stock.train()

@@ -107,10 +107,11 @@ TERMS = {
     "use_bdlora": Term(
         {"r": 4, "use_bdlora": {"target_modules_bd_a": ["q_proj"], "match_strict": False}}
     ),
-    "alora_invocation_tokens": Term({"alora_invocation_tokens": [1]}, fused=ONE_ADAPTER),
+    "alora_invocation_tokens": Term({"alora_invocation_tokens": [1]}, fused=ALL),
+    "aLoRA beside LoRA": Term(({"alora_invocation_tokens": [1]}, {"r": 3}), fused=ALL),
     "velora_config": Term({"velora_config": {"num_groups": 4}}),
     "mica": Term({**MICA, "r": 4}, fused=ALL),
-    "kasa_config": Term({"kasa_config": "KasaConfig"}),
+    "kasa_config": Term({"kasa_config": "KasaConfig"}, fused=ALL),
     "scaling as a tensor": Term(change=_scaling(lambda: torch.tensor(0.7)), fused=ALL),
     "scaling of another as a tensor": Term(
         change=_scaling(lambda: torch.tensor([1.3]), "other"), fused=ALL
@@ -211,7 +212,7 @@ def test_every_term_on_every_path(name: str, path: str) -> None:
     stock = _prepare(_stock(term), path)
     x = torch.randn(SAMPLES, TOKENS, IN)
     arguments = {}
-    if name == "alora_invocation_tokens":
+    if "alora" in name.lower():
         arguments["alora_offsets"] = [4, None, 2]
     fused = lora_fast.accelerate(copy.deepcopy(stock), group_shared_inputs=path != "alone")
     wide = float64_copy(stock)
@@ -262,7 +263,7 @@ BEFORE_THE_FORWARD = {
 OTHER_MODULES = {
     "trainable_token_indices", "ensure_weight_tying", "layer_replication", "target_parameters",
 }  # fmt: skip
-# Variants of LoRA, of which only DoRA is computed: their class is looked at, not their name.
+# Variants of LoRA that are not computed: their class is looked at, not their name.
 VARIANTS = {"use_qalora", "qalora_group_size", "arrow_config", "monteclora_config"}
 
 
