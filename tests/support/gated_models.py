@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lora_models import peft_model
+from lora_models import compare, peft_model
 from torch import Tensor, nn
 
 import lora_fast
@@ -38,6 +39,43 @@ class BothInOne(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(up * nn.functional.gelu(gate, approximate="tanh"))
+
+
+class Parts(nn.Module):
+    """The parts of a gated MLP; a subclass has the forward."""
+
+    def __init__(self, act: Any = None, width: int = 6) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(4, width), nn.Linear(4, width)
+        self.down, self.gate_up = nn.Linear(width, 4), nn.Linear(4, 2 * width)
+        self.act = nn.SiLU() if act is None else act
+        self.width, self.sparsity, self.calls = width, 0.0, 0
+        self.config = SimpleNamespace(pretraining=SimpleNamespace(tp=1), parts=[])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class ByMethod(Parts):
+    """By a property and a method of its own."""
+
+    @property
+    def activation(self) -> Any:
+        return self.act
+
+    def gated(self, x: Tensor) -> Tensor:
+        return self.activation(self.gate(x)) * self.up(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gated(x))
+
+
+class Split(Parts):
+    """By one layer, whose rows are split."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).split(self.width, dim=-1)
+        return self.down(up * nn.functional.silu(gate))
 
 
 class Model(nn.Module):
@@ -88,3 +126,12 @@ def counts(model: Any) -> tuple[int, dict[str, int]]:
     """Calls of the MLP as one operation, and of its own forward by reason."""
     found = reported(model)
     return found.fused_calls, found.fallback_calls
+
+
+def linears_of(module: nn.Module) -> dict[str, Any]:
+    return {n: c for n, c in module._modules.items() if isinstance(c, nn.Linear)}
+
+
+def agree(fused: Any, stock: Any, x: Tensor | None = None) -> None:
+    x = torch.randn(3, 5, H) if x is None else x
+    compare(fused, stock, x, compute_dtype=torch.float32, layers=3)
