@@ -32,10 +32,10 @@ _decoded: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("decoded
 
 
 def packed_experts(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
-    """The packed bytes and the ``quant_state`` of a 4-bit parameter; None for any other, and while
-    PEFT adds an adapter to it."""
+    """The packed bytes and the ``quant_state`` of a 4-bit parameter; None for any other, while PEFT
+    adds an adapter to it, and while an engine holds a part of it alone."""
     state, packed = states_of(module).get(name), module._parameters.get(name)
-    if state is None or packed is None:
+    if state is None or packed is None or hasattr(packed, "placements"):  # of a DTensor
         return None
     if state.absmax.device != packed.device and not packed.is_meta:
         state.to(packed.device)  # module.to() moved the bytes alone
@@ -153,7 +153,7 @@ def _attribute(name: str, module: Any) -> Tensor:
     if packed is None:
         raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
     found = packed_experts(module, name)
-    if found is None:  # another parameter of that name has replaced it
+    if found is None:  # another parameter of that name has replaced it, or parts of it have
         return packed
     cache = _decoded.get()
     if cache is None:

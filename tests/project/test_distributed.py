@@ -6,7 +6,17 @@ import re
 
 import pytest
 import torch
-from distributed_runs import EXAMPLES, SCENARIOS, Example, Result, run_everything, train
+from distributed_runs import (
+    EXAMPLES,
+    SCENARIOS,
+    SCENARIOS_OF_EXPERTS,
+    Example,
+    Result,
+    Scenario,
+    run_everything,
+    train,
+)
+from expert_models import FUSES
 from lora_models import K, N, peft_model
 from torch import nn
 
@@ -21,7 +31,13 @@ FALLBACKS = {
 
 
 # Which fully_shard of an older torch refuses.
-STORED_AS_INTEGERS = ("fsdp2-own-nf4", "fsdp2-nf4-uint8", "fsdp2-children-nf4")
+STORED_AS_INTEGERS = (
+    "fsdp2-own-nf4",
+    "fsdp2-nf4-uint8",
+    "fsdp2-children-nf4",
+    "experts-fsdp2-nf4",
+    "experts-fsdp2-nf4-reentrant",
+)
 
 Results = list[dict[str, Result | Example | str]]
 
@@ -33,7 +49,17 @@ def two_processes() -> Results:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes_train_what_one_does(name: str, two_processes: Results) -> None:
-    alone = train(SCENARIOS[name])
+    check(name, SCENARIOS[name], two_processes)
+
+
+@pytest.mark.skipif(not FUSES, reason="needs PEFT 0.19.1 and transformers' flags")
+@pytest.mark.parametrize("name", SCENARIOS_OF_EXPERTS)
+def test_two_processes_train_experts_as_one_does(name: str, two_processes: Results) -> None:
+    check(name, SCENARIOS_OF_EXPERTS[name], two_processes)
+
+
+def check(name: str, scenario: Scenario, two_processes: Results) -> None:
+    alone = train(scenario)
     assert alone.fallbacks == {} and alone.fused_calls > 0
     for rank in two_processes:
         result = rank[name]

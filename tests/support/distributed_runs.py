@@ -21,7 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from cpu_kinds import force_for_good
 from lora_models import K, Mlp, N, lora_config, quantised
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,6 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast
+
+with contextlib.suppress(ImportError):  # once, not in every process
+    from transformers.models.qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 STEPS, MICRO_BATCHES, SAMPLES = 3, 2, 8
 
@@ -59,18 +63,42 @@ class Scenario:
     make: Callable[[], nn.Module]
     distribute: Callable[[nn.Module], nn.Module]
     checkpointed: bool = False
+    reentrant: bool = False
     data_parallel: bool = True
 
 
 class Checkpointed(nn.Module):
     """A model whose forward pass is computed again in the backward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, reentrant: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.reentrant = model, reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(self.model, x, use_reentrant=False)
+        # The reentrant kind takes part in a backward pass if an input does.
+        x = x.requires_grad_(self.reentrant)
+        y: Tensor = checkpoint(self.model, x, use_reentrant=self.reentrant)
+        return y
+
+
+class Mixture(nn.Module):
+    """A router and experts between two linear layers, as transformers has them."""
+
+    E, k, H = 4, 2, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = Qwen3MoeConfig(hidden_size=self.H, moe_intermediate_size=8, num_experts=self.E)
+        config._experts_implementation = "eager"
+        self.enter, self.leave = nn.Linear(K, self.H), nn.Linear(self.H, N)
+        self.router, self.experts = nn.Linear(self.H, self.E), Qwen3MoeExperts(config)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        w, index = self.router(h).softmax(-1).topk(self.k)
+        y: Tensor = self.leave(h + self.experts(h, index, w))
         return y
 
 
@@ -81,6 +109,22 @@ def accelerated(kind: str = "dense", storage: torch.dtype | None = None) -> nn.M
     if kind == "nf4":
         base = quantised(base, quant_storage=storage or torch.uint8)
     model: nn.Module = lora_fast.accelerate(get_peft_model(base, lora_config()))
+    return model
+
+
+def with_experts(kind: str = "dense") -> nn.Module:
+    """Adapters on experts, dense or NF4, and on the layer before them."""
+    torch.manual_seed(0)
+    base: nn.Module = Mixture()
+    if kind == "nf4":
+        lora_fast.quantize_experts(base)
+    config = LoraConfig(
+        r=3,
+        target_modules=["enter"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    model: nn.Module = lora_fast.accelerate(get_peft_model(base, config))
     return model
 
 
@@ -109,6 +153,13 @@ def with_fsdp2(model: nn.Module) -> nn.Module:
 
 def with_fsdp2_around_the_model(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def with_fsdp2_of_the_experts(model: nn.Module) -> nn.Module:
+    """The experts and their adapters in one group, the rest of the model in another."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.get_submodule("base_model.model.experts"), mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def with_fsdp2_of_children(model: nn.Module) -> nn.Module:
@@ -156,6 +207,22 @@ SCENARIOS = {
     "accelerate": Scenario(accelerated, with_accelerate),
     "tensor-parallel": Scenario(accelerated, with_tensor_parallel, data_parallel=False),
 }
+# Of Mixture; they need what the fused path of experts needs.
+SCENARIOS_OF_EXPERTS = {
+    "experts-ddp": Scenario(with_experts, with_ddp),
+    "experts-ddp-nf4": Scenario(lambda: with_experts("nf4"), with_ddp, checkpointed=True),
+    "experts-ddp-nf4-reentrant": Scenario(
+        lambda: with_experts("nf4"), with_ddp, checkpointed=True, reentrant=True
+    ),
+    "experts-fsdp2": Scenario(with_experts, with_fsdp2_around_the_model),
+    "experts-fsdp2-checkpoint": Scenario(
+        with_experts, with_fsdp2_of_the_experts, checkpointed=True
+    ),
+    "experts-fsdp2-nf4": Scenario(lambda: with_experts("nf4"), with_fsdp2_of_the_experts),
+    "experts-fsdp2-nf4-reentrant": Scenario(
+        lambda: with_experts("nf4"), with_fsdp2_of_the_experts, checkpointed=True, reentrant=True
+    ),
+}
 
 
 def train(scenario: Scenario, rank: int = 0, world: int = 1) -> Result:
@@ -163,7 +230,7 @@ def train(scenario: Scenario, rank: int = 0, world: int = 1) -> Result:
     share = slice(rank, None, world) if scenario.data_parallel else slice(None)
     model = scenario.make()
     called = scenario.distribute(model) if world > 1 else model
-    forward = Checkpointed(called) if scenario.checkpointed else called
+    forward = Checkpointed(called, scenario.reentrant) if scenario.checkpointed else called
     trained = [p for p in called.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
@@ -227,7 +294,7 @@ def work(rank: int, world: int, folder: str, ports: list[int]) -> None:
         "gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=60)
     )
     try:
-        for name, scenario in SCENARIOS.items():
+        for name, scenario in {**SCENARIOS, **SCENARIOS_OF_EXPERTS}.items():
             try:
                 results[name] = train(scenario, rank, world)
             except Exception:
