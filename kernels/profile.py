@@ -2,7 +2,8 @@
 
 Triton asks for the name when it compiles a kernel, and for the rest only while a profiler, such as
 Proton, hooks launches. FLOPs are those of the products, without padding; bytes are those of each
-tensor that the launch reads or writes, counted once, as if the cache kept what tiles share.
+tensor that the launch reads or writes, counted once, as if the cache kept what tiles share. How
+many rows each expert has is known on the device alone: every row counts, and every expert's factor.
 """
 
 from collections.abc import Callable, Iterable
@@ -235,3 +236,71 @@ def _of_branches(arguments: Arguments) -> list[Any]:
     """The base products, S and B of gate and up."""
     branches = arguments["gate"], arguments["up"]
     return [t for branch in branches for t in (branch.base_ptr, branch.s_ptr, branch.B_ptr)]
+
+
+def expert_shrink_name(compiled: Any) -> str:
+    """expert_shrink_rows_32x64_r16: with the rows or without, BLOCK_M × BLOCK_K, BLOCK_R."""
+    tiles, words = compiled.constants["TILES"], ["expert_shrink"]
+    if compiled.signature["rows_ptr"] != "constexpr":
+        words.append("rows")
+    words.append(f"{tiles.BLOCK_M}x{tiles.BLOCK_K}")
+    if compiled.signature["F_ptr"] != "constexpr":
+        words.append(f"r{tiles.BLOCK_R}")
+    return "_".join(words)
+
+
+def expert_shrink_work(arguments: Arguments) -> dict[str, int]:
+    names = ("x_ptr", "order_ptr", "F_ptr", "vector_ptr", "s_ptr", "rows_ptr", "dots_ptr")
+    flops = 2 * arguments["M"] * arguments["K"] * arguments["R"]
+    tensors = [arguments[name] for name in (*names, "back_ptr")]
+    return _flops(flops, arguments["x_ptr"]) | _bytes(tensors)
+
+
+def expert_product_name(compiled: Any) -> str:
+    """expert_product_64x128_r16: BLOCK_M × BLOCK_L, and of a low-rank part BLOCK_R; without a
+    product with W expert_add."""
+    tiles, signature = compiled.constants["TILES"], compiled.signature
+    words = ["expert_add" if signature["x_ptr"] == "constexpr" else "expert_product"]
+    words.append(f"{tiles.BLOCK_M}x{tiles.BLOCK_L}")
+    if signature["s_ptr"] != "constexpr":
+        words.append(f"r{tiles.BLOCK_R}")
+    return "_".join(words)
+
+
+def expert_product_work(arguments: Arguments) -> dict[str, int]:
+    names = ("x_ptr", "W_ptr", "s_ptr", "F_ptr", "bias_ptr", "out_ptr")
+    flops = 2 * arguments["M"] * arguments["L"] * (arguments["K"] + arguments["R"])
+    return _flops(flops, arguments["out_ptr"]) | _bytes(arguments[name] for name in names)
+
+
+def expert_gradients_name(compiled: Any) -> str:
+    """expert_gradients_64x256_r16: BLOCK_M × BLOCK_L, BLOCK_R."""
+    tiles = compiled.constants["TILES"]
+    return f"expert_gradients_{tiles.BLOCK_M}x{tiles.BLOCK_L}_r{tiles.BLOCK_R}"
+
+
+def expert_gradients_work(arguments: Arguments) -> dict[str, int]:
+    """Xᵀ S of every row."""
+    S, x = arguments["s_ptr"], arguments["x_ptr"]
+    rows = x.shape[0] if S is None else S.shape[0]
+    names = ("x_ptr", "s_ptr", "order_ptr", "w_ptr", "T_ptr", "sums_ptr")
+    flops = 2 * rows * arguments["L"] * arguments["R"]
+    return _flops(flops, x) | _bytes(arguments[name] for name in names)
+
+
+def expert_scatter_name(compiled: Any) -> str:
+    """expert_scatter_16x128: tokens × BLOCK_L."""
+    return "expert_scatter_{0.BLOCK_M}x{0.BLOCK_L}".format(compiled.constants["TILES"])
+
+
+def expert_scatter_work(arguments: Arguments) -> dict[str, int]:
+    return _bytes(arguments[name] for name in ("y_ptr", "back_ptr", "w_ptr", "out_ptr"))
+
+
+def expert_weights_name(compiled: Any) -> str:
+    """expert_weights_512: places of a program."""
+    return "expert_weights_{BLOCK}".format(**compiled.constants)
+
+
+def expert_weights_work(arguments: Arguments) -> dict[str, int]:
+    return _bytes(arguments[name] for name in ("parts_ptr", "dots_ptr", "back_ptr", "dw_ptr"))

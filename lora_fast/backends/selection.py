@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..experts.operands import Projection
+from . import torch_experts, torch_grouped
 from .choice import BackendName, check_driver, get_backend, uses_triton
 from .protocol import Backend
 from .torch_ops import TORCH
@@ -20,6 +24,26 @@ def backend_for(device: torch.device, name: BackendName | None = None) -> Backen
     if name == "torch" or (name == "auto" and not uses_triton(device, name)):
         return TORCH
     return _triton(name)
+
+
+def experts_for(x: Tensor, *projections: Projection) -> Any:
+    """The module that computes experts of x with the functions of :mod:`torch_experts`, by the
+    choice in force.
+
+    Raises ValueError as :func:`backend_for`.
+    """
+    name = get_backend()
+    if name != "torch" and uses_triton(x.device, name) and x.dtype != torch.float64:
+        return _triton_experts(name)
+    return torch_grouped if torch_grouped.takes(x, *projections) else torch_experts
+
+
+@functools.cache
+def _triton_experts(name: BackendName) -> Any:
+    check_driver(name)
+    from . import triton_experts
+
+    return triton_experts
 
 
 @functools.cache

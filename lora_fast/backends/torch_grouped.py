@@ -15,10 +15,13 @@ from torch.nn import functional
 
 from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing
+from . import torch_experts
 from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
 from .torch_gates import Gate
 from .torch_ops import without_autocast
 
+project_forward = torch_experts.project_forward
+project_backward = torch_experts.project_backward
 # A row of an operand starts at a multiple of 16 bytes.
 _ALIGNED = 8
 _grouped: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)

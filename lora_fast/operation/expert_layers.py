@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import torch_experts, torch_grouped
+from ..backends.selection import experts_for
 from ..backends.torch_experts import BlockNeeds, BlockSaved, ProjectionNeeds
 from ..backends.torch_gates import Gate
 from ..experts.operands import Projection, Routing, sort_by_expert
@@ -26,7 +26,8 @@ _PER_PROJECTION = 4
 def project(x: Tensor, offsets: Tensor, projection: Projection) -> Tensor:
     """y [T, N] of x [T, K] in the compute dtype, its rows sorted by expert; all checked before."""
     if not is_recording():
-        return torch_experts.project_forward(x, offsets, projection, ProjectionNeeds())[0]
+        way = experts_for(x, projection)
+        return way.project_forward(x, offsets, projection, ProjectionNeeds())[0]
     return AdaptedExperts.apply(x, offsets, projection, *_tensors(projection))
 
 
@@ -44,7 +45,8 @@ def block(
     known to name an expert."""
     routing = sort_by_expert(top_k_index, first.weight.shape[0], complete=complete)
     if not is_recording():
-        return _way(x, first, second).block_forward(x, w, routing, first, second, gate, None)[0]
+        way = experts_for(x, first, second)
+        return way.block_forward(x, w, routing, first, second, gate, None)[0]
     tensors = (*_tensors(first), *_tensors(second))
     return ExpertsBlock.apply(x, w, routing, first, second, gate, *tensors)
 
@@ -65,7 +67,8 @@ class AdaptedExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, offsets: Tensor, projection: Projection, *tensors: Tensor | None
     ) -> Tensor:
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
-        y, S = torch_experts.project_forward(x, offsets, projection, needs)
+        ctx.way = experts_for(x, projection)
+        y, S = ctx.way.project_forward(x, offsets, projection, needs)
         ctx.save_for_backward(x if needs.A else None, S, offsets, *tensors)
         ctx.unsaved = _unsaved(projection)
         return y
@@ -75,7 +78,7 @@ class AdaptedExperts(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, S, offsets, *tensors = ctx.saved_tensors
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
-        dX, found = torch_experts.project_backward(
+        dX, found = ctx.way.project_backward(
             dY, x, S, offsets, _restored(ctx.unsaved, tensors), needs,
             needs_x=ctx.needs_input_grad[0],
         )  # fmt: skip
@@ -97,7 +100,8 @@ class ExpertsBlock(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         needs = _block_needs(ctx.needs_input_grad)
-        out, saved = _way(x, first, second).block_forward(x, w, routing, first, second, gate, needs)
+        ctx.way = experts_for(x, first, second)
+        out, saved = ctx.way.block_forward(x, w, routing, first, second, gate, needs)
         assert saved is not None
         read = x if needs.first.A else None
         ctx.save_for_backward(read, w, *routing[:3], *saved, *tensors)
@@ -111,16 +115,11 @@ class ExpertsBlock(torch.autograd.Function):
         x, w, order, token, offsets, rows, S1, S2, *tensors = ctx.saved_tensors
         first = _restored(ctx.unsaved[0], tensors[:_PER_PROJECTION])
         second = _restored(ctx.unsaved[1], tensors[_PER_PROJECTION:])
-        dx, dw, of_first, of_second = _way(dout, first, second).block_backward(
+        dx, dw, of_first, of_second = ctx.way.block_backward(
             dout, x, w, Routing(order, token, offsets, ctx.complete), BlockSaved(rows, S1, S2),
             first, second, ctx.gate, _block_needs(ctx.needs_input_grad),
         )  # fmt: skip
         return dx, dw, None, None, None, None, None, *of_first, None, *of_second
-
-
-def _way(x: Tensor, first: Projection, second: Projection) -> Any:
-    """All experts in each call, or one after the other."""
-    return torch_grouped if torch_grouped.takes(x, first, second) else torch_experts
 
 
 def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTED_IN = {
     "kernels/environment.py": "kernels/test_launch_policy.py",
     "kernels/activations.py": "kernels/test_gated_kernels.py",
+    "kernels/expert_gradients.py": "kernels/test_expert_kernels.py",
+    "kernels/expert_policy.py": "kernels/test_expert_kernels.py",
+    "kernels/expert_product.py": "kernels/test_expert_kernels.py",
+    "kernels/expert_scatter.py": "kernels/test_expert_kernels.py",
+    "kernels/expert_shrink.py": "kernels/test_expert_kernels.py",
     "kernels/gated_backward.py": "kernels/test_gated_kernels.py",
     "kernels/gated_forward.py": "kernels/test_gated_kernels.py",
     "kernels/gated_gradients.py": "kernels/test_gated_kernels.py",

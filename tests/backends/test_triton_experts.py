@@ -1,0 +1,187 @@
+"""Experts on the Triton backend: every result by the rule, the launches that they take, and that
+nothing waits for the offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import machines
+import pytest
+import torch
+from expert_checks import INNER, E, block, check, operands, run
+from machines import Executor, started
+from torch import Tensor
+
+pytest.importorskip("triton")
+from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
+from lora_fast import reference
+from lora_fast.experts.nf4_experts import NF4Experts
+from lora_fast.functional import adapted_experts
+from lora_fast.nf4 import NF4Weight
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture
+def interpreter() -> Iterator[Executor]:
+    with started(machines.interpreter()) as machine:
+        yield machine
+
+
+def _some(**changes: Any) -> Any:
+    given: dict[str, Any] = {"tokens": 20, "k": 2, "transposed": False, "bias": True} | changes
+    return operands(2 * INNER, **given)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("changes", "gate", "dtype"),
+    [
+        pytest.param({}, "silu", FP32, id="plain"),
+        pytest.param({"transposed": True, "bias": False}, "interleaved", FP32, id="transposed"),
+        pytest.param({"tokens": 1, "k": 1, "r": 1}, "own", FP32, id="one row"),
+        pytest.param({"k": 3, "r": 100}, "silu", FP32, id="rank 100"),
+        pytest.param({"r": 16}, "silu", BF16, id="bfloat16"),
+        pytest.param({}, "own", FP16, id="float16"),
+    ],
+)
+def test_a_block(
+    interpreter: Executor, changes: dict[str, Any], gate: str, dtype: torch.dtype
+) -> None:
+    check(_some(**changes), gate, dtype)
+
+
+@pytest.mark.interpreter
+def test_rows_of_no_expert(interpreter: Executor) -> None:
+    x, index, w, first, second = _some(tokens=8)
+    index[2] = E
+    check((x, index, w, first, second), "silu")
+    found = run(block, (x, index, w, first, second), FP32)
+    assert not found["y"][2].any() and not found["x"][2].any() and not found["w"][2].any()
+
+
+@pytest.mark.interpreter
+def test_no_tokens(interpreter: Executor) -> None:
+    found = run(block, _some(tokens=0), FP32)
+    assert found["y"].shape[0] == 0
+    assert not found["first.A"].any() and not found["second.bias"].any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("trains", [("w", "first.A"), ("x", "second.B")])
+def test_what_does_not_train_gets_no_gradient(
+    interpreter: Executor, trains: tuple[str, ...]
+) -> None:
+    values = _some(tokens=8)
+    everything = run(block, values, FP32)
+    found = run(block, values, FP32, trains)
+    for name, value in found.items():
+        assert_same_bits(value, everything[name], name=name)
+    assert found.keys() == {"y", *trains}
+
+
+@pytest.mark.interpreter
+def test_one_projection(interpreter: Executor) -> None:
+    x, _, _, first, _ = _some(tokens=12)
+    offsets = torch.tensor([3, 3, 4, 9, 10])
+
+    def of_dtype(call: Any, dtype: torch.dtype) -> dict[str, Any]:
+        t = {key: v.detach().to(dtype).requires_grad_() for key, v in first.items()}
+        t["weight"].requires_grad_(False)
+        read = x.detach().to(dtype).requires_grad_()
+        y = call(read, t["weight"], offsets, t["bias"], A=t["A"], B=t["B"], scaling=1.3)
+        y.backward(torch.ones_like(y).cumsum(0).sin())
+        return {"y": y.detach(), "x": read.grad, **{k: t[k].grad for k in ("bias", "A", "B")}}
+
+    with interpreter.counting_launches() as names:
+        actual = of_dtype(adapted_experts, FP32)
+    ref64 = of_dtype(reference.adapted_experts, torch.float64)
+    assert_all_accurate(actual, ref64, orders(lambda: of_dtype(reference.adapted_experts, FP32)))
+    assert not actual["y"][10:].any() and not actual["x"][10:].any()
+    # Beside the products with W: S, the rest of y; dS, the rest of dX, dB with dbias, dA.
+    assert names == [
+        "expert_shrink", "expert_product", "expert_shrink", "expert_product",
+        "expert_gradients", "expert_gradients",
+    ]  # fmt: skip
+
+
+def _in_nf4(factors: dict[str, Any], transposed: bool) -> dict[str, Any]:
+    stored = factors["weight"].mT.contiguous() if transposed else factors["weight"]
+    matrix = NF4Weight.from_dense(stored.reshape(-1, stored.shape[2]))
+    matrix.quant_state.shape = stored.shape
+    return {**factors, "weight": NF4Experts(matrix.packed, matrix.quant_state, transposed)}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nf4_is_the_decoded_weight(interpreter: Executor, transposed: bool) -> None:
+    x, index, w, *both = operands(64, 6, 2, transposed=False, bias=False, hidden=16, inner=32)
+    packed = [_in_nf4(f, transposed) for f in both]
+    decoded = [{**f, "weight": f["weight"].dequantize()} for f in packed]
+    with interpreter.counting_launches() as names:
+        actual = run(block, (x, index, w, *packed), FP32)
+    # Each weight once in forward and once in backward.
+    assert names.count("nf4_decode") == 4
+    for name, value in run(block, (x, index, w, *decoded), FP32).items():
+        assert_same_bits(actual[name], value, name=name)
+
+
+FORWARD = [
+    "expert_shrink",  # rows by expert, S1
+    "expert_product",  # the low rank and the bias of u
+    "expert_shrink",  # S2
+    "expert_product",  # the low rank and the bias of y
+    "expert_scatter",
+]
+BACKWARD = [
+    "expert_shrink",  # dy by expert, dS2, the bias's part of dw
+    "expert_gradients",  # dB2, dbias2
+    "expert_product",  # the low rank of v
+    "expert_gradients",  # dA2
+    "expert_weights",  # dw
+    "expert_shrink",  # dS1
+    "expert_product",  # the low rank of dx
+    "expert_gradients",  # dB1, dbias1
+    "expert_gradients",  # dA1
+    "expert_scatter",  # dx
+]
+
+
+@pytest.mark.interpreter
+def test_launches(interpreter: Executor) -> None:
+    values = _some()
+    with interpreter.counting_launches() as names:
+        once = run(block, values, FP32)
+    assert names == [*FORWARD, *BACKWARD]
+    for name, value in run(block, values, FP32).items():
+        assert_same_bits(value, once[name], name=name)
+
+
+@pytest.mark.interpreter
+def test_what_is_saved(interpreter: Executor) -> None:
+    """x, the rows before the gate, the routing and S; no h, no rows of x, no output of an
+    expert."""
+    x, index, w, first, second = _some(bias=False)
+    trained = [x, w, first["A"], first["B"], second["A"], second["B"]]
+    known = {t.requires_grad_().untyped_storage().data_ptr() for t in trained}
+    known |= {f["weight"].untyped_storage().data_ptr() for f in (first, second)}
+    saved: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block(x, index, w, first, second)
+    places, R = index.numel(), first["A"].shape[1]
+    floats = sum(t.untyped_storage().nbytes() for t in saved.values() if t.is_floating_point())
+    assert floats == 4 * places * (2 * INNER + 2 * R)
+    assert sum(t.numel() for t in saved.values() if not t.is_floating_point()) == 2 * places + E
+
+
+def test_compiled_code(typical_executor: Executor) -> None:
+    values = operands(32, 12, 2, transposed=False, bias=True, r=16, hidden=32, inner=16)
+    values = [v.to(typical_executor.device) if isinstance(v, Tensor) else v for v in values]
+    check(values, "silu", BF16)
