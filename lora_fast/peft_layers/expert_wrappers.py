@@ -14,7 +14,8 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..backends import torch_grouped
+from ..backends import torch_experts
+from ..backends.selection import experts_for
 from ..base_layer.obstacles import environment_obstacle, module_obstacle, tensor_obstacle
 from ..experts.nf4_experts import NF4Experts
 from ..features import EXPERTS_OF_PEFT, is_exporting
@@ -120,15 +121,15 @@ def _input_obstacle(state: ExpertsState, x: Any, top_k_index: Any, w: Any) -> st
     if not torch.is_autocast_enabled(x.device.type) and x.dtype != state.dtype:
         return "x and experts differ in dtype"
     packed = isinstance(state.first.weight, NF4Experts)
-    if x.is_cuda and not packed and not _takes_grouped(state, x):
+    if x.is_cuda and not packed and not _are_launched_together(state, x):
         # One expert after the other has too many launches; PEFT's products are grouped.
-        return "experts of these shapes, or not in bfloat16, on a GPU"
+        return "experts of these shapes or this dtype, on a GPU without kernels"
     return None
 
 
-def _takes_grouped(state: ExpertsState, x: Tensor) -> bool:
+def _are_launched_together(state: ExpertsState, x: Tensor) -> bool:
     computed = x.new_empty(0, dtype=_compute_dtype(state, x))
-    return torch_grouped.takes(computed, state.first, state.second)
+    return experts_for(computed, state.first, state.second) is not torch_experts
 
 
 def _output(state: ExpertsState, x: Tensor, top_k_index: Tensor, w: Tensor) -> Tensor:
