@@ -138,7 +138,7 @@ def _store_gradients(
 
 
 @triton.jit
-def _plus(acc, a, b, TARGET: tl.constexpr):
+def plus_product(acc, a, b, TARGET: tl.constexpr):
     """acc + a b, complete at its end."""
     acc = tl.dot(a, b, acc, input_precision=TARGET.PRECISION)
     if TARGET.SETTLES:
@@ -155,7 +155,7 @@ def _store_dS(sums, dS, block, M, last_m, R, offs_m):
 
 
 @triton.jit
-def _zeros(BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr):
+def three_zeros(BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr):
     """Three sums that begin. Within a loop Triton takes two names of one tensor for one sum, and
     two tuples of the same tensors for one, so each has its own and there are no tuples."""
     return (
@@ -177,10 +177,10 @@ def _walk_rows(
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
     last_m, L = dgate_mat.size_0, dgate_mat.size_1
     seed = seed_of(words)
-    Tg0, Tu0, Td0 = _zeros(BLOCK_L, BLOCK_R)
-    Tg1, Tu1, Td1 = _zeros(BLOCK_L, BLOCK_R)
-    Tg2, Tu2, Td2 = _zeros(BLOCK_L, BLOCK_R)
-    Tg3, Tu3, Td3 = _zeros(BLOCK_L, BLOCK_R)
+    Tg0, Tu0, Td0 = three_zeros(BLOCK_L, BLOCK_R)
+    Tg1, Tu1, Td1 = three_zeros(BLOCK_L, BLOCK_R)
+    Tg2, Tu2, Td2 = three_zeros(BLOCK_L, BLOCK_R)
+    Tg3, Tu3, Td3 = three_zeros(BLOCK_L, BLOCK_R)
     dSg = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     dSu = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for i in tl.range(0, tl.cdiv(last_m - first_m, BLOCK_M) * PARTS, num_stages=1):
@@ -194,15 +194,15 @@ def _walk_rows(
         )  # fmt: skip
         # Each product by itself: no other one lies between the steps of a sum.
         if gate_sums.T_ptr is not None:
-            Tg0 = _plus(Tg0, tl.trans(dgate), narrow[0], TARGET)
+            Tg0 = plus_product(Tg0, tl.trans(dgate), narrow[0], TARGET)
         if gate_sums.dS_ptr is not None:
-            dSg = _plus(dSg, dgate, factors[0], TARGET)
+            dSg = plus_product(dSg, dgate, factors[0], TARGET)
         if up_sums.T_ptr is not None:
-            Tu0 = _plus(Tu0, tl.trans(dup), narrow[1], TARGET)
+            Tu0 = plus_product(Tu0, tl.trans(dup), narrow[1], TARGET)
         if up_sums.dS_ptr is not None:
-            dSu = _plus(dSu, dup, factors[1], TARGET)
+            dSu = plus_product(dSu, dup, factors[1], TARGET)
         if down_sums.T_ptr is not None:
-            Td0 = _plus(Td0, tl.trans(h), narrow[2], TARGET)
+            Td0 = plus_product(Td0, tl.trans(h), narrow[2], TARGET)
         if i % PARTS == PARTS - 1:
             _store_dS(gate_sums, dSg, block, M, last_m, gate.R, offs_m)
             _store_dS(up_sums, dSu, block, M, last_m, up.R, offs_m)

@@ -32,7 +32,7 @@ _VARYING = ("M", "tiles", "ranges", "seed_low", "seed_high", "threshold")
 
 
 @triton.jit
-def _add_to_parts(
+def add_to_parts(
     h, A_mat, parts_mat, offs_m, offs_l, is_first, BLOCK_R: tl.constexpr, TARGET: tl.constexpr
 ):
     """h Aᵀ of one tile, added to this program's part of S in memory, or in place of it."""
@@ -78,7 +78,7 @@ def _walk_columns(
                 h = drop(h, words, seed, offs_m, first_l, BLOCK_L, TARGET.PAIRS)
             if IN_CHUNKS:
                 is_first = tile == first_tile
-                _add_to_parts(h, A_mat, parts_mat, offs_m, offs_l, is_first, BLOCK_R, TARGET)
+                add_to_parts(h, A_mat, parts_mat, offs_m, offs_l, is_first, BLOCK_R, TARGET)
             else:
                 A = load_tile(A_mat, offs_l, tl.arange(0, BLOCK_R)).to(dtype)
                 acc = tl.dot(h, A, acc, input_precision=TARGET.PRECISION)

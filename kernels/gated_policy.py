@@ -1,11 +1,12 @@
-"""The tiles of a gated MLP's kernels: pure functions of shape, dtype and architecture."""
+"""The tiles of the kernels of a gated MLP and of the gate of experts: pure functions of shape,
+dtype and architecture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .launch_policy import SMALL_SHARED, TENSOR_MEMORY, RowsConfig
+from .launch_policy import SMALL_SHARED, TENSOR_MEMORY, RowsConfig, rank_block
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ _FORWARD = RowsConfig(64, 64, num_warps=4, num_stages=1)
 _FORWARD_WIDE_RANK = RowsConfig(64, 32, num_warps=4, num_stages=1)
 _GRADIENTS = RowsConfig(64, 64, num_warps=4, num_stages=1)
 _FLOAT32 = RowsConfig(32, 32, num_warps=4, num_stages=1)
+_FLOAT32_LOW = RowsConfig(16, 32, num_warps=4, num_stages=1)
 # Three sums of 32 × 16 for each part are what the registers hold beside the tiles: all four warps
 # share the 64 rows, so wider tiles would take more.
 _FOUR_PARTS = GatedConfig(64, 32, PARTS=4, num_warps=4)
 _THREE_PARTS = GatedConfig(64, 32, PARTS=3, num_warps=4)
+_TWO_PARTS = GatedConfig(64, 32, PARTS=2, num_warps=4)
 _WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=4)
 # Where the sums lie in tensor memory, 8 warps share them, and the tile.
 _B200 = GatedConfig(64, 64, PARTS=4, num_warps=8)
@@ -43,6 +46,8 @@ OF_GATED = (
     _B200,
     _B200_MASKS,
 )
+# Of the gate of experts, beside some of these.
+OF_EXPERTS = (_FLOAT32_LOW, _TWO_PARTS)
 
 # A launch of gated_forward aims for so many programs of at most so many tiles of columns; one of
 # gated_backward for so many CTAs: some waves of any device, so that the last one does not show.
@@ -80,10 +85,49 @@ def fits_registers(
     return dtype == torch.bfloat16 and max(ranks) <= (with_mask if drops else 64)
 
 
+def pick_expert_forward(dtype: torch.dtype, R: int, *, plain: bool) -> RowsConfig:
+    """The tiles of expert_gate_forward, for ranks of at most R and a plain gate or not."""
+    return pick_gated_forward(dtype, R if plain else max(R, 17))
+
+
+def pick_expert_backward(BLOCK_R: int, arch: int | None, *, plain: bool) -> GatedConfig:
+    """The tiles of expert_gate_backward, for ranks padded to BLOCK_R and a plain gate or not."""
+    config = pick_gated_backward(BLOCK_R, arch, drops=False)
+    if plain:
+        return config
+    return {_FOUR_PARTS: _THREE_PARTS, _THREE_PARTS: _TWO_PARTS}.get(config, config)
+
+
+def pick_expert_gradients(dtype: torch.dtype) -> RowsConfig:
+    """The tiles of expert_gate_gradients."""
+    return _FLOAT32_LOW if dtype == torch.float32 else _FORWARD_WIDE_RANK
+
+
+def fits_experts(
+    dtype: torch.dtype, ranks: Sequence[int], arch: int | None, *, plain: bool
+) -> bool:
+    """Whether expert_gate_backward holds projections of these ranks, 0 without an adapter."""
+    most = 32 if arch in SMALL_SHARED else 64
+    return dtype == torch.bfloat16 and max(ranks) <= (most if plain else most // 2)
+
+
+def pick_sums(R: int) -> RowsConfig:
+    """The rows of expert_sums, and its columns of the rank."""
+    return RowsConfig(64, rank_block(max(R, 1)), num_warps=4, num_stages=1)
+
+
 def columns_each(config: RowsConfig, M: int, L: int) -> int:
     """The tiles of columns of a program of gated_forward."""
     blocks, tiles = -(-M // config.BLOCK_M), -(-L // config.BLOCK_L)
     return min(_MOST_TILES, max(1, blocks * tiles // _PROGRAMS))
+
+
+def tiles_each(config: RowsConfig, row_tiles: int, L: int) -> int:
+    """The tiles of columns of a program of the experts' gate, at least 128 columns: its part of S,
+    written and read in float32, is to cost less than h."""
+    tiles = -(-L // config.BLOCK_L)
+    least = -(-128 // config.BLOCK_L)
+    return min(tiles, max(least, min(_MOST_TILES, row_tiles * tiles // _PROGRAMS)))
 
 
 def rows_each(config: GatedConfig, M: int, blocks: int) -> int:

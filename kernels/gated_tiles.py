@@ -70,7 +70,14 @@ def load_branch(
 ):  # fmt: skip
     """A tile of gate or up in float32, the low-rank part added to it."""
     tile = load_tile(Matrix(branch.base_ptr, branch.stride_base, 1, M, L), offs_m, offs_l)
-    tile = tile.to(tl.float32)
+    return plus_low_rank(tile.to(tl.float32), branch, offs_m, offs_l, M, L, TILES, TARGET)
+
+
+@triton.jit
+def plus_low_rank(
+    tile, branch, offs_m, offs_l, M, L, TILES: tl.constexpr, TARGET: tl.constexpr
+):  # fmt: skip
+    """tile + S · Qᵀ of gate or up."""
     BLOCK_E: tl.constexpr = TILES.BLOCK_E
     if branch.s_ptr is not None:
         if TILES.ONE_STEP:

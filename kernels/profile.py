@@ -304,3 +304,86 @@ def expert_weights_name(compiled: Any) -> str:
 
 def expert_weights_work(arguments: Arguments) -> dict[str, int]:
     return _bytes(arguments[name] for name in ("parts_ptr", "dots_ptr", "back_ptr", "dw_ptr"))
+
+
+def expert_gate_forward_name(compiled: Any) -> str:
+    """expert_gate_forward_silu_64x64_r16: BLOCK_M × BLOCK_L, and with S2 BLOCK_R."""
+    tiles = compiled.constants["TILES"]
+    words = ["expert_gate_forward", *_glu_words(compiled), f"{tiles.BLOCK_M}x{tiles.BLOCK_L}"]
+    if compiled.signature["A_ptr"] != "constexpr":
+        words.append(f"r{tiles.BLOCK_R}")
+    return "_".join(words)
+
+
+def _glu_words(compiled: Any) -> list[str]:
+    glu = compiled.constants["GLU"]
+    words = [glu.activation]
+    if glu.limit is not None:
+        words.append("clamped")
+    if glu.interleaved:
+        words.append("interleaved")
+    return words
+
+
+def expert_gate_forward_work(arguments: Arguments) -> dict[str, int]:
+    """S · Qᵀ of gate and up, and h Aᵀ; every expert has rows."""
+    h, R = arguments["h_ptr"], 2 * arguments["gate"].R + arguments["R"]
+    names = ("offsets_ptr", "A_ptr", "h_ptr", "parts_ptr", "s_ptr")
+    tensors = [*(arguments[name] for name in names), *_of_first(arguments)]
+    return _flops(2 * arguments["P"] * arguments["L"] * R, h) | _bytes(tensors)
+
+
+def expert_gate_backward_name(compiled: Any) -> str:
+    """expert_gate_backward_silu_64x32x4_r16: BLOCK_M × BLOCK_L × PARTS, BLOCK_R."""
+    constants = compiled.constants
+    tiles = constants["TILES"]
+    shape = f"{tiles.BLOCK_M}x{tiles.BLOCK_L}x{constants['PARTS']}"
+    return "_".join(["expert_gate_backward", *_glu_words(compiled), shape, f"r{tiles.BLOCK_R}"])
+
+
+def expert_gate_backward_work(arguments: Arguments) -> dict[str, int]:
+    """The low-rank parts of gate, up and v, and what is wanted of their factors."""
+    down, sums, R = arguments["down"], arguments["sums"], arguments["gate"].R
+    products = 2 * R * (1 + (sums.gate_ptr is not None) + (sums.dS_ptr is not None))
+    products += down.R * (1 + (sums.down_ptr is not None))
+    names = ("offsets_ptr", "dgate_ptr", "dup_ptr")
+    tensors = [*(arguments[name] for name in names), *_of_first(arguments), down.v_ptr]
+    tensors += [down.dS_ptr, down.A_ptr, down.w_ptr, down.order_ptr]
+    tensors += [sums.gate_ptr, sums.up_ptr, sums.down_ptr, sums.dS_ptr, sums.dw_ptr]
+    count = 2 * arguments["P"] * arguments["L"] * products
+    return _flops(count, down.v_ptr) | _bytes(tensors)
+
+
+def expert_gate_gradients_name(compiled: Any) -> str:
+    """expert_gate_gradients_silu_64x64_r16: BLOCK_M × BLOCK_L, and the ranks in one step."""
+    tiles = compiled.constants["TILES"]
+    shape = f"{tiles.BLOCK_M}x{tiles.BLOCK_L}"
+    return "_".join(["expert_gate_gradients", *_glu_words(compiled), shape, f"r{tiles.BLOCK_E}"])
+
+
+def expert_gate_gradients_work(arguments: Arguments) -> dict[str, int]:
+    """The low-rank parts of gate, up and v; w h takes the place of v."""
+    down, v = arguments["down"], arguments["v_ptr"]
+    R = 2 * arguments["gate"].R + down.R
+    names = ("offsets_ptr", "v_ptr", "dgate_ptr", "dup_ptr", "dw_ptr")
+    tensors = [*(arguments[name] for name in names), *_of_first(arguments)]
+    tensors += [down.dS_ptr, down.A_ptr, down.w_ptr, down.order_ptr]
+    return _flops(2 * arguments["P"] * arguments["L"] * R, v) | _bytes(tensors)
+
+
+def expert_sums_name(compiled: Any) -> str:
+    """expert_sums_dS_dw_64: what it adds up, BLOCK_M."""
+    made = [name for name in ("dS", "dw") if compiled.signature[f"{name}_ptr"] != "constexpr"]
+    return "_".join(["expert_sums", *made, str(compiled.constants["BLOCK_M"])])
+
+
+def expert_sums_work(arguments: Arguments) -> dict[str, int]:
+    names = ("dS_parts_ptr", "dw_parts_ptr", "dots_ptr", "order_ptr", "dS_ptr", "dw_ptr")
+    return _bytes(arguments[name] for name in names)
+
+
+def _of_first(arguments: Arguments) -> list[Any]:
+    """Base products, B and biases of gate and up, and their S once."""
+    gate, up = arguments["gate"], arguments["up"]
+    of_both = [t for b in (gate, up) for t in (b.base_ptr, b.B_ptr, b.bias_ptr)]
+    return [gate.s_ptr, *of_both]

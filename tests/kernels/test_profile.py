@@ -18,6 +18,10 @@ import lora_fast.kernels
 from lora_fast.kernels import (
     dropout,
     expand,
+    expert_gate_backward,
+    expert_gate_forward,
+    expert_gate_gradients,
+    expert_sums,
     gated_backward,
     gated_forward,
     gated_gradients,
@@ -30,6 +34,7 @@ from lora_fast.kernels import (
     weight_update,
 )
 from lora_fast.kernels.dropout import Dropout
+from lora_fast.kernels.expert_gate_tiles import ExpertMember, Glu
 from lora_fast.kernels.gated_tiles import Member as GatedMember
 from lora_fast.kernels.scaling import Shrunk
 from lora_fast.kernels.ticketed_gemm import Layer
@@ -93,7 +98,7 @@ def test_every_kernel_says_what_it_is() -> None:
         for name in re.findall(LAUNCH, path.read_text(), re.MULTILINE):
             module = importlib.import_module(f"lora_fast.kernels.{path.stem}")
             launched[name] = getattr(module, name)
-    assert len(launched) == 17
+    assert len(launched) == 21
     for name, kernel in launched.items():
         assert kernel.launch_metadata is not None, name
         assert kernel._repr is not None, name
@@ -207,6 +212,41 @@ def test_a_gated_mlp(dtype: torch.dtype) -> None:
     check(log, told, bits=16)
     assert told[0]["flops16"] == 3 * 2 * M * N * R
     assert told[1]["flops16"] == (8 if dtype == BF16 else 3) * 2 * M * N * R
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_the_gate_of_experts(dtype: torch.dtype) -> None:
+    E, P, L = 4, M, N // 2
+    base, v, S = (meta(P, columns, dtype=dtype) for columns in (N, L, R))
+    A, B = meta(E, R, L, dtype=FP32), meta(E, N, R, dtype=FP32)
+    offsets, order = meta(E, dtype=torch.int32), meta(P, dtype=torch.int64)
+    w, member, glu = meta(P, dtype=FP32), ExpertMember(base, S, B, None, 2.0), Glu("gelu", True)
+    with profiling() as (log, told):
+        expert_gate_forward.activate(member, offsets, glu, A)
+        if dtype == BF16:
+            wanted = expert_gate_backward.Wanted(True, True, True, True)
+            found = expert_gate_backward.gradients(
+                member, v, w, order, offsets, glu, S, A, wanted=wanted, out=base
+            )
+            expert_sums.sums(offsets, order, found.dS, found.dw, dtype=BF16, w=w)
+        else:
+            expert_gate_gradients.gradients(
+                member, v, w, order, offsets, glu, S, A, out=base, stores_h=True, needs_w=True
+            )
+    backward = ["backward_gelu_interleaved_64x32x3_r16"]
+    if dtype == FP16:
+        backward = ["gradients_gelu_interleaved_64x32_r16"]
+    names = [f"expert_gate_{name}" for name in ["forward_gelu_interleaved_64x32_r16", *backward]]
+    assert [one["name"] for one in told] == [*names, *["expert_sums_dS_dw_64"] * (dtype == BF16)]
+    assert told[0]["flops16"] == 3 * 2 * P * L * R
+    assert told[1]["flops16"] == (8 if dtype == BF16 else 3) * 2 * P * L * R
+    # u, S1 and S2, A and B; and h and the parts of S2.
+    operands = 2 * P * (2 * L + 2 * R) + 4 * E * (R * L + N * R) + 4 * E
+    ranges = log.launches[0].grid[0]
+    assert told[0]["bytes"] == operands + 2 * P * L + 4 * ranges * P * R
+    if dtype == FP16:
+        # v, w, order, du and the parts of dw.
+        assert told[1]["bytes"] == operands + 2 * P * 3 * L + 12 * P + 4 * ranges * P
 
 
 def test_passes_over_a_weight() -> None:
