@@ -18,9 +18,10 @@ import os
 import sys
 import threading
 from contextvars import ContextVar
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
 from ..features import MISCOMPILED, is_miscompiled
 
@@ -174,6 +175,14 @@ def uses_triton(device: torch.device, backend: BackendName | None = None) -> boo
     if backend == "auto":
         return device.type == "cuda" and _kernels_run_on(device.index)
     return backend == "triton"
+
+
+def is_one_row_on_a_cpu(x: Any) -> bool:
+    """Whether layers that read x are computed one by one: there is nothing to share but the reading
+    of one row, and little to save."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu:
+        return False
+    return x.shape[-1:] == (x.numel(),) and not uses_triton(x.device)
 
 
 def check_driver(backend: BackendName | None = None) -> None:

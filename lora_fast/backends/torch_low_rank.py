@@ -76,11 +76,13 @@ def input_gradient(dS: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
     return dX if c is None else dX.mul_(c)
 
 
-def factor_gradient(dS: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
-    """dA = dSᵀ drop(x) [R, K], not rounded below float32."""
+def factor_gradient(
+    dS: Tensor, x: Tensor, dropout: Dropout | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """dA = dSᵀ drop(x) [R, K], not rounded below float32; without dropout it may be in `dtype`."""
     dS, c = operand(dS, x.dtype, dim=0)
     if dropout is None:
-        dA = rows_product(dS, x)
+        dA = rows_product(dS, x, dtype=dtype if c is None else None)
     else:
         dA = x.new_zeros(dS.shape[1], x.shape[1], dtype=wide_dtype(x.dtype))
         for rows, kept in dropout.kept(x):
@@ -99,9 +101,11 @@ def output_gradients(
     if S is None or f.B is None or not (needs.B or needs.b or needs.d):
         return found
     S = S if S.dtype is dY.dtype else S.to(dY.dtype)
-    T = rows_product(dY, S, cancels=needs.b or needs.d)
+    is_dB = f.g is None and f.b is None and f.d is None
+    T = rows_product(
+        dY, S, f.constants.scaling, dtype=f.B.dtype if is_dB else None, cancels=needs.b or needs.d
+    )
     T = T if f.g is None else times_gain(T, f)
-    T = T if f.constants.scaling == 1.0 else T.mul_(f.constants.scaling)
     if needs.B:
         dB = T if f.d is None else T * f.d
         dB = dB if f.b is None else dB * f.b.unsqueeze(1)

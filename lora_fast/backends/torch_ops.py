@@ -101,7 +101,8 @@ class TorchBackend:
             found = list(map(low_rank.output_gradients, narrows, S, fs, needs))
             first = found[0]
             if x is not None and need.A:
-                dA = low_rank.factor_gradient(given(dS), rows_of(x, narrow), dropout)
+                of_A = given(f.A).dtype if len(fs) == 1 else None
+                dA = low_rank.factor_gradient(given(dS), rows_of(x, narrow), dropout, of_A)
                 _set_gradients_of_A(found, dA, fs, needs)
             if x is not None and need.weight:
                 dW = low_rank.times_gain(rows_product(dYs[0], rows_of(x, work)), f)

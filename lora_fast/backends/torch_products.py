@@ -1,6 +1,6 @@
 """Matrix products of the torch backend: dtypes, operands, and sums in float32.
 
-    product         a b        rows_product    aᵀ b over many rows        not below float32
+    product         a b        rows_product    s · (aᵀ b) over many rows  not below float32
     scaled_product  s · (a b)  linear          a bᵀ + bias                rounded once
     add_product     total + a b                                           rounded once
 
@@ -153,27 +153,45 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def rows_product(a: Tensor, b: Tensor, *, cancels: bool = False) -> Tensor:
-    """aᵀ b [P, Q] for a [M, P] and b [M, Q], the sums over M not rounded below float32.
+def rows_product(
+    a: Tensor,
+    b: Tensor,
+    scaling: float = 1.0,
+    *,
+    dtype: torch.dtype | None = None,
+    cancels: bool = False,
+) -> Tensor:
+    """s · (aᵀ b) [P, Q] for a [M, P] and b [M, Q], the sums over M not rounded below float32, the
+    result once, to `dtype` (None: not below float32).
 
     On a CPU that multiplies bfloat16 neither is converted: the sum of every few hundred rows is
     rounded once; no sum, if there is but one and what the caller adds up `cancels`.
     """
     (M, P), Q = a.shape, b.shape[1]
+    few = (_CHUNK if cancels else _FEW) >= M
     if a.dtype is torch.float32:
         if M * P * Q >= _ONEDNN_FROM and _takes_onednn(b.T, a.T):
             # It is slow where the result has more rows than columns.
-            return _onednn_linear(b.T, a.T).T.contiguous() if Q < P else _onednn_linear(a.T, b.T)
-        return a.T @ b
-    converts = (_CHUNK if cancels else _FEW) >= M
-    if converts or a.dtype is not torch.bfloat16 or a.is_cuda:
-        return product(a.T, b)
-    if M <= _CHUNK:
-        return (a.T @ b).float()
-    whole = M - M % _CHUNK
-    chunks = [m[:whole].view(-1, _CHUNK, m.shape[1]) for m in (a, b)]
-    total = torch.bmm(chunks[0].transpose(1, 2), chunks[1]).sum(0, dtype=torch.float32)
-    return total if whole == M else total.add_(a[whole:].T @ b[whole:])
+            ab = _onednn_linear(b.T, a.T).T.contiguous() if Q < P else _onednn_linear(a.T, b.T)
+        elif scaling != 1.0:
+            return _in(scaled_product(a.T, b, scaling), dtype)
+        else:
+            ab = a.T @ b
+    elif few or a.dtype is not torch.bfloat16 or a.is_cuda:
+        ab = product(a.T, b)
+    elif M <= _CHUNK:
+        ab = a.T @ b if scaling == 1.0 else scaled_product(a.T, b, scaling)
+        return ab if dtype is ab.dtype else _in(ab.float(), dtype)
+    else:
+        whole = M - M % _CHUNK
+        chunks = [m[:whole].view(-1, _CHUNK, m.shape[1]) for m in (a, b)]
+        ab = torch.bmm(chunks[0].transpose(1, 2), chunks[1]).sum(0, dtype=torch.float32)
+        ab = ab if whole == M else ab.add_(a[whole:].T @ b[whole:])
+    return _in(ab if scaling == 1.0 else ab.mul_(scaling), dtype)
+
+
+def _in(matrix: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
 
 
 def operand(matrix: Tensor, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor | None]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.choice import is_one_row_on_a_cpu
 from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import environment_obstacle
 from ..factors import Factors
@@ -53,7 +54,10 @@ class MLPState:
 
 
 class FusedMLP:
-    """Mixin before the class of a gated MLP: one operation, or the forward of that class."""
+    """Mixin before the class of a gated MLP: one operation, or the forward of that class.
+
+    One row on a CPU goes through the layers: it saves next to nothing, and one operation of all
+    takes longer on the host than three."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self
@@ -62,6 +66,8 @@ class FusedMLP:
             if torch.compiler.is_compiling():
                 y: Tensor | str = "layers are operators"
             elif len(args) == 1 and not kwargs:
+                if state.liger is None and is_one_row_on_a_cpu(args[0]):
+                    return super().forward(*args)  # type: ignore[misc]
                 y = output(module, state, args[0])
             else:
                 y = "extra arguments"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.choice import uses_triton
+from ..backends.choice import is_one_row_on_a_cpu
 from ..base_layer.obstacles import environment_obstacle
 from ..operation.autograd import run
 from .compiled_siblings import GROUP
@@ -31,6 +31,8 @@ from .shared_input import Kept, kept_output, runs_hooks
 def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     """The output of a plain layer (plain_lora.py) of a group: what a sibling has computed, or
     computed now, with those of its siblings or alone; None if it takes the long way."""
+    if is_one_row_on_a_cpu(x):
+        return plain_output(layer, x)
     if torch.compiler.is_compiling() or environment_obstacle() is not None:
         return None
     group, index = layer._lora_fast_group
@@ -38,7 +40,7 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     if kept is not None and kept.first < index and kept.x() is x:
         kept_y = kept_output(layer, x, sys._getframe(1))  # type: ignore[arg-type]
         return plain_output(layer, x) if kept_y is None else kept_y
-    if index + 1 == len(group.names) or _is_one_row_on_a_cpu(x):
+    if index + 1 == len(group.names):
         return plain_output(layer, x)
     plain = read_plain(layer)
     if plain is None or type(x) not in TENSORS or x.is_inference() or runs_hooks(layer):
@@ -72,13 +74,6 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     outputs = {i: (other, before[i]) for i, other in zip(before, others, strict=True)}
     group.of_thread.kept = kept = Kept(x, index, outputs)
     return kept.live_with(y)
-
-
-def _is_one_row_on_a_cpu(x: Any) -> bool:
-    """Whether there is nothing to share but the reading of one row, while A would be copied."""
-    if type(x) not in TENSORS or not x.is_cpu or x.shape[-1:] != (x.numel(),):
-        return False
-    return not uses_triton(x.device)
 
 
 def _are_alike(layer: Any, plain: Plain, first: Any, of_first: Plain) -> bool:

@@ -249,6 +249,23 @@ def test_few_rows_have_the_bits_of_the_base_layer(M: int) -> None:
     assert_same_bits(y, torch.nn.functional.linear(x, W, bias), name="y")
 
 
+@pytest.mark.parametrize("M", [9, 129, 513])
+@pytest.mark.parametrize("asked", [None, BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+def test_products_over_rows_are_scaled_and_rounded_once(
+    dtype: torch.dtype, asked: torch.dtype | None, M: int
+) -> None:
+    a, b = torch.randn(M, 5).to(dtype), torch.randn(M, 17).to(dtype)
+    total = torch_products.rows_product(a, b, 0.3, dtype=asked)
+    assert total.dtype == (asked or (FP64 if dtype == FP64 else FP32))
+    exact = 0.3 * (a.double().T @ b.double())
+    # In 16 bits as rounded as a product of what is multiplied, or as what is asked for.
+    rounds = asked if asked is not None and dtype in (FP32, FP64) else dtype
+    eager = orders(lambda: (0.3 * (a.to(rounds).T @ b.to(rounds))).to(total.dtype))
+    if rounds != FP64:
+        assert_accurate(total, exact, eager, name="s aᵀ b", compute_dtype=rounds)
+
+
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize(("P", "Q"), [(40, 300), (300, 40)])
 def test_products_over_rows_by_onednn(P: int, Q: int) -> None:

@@ -67,6 +67,16 @@ def test_idempotent_and_off() -> None:
         lora_fast.accelerate(fused, fuse_mlp=1)
 
 
+@pytest.mark.parametrize("shape", [(1, H), (1, 1, H), (H,)], ids=str)
+def test_one_row_on_a_cpu_goes_through_the_layers(shape: tuple[int, ...]) -> None:
+    stock = stock_model()
+    fused = accelerated_copy(stock)
+    agree(fused, stock, torch.randn(shape))
+    assert counts(fused) == (0, {}) and counted(fused) == (3, {})
+    agree(fused, stock, torch.randn(2, H))
+    assert counts(fused) == (1, {})
+
+
 def test_an_adapter_that_is_added_later() -> None:
     stock = stock_model(target_modules=["q_proj"], mlp=Attention())
     fused = accelerated_copy(stock)
