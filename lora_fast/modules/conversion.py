@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import warnings
@@ -20,6 +21,7 @@ from ..gated_mlps.switch import fuse
 from ..optional_packages import needed
 from .adapter_module import AdapterModule, check_base
 from .dora import DoRALinear
+from .expert_targets import check_experts, warn_of_experts
 from .lora import LoRALinear, check_lora_arguments
 from .vera import VeRALinear, VeRAProjections
 from .weight_reads import multiplies_by_itself
@@ -60,7 +62,8 @@ def convert(
     `target_modules` is read as PEFT reads it: names or ends of dotted names; or one string,
     a regular expression for the whole dotted name; or "all-linear", every linear layer but the
     output head. Each target must be an ``nn.Linear`` or a ``bitsandbytes.nn.Linear4bit`` that the
-    model calls; "all-linear" skips others, with a warning that names them.
+    model calls; "all-linear" skips others, with a warning that names them, as it does experts that
+    are parameters: :func:`lora_fast.accelerate` takes PEFT's adapters on those.
     `quantize` stores the targets that are dense in 4 bits (blocks of 64, double quantisation,
     computing in the dtype of the weight); the dense weights are released once all are quantised, so
     a failure changes nothing. Everything is frozen except the adapters and `modules_to_save`
@@ -84,7 +87,14 @@ def convert(
     lora_alpha = 32.0 if lora_alpha is None else lora_alpha
     check_lora_arguments(r, lora_alpha, lora_dropout, dtype)
     kept = _kept(model, modules_to_save)
-    targets = _targets(model, target_modules, kept)
+    if isinstance(target_modules, Iterable) and not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    named = _namers(target_modules)
+    try:
+        targets = _targets(model, target_modules, kept)
+    except (TypeError, ValueError):
+        check_experts(model, named)
+        raise
     adapt: Callable[[nn.Module], AdapterModule]
     if callable(method):
         adapt = method
@@ -119,6 +129,7 @@ def convert(
     provide_for(model)
     if fuse_mlp:
         fuse(model)
+    warn_of_experts(model, named, quantised=quantize is not None, stacklevel=3)
     return model
 
 
@@ -251,6 +262,19 @@ def _named(model: nn.Module, argument: str, names: list[Any]) -> dict[str, nn.Mo
             f"its linear layers are {_linear_names(model)}"
         )
     return {full: m for full, m in modules if any(_ends_with(full, name) for name in names)}
+
+
+def _namers(target_modules: Any) -> list[Callable[[str], bool]]:
+    """For every target whether it names what is at a dotted name; "all-linear" names everything."""
+    if _names_all(target_modules):
+        return [lambda full: True]
+    if isinstance(target_modules, str):
+        with contextlib.suppress(re.error):
+            pattern = re.compile(target_modules)
+            return [lambda full: pattern.fullmatch(full) is not None]
+        return []
+    names = target_modules if isinstance(target_modules, list) else []
+    return [partial(_ends_with, name=n) for n in names if isinstance(n, str) and n]
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
