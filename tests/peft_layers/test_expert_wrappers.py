@@ -294,3 +294,34 @@ def test_equal_bits_and_gradients_of_several_batches() -> None:
 def _given(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
+
+
+@needs_fused
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_models_leave_their_graph_for_the_experts(packed: bool) -> None:
+    """Which expert has which rows is a matter of values: the operation runs between two graphs."""
+    base = expert_base("qwen3_moe", num_hidden_layers=1)
+    if packed:
+        lora_fast.quantize_experts(base)
+    fused = lora_fast.accelerate(adapted(base, ["experts.gate_up_proj", "experts.down_proj"]))
+    block = fused.get_submodule("base_model.model.model.layers.0.mlp")
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", dynamic=True)
+    for tokens in (9, 5):
+        x = torch.randn(1, tokens, 32)
+        found, expected = (_of_a_block(called, block, x) for called in (compiled, block))
+        assert_models_agree(found, expected)
+    report = lora_fast.report(fused)
+    assert report.fused_calls == 2 * 2 * len(wrappers(fused)) and not report.fallback_calls
+    torch._dynamo.reset()
+
+
+def _of_a_block(called: Any, block: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """The output and every gradient of a block that is called as itself or compiled."""
+    block.zero_grad()
+    x = x.requires_grad_()
+    x.grad = None
+    y = called(x)
+    y.square().sum().backward()
+    gradients = {n: p.grad for n, p in block.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": x.grad, **gradients}
