@@ -1,9 +1,9 @@
 """Every kernel × shipped configuration, compiled through its launcher for absent GPUs.
 
-Asserted of each launch: no local memory (spilled registers) beyond what ``_assert_fits`` names,
-shared memory within the device's limit, and matrix products on the tensor cores of its generation,
-for float32 (IEEE) on none; that asynchronous products are fenced from generic writes and are not
-serialised.
+Asserted of each launch: no local memory (spilled registers) beyond what ``assert_fits`` in
+tests/support/offline_launches.py names, shared memory within the device's limit, and matrix
+products on the tensor cores of its generation, for float32 (IEEE) on none; that asynchronous
+products are fenced from generic writes and are not serialised.
 
 N and K are multiples of 16 here, as in every transformer. Rows that start off 16 bytes load element
 by element; other tests prove such kernels right, not fast.
@@ -14,20 +14,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from pins import is_pinned
 
 pytest.importorskip("triton")
 from lora_fast.kernels import (
     dropout,
     expand,
     launch_policy,
-    nf4_decode,
-    nf4_tile,
     row_norms,
     scaling,
     shrink,
@@ -36,12 +32,11 @@ from lora_fast.kernels import (
     weight_update,
 )
 from lora_fast.kernels.tiles import NO_GAINS, Gains
-from lora_fast.kernels.triton_version import VERSION
+from offline_launches import assert_fits, assert_products_run_on, expected_mma, meta
 from triton.runtime.jit import JITFunction
 
 import lora_fast
-from bench import async_products
-from bench.instruments import resources, sass, stub_driver
+from bench.instruments import resources, stub_driver
 from lora_fast.functional import Member, adapted_linear, adapted_linears
 
 pytestmark = pytest.mark.offline
@@ -99,10 +94,16 @@ CASES: dict[int, list[Case]] = {
 }
 
 
+# What the suite leaves out, since another case of the same dtype, rank and arch has its kernels.
+EXHAUSTIVE = {80: (FP16, R64), 89: (FEW_ROWS, ONE_ROW_BLOCK), 90: (FP16, DROPOUT_R32)}
+EXHAUSTIVE |= {100: (FP16, R64), 120: (ONE_ROW_BLOCK,)}
+
+
 def _matrix() -> Iterator[Any]:
     for arch in ARCHS:
         for case in (PLAIN, FEW_ROWS, ONE_ROW_BLOCK, *CASES[arch]):
-            yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}")
+            marks = pytest.mark.exhaustive if case in EXHAUSTIVE[arch] else ()
+            yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}", marks=marks)
 
 
 def _training_step(arch: int, case: Case) -> stub_driver.Log:
@@ -147,10 +148,10 @@ def _group_step(arch: int, dropout_p: float, R: int = 16, nf4: bool = False) -> 
 
 def _routes_step(arch: int, case: Case) -> stub_driver.Log:
     """A layer and three that share x, on the routes that leave the product with W to cuBLAS."""
-    x, S = _meta(8192, case.K, dtype=case.dtype), _meta(8192, 3 * case.R, dtype=case.dtype)
-    A, B = (_meta(*s, dtype=case.adapter_dtype) for s in ((case.R, case.K), (case.N, case.R)))
-    drops, layer = dropout.Dropout(case.dropout_p, 3), expand.Layer(B, 2.0, _meta(case.N))
-    gains = Gains(_meta(case.N), _meta(case.R)) if case.gains else NO_GAINS
+    x, S = meta(8192, case.K, dtype=case.dtype), meta(8192, 3 * case.R, dtype=case.dtype)
+    A, B = (meta(*s, dtype=case.adapter_dtype) for s in ((case.R, case.K), (case.N, case.R)))
+    drops, layer = dropout.Dropout(case.dropout_p, 3), expand.Layer(B, 2.0, meta(case.N))
+    gains = Gains(meta(case.N), meta(case.R)) if case.gains else NO_GAINS
     with stub_driver.recording(arch) as log:
         for rows in (x[:2048], x):
             shrink.beside_rows(rows, A, drops, saves_S=True)
@@ -162,71 +163,37 @@ def _routes_step(arch: int, case: Case) -> stub_driver.Log:
     return log
 
 
-def _assert_fits(launch: stub_driver.Launch, arch: int) -> None:
-    found, limits = launch.kernel.resources, resources.limits_of(arch)
-    # Below the limit ptxas trades a few registers for another CTA; at the limit it had no choice.
-    # Kernels beside cuBLAS wait for memory: they gain by it, if it is not within a loop.
-    in_loops = any(loop.by_class["local"] for loop in found.hot_loops)
-    costs = in_loops if launch.name in ("shrink", "expand") else found.mma
-    trades = found.registers <= 250 and not costs
-    allowed = 32 if trades or not is_pinned("triton") else 0
-    assert found.local_bytes <= allowed, f"{launch.name} spills: {found}"
-    assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
-    assert found.ctas_per_sm >= 1, f"{launch.name} does not fit: {found}"
-
-
-def _assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
-    """Nothing generic between a fence and a product, and no wgmma that waits for another one.
-
-    Before 3.7 Triton fenced no product from what cp.async wrote (docs/kernels.md).
-    """
-    ptx = launch.kernel.text("ptx")
-    if VERSION >= (3, 7):
-        assert async_products.unfenced(ptx) == [], launch.name
-    if arch == 90:
-        assert async_products.serialised(ptx) == [], launch.name
-
-
-def _expected_mma(launch: stub_driver.Launch, arch: int) -> set[str]:
-    """The products of the generation; mma.sync for tiles that its larger ones do not fit."""
-    arguments = launch.arguments
-    first = (arguments.get("members") or (None,))[0]
-    x = arguments["x_ptr"] if first is None else getattr(first, "x_ptr", first[1])
-    if x.dtype == torch.float32:
-        return set()
-    return {"HMMA" if launch.constexprs["BLOCK_M"] < 64 else resources.limits_of(arch).mma}
-
-
 @pytest.mark.parametrize(("arch", "case"), _matrix())
 def test_a_training_step_fits_the_device(arch: int, case: Case) -> None:
     log = _training_step(arch, case)
     assert log.names == ["ticketed_gemm", "strips", "ticketed_gemm", "strips"]
     for launch in log.launches:
-        _assert_fits(launch, arch)
-        _assert_products_run_on(launch, arch)
+        assert_fits(launch, arch)
+        assert_products_run_on(launch, arch)
         found = launch.kernel.resources
-        expected = _expected_mma(launch, arch)
+        expected = expected_mma(launch, arch)
         assert set(found.mma) == expected, f"{launch.name}: {found.mma}"
         assert bool(found.hot_loops) == bool(expected)
         assert all(loop.by_class["local"] == 0 for loop in found.hot_loops)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "dropout_p"), [(arch, 0.1) for arch in ARCHS] + [(90, 0.0), (100, 0.0)]
+)
 def test_a_group_of_layers_fits_the_device(arch: int, dropout_p: float) -> None:
     log = _group_step(arch, dropout_p)
     assert log.names == ["ticketed_gemm"] * 3 + ["strips"] * 3 + ["ticketed_gemm", "strips"]
     for launch in log.launches:
-        _assert_fits(launch, arch)
-        _assert_products_run_on(launch, arch)
+        assert_fits(launch, arch)
+        assert_products_run_on(launch, arch)
         assert set(launch.kernel.resources.mma) == {resources.limits_of(arch).mma}
 
 
 def _routes_matrix() -> Iterator[Any]:
-    """Every case on sm_90, and two elsewhere; the rest is exhaustive."""
+    """Every case on sm_90, and one elsewhere; the rest is exhaustive."""
     for arch in ARCHS:
         for case in ROUTES:
-            chosen = arch == 90 or case in (R64, FP16_DROPOUT)
+            chosen = arch == 90 or case == (R64 if arch == 100 else FP16_DROPOUT)
             marks = () if chosen else pytest.mark.exhaustive
             yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}", marks=marks)
 
@@ -234,9 +201,9 @@ def _routes_matrix() -> Iterator[Any]:
 @pytest.mark.parametrize(("arch", "case"), list(_routes_matrix()))
 def test_the_kernels_beside_cublas_fit_the_device(arch: int, case: Case) -> None:
     for launch in _routes_step(arch, case).launches:
-        _assert_fits(launch, arch)
-        _assert_products_run_on(launch, arch)
-        assert set(launch.kernel.resources.mma) == _expected_mma(launch, arch), launch.name
+        assert_fits(launch, arch)
+        assert_products_run_on(launch, arch)
+        assert set(launch.kernel.resources.mma) == expected_mma(launch, arch), launch.name
 
 
 @pytest.mark.exhaustive
@@ -244,8 +211,8 @@ def test_the_kernels_beside_cublas_fit_the_device(arch: int, case: Case) -> None
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_wide_rank_fits_beside_a_second_accumulator(arch: int, nf4: bool) -> None:
     for launch in _group_step(arch, 0.1, R=64, nf4=nf4).launches:
-        _assert_fits(launch, arch)
-        _assert_products_run_on(launch, arch)
+        assert_fits(launch, arch)
+        assert_products_run_on(launch, arch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -256,7 +223,7 @@ def test_row_norms_fit_the_device(arch: int, dtype: torch.dtype) -> None:
     with stub_driver.recording(arch) as log:
         row_norms.norms_of(W, A, B, 0.5)
     assert log.names == ["row_norms"]
-    _assert_fits(log.launches[0], arch)
+    assert_fits(log.launches[0], arch)
     # 32 rows: the products of 16-bit factors go to the tensor cores as HMMA on every generation.
     expected = set() if dtype == torch.float32 else {"HMMA"}
     assert set(log.launches[0].kernel.resources.mma) == expected
@@ -276,104 +243,17 @@ def test_the_k_loops_stay_within_their_budget(arch: int) -> None:
     assert max(len(loop.instructions) for loop in k_loops) <= K_LOOP_BUDGET[arch]
 
 
-# Machine instructions for one weight. A GPU of 2.8 TB/s and 28 T thread instructions a second moves
-# the 2.5 bytes of a weight in the time of 25; decoding should leave most of them to others.
-NF4_BUDGET = 7.5
-AUGMENTED_BUDGET = 15.5  # half as many weights in a program, and the columns behind them
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _nf4(N: int, K: int, *, nested: bool, blocksize: int = 64) -> nf4_tile.Nf4Operand:
-    blocks = N * K // blocksize
-    inner = SimpleNamespace(absmax=_meta(blocks // 256), code=_meta(256), blocksize=256)
-    state = SimpleNamespace(
-        shape=(N, K),
-        nested=nested,
-        absmax=_meta(blocks, dtype=torch.uint8 if nested else torch.float32),
-        state2=inner if nested else None,
-        offset=_meta(1).squeeze(0) if nested else None,
-        code=_meta(16),
-        blocksize=blocksize,
-    )
-    return nf4_tile.Nf4Operand(_meta(N * K // 2, dtype=torch.uint8), state)
-
-
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_nf4_decode_fits_the_device(arch: int, nested: bool) -> None:
-    N, K = 4096, 4096
-    weight = _nf4(N, K, nested=nested)
-    with stub_driver.recording(arch) as log:
-        nf4_decode.decode(weight.packed, weight.quant_state, torch.bfloat16)
-        nf4_decode.augmented(
-            weight.packed, weight.quant_state, torch.bfloat16, _meta(N, 16), 2.0, columns=16
-        )
-    for launch, budget in zip(log.launches, (NF4_BUDGET, AUGMENTED_BUDGET), strict=True):
-        _assert_fits(launch, arch)
-        executed = launch.kernel.resources.instructions.total() * launch.kernel.num_warps * 32
-        assert executed * launch.num_programs / (N * K) <= budget
-
-
-def _in_gemm(arch: int, M: int, R: int, dtype: torch.dtype) -> stub_driver.Log:
-    """Forward and input gradient of a layer whose doubly quantised weight the GEMM decodes."""
-    N, K = 4096, 4096
-    weight, A, B = _nf4(N, K, nested=True), _meta(R, K), _meta(N, R)
-    x, dY = _meta(M, K, dtype=dtype), _meta(M, N, dtype=dtype)
-    with stub_driver.recording(arch) as log:
-        ticketed_gemm.forward(x, weight, A, B, 2.0)
-        ticketed_gemm.grad_input([ticketed_gemm.Layer(dY, weight, A, B, 2.0, _meta(4, M, R))])
-    return log
-
-
-# Instructions of the K-loops that decode, forward and input gradient: measured, plus a twentieth.
-# sm_90 and sm_100 take 64 columns of K, the others 32; sm_80 has half as many warps.
-NF4_K_LOOP_BUDGET = {80: 343, 89: 205, 90: 250, 100: 426, 120: 202}
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_nf4_in_the_gemm_fits_the_device(arch: int) -> None:
-    for M, R in ((16, 64), (384, 16)):
-        for launch in _in_gemm(arch, M, R, torch.bfloat16).launches:
-            _assert_fits(launch, arch)
-            _assert_products_run_on(launch, arch)
-            found = launch.kernel.resources
-            assert set(found.mma) == _expected_mma(launch, arch)
-            assert _decoding(launch).by_class["local"] == 0
-
-
-@pytest.mark.pinned
-@pytest.mark.parametrize("arch", ARCHS)
-def test_the_k_loops_that_decode_stay_within_their_budget(arch: int) -> None:
-    for launch in _in_gemm(arch, 384, 16, torch.bfloat16).launches:
-        assert len(_decoding(launch).instructions) <= NF4_K_LOOP_BUDGET[arch]
-        assert launch.kernel.resources.ctas_per_sm >= (2 if arch in (80, 90, 100) else 1)
-
-
-def _decoding(launch: stub_driver.Launch) -> sass.Loop:
-    (loop,) = (loop for loop in launch.kernel.resources.hot_loops if loop.by_class["shuffle"])
-    return loop
-
-
-def test_nf4_in_a_float32_gemm_fits_the_device() -> None:
-    for launch in _in_gemm(90, 40, 16, torch.float32).launches:
-        _assert_fits(launch, 90)
-        assert not launch.kernel.resources.mma
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_weight_update_fits_the_device(arch: int, dtype: torch.dtype) -> None:
     N, K, R = 4096, 4096, 32
 
-    for gains in (NO_GAINS, Gains(_meta(N), _meta(R), _meta(N))):
-        W = _meta(N, K, dtype=dtype)
+    for gains in (NO_GAINS, Gains(meta(N), meta(R), meta(N))):
+        W = meta(N, K, dtype=dtype)
         with stub_driver.recording(arch) as log:
-            weight_update.update(W, W, _meta(R, K), _meta(N, R), gains, 0.5)
+            weight_update.update(W, W, meta(R, K), meta(N, R), gains, 0.5)
         (launch,) = log.launches
-        _assert_fits(launch, arch)
+        assert_fits(launch, arch)
         # float32 products stay float32: no tensor core takes them.
         assert not launch.kernel.resources.mma
 
