@@ -25,9 +25,9 @@ class LoraFastCallback(TrainerCallback):
 
         SFTTrainer(model, peft_config=LoraConfig(), callbacks=[LoraFastCallback()], ...)
 
-    ``group_shared_inputs`` and ``fuse_mlp`` are those of :func:`lora_fast.accelerate`. The model
-    stays accelerated after training; checkpoints are PEFT's own, and a run may be resumed with or
-    without it.
+    ``group_shared_inputs``, ``fuse_mlp`` and ``decode_int8`` are those of
+    :func:`lora_fast.accelerate`. The model stays accelerated after training; checkpoints are PEFT's
+    own, and a run may be resumed with or without it.
 
     The main process logs :func:`lora_fast.report` at level INFO of the logger
     ``lora_fast.callback``, at the start as a prediction and at the end with all calls counted; at
@@ -40,8 +40,18 @@ class LoraFastCallback(TrainerCallback):
     Raises TypeError if one of them is not a bool.
     """
 
-    def __init__(self, *, group_shared_inputs: bool = True, fuse_mlp: bool = True) -> None:
-        self.options = {"group_shared_inputs": group_shared_inputs, "fuse_mlp": fuse_mlp}
+    def __init__(
+        self,
+        *,
+        group_shared_inputs: bool = True,
+        fuse_mlp: bool = True,
+        decode_int8: bool = False,
+    ) -> None:
+        self.options = {
+            "group_shared_inputs": group_shared_inputs,
+            "fuse_mlp": fuse_mlp,
+            "decode_int8": decode_int8,
+        }
         check_switches(**self.options)
 
     def on_train_begin(

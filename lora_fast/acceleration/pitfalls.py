@@ -181,7 +181,7 @@ def _routers(model: nn.Module) -> Iterator[str]:
 def _fallbacks(model: nn.Module) -> Iterator[str]:
     by_reason: dict[str, list[str]] = {}
     for line in report(model).layers:
-        if line.obstacle is not None and line.route != OPAQUE:
+        if line.obstacle is not None and not line.route.startswith(OPAQUE):
             by_reason.setdefault(line.obstacle, []).append(line.name)
     for reason, names in by_reason.items():
         remedy = next((what for start, what in _REMEDIES if reason.startswith(start)), None)

@@ -20,6 +20,8 @@ from ..modules.adapter_module import AdapterModule
 
 # The route of a layer whose base computes its output by itself.
 OPAQUE = "opaque base"
+# The same with decode_int8, where its weight is in 8 bits.
+DECODED = f"{OPAQUE}, decoded"
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _layer_report(name: str, layer: Any, parent: nn.Module, computes: Any) -> La
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
         counted=hasattr(layer, "_lora_fast_calls"),
-        route=OPAQUE if _is_opaque(layer) else _route(base),
+        route=_opaque_route(layer) or _route(base),
         siblings=siblings,
         alone=alone,
     )
@@ -251,13 +253,17 @@ def _obstacle(layer: Any) -> str | None:
     return "not accelerated"
 
 
-def _is_opaque(layer: Any) -> bool:
+def _opaque_route(layer: Any) -> str | None:
+    """The route of a layer on an opaque base, None for any other."""
     if "lora_fast.peft_layers" not in sys.modules:
-        return False
+        return None
     from .. import peft_layers
+    from ..base_layer.int8 import DecodedInt8
 
-    fused = isinstance(layer, peft_layers.FusedForward)
-    return fused and getattr(layer.active()[0], "opaque", None) is not None
+    state = layer.active()[0] if isinstance(layer, peft_layers.FusedForward) else None
+    if getattr(state, "opaque", None) is None:
+        return None
+    return DECODED if isinstance(state.base, DecodedInt8) else OPAQUE  # type: ignore[union-attr]
 
 
 def _siblings(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:

@@ -19,7 +19,13 @@ from .report import adapted_layers
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, *, group_shared_inputs: bool = True, fuse_mlp: bool = True) -> Model:
+def accelerate(
+    model: Model,
+    *,
+    group_shared_inputs: bool = True,
+    fuse_mlp: bool = True,
+    decode_int8: bool = False,
+) -> Model:
     """Make the PEFT layers of `model` run fused, in place; idempotent. Returns `model`.
 
         y = g ⊙ (x Wᵀ + s · b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)) + bias
@@ -47,18 +53,24 @@ def accelerate(model: Model, *, group_shared_inputs: bool = True, fuse_mlp: bool
     name. What the operation does not cover falls back, layer by layer or as a whole, and is
     reported.
 
+    ``decode_int8``: weights of bitsandbytes' 8-bit layers are decoded for each product, as those in
+    4 bits are; bitsandbytes' own product rounds x to 8 bits as well. So the output changes: it is
+    that of a dense layer with the decoded weight.
+
     Raises TypeError if `model` is not a Module, ValueError if it contains no adapted layer; `model`
     is then unchanged.
     """
     _check(model)
-    check_switches(group_shared_inputs=group_shared_inputs, fuse_mlp=fuse_mlp)
+    check_switches(
+        group_shared_inputs=group_shared_inputs, fuse_mlp=fuse_mlp, decode_int8=decode_int8
+    )
     if next(adapted_layers(model), None) is None:
         raise ValueError(
             "model must contain adapted layers, got none; add them with peft.get_peft_model or "
             "lora_fast.convert"
         )
     if "peft.tuners.tuners_utils" in sys.modules:
-        _cover(model, group_shared_inputs, fuse_mlp)
+        _cover(model, group_shared_inputs, fuse_mlp, decode_int8)
     else:
         _cover_mlps(model, fuse_mlp)
     suspend_packing(model)
@@ -87,9 +99,10 @@ def decelerate(model: Model) -> Model:
     return model
 
 
-def _cover(model: nn.Module, group_shared_inputs: bool, fuse_mlp: bool) -> None:
+def _cover(model: nn.Module, group_shared_inputs: bool, fuse_mlp: bool, decode_int8: bool) -> None:
     """Switch every layer and tuner in `model` that is not switched yet, and group anew."""
     from ..peft_layers import COVER, FUSED_CLASSES, TUNER_CLASSES, FusedLoRALayer, shared_input
+    from ..peft_layers.opaque_layers import OpaqueLoRALayer
 
     layers: list[Any] = [
         module
@@ -103,8 +116,13 @@ def _cover(model: nn.Module, group_shared_inputs: bool, fuse_mlp: bool) -> None:
     for module in model.modules():
         if type(module) in TUNER_CLASSES.values():
             module.__dict__[COVER] = partial(
-                _cover, group_shared_inputs=group_shared_inputs, fuse_mlp=fuse_mlp
+                _cover,
+                group_shared_inputs=group_shared_inputs,
+                fuse_mlp=fuse_mlp,
+                decode_int8=decode_int8,
             )
+        elif isinstance(module, OpaqueLoRALayer):
+            module._lora_fast_decodes_int8 = decode_int8
     shared_input.dissolve(model)
     if group_shared_inputs:
         shared_input.assign(model, FusedLoRALayer)

@@ -66,7 +66,9 @@ def units(model: nn.Module) -> list[Unit]:
     """The distinct units of `model` that would run fused, in the order of its modules."""
     current = report(model)
     # An opaque base has no operation to time.
-    fused = {line.name for line in current.layers if line.fused and line.route != OPAQUE}
+    fused = {
+        line.name for line in current.layers if line.fused and not line.route.startswith(OPAQUE)
+    }
     mlps = {mlp.name: model.get_submodule(mlp.name) for mlp in current.mlps if mlp.fused}
     bundles: dict[int, list[tuple[str, Any]]] = {}
     for name, layer in adapted_layers(model):

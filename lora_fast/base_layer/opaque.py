@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..factors import Factors
 from ..operation.low_rank import add_low_rank
+from .int8 import DecodedInt8
 from .obstacles import COMPUTE_DTYPES, PLAIN_TENSORS, module_obstacle, tensor_obstacle
 
 # Classes whose forward returns memory that nothing else reads, neither later nor in backward.
@@ -73,6 +74,8 @@ def adapted_output(base: Any, x: Tensor, layers: Sequence[Factors], *, promotes:
 def is_fresh(base: Any) -> bool:
     """Whether a call of `base` returns memory that nothing else reads."""
     kind = type(base)
+    if kind is DecodedInt8:
+        return True
     known = (kind.__module__, kind.__qualname__) in _FRESH_OUTPUTS
     return known and module_obstacle(base, "base layer", kind) is None
 

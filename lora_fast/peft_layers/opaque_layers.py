@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
+from ..base_layer.int8 import decoded
 from ..base_layer.opaque import adapted_output, input_obstacle
 from ..factors import NO_WEIGHT, Constants, Factors
 from ..operation.validation import check_dropout, check_scaling
@@ -44,6 +45,8 @@ class OpaqueLoRALayer(FusedForward):
 
     # Keyword arguments that PEFT's forward does not pass to the base.
     _lora_fast_arguments: ClassVar[frozenset[str]] = frozenset()
+    # Whether an 8-bit weight is decoded (accelerate's decode_int8).
+    _lora_fast_decodes_int8: bool = False
     # Whether the result is promoted to the dtype of CUDA's autocast.
     _lora_fast_promotes: ClassVar[bool] = False
 
@@ -56,6 +59,8 @@ class OpaqueLoRALayer(FusedForward):
         base = layer._modules.get("quant_linear_module", layer.base_layer)
         reason = f"base layer is {type(base).__name__}"
         offsets = kwargs.get("alora_offsets")
+        if self._lora_fast_decodes_int8:
+            base = decoded(base) or base
         state = State(base, adapters, list(names) if mixed else None, reason, offsets)
         found = found or opaque_obstacle(state)
         if found is None and (mixed or (len(adapters) > 1 and masks_rows(state))):

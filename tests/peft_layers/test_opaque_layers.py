@@ -15,6 +15,7 @@ from lora_models import (
     counted,
     lora_config,
     lora_layers,
+    peft_model,
     quietly,
     run,
 )
@@ -22,7 +23,7 @@ from opaque_bases import KINDS, assert_as_stock, opaque_model, saved_bytes
 from torch import Tensor
 
 import lora_fast
-from bench.instruments.accuracy import assert_same_bits
+from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
 from lora_fast.base_layer.opaque import is_fresh
 
 M, BF16, FP32 = 48, torch.bfloat16, torch.float32
@@ -91,6 +92,50 @@ def test_saved_bytes(kind: str, adapter_dtype: torch.dtype) -> None:
         ours, theirs = saved_bytes(accelerated_copy(stock), M, BF16), saved_bytes(stock, M, BF16)
         print(f"{kind}, {adapter_dtype} adapters, p = {p}: {ours} bytes, PEFT {theirs}")
         assert ours <= theirs - (M * K * adapter_dtype.itemsize if p else 0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_decoded_int8(dtype: torch.dtype, p: float) -> None:
+    """The numbers of a dense layer with the decoded weight, in the dtypes of stock PEFT."""
+    stock = opaque_model("int8", dtype, dtype, lora_dropout=p).train(p == 0)
+    fused = lora_fast.accelerate(copy.deepcopy(stock), decode_int8=True)
+    base = lora_layers(stock)[0].base_layer
+    wide = base.weight.data.double() * base.weight.SCB.double().unsqueeze(1) / 127
+    dense = peft_model(dtype=dtype, adapter_dtype=dtype, lora_dropout=p).train(p == 0)
+    lora_layers(dense)[0].base_layer.bias.data.copy_(base.bias)
+    lora_layers(dense)[0].base_layer.weight.data.copy_(wide)
+    dense.load_state_dict(
+        {n: t for n, t in stock.state_dict().items() if "lora_" in n}, strict=False
+    )
+    ref64 = copy.deepcopy(dense).double()
+    lora_layers(ref64)[0].base_layer.weight.data.copy_(wide)
+    x = torch.randn(4, M // 4, K).to(dtype)
+    for autocast in (None, BF16) if dtype is FP32 and not p else (None,):
+        actual = run(fused, x, autocast)
+        expected = run(ref64, x.double())
+        eager = orders(lambda autocast=autocast: run(dense, x, autocast))
+        assert_all_accurate(actual, expected, eager, compute_dtype=autocast or dtype)
+        assert actual["y"].dtype == run(stock, x, autocast)["y"].dtype
+    (line,) = lora_fast.report(fused).layers
+    assert (line.fused, line.route) == (True, "opaque base, decoded")
+    assert counted(fused)[1] == {}
+    # PEFT's base holds CB and SCB, which are no copies, beside what is saved.
+    held = wide.numel() + 4 * wide.shape[0]
+    assert saved_bytes(fused, M, dtype) <= saved_bytes(stock, M, dtype) + held
+    # As stock again, with hooks on the base as well.
+    lora_layers(fused)[0].base_layer.register_forward_hook(lambda module, args, y: y)
+    assert lora_fast.report(fused).layers[0].route == "opaque base"
+
+
+def test_decoding_covers_later_layers_and_is_undone() -> None:
+    fused = lora_fast.accelerate(opaque_model("int8"), decode_int8=True)
+    quietly(fused.add_adapter, "other", lora_config(r=3))
+    assert lora_fast.report(fused).layers[0].route == "opaque base, decoded"
+    lora_fast.accelerate(fused)
+    assert lora_fast.report(fused).layers[0].route == "opaque base"
+    with pytest.raises(TypeError, match="decode_int8 must be a bool, got int"):
+        lora_fast.accelerate(fused, decode_int8=1)  # type: ignore[arg-type]
 
 
 def test_copies_and_stock_again() -> None:

@@ -57,6 +57,8 @@ TESTED_IN = {
     "lora_fast/backends/torch_layer.py": "backends/test_torch_products.py",
     "lora_fast/backends/torch_opaque.py": "operation/test_low_rank.py",
     "lora_fast/backends/triton_opaque.py": "operation/test_low_rank.py",
+    "lora_fast/base_layer/int8.py": "peft_layers/test_opaque_layers.py",
+    "lora_fast/operation/int8_product.py": "peft_layers/test_opaque_layers.py",
     "lora_fast/base_layer/opaque.py": "peft_layers/test_opaque_layers.py",
     "lora_fast/backends/torch_low_rank.py": "backends/test_torch_products.py",
     "lora_fast/backends/torch_ops.py": "test_functional.py",
