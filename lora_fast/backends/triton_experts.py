@@ -21,7 +21,14 @@ from torch.nn import functional
 
 from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing, spans
-from ..kernels import expert_gradients, expert_product, expert_scatter, expert_shrink, nf4_decode
+from ..kernels import (
+    environment,
+    expert_gradients,
+    expert_product,
+    expert_scatter,
+    expert_shrink,
+    nf4_decode,
+)
 from ..kernels.expert_product import LowRank
 from . import triton_routes
 from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
@@ -32,7 +39,8 @@ from .triton_operands import Launching
 
 # A row of an operand of a grouped product starts at a multiple of 16 bytes.
 _ALIGNED = 8
-# Where torch's grouped product is one launch; elsewhere it waits for the offsets.
+# Compute capabilities on which torch's grouped product is one launch; on others it waits for the
+# offsets.
 _GROUPED_ON = (9, 10)
 _grouped: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
@@ -49,6 +57,7 @@ def block_forward(
     """:func:`lora_fast.backends.torch_experts.block_forward`."""
     offsets = routing.offsets
     with Launching(x), without_autocast(x):
+        first, second = _readable(first), _readable(second)
         found = expert_shrink.gather(x, routing.order, offsets, _transposed(first.A))
         u = _product(found.rows, _dense(first, x.dtype), offsets)
         found = found._replace(rows=None)
@@ -81,6 +90,7 @@ def block_backward(
     of_first = ProjectionGradients()
     goes_on = needs.x or any(needs.first)
     with Launching(dout), without_autocast(dout):
+        first, second = _readable(first), _readable(second)
         w = w.contiguous()
         vector = second.bias if needs.w else None
         dy = expert_shrink.gather(
@@ -110,8 +120,8 @@ def project_forward(
     x: Tensor, offsets: Tensor, projection: Projection, needs: ProjectionNeeds
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`lora_fast.backends.torch_experts.project_forward`."""
-    p = projection
     with Launching(x), without_autocast(x):
+        p = _readable(projection)
         S = _shrunk(x, offsets, _transposed(p.A))
         y = _product(x, _dense(p, x.dtype), offsets, _low_rank(S, p.B, p), p.bias, clears=True)
     return y, S if needs.B else None
@@ -128,8 +138,9 @@ def project_backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, ProjectionGradients]:
     """:func:`lora_fast.backends.torch_experts.project_backward`."""
-    p, dX = projection, None
+    dX = None
     with Launching(dY), without_autocast(dY):
+        p = _readable(projection)
         dS = _shrunk(dY, offsets, p.B, p.scaling) if needs_x or needs.A else None
         if needs_x:
             low_rank = None if dS is None else LowRank(dS, given(p.A).mT)
@@ -230,6 +241,12 @@ def _factor_gradients(
     return ProjectionGradients(dbias, dA, dB)
 
 
+def _readable(p: Projection) -> Projection:
+    """With a B whose rows lie side by side: PEFT stores the experts' index last, and every tile of
+    an expert would read the sectors of others."""
+    return p if p.B is None else p._replace(B=p.B.contiguous())
+
+
 def _transposed(A: Tensor | None) -> Tensor | None:
     return None if A is None else A.mT
 
@@ -293,7 +310,8 @@ def _is_one_launch(rows: Tensor, W: Tensor) -> bool:
         return False
     if any(size % _ALIGNED for size in (*W.shape[1:], rows.stride(0))):
         return False
-    return torch.cuda.get_device_capability(rows.device)[0] in _GROUPED_ON
+    arch = environment.current_arch()
+    return arch is not None and arch // 10 in _GROUPED_ON
 
 
 def _one_by_one(rows: Tensor, W: Tensor, offsets: Tensor) -> Tensor:

@@ -14,11 +14,16 @@ from machines import Executor, started
 from torch import Tensor
 
 pytest.importorskip("triton")
+import lora_fast
+from bench.instruments import stub_driver
 from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
 from lora_fast import reference
+from lora_fast.backends.torch_gates import gate_of
 from lora_fast.experts.nf4_experts import NF4Experts
+from lora_fast.experts.operands import Projection
 from lora_fast.functional import adapted_experts
 from lora_fast.nf4 import NF4Weight
+from lora_fast.operation import expert_layers
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -179,6 +184,28 @@ def test_what_is_saved(interpreter: Executor) -> None:
     floats = sum(t.untyped_storage().nbytes() for t in saved.values() if t.is_floating_point())
     assert floats == 4 * places * (2 * INNER + 2 * R)
     assert sum(t.numel() for t in saved.values() if not t.is_floating_point()) == 2 * places + E
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, BF16), (90, FP16)], ids=str)
+def test_nothing_waits_for_the_offsets(arch: int, dtype: torch.dtype) -> None:
+    """Tensors without data: reading a value of one raises. The products are torch's where these
+    are one launch."""
+    shapes = {"tokens": 256, "k": 2, "r": 16, "hidden": 64, "inner": 32}
+    x, index, w, *both = operands(64, transposed=False, bias=True, **shapes)
+    values = [t.to("meta") for t in (x, index, w)]
+    values += [{name: t.to("meta") for name, t in factors.items()} for factors in both]
+
+    def call(x: Tensor, index: Tensor, w: Tensor, first: Any, second: Any) -> Tensor:
+        layers = Projection(**first), Projection(**second)
+        return expert_layers.block(x, index, w, *layers, gate_of("silu"))
+
+    with stub_driver.recording(arch) as log, lora_fast.set_backend("triton"):
+        found = run(call, values, dtype)
+    assert all(t.is_meta for t in found.values())
+    products = [launch for launch in log.launches if launch.arguments.get("x_ptr") is not None]
+    own = [launch for launch in products if launch.name.startswith("expert_product")]
+    assert len(own) == (0 if (arch, dtype) == (90, BF16) else 4)
 
 
 def test_compiled_code(typical_executor: Executor) -> None:

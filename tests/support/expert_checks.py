@@ -102,7 +102,7 @@ def run(
     ]
     y = call(leaves["x"], index, leaves["w"], *parts)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(6))
-    y.backward(direction.to(dtype))
+    y.backward(direction.to(y.device, dtype))
     grads = {key: t.grad for key, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
     return {"y": y.detach(), **grads}
 
