@@ -31,7 +31,7 @@ class Glu(NamedTuple):
     @property
     def is_plain(self):
         """Whether it is act(gate) ⊙ up of halves, for which the fewest registers suffice."""
-        return not self.interleaved and self.limit is None
+        return self == Glu(self.activation)
 
     def halves(self, both, dim):
         """gate's and up's part of a tensor along the dimension of u's columns, as views."""
@@ -152,13 +152,16 @@ def store_gradients(
 @triton.jit
 def acted(gate, GLU: tl.constexpr):
     """act(gate) and its slope; no slope above the limit."""
+    x = gate
     if GLU.limit is not None:
-        within = tl.where(gate > GLU.limit, GLU.limit, gate)
-        a, slope = activated(within * GLU.alpha, GLU.activation)
+        x = tl.where(gate > GLU.limit, GLU.limit, gate)
+    if GLU.alpha != 1.0:
+        a, slope = activated(x * GLU.alpha, GLU.activation)
         a *= 1.0 / GLU.alpha
-        slope = tl.where(gate > GLU.limit, 0.0, slope)
     else:
-        a, slope = activated(gate, GLU.activation)
+        a, slope = activated(x, GLU.activation)
+    if GLU.limit is not None:
+        slope = tl.where(gate > GLU.limit, 0.0, slope)
     return a, slope
 
 
@@ -167,6 +170,7 @@ def shifted(up, GLU: tl.constexpr):
     """The factor that up is in h."""
     if GLU.limit is not None:
         up = tl.where(up > GLU.limit, GLU.limit, tl.where(up < -GLU.limit, -GLU.limit, up))
+    if GLU.shift != 0.0:
         up += GLU.shift
     return up
 

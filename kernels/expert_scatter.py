@@ -1,7 +1,6 @@
 """The rows of experts back at their tokens: each token's rows added up, in their order.
 
     out[t,l] = Σ_j w[t,j] y[back[t · k + j], l]          w the routing weights [T, k], or 1
-    dw[t,j] = Σ_i parts[i, row] + dots[row]              row = back[t · k + j]
 
 A row of no expert, at offsets[E - 1] or beyond, adds nothing.
 """
@@ -14,19 +13,11 @@ import triton.language as tl
 from .expert_policy import pick_scatter
 from .launch_plans import empty, launch
 from .out_of_resources import OutOfResources, instead_of
-from .profile import (
-    expert_scatter_name,
-    expert_scatter_work,
-    expert_weights_name,
-    expert_weights_work,
-    shown_as,
-)
+from .profile import expert_scatter_name, expert_scatter_work, shown_as
 from .tiles import Matrix, load_tile, store_tile
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
-_VARYING = ("tokens", "places", "parts")
-# Places of a program of expert_weights.
-_PLACES = 512
+_VARYING = ("tokens",)
 
 
 class ScatterTiles(NamedTuple):
@@ -86,35 +77,3 @@ def _launch(config, y, back, offsets, w, out):
         )  # fmt: skip
     except OutOfResources:
         _launch(instead_of(config), y, back, offsets, w, out)
-
-
-@triton.jit(do_not_specialize=_VARYING, **shown_as(expert_weights_name, expert_weights_work))
-def expert_weights(
-    parts_ptr, dots_ptr, back_ptr, offsets_ptr, dw_ptr, places, parts, experts, BLOCK: tl.constexpr
-):  # fmt: skip
-    """dw of a block of places, the parts of a row in their order."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < places
-    stop = tl.load(offsets_ptr + experts - 1).to(tl.int32)
-    row = tl.load(back_ptr + offs, mask=inside, other=stop)
-    there = row < stop
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, parts):
-        total += tl.load(parts_ptr + tl.cast(i, tl.int64) * places + row, mask=there, other=0.0)
-    if dots_ptr is not None:
-        total += tl.load(dots_ptr + row, mask=there, other=0.0)
-    tl.store(dw_ptr + offs, total.to(dw_ptr.dtype.element_ty), mask=inside)
-
-
-def weights(parts, dots, back, offsets, w):
-    """dw [T, k], like w: Σ_i parts[i, row] + dots[row] for the row of each place, and zero for a
-    row of no expert; parts [J, P] and dots [P], or None, in float32."""
-    dw = empty(w, *w.shape)
-    places = back.shape[0]
-    if places:
-        launch(
-            expert_weights, (-(-places // _PLACES),),
-            parts, dots, back, offsets, dw, places, parts.shape[0], offsets.shape[0],
-            BLOCK=_PLACES, num_warps=4,
-        )  # fmt: skip
-    return dw

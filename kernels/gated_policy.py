@@ -46,8 +46,9 @@ OF_GATED = (
     _B200,
     _B200_MASKS,
 )
+_B200_WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=8)
 # Of the gate of experts, beside some of these.
-OF_EXPERTS = (_FLOAT32_LOW, _TWO_PARTS)
+OF_EXPERTS = (_FLOAT32_LOW, _TWO_PARTS, _B200_WIDE_RANK)
 
 # A launch of gated_forward aims for so many programs of at most so many tiles of columns; one of
 # gated_backward for so many CTAs: some waves of any device, so that the last one does not show.
@@ -92,6 +93,8 @@ def pick_expert_forward(dtype: torch.dtype, R: int, *, plain: bool) -> RowsConfi
 
 def pick_expert_backward(BLOCK_R: int, arch: int | None, *, plain: bool) -> GatedConfig:
     """The tiles of expert_gate_backward, for ranks padded to BLOCK_R and a plain gate or not."""
+    if BLOCK_R > 16 and arch in TENSOR_MEMORY:
+        return _B200_WIDE_RANK
     config = pick_gated_backward(BLOCK_R, arch, drops=False)
     if plain:
         return config

@@ -297,15 +297,6 @@ def expert_scatter_work(arguments: Arguments) -> dict[str, int]:
     return _bytes(arguments[name] for name in ("y_ptr", "back_ptr", "w_ptr", "out_ptr"))
 
 
-def expert_weights_name(compiled: Any) -> str:
-    """expert_weights_512: places of a program."""
-    return "expert_weights_{BLOCK}".format(**compiled.constants)
-
-
-def expert_weights_work(arguments: Arguments) -> dict[str, int]:
-    return _bytes(arguments[name] for name in ("parts_ptr", "dots_ptr", "back_ptr", "dw_ptr"))
-
-
 def expert_gate_forward_name(compiled: Any) -> str:
     """expert_gate_forward_silu_64x64_r16: BLOCK_M × BLOCK_L, and with S2 BLOCK_R."""
     tiles = compiled.constants["TILES"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .backends.torch_gates import gate_of
+from .backends.torch_gates import GluForm, gate_of
 from .experts.nf4_experts import NF4Experts
 from .experts.operands import Projection
 from .factors import Constants, Factors
@@ -183,7 +183,7 @@ def experts_block(
     first: Projection,
     second: Projection,
     *,
-    activation: Activation | Callable[[Tensor], Tensor] = "silu",
+    activation: Activation | GluForm | Callable[[Tensor], Tensor] = "silu",
     gated: bool = True,
     interleaved: bool = False,
 ) -> Tensor:
@@ -195,9 +195,10 @@ def experts_block(
     hidden_states [T, H] · top_k_index [T, k] (int32 or int64), an index ≥ E names no expert and
     adds nothing · top_k_weights [T, k] · ``first`` and ``second``: :class:`Projection` s, weight
     [E, P, H] and [E, H', I], as for :func:`adapted_experts` → out [T, H'], in the dtype of
-    hidden_states. ``activation``: silu, gelu, gelu_tanh, relu, relu2, or a function of the rows u
-    [M, P] → h [M, I], each row by itself, without parameters that train; ``gated`` and
-    ``interleaved`` (u = gate₀, up₀, gate₁, …) say what a named one reads. Saved for backward are
+    hidden_states. ``activation``: silu, gelu, gelu_tanh, relu, relu2, a :class:`GluForm`, which has
+    limits, or a function of the rows u [M, P] → h [M, I], each row by itself, without parameters
+    that train; ``gated`` and ``interleaved`` (u = gate₀, up₀, gate₁, …) say what a named one reads.
+    Saved for backward are
     hidden_states, u, x Aᵀ of both projections and the routing; h and y are rebuilt, for the
     gradient of top_k_weights, too. Bitwise reproducible.
 
@@ -211,7 +212,7 @@ def experts_block(
     gate = gate_of(activation, gated=gated, interleaved=interleaved)
     validation.check_rows("hidden_states", hidden_states, first.weight.shape[2])
     validation.check_routing(top_k_index, top_k_weights, hidden_states)
-    validation.check_block(first, second, halves=isinstance(activation, str) and gated)
+    validation.check_block(first, second, halves=isinstance(activation, (str, GluForm)) and gated)
     x = hidden_states.to(experts.compute_dtype(hidden_states))
     out = experts.block(x, top_k_index, top_k_weights, first, second, gate)
     return out.to(hidden_states.dtype)

@@ -23,16 +23,22 @@ from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing, spans
 from ..kernels import (
     environment,
+    expert_gate_backward,
+    expert_gate_forward,
+    expert_gate_gradients,
     expert_gradients,
     expert_product,
     expert_scatter,
     expert_shrink,
+    expert_sums,
+    gated_policy,
     nf4_decode,
 )
+from ..kernels.expert_gate_tiles import ExpertMember, Glu
 from ..kernels.expert_product import LowRank
 from . import triton_routes
 from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
-from .torch_gates import Gate
+from .torch_gates import Gate, GluGate
 from .torch_low_rank import given
 from .torch_ops import without_autocast
 from .triton_operands import Launching
@@ -61,15 +67,16 @@ def block_forward(
         found = expert_shrink.gather(x, routing.order, offsets, _transposed(first.A))
         u = _product(found.rows, _dense(first, x.dtype), offsets)
         found = found._replace(rows=None)
-        rows, h, S2 = _gated(u, found.S, offsets, first, second, gate)
+        h, S2 = _gated(u, found.S, offsets, first, second, gate)
         y = _product(
             h, _dense(second, x.dtype), offsets, _low_rank(S2, second.B, second), second.bias
         )
         out = expert_scatter.scatter(y, found.back, offsets, x.shape[0], w.contiguous())
     if needs is None:
         return out, None
-    S1 = found.S if needs.first.B else None
-    return out, BlockSaved(rows, S1, S2 if needs.second.B else None)
+    # A kernel of the gate adds the low rank to u once more in backward.
+    S1 = found.S if needs.first.B or isinstance(gate, GluGate) else None
+    return out, BlockSaved(u, S1, S2 if needs.second.B else None)
 
 
 def block_backward(
@@ -105,10 +112,8 @@ def block_backward(
         if goes_on or needs.w or needs.second.A:
             v = _product(dy.rows, _dense(second, dtype).mT, offsets)
             dy = dy._replace(rows=None)
-            through = _gate_gradients(v, dy.S, w, routing, saved, first, second, gate, needs)
-            dA2 = through.second_A
-            if through.dw is not None:
-                dw = expert_scatter.weights(through.dw, dy.dots, dy.back, offsets, w)
+            through = _gate_gradients(v, dy, w, routing, saved, first, second, gate, needs)
+            dA2, dw = through.second_A, through.dw
         if goes_on:
             dX, of_first = _before_gate(through, x, routing, saved.S1, first, needs)
             if dX is not None:
@@ -150,8 +155,8 @@ def project_backward(
 
 
 class _Through(NamedTuple):
-    """The gradients around the gate: du [P, P1], ⟨v, h⟩ as parts [J, P] in float32 or None, and of
-    what its launch makes at once, or None, dS1, dB1 and dA2."""
+    """The gradients around the gate: du [P, P1], and dw [T, k], dS1, dB1 and dA2, or None where
+    they were not asked for, or the launch does not make them."""
 
     du: Tensor
     dw: Tensor | None = None
@@ -162,18 +167,30 @@ class _Through(NamedTuple):
 
 def _gated(
     u: Tensor, S1: Tensor | None, offsets: Tensor, first: Projection, second: Projection, gate: Gate
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What is saved of u [P, P1], the base product, whose memory it may be; h, and S2."""
+) -> tuple[Tensor, Tensor | None]:
+    """h and S2 of the base product u [P, P1], to which the low rank is added in memory only for a
+    gate that its module computes."""
+    if isinstance(gate, GluGate):
+        h, S2 = expert_gate_forward.activate(
+            _member(u, S1, first), offsets, Glu(*gate.form), second.A
+        )
+        return h, S2
     low_rank = _low_rank(S1, first.B, first)
     if low_rank is not None or first.bias is not None:
         expert_product.add_(u, offsets, low_rank, first.bias)
     h = gate.forward(u)
-    return u, h, _shrunk(h, offsets, _transposed(second.A))
+    return h, _shrunk(h, offsets, _transposed(second.A))
+
+
+def _member(u: Tensor, S1: Tensor | None, first: Projection) -> ExpertMember:
+    # Every tile of rows reads B again, which PEFT stores with the index of the experts last.
+    B = None if first.B is None else first.B.contiguous()
+    return ExpertMember(u, S1, B, first.bias, first.scaling)
 
 
 def _gate_gradients(
     v: Tensor,
-    dS2: Tensor | None,
+    dy: expert_shrink.Gathered,
     w: Tensor,
     routing: Routing,
     saved: BlockSaved,
@@ -183,18 +200,77 @@ def _gate_gradients(
     needs: BlockNeeds,
 ) -> _Through:
     """The gradients around the gate for v [P, I], the base product dy W2, and dS2 [P, R]."""
+    if isinstance(gate, GluGate):
+        glu = Glu(*gate.form)
+        ranks = [0 if p.A is None else p.A.shape[1] for p in (first, second)]
+        arch = environment.current_arch()
+        fits = gated_policy.fits_experts(v.dtype, ranks, arch, plain=glu.is_plain)
+        through = _by_strips if fits else _by_tiles
+        return through(v, dy, w, routing, saved, first, second, glu, needs)
     offsets, dw, dA = routing.offsets, None, None
-    if dS2 is not None:
-        expert_product.add_(v, offsets, LowRank(dS2, given(second.A).mT))
+    if dy.S is not None:
+        expert_product.add_(v, offsets, LowRank(dy.S, given(second.A).mT))
     h, vjp = gate.rebuilt(saved.rows)
     if needs.w:
-        dw = torch.linalg.vecdot(v.float(), h.float()).unsqueeze(0)
+        parts = torch.linalg.vecdot(v.float(), h.float()).unsqueeze(0)
+        _, dw = expert_sums.sums(offsets, routing.order, None, parts, dy.dots, w=w)
     if needs.second.A:
         dA, _ = expert_gradients.gradients(
-            h, dS2, offsets, factor=second.A, is_A=True, order=routing.order, w=w
+            h, dy.S, offsets, factor=second.A, is_A=True, order=routing.order, w=w
         )
     of_rows = w.view(-1)[routing.order].float().unsqueeze(1)
     return _Through(vjp((v * of_rows).to(h.dtype)), dw, second_A=dA)
+
+
+def _by_strips(
+    v: Tensor,
+    dy: expert_shrink.Gathered,
+    w: Tensor,
+    routing: Routing,
+    saved: BlockSaved,
+    first: Projection,
+    second: Projection,
+    glu: Glu,
+    needs: BlockNeeds,
+) -> _Through:
+    """All of them in one launch, and one that adds the parts of its programs."""
+    wants_dS = first.A is not None and (needs.x or needs.first.A)
+    found = expert_gate_backward.gradients(
+        _member(saved.rows, saved.S1, first), v, w, routing.order, routing.offsets, glu, dy.S,
+        second.A, out=torch.empty_like(saved.rows),
+        wanted=expert_gate_backward.Wanted(needs.first.B, needs.second.A, wants_dS, needs.w),
+    )  # fmt: skip
+    dS1 = dw = None
+    if found.dS is not None or found.dw is not None:
+        dS1, dw = expert_sums.sums(
+            routing.offsets, routing.order, found.dS, found.dw, dy.dots, dtype=v.dtype, w=w
+        )
+    return _Through(found.du, dw, dS1, found.B, found.A)
+
+
+def _by_tiles(
+    v: Tensor,
+    dy: expert_shrink.Gathered,
+    w: Tensor,
+    routing: Routing,
+    saved: BlockSaved,
+    first: Projection,
+    second: Projection,
+    glu: Glu,
+    needs: BlockNeeds,
+) -> _Through:
+    """du and dw in one launch, which leaves w h in the memory of v."""
+    offsets, order, dw, dA = routing.offsets, routing.order, None, None
+    du = torch.empty_like(saved.rows)
+    parts = expert_gate_gradients.gradients(
+        _member(saved.rows, saved.S1, first), v, w, order, offsets, glu, dy.S, second.A,
+        out=du, stores_h=needs.second.A, needs_w=needs.w,
+    )  # fmt: skip
+    if parts is not None:
+        _, dw = expert_sums.sums(offsets, order, None, parts, dy.dots, w=w)
+    if needs.second.A:
+        dA, _ = expert_gradients.gradients(v, dy.S, offsets, factor=second.A, is_A=True)
+    return _Through(du, dw, second_A=dA)
 
 
 def _before_gate(

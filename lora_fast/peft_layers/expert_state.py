@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends.torch_gates import ConcatenatedGate, Gate, OwnGate
+from ..backends.torch_gates import Gate, GluForm, GluGate, OwnGate
 from ..base_layer.obstacles import module_obstacle, tensor_obstacle
 from ..experts.module_layout import Layout, has_default_gate, layout_of, weight_of
 from ..experts.nf4_experts import NF4Experts
@@ -161,5 +161,5 @@ def _gate(module: Any) -> Gate:
     if not module.has_gate:
         return OwnGate(module.act_fn)
     if has_default_gate(module) and type(getattr(module, "act_fn", None)) is nn.SiLU:
-        return ConcatenatedGate("silu")
+        return GluGate(GluForm("silu"))
     return OwnGate(module._apply_gate)

@@ -9,7 +9,7 @@ from typing import Any
 import machines
 import pytest
 import torch
-from expert_checks import INNER, E, block, check, operands, run
+from expert_checks import GATES, INNER, E, block, check, operands, run
 from machines import Executor, started
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from lora_fast import reference
 from lora_fast.backends.torch_gates import gate_of
 from lora_fast.experts.nf4_experts import NF4Experts
 from lora_fast.experts.operands import Projection
-from lora_fast.functional import adapted_experts
+from lora_fast.functional import adapted_experts, experts_block
 from lora_fast.nf4 import NF4Weight
 from lora_fast.operation import expert_layers
 
@@ -48,7 +48,9 @@ def _some(**changes: Any) -> Any:
         pytest.param({"tokens": 1, "k": 1, "r": 1}, "own", FP32, id="one row"),
         pytest.param({"k": 3, "r": 100}, "silu", FP32, id="rank 100"),
         pytest.param({"r": 16}, "silu", BF16, id="bfloat16"),
-        pytest.param({}, "own", FP16, id="float16"),
+        pytest.param({}, "own", FP16, id="own gate, float16"),
+        pytest.param({}, "clamped", BF16, id="clamped"),
+        pytest.param({}, "clamped", FP16, id="clamped, float16"),
     ],
 )
 def test_a_block(
@@ -132,35 +134,91 @@ def test_nf4_is_the_decoded_weight(interpreter: Executor, transposed: bool) -> N
         assert_same_bits(actual[name], value, name=name)
 
 
-FORWARD = [
-    "expert_shrink",  # rows by expert, S1
-    "expert_product",  # the low rank and the bias of u
-    "expert_shrink",  # S2
-    "expert_product",  # the low rank and the bias of y
-    "expert_scatter",
-]
-BACKWARD = [
+# By the dtype and the gate: the kernels of the gate have registers for it, or not, or a module
+# computes it, which has its own launches beside these.
+FORWARD = {
+    "kernels": [
+        "expert_shrink",  # rows by expert, S1
+        "expert_gate_forward",  # h, S2
+        "expert_product",  # the low rank and the bias of y
+        "expert_scatter",
+    ],
+    "module": [
+        "expert_shrink",
+        "expert_product",  # the low rank and the bias of u
+        "expert_shrink",  # S2
+        "expert_product",
+        "expert_scatter",
+    ],
+}
+_BEFORE = [
     "expert_shrink",  # dy by expert, dS2, the bias's part of dw
     "expert_gradients",  # dB2, dbias2
-    "expert_product",  # the low rank of v
-    "expert_gradients",  # dA2
-    "expert_weights",  # dw
-    "expert_shrink",  # dS1
+]
+_AFTER = [
     "expert_product",  # the low rank of dx
     "expert_gradients",  # dB1, dbias1
     "expert_gradients",  # dA1
     "expert_scatter",  # dx
 ]
+BACKWARD = {
+    "strips": [
+        *_BEFORE,
+        "expert_gate_backward",  # du, dA2, dB1
+        "expert_sums",  # dS1, dw
+        *_AFTER,  # with dbias1 alone
+    ],
+    "tiles": [
+        *_BEFORE,
+        "expert_gate_gradients",  # du, w h
+        "expert_sums",  # dw
+        "expert_gradients",  # dA2
+        "expert_shrink",  # dS1
+        *_AFTER,
+    ],
+    "module": [
+        *_BEFORE,
+        "expert_product",  # the low rank of v
+        "expert_sums",  # dw
+        "expert_gradients",  # dA2
+        "expert_shrink",  # dS1
+        *_AFTER,
+    ],
+}
 
 
 @pytest.mark.interpreter
-def test_launches(interpreter: Executor) -> None:
-    values = _some()
+@pytest.mark.parametrize(
+    ("gate", "dtype", "forward", "backward"),
+    [
+        pytest.param("silu", BF16, "kernels", "strips", id="strips"),
+        pytest.param("clamped", FP32, "kernels", "tiles", id="tiles"),
+        pytest.param("own", FP32, "module", "module", id="module"),
+    ],
+)
+def test_launches(
+    interpreter: Executor, gate: str, dtype: torch.dtype, forward: str, backward: str
+) -> None:
+    values, options = _some(), GATES[gate][0]
+
+    def call(x: Tensor, index: Tensor, w: Tensor, first: Any, second: Any) -> Tensor:
+        return experts_block(x, index, w, Projection(**first), Projection(**second), **options)
+
     with interpreter.counting_launches() as names:
-        once = run(block, values, FP32)
-    assert names == [*FORWARD, *BACKWARD]
-    for name, value in run(block, values, FP32).items():
+        once = run(call, values, dtype)
+    assert names == [*FORWARD[forward], *BACKWARD[backward]]
+    for name, value in run(call, values, dtype).items():
         assert_same_bits(value, once[name], name=name)
+
+
+@pytest.mark.interpreter
+def test_without_trained_biases_nothing_reads_du_but_for_dx_and_dS(interpreter: Executor) -> None:
+    values, trains = _some(bias=False), ("x", "w", "first.A", "first.B", "second.A", "second.B")
+    with interpreter.counting_launches() as names:
+        run(block, values, BF16, trains)
+    launches = [*FORWARD["kernels"], *BACKWARD["strips"]]
+    launches.remove("expert_gradients")
+    assert sorted(names) == sorted(launches)
 
 
 @pytest.mark.interpreter

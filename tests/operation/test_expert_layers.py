@@ -16,6 +16,7 @@ from bench.instruments.accuracy import (
 )
 from lora_fast import reference
 from lora_fast.backends import torch_grouped
+from lora_fast.backends.torch_gates import GluForm
 from lora_fast.experts.nf4_experts import NF4Experts
 from lora_fast.experts.operands import Projection
 from lora_fast.functional import adapted_experts, experts_block
@@ -224,7 +225,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"first.weight": torch.zeros(E, 2, H).requires_grad_()}, ValueError, "must be frozen"),
     ({"first.weight": torch.zeros(2, H)}, ValueError, r"must have shape \[E, N, K\]"),
     ({"activation": "swish"}, ValueError, "activation must be one of"),
-    ({"activation": 3}, TypeError, "activation must be a name or a function"),
+    ({"activation": 3}, TypeError, "activation must be a name, a GluForm or a function"),
+    ({"activation": GluForm("swish")}, ValueError, "activation must be one of"),
+    ({"gated": False, "activation": GluForm("relu")}, ValueError, "must have halves or pairs"),
     ({"gated": False, "activation": "relu"}, RuntimeError, "shape"),
 ]
 
