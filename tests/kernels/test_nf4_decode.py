@@ -89,3 +89,19 @@ def test_wider_rows_hold_the_weight_and_the_factor_behind_it(executor, dtype, ne
             first = K + first_r
             assert_same_bits(wide[:, first : first + R], Q.to(dtype), name=f"Q {where}")
             assert not wide[:, K:first].any() and not wide[:, first + R :].any()
+
+
+@pytest.mark.interpreter
+def test_experts_hold_their_factor_behind_their_weight():
+    """[E, N, K] as one matrix: the bits of its decoded rows and of s · B."""
+    from lora_fast.kernels import nf4_decode
+
+    stored, B = torch.randn(3, 8, 48), torch.randn(3, 8, 5)
+    weight = NF4Weight.from_dense(stored.view(24, 48), blocksize=64)
+    weight.quant_state.shape = stored.shape
+    packed = weight.packed, weight.quant_state, torch.bfloat16
+    wide = nf4_decode.augmented(*packed, B.view(24, 5), 0.5, columns=16)
+    assert wide.shape == (3, 8, 64)
+    assert_same_bits(wide[..., :48], nf4_decode.decode(*packed), name="W")
+    assert_same_bits(wide[..., 48:53], (0.5 * B).bfloat16(), name="Q")
+    assert not wide[..., 53:].any()
