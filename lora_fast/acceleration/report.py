@@ -34,8 +34,9 @@ class LayerReport:
     that did not appear as one fallback call. ``counted`` is False for a layer of PEFT's own class,
     whose calls cannot be observed.
     ``route``: how its operations are computed (guide): torch, fused, hybrid or augmented; of
-    those met so far, where each is chosen. ``opaque base``: the base computes its output by itself,
-    and the low rank is added to it.
+    those met so far, where each is chosen. ``folded``: the activation's kernels of a gated MLP
+    carry its low rank. ``opaque base``: the base computes its output by itself, and the low rank is
+    added to it.
     ``siblings``: names of the layers that share its input and are computed with it; ``alone``: what
     prevents that, or prevented it in a graph of torch.compile, None for a layer that shares its
     input with no other.
@@ -149,11 +150,21 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    modules = dict(model.named_modules())
+    modules, found_mlps = dict(model.named_modules()), list(statuses(model))
+    folded = {
+        f"{mlp.name}.{child}".removeprefix(".")
+        for mlp in found_mlps
+        if mlp.mlp is not None and mlp.obstacle is None
+        for child in mlp.mlp.names
+        if child not in mlp.alone
+    }
     layers = tuple(
-        _layer_report(name, layer, modules[name.rpartition(".")[0]], _outermost(name, modules))
+        _layer_report(
+            name, layer, modules[name.rpartition(".")[0]], _outermost(name, modules),
+            is_folded=name in folded,
+        )
         for name, layer in adapted_layers(model)
-    )
+    )  # fmt: skip
     if not layers:
         return Report(layers)
     mlps = tuple(
@@ -166,7 +177,7 @@ def report(model: nn.Module) -> Report:
             fused_calls=found.calls.fused,
             fallback_calls=found.calls.by_reason(),
         )
-        for found in statuses(model)
+        for found in found_mlps
     )
     return Report(layers, switched_off(model), mlps)
 
@@ -188,7 +199,9 @@ def _outermost(name: str, modules: dict[str, nn.Module]) -> Any:
     return modules[name]
 
 
-def _layer_report(name: str, layer: Any, parent: nn.Module, computes: Any) -> LayerReport:
+def _layer_report(
+    name: str, layer: Any, parent: nn.Module, computes: Any, *, is_folded: bool
+) -> LayerReport:
     calls = getattr(layer, "_lora_fast_calls", None) or CallCounts()
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
     siblings, alone = _siblings(layer, parent)
@@ -201,17 +214,20 @@ def _layer_report(name: str, layer: Any, parent: nn.Module, computes: Any) -> La
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
         counted=hasattr(layer, "_lora_fast_calls"),
-        route=_opaque_route(layer) or _route(base),
+        route=_opaque_route(layer) or _route(layer, base, 1 + len(siblings), is_folded),
         siblings=siblings,
         alone=alone,
     )
 
 
-def _route(base: Any) -> str:
-    """The routes of a layer's operations, forward and backward, by rows where they differ."""
+def _route(layer: Any, base: Any, together: int, is_folded: bool) -> str:
+    """The routes of a layer's operations, forward and backward, by rows where they differ;
+    `together` layers are computed at once."""
     weight = getattr(base, "weight", None)
     if weight is None or not uses_triton(weight.device):
         return "torch"
+    if is_folded:
+        return "folded"
     if get_backend() == "triton":
         return "fused"
     tuner = sys.modules.get("lora_fast.tuning.tuner")
@@ -220,11 +236,14 @@ def _route(base: Any) -> str:
     N, K = (getattr(base, name, None) for name in ("out_features", "in_features"))
     if is_conv1d(base):
         N, K = weight_shape(base)
+    of_layer = N, _rank(layer), hasattr(weight, "quant_state")
     for direction, is_forward in (("forward", True), ("backward", False)):
         routes = {
             query.M: plan.route
             for query, plan in sorted(met, key=lambda pair: pair[0].M)
-            if query.is_forward == is_forward and (query.K, N in query.N) == (K, True)
+            if query.is_forward == is_forward
+            and (query.K, len(query.N)) == (K, together)
+            and of_layer in zip(query.N, query.R, map(_is_packed, query.weights), strict=True)
         }
         if len(set(routes.values())) == 1:
             found.append(f"{direction} {next(iter(routes.values()))}")
@@ -232,6 +251,19 @@ def _route(base: Any) -> str:
             by_rows = ", ".join(f"{route} ({_rows(M)})" for M, route in routes.items())
             found.append(f"{direction} {by_rows}")
     return "; ".join(found) or "chosen at its first call"
+
+
+def _rank(layer: Any) -> int:
+    """R of the adapters that take part, 0 without A."""
+    factors = getattr(layer, "lora_A", getattr(layer, "vera_lambda_d", {}))
+    if not hasattr(factors, "keys"):  # of a module of our own
+        return layer.r if hasattr(layer, "r") else 0
+    ranks = (factors[name] for name in layer.active_adapters if name in factors)
+    return sum(getattr(each, "weight", each).shape[0] for each in ranks)
+
+
+def _is_packed(weight: Any) -> bool:
+    return isinstance(weight, tuple)
 
 
 def _rows(M: int) -> str:

@@ -204,12 +204,13 @@ class GatedMLP(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+    # Which raises if an earlier backward pass ended well.
+    x, gate, up, S, Sd, *tensors = ctx.saved_tensors
     if ctx.is_overwritten:
         raise RuntimeError(
             "the forward pass must run again: a backward pass that failed had overwritten what was "
             "saved for it"
         )
-    x, gate, up, S, Sd, *tensors = ctx.saved_tensors
     drawn, tensors = tensors[:3], tensors[3:]
     found: list[Any] = [gate, up, None]
     for i, (other, seed) in enumerate(zip(ctx.others, drawn, strict=True)):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from gated_models import layer_of
+from gated_models import stock_model as stock_gated_model
 from lora_models import (
     K,
     Mlp,
@@ -159,13 +161,18 @@ def test_the_route_is_that_of_the_operations_so_far(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(report_module, "uses_triton", lambda device: True)
     assert routes() == ["chosen at its first call"] * 2
     fc1, fc2 = (layer.base_layer for layer in lora_layers(model))
-    query = PLAIN._replace(op=plans.FORWARD, K=fc1.in_features)
+    N, R = fc1.out_features, lora_layers(model)[0].r["default"]
+    query = PLAIN._replace(op=plans.FORWARD, K=fc1.in_features, N=(N,), R=(R,))
     met = [
-        (query._replace(N=(fc1.out_features,)), plans.AUGMENTED),
-        (query._replace(N=(fc1.out_features, 8), op=plans.BACKWARD_GROUP), plans.HYBRID),
-        (query._replace(N=(fc1.out_features,), M=8192), plans.HYBRID),
-        (query._replace(N=(fc1.out_features,), M=64), plans.FUSED),
-        (query._replace(N=(fc1.out_features + 1,)), plans.FUSED),
+        (query, plans.AUGMENTED),
+        (query._replace(op=plans.BACKWARD), plans.HYBRID),
+        (query._replace(M=8192), plans.HYBRID),
+        (query._replace(M=64), plans.FUSED),
+        # Of other layers: another width, rank or kind of weight, or in a group.
+        (query._replace(N=(N + 1,)), plans.FUSED),
+        (query._replace(R=(R + 1,)), plans.FUSED),
+        (query._replace(weights=((64, True),)), plans.FUSED),
+        (query._replace(N=(N, 8), R=(R, R), weights=query.weights * 2), plans.FUSED),
     ]
     monkeypatch.setattr(tuning.tuner, "chosen", lambda: met)
     assert routes()[0] == (
@@ -211,3 +218,11 @@ assert lora_fast.report(model).fused_calls == 1
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_layers_of_a_gated_mlp_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = accelerated_copy(stock_gated_model())
+    monkeypatch.setattr(report_module, "uses_triton", lambda device: True)
+    assert [layer.route for layer in lora_fast.report(model).layers] == ["folded"] * 3
+    layer_of(model, "up_proj").register_forward_hook(lambda module, args, y: y)
+    assert {layer.route for layer in lora_fast.report(model).layers} == {"chosen at its first call"}

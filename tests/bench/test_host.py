@@ -24,17 +24,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("layers", ["linear", "qkv"])
+# Those that are well within their aim are held to it; the others to PEFT's time.
+HELD = [
+    (host.Case("linear", 0.0, "dense", "fused", torch.float32), 1.0),
+    (host.Case("qkv", 0.0, "dense", "fused", torch.float32), 1.0),
+    (host.Case("linear", 0.0, "nf4", "fused", torch.bfloat16), 0.85),
+    (host.Case("qkv", 0.1, "nf4", "fused", torch.float32), 0.85),
+    (host.Case("linear", 0.1, "nf4", "augmented", torch.float32), 1.0),
+]
+
+
+@pytest.mark.parametrize(("case", "most"), HELD, ids=lambda value: str(value).replace(" ", "-"))
 def test_a_step_takes_no_longer_than_pefts(
-    layers: str,
+    case: host.Case,
+    most: float,
     one_thread: None,
     allocating_as_users_do: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The best of several medians. It was 3.5 to 5 before launches were repeated."""
     leave_unchecked(monkeypatch)
-    case = host.Case(layers, 0.0, "dense", "fused", torch.float32)
-    most = 1.0
+    assert most in (case.aim, 1.0)
     medians: list[Any] = []
     while not medians or (min(medians) > most and len(medians) < ATTEMPTS):
         medians.append(host.compare(case).median)

@@ -24,7 +24,7 @@ from gated_checks import (
 from torch.utils.checkpoint import checkpoint
 
 from bench.instruments.accuracy import assert_same_bits
-from lora_fast import NF4Weight, reference
+from lora_fast import NF4Weight, reference, set_backend
 from lora_fast.backends import torch_gated_rows
 from lora_fast.backends.torch_ops import TorchBackend
 from lora_fast.four_bit.decoded import bytes_saved
@@ -155,10 +155,8 @@ BYTES = {
 }
 
 
-@pytest.mark.parametrize(("changes", "most"), BYTES.values(), ids=list(BYTES))
-def test_saved_bytes(changes, most):
-    """Storages, each once, without parameters: x, gate, up and the S."""
-    M, H, width = 64, 512, 1408
+def saved_bytes(M, H, width, **changes):
+    """Storages, each once, without parameters; and what x, gate, up and the S take."""
     mlp = MLP(BF16, M=M, H=H, intermediate=width, ranks=(8, 8, 8), **changes)
     o = make(mlp)
     parameters = {t.untyped_storage().data_ptr() for n, t in o.leaves.items() if n != "x"}
@@ -176,8 +174,24 @@ def test_saved_bytes(changes, most):
         y = fused(o, o.leaves)
     assert y.requires_grad
     elements = H + 2 * width + 8 * len(mlp.members)
-    assert sum(saved.values()) == M * 2 * elements
-    assert sum(saved.values()) <= most * M * 2 * (H + 2 * width)
+    return sum(saved.values()), M * 2 * elements
+
+
+@pytest.mark.parametrize(("changes", "most"), BYTES.values(), ids=list(BYTES))
+def test_saved_bytes(changes, most):
+    M, H, width = 64, 512, 1408
+    found, expected = saved_bytes(M, H, width, **changes)
+    assert found == expected
+    assert found <= most * M * 2 * (H + 2 * width)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_bytes_that_the_kernels_save(p):
+    """With dropout no more: its seeds are numbers."""
+    with set_backend("triton"):
+        found, expected = saved_bytes(16, 64, 176, p=p)
+    assert found == expected
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -242,6 +256,14 @@ def test_a_backward_pass_that_failed_is_not_repeated_on_what_it_overwrote(monkey
         with pytest.raises(torch.OutOfMemoryError):
             loss.backward()
     with pytest.raises(RuntimeError, match="the forward pass must run again"):
+        loss.backward()
+
+
+def test_a_second_backward_pass_of_a_freed_graph_raises_as_torch_does():
+    o = make(MLP())
+    loss = fused(o, o.leaves).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
 
 

@@ -30,6 +30,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     assert_same_run(out, compared.out)
 
 
+@pytest.mark.usefixtures("cpu_kind")
 def test_a_killed_run_resumes_from_its_last_complete_checkpoint(
     bert_config: TrainConfig, tmp_path: Path
 ) -> None:
