@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from typing import Any
 
 import pytest
 import torch
 from lora_models import (
     K,
+    Single,
     accelerated_copy,
     assert_equal_runs,
     counted,
     lora_config,
     lora_layers,
+    method_config,
     peft_model,
     quietly,
     run,
 )
 from opaque_bases import KINDS, assert_as_stock, opaque_model, saved_bytes
+from peft import get_peft_model
 from torch import Tensor
 
 import lora_fast
@@ -59,11 +64,48 @@ def test_adapters_of_several_and_of_each_sample() -> None:
     assert counted(fused) == (2, {})
 
 
-def test_what_cannot_be_added_falls_back() -> None:
-    stock = opaque_model("int8", use_dora=True)
+@pytest.mark.parametrize("kind", ["int8", "hooks"])
+@pytest.mark.parametrize("method", ["dora", "vera", "adalora", "ia3", "ia3-feedforward"])
+def test_what_cannot_be_added_falls_back(method: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model: Any = Single()
+    model.fc = KINDS[kind][0](model.fc)
+    model.is_loaded_in_8bit = kind == "int8"
+    stock = get_peft_model(model, method_config(method), autocast_adapter_dtype=False).train()
     fused, x = accelerated_copy(stock), torch.randn(2, K)
     assert_equal_runs(run(fused, x), run(stock, x))
-    assert counted(fused) == (0, {"base layer is Linear8bitLt": 1})
+    (line,) = lora_fast.report(fused).layers
+    assert line.obstacle is not None and not line.fused and line.fused_calls == 0
+    assert re.fullmatch(
+        r"base layer is Linear8bitLt|\w+\.\w*Linear8bitLt has no fused path|hooks on base layer",
+        line.obstacle,
+    )
+    if line.counted:
+        assert line.fallback_calls == {line.obstacle: 1}
+
+
+def test_rslora_is_a_scaling() -> None:
+    stock = opaque_model("int8", use_rslora=True)
+    fused = accelerated_copy(stock)
+    assert_as_stock(stock, torch.randn(M, K), fused=fused)
+    assert counted(fused) == (1, {})
+
+
+@pytest.mark.parametrize("kind", ["gptq", "subclass", "hooks"])
+def test_in_a_graph_pefts_forward_is_traced(kind: str) -> None:
+    stock = opaque_model(kind)
+    fused, x = accelerated_copy(stock), torch.randn(6, K)
+    compiled = torch.compile(fused, backend="aot_eager")
+    found = {name.removeprefix("_orig_mod."): t for name, t in run(compiled, x).items()}
+    expected = run(stock, x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    (line,) = lora_fast.report(fused).layers
+    (reason,) = line.fallback_calls
+    assert line.fused_calls == 0 and reason.startswith("torch.compile: ")
+    fused(x)
+    assert lora_fast.report(fused).layers[0].fused_calls == 1
 
 
 def test_an_output_is_changed_only_where_nobody_else_holds_it() -> None:

@@ -152,10 +152,10 @@ def method_model(
     base = (model or Single()).to(dtype)
     if kind != "dense":
         base = quantised(base, compute_dtype, quant_type=kind)
-    first = _method_config(method, dropout, r)
+    first = method_config(method, dropout, r)
     wrapped = get_peft_model(base, first, autocast_adapter_dtype=False)
     for number in range(1, adapters):
-        config = _method_config(method, dropout)
+        config = method_config(method, dropout)
         # PEFT trains one AdaLoRA adapter at a time.
         config.inference_mode = method == "adalora"
         wrapped.add_adapter(f"adapter{number}", config)
@@ -174,7 +174,8 @@ def method_model(
     return wrapped
 
 
-def _method_config(method: str, dropout: float, r: int | None = None) -> Any:
+def method_config(method: str, dropout: float = 0.0, r: int | None = None) -> Any:
+    """The config of one of PEFT's methods, for the layers of this file."""
     targets = r"(.*\.)?fc\d?"
     if method in ("lora", "dora"):
         rank = 5 if r is None else r
