@@ -121,7 +121,7 @@ def _factors(adapters: list[Adapter]) -> Factors:
     return Factors(NO_WEIGHT, bias, A, B, b, stacked_gains(adapters), None, constants)
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """A class of PEFT, by its module and name, and what differs between their forwards."""
 
     module: str
@@ -130,37 +130,35 @@ class _Kind(NamedTuple):
     promotes: bool = False
 
 
-_KINDS = (
-    _Kind("bnb", "Linear8bitLt", _ALL, True),
-    _Kind("hqq", "HqqLoraLinear", _NAMES, True),
-    _Kind("torchao", "TorchaoLoraLinear", _ALL),
-    _Kind("inc", "IncLoraLinear", _ALL),
-    _Kind("gptq", "GPTQLoraLinear"),
-    _Kind("awq", "AwqLoraLinear", promotes=True),
-    _Kind("eetq", "EetqLoraLinear", promotes=True),
-    _Kind("aqlm", "AqlmLoraLinear"),
-    _Kind("te", "TeLinear"),
+KINDS = (
+    Kind("bnb", "Linear8bitLt", _ALL, True),
+    Kind("hqq", "HqqLoraLinear", _NAMES, True),
+    Kind("torchao", "TorchaoLoraLinear", _ALL),
+    Kind("inc", "IncLoraLinear", _ALL),
+    Kind("gptq", "GPTQLoraLinear"),
+    Kind("awq", "AwqLoraLinear", promotes=True),
+    Kind("eetq", "EetqLoraLinear", promotes=True),
+    Kind("aqlm", "AqlmLoraLinear"),
+    Kind("te", "TeLinear"),
 )
 
 
-def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """A fused class for each of those that the installed PEFT has, with the packages there are;
-    pickled by its name in this module."""
-    found = {}
-    for kind in _KINDS:
-        try:
-            stock = getattr(import_module(f"peft.tuners.lora.{kind.module}"), kind.name)
-        except (ImportError, AttributeError):
-            continue
-        members = {
-            "__module__": __name__,
-            "__doc__": f"``peft.tuners.lora.{kind.module}.{kind.name}`` on the fused path.",
-            "_lora_fast_arguments": kind.arguments,
-            "_lora_fast_promotes": kind.promotes,
-        }
-        name = f"Fused{kind.name}"
-        found[stock] = globals()[name] = type(name, (OpaqueLoRALayer, stock), members)
-    return found
+def fused_classes(kind: Kind) -> dict[type[nn.Module], type[nn.Module]]:
+    """PEFT's class and a fused one, pickled by its name in this module; nothing if the installed
+    PEFT, with the packages there are, has none."""
+    try:
+        stock = getattr(import_module(f"peft.tuners.lora.{kind.module}"), kind.name)
+    except (ImportError, AttributeError):
+        return {}
+    members = {
+        "__module__": __name__,
+        "__doc__": f"``peft.tuners.lora.{kind.module}.{kind.name}`` on the fused path.",
+        "_lora_fast_arguments": kind.arguments,
+        "_lora_fast_promotes": kind.promotes,
+    }
+    name = f"Fused{kind.name}"
+    globals()[name] = ours = type(name, (OpaqueLoRALayer, stock), members)
+    return {stock: ours}
 
 
-FUSED_CLASSES = _fused_classes()
+FUSED_CLASSES = {stock: ours for kind in KINDS for stock, ours in fused_classes(kind).items()}

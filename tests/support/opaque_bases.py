@@ -11,9 +11,6 @@ import torch
 from lora_models import K, N, Single, lora_config, lora_layers, run
 from peft import get_peft_model
 from peft.tuners import lora
-from peft.tuners.lora.aqlm import AqlmLoraLinear
-from peft.tuners.lora.awq import AwqLoraLinear
-from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
 import lora_fast
@@ -21,24 +18,6 @@ from bench.instruments.accuracy import assert_all_accurate, orders
 from lora_fast.backends.torch_ops import TORCH
 from lora_fast.base_layer.obstacles import PLAIN_TENSORS
 from lora_fast.operation.seeds import draw_seed
-
-
-class Packed(nn.Module):
-    """A frozen layer with the attributes that GPTQ's, AWQ's and AQLM's have, and no weight: int8
-    rows with a scale each, decoded in forward."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        W = linear.weight.detach()
-        scales = W.abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scales", scales)
-        self.register_buffer("qweight", (W / scales).round().to(torch.int8))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        W = self.qweight.to(x.dtype) * self.scales.to(x.dtype)
-        return nn.functional.linear(x, W, None if self.bias is None else self.bias.to(x.dtype))
 
 
 class LinearOfSomeoneElse(nn.Linear):
@@ -75,9 +54,6 @@ def replaced(linear: nn.Linear) -> nn.Module:
 # finds it by itself
 KINDS: dict[str, tuple[Callable[[nn.Linear], nn.Module], type | None]] = {
     "int8": (int8, None),
-    "gptq": (Packed, GPTQLoraLinear),
-    "awq": (Packed, AwqLoraLinear),
-    "aqlm": (Packed, AqlmLoraLinear),
     "subclass": (subclass, None),
     "hooks": (hooked, None),
     "forward": (replaced, None),
