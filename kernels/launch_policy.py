@@ -294,15 +294,6 @@ def pick_shrink(M: int, dtype: torch.dtype) -> RowsConfig:
     return _SHRINK_16 if M <= 4096 else _SHRINK_32
 
 
-def shares_shrink(M: int) -> bool:
-    """Whether layers that read the same x [M, K] compute all their S in the launch of the first.
-
-    That takes a copy of their A side by side, a separate launch. With few rows, reading x again
-    from the L2 cache costs less than the copy.
-    """
-    return M > 64
-
-
 def uses_mma_sync(config: GemmConfig, dtype: torch.dtype, arch: int | None) -> bool:
     """Whether 16-bit products become mma.sync: before Hopper, on consumer parts, on small tiles."""
     if arch is None or dtype == torch.float32:

@@ -43,6 +43,8 @@ def gemm_work(arguments: Arguments) -> dict[str, int]:
     M, N = arguments["M"], 0 if y is None else arguments["N"]
     names = ("y_ptr", "v_ptr", "bias_ptr", "s_ptr", "largest_ptr", "spans_ptr")
     flops, tensors = 0, [*(arguments[name] for name in names), *arguments["gains"]]
+    # The first of several factors is that of the one member.
+    tensors += (arguments["factors"] or ())[1:]
     for member in arguments["members"]:
         flops += 2 * M * N * (member.K + member.R)
         tensors.append(member.partials_ptr)
@@ -73,9 +75,12 @@ def strips_work(arguments: Arguments) -> dict[str, int]:
     """Xᵀ S and X times the factor, as far as they are wanted."""
     x, partials = arguments["x_ptr"], arguments["partials"]
     products = (partials.T is not None) + (partials.dS is not None)
-    flops = 2 * arguments["M"] * arguments["L"] * arguments["R"] * products
+    columns = arguments["L"] + sum(arguments["widths"] or ())
+    flops = 2 * arguments["M"] * columns * arguments["R"] * products
     tensors = [arguments[name] for name in ("x_ptr", "s_ptr", "largest_ptr", "v_ptr", "B_ptr")]
     tensors += [*arguments["gains"], *partials, *arguments["grads"]]
+    for side in arguments["others"] or ():
+        tensors += [side.x_ptr, side.B_ptr, side.factor_ptr, side.bias_ptr]
     return _flops(flops, x) | _bytes(tensors)
 
 
@@ -107,9 +112,10 @@ def shrink_name(compiled: Any) -> str:
 
 def shrink_work(arguments: Arguments) -> dict[str, int]:
     """drop(x) Aᵀ."""
-    names = ("x_ptr", "A_ptr", "s_ptr", "wide_ptr", "spans_ptr")
+    names = ("x_ptr", "s_ptr", "wide_ptr", "spans_ptr")
     flops = 2 * arguments["M"] * arguments["K"] * arguments["R"]
-    return _flops(flops, arguments["x_ptr"]) | _bytes(arguments[name] for name in names)
+    tensors = [*(arguments[name] for name in names), *arguments["factors"]]
+    return _flops(flops, arguments["x_ptr"]) | _bytes(tensors)
 
 
 def decode_name(compiled: Any) -> str:

@@ -2,6 +2,7 @@
 
     S[M,R] = drop(x[M,K]) A[R,K]ᵀ          wide[M, K + P] = [x | S | 0]          P = R padded to 16
 
+The A of several layers stay where they are: row r of A is found in the layer that r falls to.
 A product of the wide rows with rows [W | Q | 0] is the whole of a layer with its low-rank part
 (nf4_decode.augmented makes these). P columns more keep rows at multiples of 32 bytes.
 """
@@ -17,7 +18,7 @@ from .launch_plans import empty, launch
 from .launch_policy import pick_shrink, rank_block, settles_products
 from .out_of_resources import OutOfResources, instead_of
 from .profile import shown_as, shrink_name, shrink_work
-from .shrink_tiles import Spans, load_spans
+from .shrink_tiles import Spans, load_rows, load_spans, rows_of
 from .tiles import Matrix, Target, load_tile, settled, store_tile
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
@@ -35,7 +36,7 @@ class ShrinkTiles(NamedTuple):
 
 @triton.jit
 def _shrink_rows(
-    x_mat, A_mat, wide_mat, words, offs_m, offs_r, steps,
+    x_mat, A_rows, stride_ak, R, wide_mat, words, offs_m, offs_r, steps,
     DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """S [BLOCK_M, BLOCK_R] in float32; copies the rows of x on its way, if there is a wide_mat."""
@@ -50,7 +51,7 @@ def _shrink_rows(
         x = load_tile(x_mat, offs_m, offs_k)
         if wide_mat.ptr is not None:
             store_tile(wide_mat, x, offs_m, offs_k)
-        A = load_tile(A_mat, offs_k, offs_r).to(x.dtype)
+        A = load_rows(A_rows, offs_k, offs_r, stride_ak, x_mat.size_1, R).to(x.dtype)
         if DROPOUT:
             x = drop(x, words, seed, offs_m, k * BLOCK_K, BLOCK_K, TARGET.PAIRS)
         acc = tl.dot(x, A, acc, input_precision=TARGET.PRECISION)
@@ -63,15 +64,17 @@ def _shrink_rows(
 
 @triton.jit(do_not_specialize=_VARYING, **shown_as(shrink_name, shrink_work))
 def shrink(
-    x_ptr, A_ptr, s_ptr, wide_ptr, spans_ptr, keep_scale, seed_ptr, seed_low, seed_high,
+    x_ptr, factors, ranks, s_ptr, wide_ptr, spans_ptr, keep_scale, seed_ptr, seed_low, seed_high,
     threshold, M, K, R, padded, rows_per_sample, stride_xm, stride_xk, stride_ar, stride_ak,
     DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of rows, chunk of the rank); the first chunk copies x."""
+    """A tile of rows and a chunk of the rank; those of the same rows follow each other, and the
+    first chunk copies x."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
-    first_r = tl.program_id(1) * BLOCK_R
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunks = tl.cdiv(R, BLOCK_R)
+    first_r = tl.program_id(0) % chunks * BLOCK_R
+    offs_m = tl.program_id(0) // chunks * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = first_r + tl.arange(0, BLOCK_R)
     copied = tl.where(first_r == 0, M, 0)
     steps = tl.cdiv(K, TILES.BLOCK_K)
@@ -82,8 +85,8 @@ def shrink(
             wanted = wanted | (first_r == 0)
         steps = tl.where(wanted, steps, 0)
     S = _shrink_rows(
-        Matrix(x_ptr, stride_xm, stride_xk, M, K), Matrix(A_ptr, stride_ak, stride_ar, K, R),
-        Matrix(wide_ptr, K + padded, 1, copied, K),
+        Matrix(x_ptr, stride_xm, stride_xk, M, K), rows_of(factors, ranks, offs_r, stride_ar),
+        stride_ak, R, Matrix(wide_ptr, K + padded, 1, copied, K),
         Words(seed_ptr, seed_low, seed_high, threshold, keep_scale), offs_m, offs_r, steps,
         DROPOUT, TILES, TARGET,
     )  # fmt: skip
@@ -102,24 +105,29 @@ def padding_of(R):
     return -(-R // _PAD) * _PAD
 
 
-def of_rows(x, A, dropout=NO_DROPOUT, rank_spans=None):
-    """S [M, R] for x [M, K] and A [R, K], of several layers their stack."""
-    S = empty(x, x.shape[0], A.shape[0])
-    _launch(None, x, A, S, None, dropout, rank_spans)
+def of_rows(x, factors, dropout=NO_DROPOUT, rank_spans=None):
+    """S [M, R] for x [M, K] and the A [R_i, K] of every layer, of one dtype and equal strides; R is
+    the sum of their ranks."""
+    S = empty(x, x.shape[0], _rank_of(factors))
+    _launch(None, x, factors, S, None, dropout, rank_spans)
     return S
 
 
-def beside_rows(x, A, dropout=NO_DROPOUT, rank_spans=None, *, saves_S):
+def beside_rows(x, factors, dropout=NO_DROPOUT, rank_spans=None, *, saves_S):
     """wide [M, K + P], and S [M, R] for backward (None unless saved)."""
-    (M, K), R = x.shape, A.shape[0]
+    (M, K), R = x.shape, _rank_of(factors)
     wide = empty(x, M, K + padding_of(R))
     S = empty(x, M, R) if saves_S else None
-    _launch(None, x, A, S, wide, dropout, rank_spans)
+    _launch(None, x, factors, S, wide, dropout, rank_spans)
     return wide, S
 
 
-def _launch(config, x, A, S, wide, dropout, rank_spans):
-    (M, K), R = x.shape, A.shape[0]
+def _rank_of(factors):
+    return sum([A.shape[0] for A in factors])
+
+
+def _launch(config, x, factors, S, wide, dropout, rank_spans):
+    (M, K), R = x.shape, _rank_of(factors)
     arch = current_arch()
     config = config or pick_shrink(M, x.dtype)
     BLOCK_R = rank_block(R)
@@ -128,10 +136,11 @@ def _launch(config, x, A, S, wide, dropout, rank_spans):
     seed, seed_low, seed_high, threshold = dropout.words()
     try:
         launch(
-            shrink, (-(-M // config.BLOCK_M), -(-R // BLOCK_R)),
-            x, A, S, wide, rank_spans, dropout.keep_scale, seed, seed_low, seed_high, threshold,
+            shrink, (-(-M // config.BLOCK_M) * -(-R // BLOCK_R),),
+            x, tuple(factors), tuple([A.shape[0] for A in factors]), S, wide, rank_spans,
+            dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, K, R, padding_of(R), M if rank_spans is None else M // rank_spans.shape[0],
-            *x.stride(), *A.stride(),
+            *x.stride(), *factors[0].stride(),
             DROPOUT=dropout.p > 0.0,
             TILES=ShrinkTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
             TARGET=Target(
@@ -140,4 +149,4 @@ def _launch(config, x, A, S, wide, dropout, rank_spans):
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     except OutOfResources:
-        _launch(instead_of(config), x, A, S, wide, dropout, rank_spans)
+        _launch(instead_of(config), x, factors, S, wide, dropout, rank_spans)

@@ -33,6 +33,28 @@ class Spans(NamedTuple):
 
 
 @triton.jit
+def rows_of(factors, ranks, offs_r, stride_ar):
+    """Pointers to the rows offs_r [BLOCK_R] of the A [R_i, K] of several layers, as if they lay one
+    below the other; rows beyond the last are past its end."""
+    ptrs = factors[0] + offs_r.to(tl.int64) * stride_ar
+    first_r = ranks[0]
+    # Not len(factors): Triton 3.6 fails on the length of a tuple that holds None.
+    for i in tl.static_range(1, len(ranks)):
+        later = factors[i] + (offs_r - first_r).to(tl.int64) * stride_ar
+        ptrs = tl.where(offs_r < first_r, ptrs, later)
+        first_r += ranks[i]
+    return ptrs
+
+
+@triton.jit
+def load_rows(ptrs, offs_k, offs_r, stride_ak, K, R):
+    """The tile [offs_k, offs_r] of Aᵀ, whose rows of A are at `ptrs`; zero outside of it."""
+    mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
+    offs = offs_k.to(tl.int64)[:, None] * stride_ak
+    return tl.load(ptrs[None, :] + offs, mask=mask, other=0.0)
+
+
+@triton.jit
 def times_gain(tile, g_ptr, offs_k, K):
     """diag(g) · tile, for a tile [BLOCK_K, …], rounded once more."""
     return (tile.to(tl.float32) * load_vector(g_ptr, offs_k, K)[:, None]).to(tile.dtype)
@@ -50,24 +72,31 @@ def load_spans(spans, offs_m, M, R):
 
 @triton.jit
 def _shrink_tile(
-    member, gains, words, offs_m, offs_r, M,
+    member, factors, ranks, gains, words, offs_m, offs_r, M,
     IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """S[m, r] = X[m, :] · in[:, r] in float32, with dropout on X or g on the factor."""
+    """S[m, r] = X[m, :] · in[:, r] in float32, with dropout on X or g on the factor; of several
+    `factors`, column r is that of the layer which it falls to."""
     dtype = member.x_ptr.dtype.element_ty
     SCALES: tl.constexpr = IS_GRAD and dtype == tl.float16
     x_mat = Matrix(member.x_ptr, member.stride_xm, member.stride_xk, M, member.K)
     in_mat = Matrix(member.in_ptr, member.stride_in_l, member.stride_in_r, member.K, member.R_made)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if factors is not None:
+        rows = rows_of(factors, ranks, offs_r, member.stride_in_r)
     if DROPOUT:
         seed = seed_of(words)
     for k in range(0, tl.cdiv(member.K, BLOCK_K)):
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         x = load_tile(x_mat, offs_m, offs_k)
-        factor = load_factor(
-            in_mat, gains, 1.0, offs_k, offs_r, IS_GRAD, tl.float32 if SCALES else dtype
-        )
+        if factors is not None:
+            factor = load_rows(rows, offs_k, offs_r, member.stride_in_l, member.K, member.R_made)
+            factor = factor.to(dtype)
+        else:
+            factor = load_factor(
+                in_mat, gains, 1.0, offs_k, offs_r, IS_GRAD, tl.float32 if SCALES else dtype
+            )
         if DROPOUT:
             x = drop(x, words, seed, offs_m, k * BLOCK_K, BLOCK_K, TARGET.PAIRS)
         if IS_GRAD and gains.g is not None:
@@ -88,8 +117,8 @@ def _shrink_tile(
 
 @triton.jit
 def _store_chunk(
-    member, num_partials, first_r, row_tile, offs_m, shrunk, gains, spans, words, M,
-    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
+    member, num_partials, factors, ranks, first_r, row_tile, offs_m, shrunk, gains, spans, words,
+    M, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Store BLOCK_S × BLOCK_R of a member's S, from column first_r of it on, and the largest |S| of
     each column where it is to be scaled."""
@@ -110,8 +139,8 @@ def _store_chunk(
             )
         else:
             S = _shrink_tile(
-                member, gains, words, offs_m, offs_r, M, IS_GRAD, DROPOUT and not IS_GRAD,
-                BLOCK_S, TILES.BLOCK_K, BLOCK_R, TARGET,
+                member, factors, ranks, gains, words, offs_m, offs_r, M,
+                IS_GRAD, DROPOUT and not IS_GRAD, BLOCK_S, TILES.BLOCK_K, BLOCK_R, TARGET,
             )  # fmt: skip
     if spans.ptr is not None:
         columns = offs_r[None, :]
@@ -126,8 +155,8 @@ def _store_chunk(
 
 @triton.jit
 def produce(
-    row_tile, chunk, members, num_partials, shrunk, gains, spans, words, sync_ptr, M,
-    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
+    row_tile, chunk, members, num_partials, factors, ranks, shrunk, gains, spans, words, sync_ptr,
+    M, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Store one chunk of the members' ranks for BLOCK_S rows, then raise their row block's flag."""
     offs_m = row_tile * TILES.BLOCK_S + tl.arange(0, TILES.BLOCK_S)
@@ -136,8 +165,8 @@ def produce(
         chunks = tl.cdiv(members[i].R_made, TILES.BLOCK_R)
         if (chunk >= 0) & (chunk < chunks):
             _store_chunk(
-                members[i], num_partials[i], chunk * TILES.BLOCK_R, row_tile, offs_m, shrunk,
-                gains, spans, words, M, IS_GRAD, DROPOUT, TILES, TARGET,
+                members[i], num_partials[i], factors, ranks, chunk * TILES.BLOCK_R, row_tile,
+                offs_m, shrunk, gains, spans, words, M, IS_GRAD, DROPOUT, TILES, TARGET,
             )  # fmt: skip
         chunk -= chunks
     # Every warp's part of S must be stored before one thread releases the flag.

@@ -6,6 +6,9 @@
                  and, of the same tiles, partials of dS = dY (s · (g b) dᵀ ⊙ B)       [J, M, R]
     grad_shrink  X = drop(x) [M, K], S = dS        dA = dSᵀ drop(x)                       [R, K]
 
+Layers of equal ranks may share a launch of the first, in which their blocks of columns follow each
+other.
+
 A CTA keeps BLOCK_L columns and one chunk of the rank in registers and walks down one range of rows,
 so T never leaves it until the range ends. Ranges write partial sums; the CTA that arrives last at a
 block of columns adds them in the order of the ranges. dS is summed over the blocks of columns by
@@ -13,6 +16,7 @@ the launch that needs it (ticketed_gemm), in their order. No float atomics: resu
 reproducible.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import NO_DROPOUT, Words, drop, drops_pairs, seed_of
+from .dropout import NO_DROPOUT, Words, drops_pairs
 from .environment import current_arch, precision_of
 from .launch_plans import empty, launch
 from .launch_policy import (
@@ -31,30 +35,14 @@ from .launch_policy import (
 )
 from .out_of_resources import OutOfResources, instead_of
 from .profile import shown_as, strips_name, strips_work
-from .scaling import Shrunk, column_scales, scaled_columns
+from .scaling import Shrunk
+from .strip_tiles import Side, StripTiles, side_of, walk_rows
 from .sync_layout import ARRIVALS, BLOCKS
-from .tiles import (
-    NO_GAINS,
-    Matrix,
-    Target,
-    load_factor,
-    load_tile,
-    load_vector,
-    settled,
-    store_tile,
-)
+from .tiles import NO_GAINS, Matrix, Target, load_tile, load_vector, store_tile
 from .workspace import sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("M", "rows_per_range", "num_ranges", "seed_low", "seed_high", "threshold")
-
-
-class StripTiles(NamedTuple):
-    """A constant of a launch: rows, columns of X and columns of S in a tile."""
-
-    BLOCK_M: int
-    BLOCK_L: int
-    BLOCK_R: int
 
 
 class Partials(NamedTuple):
@@ -78,18 +66,6 @@ class Results(NamedTuple):
 
 
 @triton.jit
-def _column_sums(x, v_mat, offs_m, offs_l, NEEDS_V: tl.constexpr):
-    """Σ_m x and, for dg, Σ_m x ⊙ V, of one tile, in float32."""
-    wide = x.to(tl.float32)
-    sums = tl.sum(wide, axis=0)
-    products = sums
-    if NEEDS_V:
-        V = load_tile(v_mat, offs_m, offs_l).to(tl.float32)
-        products = tl.sum(wide * V, axis=0)
-    return sums, products
-
-
-@triton.jit
 def _sum_ranges(ptr, num_ranges, range_stride, offs, mask):
     """Σ over ranges of one stored vector or tile, always in their order."""
     total = tl.load(ptr + offs, mask=mask, other=0.0)
@@ -99,70 +75,8 @@ def _sum_ranges(ptr, num_ranges, range_stride, offs, mask):
 
 
 @triton.jit
-def _walk_rows(
-    x_mat, s_mat, v_mat, B_mat, dS_mat, largest_ptr, gains, scaling, words,
-    first_m, first_l, first_r, tile_rows,
-    NEEDS_T: tl.constexpr, SUMS: tl.constexpr, NEEDS_V: tl.constexpr, DROPOUT: tl.constexpr,
-    TILES: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """The rows of x_mat from first_m on: T [BLOCK_L, BLOCK_R], Σ x, Σ x ⊙ V; stores dS partials."""
-    dtype = x_mat.ptr.dtype.element_ty
-    IS_FLOAT16: tl.constexpr = dtype == tl.float16
-    STORES_dS: tl.constexpr = dS_mat.ptr is not None
-    BLOCK_L: tl.constexpr = TILES.BLOCK_L
-    BLOCK_R: tl.constexpr = TILES.BLOCK_R
-    last_m, R = x_mat.size_0, B_mat.size_1
-    offs_l = first_l + tl.arange(0, BLOCK_L)
-    offs_r = first_r + tl.arange(0, BLOCK_R)
-    T = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
-    sums = tl.zeros([BLOCK_L], tl.float32)
-    products = tl.zeros([BLOCK_L], tl.float32)
-    if STORES_dS:
-        factor = load_factor(B_mat, gains, 1.0, offs_l, offs_r, True, tl.float32)
-        if gains.g is not None:
-            factor *= load_vector(gains.g, offs_l, x_mat.size_1)[:, None]
-        # Scaled by s after the product: s · B can be too small for float16, and so can B.
-        product_scale = tl.cast(scaling, tl.float32)
-        if IS_FLOAT16:
-            factor, inverse = scaled_columns(factor, dtype)
-            product_scale = product_scale * inverse
-        else:
-            factor = factor.to(dtype)
-    if largest_ptr is not None:
-        s_scale, s_inverse = column_scales(largest_ptr, first_m, last_m, tile_rows, offs_r, R)
-    if DROPOUT:
-        seed = seed_of(words)
-    for m in range(first_m, last_m, TILES.BLOCK_M):
-        offs_m = m + tl.arange(0, TILES.BLOCK_M)
-        x = load_tile(x_mat, offs_m, offs_l)
-        if DROPOUT:
-            x = drop(x, words, seed, offs_m, first_l, BLOCK_L, TARGET.PAIRS)
-        if NEEDS_T:
-            S = load_tile(s_mat, offs_m, offs_r)
-            if largest_ptr is not None:
-                S = (S * s_scale[None, :]).to(dtype)
-            T = tl.dot(tl.trans(x), S, T, input_precision=TARGET.PRECISION)
-            if DROPOUT and TARGET.SETTLES:
-                T = settled(T)
-        # After T: the conversion of dS, generic writes to shared memory, would stand between the
-        # fence and T's products, and ptxas would run these one by one.
-        if STORES_dS:
-            dS = tl.dot(x, factor, input_precision=TARGET.PRECISION) * product_scale
-            store_tile(dS_mat, dS, offs_m, offs_r)
-        if SUMS:
-            tile_sums, tile_products = _column_sums(x, v_mat, offs_m, offs_l, NEEDS_V)
-            sums += tile_sums
-            products += tile_products
-    if largest_ptr is not None:
-        T *= s_inverse[None, :]
-    if DROPOUT:
-        T *= tl.cast(words.keep_scale, tl.float32)
-    return T, sums, products
-
-
-@triton.jit
 def _store_factor_gradients(
-    partials, grads, grad_mat, B_mat, gains, scaling, offs_l, num_ranges,
+    partials, grads, grad_mat, B_mat, gains, scaling, offs_l, num_ranges, columns,
     IS_EXPAND: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """dB (or dA), db and this block's part of dd, from the partial T of every range."""
@@ -176,7 +90,7 @@ def _store_factor_gradients(
         offs_r = r + tl.arange(0, CHUNK)
         mask = mask_l[:, None] & (offs_r < R)[None, :]
         offs = offs_l.to(tl.int64)[:, None] * R + offs_r[None, :]
-        T = _sum_ranges(partials.T, num_ranges, tl.cast(L, tl.int64) * R, offs, mask)
+        T = _sum_ranges(partials.T, num_ranges, tl.cast(columns, tl.int64) * R, offs, mask)
         if IS_EXPAND:
             T *= tl.cast(scaling, tl.float32)
         if gains.g is not None:
@@ -201,21 +115,21 @@ def _store_factor_gradients(
 
 
 @triton.jit
-def _store_column_gradients(sums_ptr, grads, offs_l, num_ranges, L):
-    """dbias and dg from the partial sums [2, ranges, L]."""
+def _store_column_gradients(sums_ptr, grads, offs_l, num_ranges, columns, L):
+    """dbias and dg from the partial sums [2, ranges, columns]."""
     mask = offs_l < L
     if grads.bias is not None:
-        dbias = _sum_ranges(sums_ptr, num_ranges, L, offs_l, mask)
+        dbias = _sum_ranges(sums_ptr, num_ranges, columns, offs_l, mask)
         tl.store(grads.bias + offs_l, dbias.to(grads.bias.dtype.element_ty), mask=mask)
     if grads.g is not None:
-        products_ptr = sums_ptr + tl.cast(num_ranges, tl.int64) * L
-        dg = _sum_ranges(products_ptr, num_ranges, L, offs_l, mask)
+        products_ptr = sums_ptr + tl.cast(num_ranges, tl.int64) * columns
+        dg = _sum_ranges(products_ptr, num_ranges, columns, offs_l, mask)
         tl.store(grads.g + offs_l, dg.to(grads.g.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_VARYING, **shown_as(strips_name, strips_work))
 def strips(
-    x_ptr, s_ptr, largest_ptr, v_ptr, gains, B_ptr, partials, grads, sync_ptr,
+    x_ptr, s_ptr, largest_ptr, v_ptr, gains, B_ptr, partials, grads, others, widths, sync_ptr,
     scaling, keep_scale, seed_ptr, seed_low, seed_high, threshold, M, L, R, rows_per_range,
     num_ranges, tile_rows, stride_xm, stride_xl, stride_sm, stride_vm, stride_vl, stride_bl,
     stride_br, stride_gl, stride_gr,
@@ -224,33 +138,51 @@ def strips(
     """Program (block of columns, range of rows, chunk of the rank).
 
     IS_EXPAND: S is scaled and has B's gains, as in grad_expand. What is not wanted is None in
-    partials and grads: T for factor, b and d; the sums for bias and g.
+    partials and grads: T for factor, b and d; the sums for bias and g. others are the layers after
+    the first, or None, of widths L; gains, V, dd and the strides of B are those of all layers, and
+    all S are side by side.
     """
     NEEDS_T: tl.constexpr = partials.T is not None
     SUMS: tl.constexpr = partials.sums is not None
     block, range_index, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_l, columns = block * TILES.BLOCK_L, L
+    if others is not None:
+        side = Side(x_ptr, B_ptr, grads.factor, grads.bias, scaling, L, stride_xm, 0, 0, 0)
+        side = side_of(block, side, others, widths)
+        x_ptr, B_ptr, scaling, stride_xm = side.x_ptr, side.B_ptr, side.scaling, side.stride_xm
+        grads = Results(side.factor_ptr, None, None, side.bias_ptr, None)
+        s_ptr += side.first_r
+        T_ptr, sums_ptr = partials.T, partials.sums
+        T_ptr += tl.cast(side.first_l, tl.int64) * R
+        if SUMS:
+            sums_ptr += side.first_l
+        partials = Partials(partials.dS, T_ptr, sums_ptr, None)
+        first_l, L = (block - side.first_block) * TILES.BLOCK_L, side.L
+        for i in tl.static_range(len(widths)):
+            columns += widths[i]
     first_m = range_index * rows_per_range
     last_m = tl.minimum(first_m + rows_per_range, M)
-    offs_l = block * TILES.BLOCK_L + tl.arange(0, TILES.BLOCK_L)
+    offs_l = first_l + tl.arange(0, TILES.BLOCK_L)
     offs_r = chunk * TILES.BLOCK_R + tl.arange(0, TILES.BLOCK_R)
     mask_l = offs_l < L
     B_mat = Matrix(B_ptr, stride_bl, stride_br, L, R)
     dS_ptr = partials.dS
     if dS_ptr is not None:
         dS_ptr += tl.cast(block, tl.int64) * M * R
-    T, sums, products = _walk_rows(
+    T, sums, products = walk_rows(
         Matrix(x_ptr, stride_xm, stride_xl, last_m, L), Matrix(s_ptr, stride_sm, 1, last_m, R),
         Matrix(v_ptr, stride_vm, stride_vl, last_m, L), B_mat, Matrix(dS_ptr, R, 1, last_m, R),
         largest_ptr, gains, scaling, Words(seed_ptr, seed_low, seed_high, threshold, keep_scale),
-        first_m, block * TILES.BLOCK_L, chunk * TILES.BLOCK_R, tile_rows,
+        first_m, first_l, chunk * TILES.BLOCK_R, tile_rows,
         NEEDS_T, SUMS, grads.g is not None, DROPOUT, TILES, TARGET,
     )  # fmt: skip
     if NEEDS_T:
-        t_rows = partials.T + tl.cast(range_index, tl.int64) * L * R
+        t_rows = partials.T + tl.cast(range_index, tl.int64) * columns * R
         store_tile(Matrix(t_rows, R, 1, L, R), T, offs_l, offs_r)
     if SUMS and chunk == 0:
-        tl.store(partials.sums + tl.cast(range_index, tl.int64) * L + offs_l, sums, mask=mask_l)
-        after = tl.cast(num_ranges + range_index, tl.int64) * L
+        before = tl.cast(range_index, tl.int64) * columns
+        tl.store(partials.sums + before + offs_l, sums, mask=mask_l)
+        after = tl.cast(num_ranges + range_index, tl.int64) * columns
         tl.store(partials.sums + after + offs_l, products, mask=mask_l)
     if NEEDS_T or SUMS:
         # Every warp's partial sums must be stored before one thread counts this CTA as arrived.
@@ -261,10 +193,10 @@ def strips(
             if NEEDS_T:
                 _store_factor_gradients(
                     partials, grads, Matrix(grads.factor, stride_gl, stride_gr, L, R), B_mat, gains,
-                    scaling, offs_l, num_ranges, IS_EXPAND, TILES,
+                    scaling, offs_l, num_ranges, columns, IS_EXPAND, TILES,
                 )  # fmt: skip
             if SUMS:
-                _store_column_gradients(partials.sums, grads, offs_l, num_ranges, L)
+                _store_column_gradients(partials.sums, grads, offs_l, num_ranges, columns, L)
             if grads.d is not None:
                 tl.debug_barrier()
                 blocks = tl.num_programs(0)
@@ -313,11 +245,46 @@ def grad_expand(
     }
     R = 0 if B is None else B.shape[1]
     grads = Results(*(found.get(name) for name in ("B", "b", "d", "bias", "g")))
-    dS = _launch(
+    (dS,) = _launch(
         config or pick_strips(dY.dtype, R, current_arch()), dY, Shrunk(S), grads, R, V=V, B=B,
         gains=gains, scaling=scaling, wanted=wanted, stores_dS=stores_dS, is_expand=True,
     )  # fmt: skip
     return found, dS
+
+
+class Layer(NamedTuple):
+    """What a launcher is given of a layer of a group: dY [M, N], B [N, R] and its s, the bias."""
+
+    dY: Any
+    B: Any
+    scaling: float = 1.0
+    bias: Any = None
+
+
+def grad_expand_group(layers, S, *, wanted, stores_dS=False):
+    """:func:`grad_expand` of several layers in one launch, one pair for each: for B and the bias
+    alone, of B of equal ranks, dtypes and strides, dY whose columns are equally far apart, and S
+    [M, ΣR]."""
+    dY, B = layers[0].dY, layers[0].B
+    R, found, sides, first_r, first_l = B.shape[1], [], [], 0, 0
+    for layer in layers:
+        L = layer.dY.shape[1]
+        grads = {"B": empty(dY, L, R, dtype=B.dtype)}
+        if wanted.bias:
+            grads["bias"] = empty(dY, L, dtype=layer.bias.dtype)
+        found.append(grads)
+        sides.append(
+            Side(layer.dY, layer.B, grads["B"], grads.get("bias"), float(layer.scaling), L,
+                 layer.dY.stride(0), first_r, first_l, 0)
+        )  # fmt: skip
+        first_r, first_l = first_r + R, first_l + L
+    results = Results(factor=sides[0].factor_ptr, bias=sides[0].bias_ptr)
+    dS = _launch(
+        pick_strips(dY.dtype, R, current_arch()), dY, Shrunk(S), results, R, B=B,
+        scaling=layers[0].scaling, wanted=wanted, stores_dS=stores_dS, is_expand=True,
+        others=sides[1:],
+    )  # fmt: skip
+    return list(zip(found, dS, strict=True))
 
 
 def storing_dS_pays(N, R, dtype, config=None):
@@ -338,28 +305,42 @@ def grad_shrink(x, dS, dtype, dropout=NO_DROPOUT, config=None):
 
 def _launch(
     config, x, shrunk, grads, R, *, wanted, V=None, B=None, gains=NO_GAINS, scaling=1.0,
-    dropout=NO_DROPOUT, stores_dS=False, is_expand=False,
+    dropout=NO_DROPOUT, stores_dS=False, is_expand=False, others=(),
 ):  # fmt: skip
+    """The partials of dS of every layer, or None; others: the layers after the first, without their
+    first blocks."""
     (M, L), S = x.shape, shrunk.values
+    widths = tuple([side.L for side in others])
+    columns = L + sum(widths)
     arch = current_arch()
     BLOCK_R = rank_block(R)
-    blocks = -(-L // config.BLOCK_L)
+    ends = list(itertools.accumulate(-(-width // config.BLOCK_L) for width in (L, *widths)))
+    blocks = ends[-1]
     chunks = -(-R // BLOCK_R) if wanted.needs_T or stores_dS else 1
     ranges, rows_per_range = row_ranges(M, blocks * chunks, config.BLOCK_M, arch)
     float32 = {"dtype": torch.float32}
     partials = Partials(
         dS=empty(x, blocks, M, R, **float32) if stores_dS else None,
-        T=empty(x, ranges, L, R, **float32) if wanted.needs_T else None,
-        sums=empty(x, 2, ranges, L, **float32) if wanted.sums else None,
+        T=empty(x, ranges, columns, R, **float32) if wanted.needs_T else None,
+        sums=empty(x, 2, ranges, columns, **float32) if wanted.sums else None,
         dd=empty(x, blocks, R, **float32) if wanted.d else None,
     )
+    starts = [0, *ends[:-1]]
+    parts = [partials.dS] if not others or partials.dS is None else []
+    parts = parts * (1 + len(others)) or [
+        partials.dS[start:end] for start, end in zip(starts, ends, strict=True)
+    ]
     if blocks == 0:
-        return partials.dS
+        return parts
+    sides = [
+        side._replace(first_block=start) for side, start in zip(others, starts[1:], strict=True)
+    ]
     seed, seed_low, seed_high, threshold = dropout.words()
     try:
         launch(
             strips, (blocks, ranges, chunks),
-            x, S, shrunk.largest, V, gains, B, partials, grads,
+            x, S, shrunk.largest, V, gains, B, partials, grads, tuple(sides) or None,
+            widths or None,
             sync_words(x.device, ARRIVALS.value + blocks),
             float(scaling), dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, L, R, rows_per_range, ranges, shrunk.tile_rows,
@@ -379,8 +360,9 @@ def _launch(
         return _launch(
             instead_of(config), x, shrunk, grads, R, wanted=wanted, V=V, B=B, gains=gains,
             scaling=scaling, dropout=dropout, stores_dS=stores_dS, is_expand=is_expand,
+            others=others,
         )  # fmt: skip
-    return partials.dS
+    return parts
 
 
 def _strides(matrix):

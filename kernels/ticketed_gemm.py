@@ -55,8 +55,9 @@ class Member(NamedTuple):
     """What a launch reads of one layer: X [M, K], its weight W' [K, N] and its low-rank branch.
 
     in_ptr [K, R_made], or the parts of S that partials_ptr holds, makes the columns of S from
-    first_r on; out_ptr [N, R] is multiplied with the first R of them. Without in_ptr they are there
-    already, without out_ptr (R = 0) there is no low-rank branch.
+    first_r on; where a launch makes those of several layers, in_ptr is that of the first. out_ptr
+    [N, R] is multiplied with the first R of them. Without in_ptr they are there already, without
+    out_ptr (R = 0) there is no low-rank branch.
     """
 
     x_ptr: Any
@@ -132,16 +133,16 @@ def _place_of(ticket, M, N, num_chunks, TILES: tl.constexpr):
 
 @triton.jit
 def _work_off(
-    ticket, members, num_partials, x_descs, w_descs, shrunk, gains, out, spans, words, sync_ptr,
-    num_chunks, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    ticket, members, num_partials, factors, ranks, x_descs, w_descs, shrunk, gains, out, spans,
+    words, sync_ptr, num_chunks, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Produce S, or a tile of the output, at the place of a ticket."""
     produces, across, down = _place_of(ticket, out.M, out.N, num_chunks, TILES)
     if out.y_ptr is None or (sync_ptr is not None and produces):
         produce(
-            across, down, members, num_partials, shrunk, gains, spans, words, sync_ptr, out.M,
-            IS_GRAD, DROPOUT, TILES, TARGET,
+            across, down, members, num_partials, factors, ranks, shrunk, gains, spans, words,
+            sync_ptr, out.M, IS_GRAD, DROPOUT, TILES, TARGET,
         )  # fmt: skip
     else:
         consume(
@@ -152,11 +153,11 @@ def _work_off(
 
 @triton.jit(do_not_specialize=_VARYING, **shown_as(gemm_name, gemm_work))
 def ticketed_gemm(
-    members, num_partials, s_ptr, largest_ptr, gains, bias_ptr, y_ptr, v_ptr, spans_ptr, sync_ptr,
-    keep_scale, seed_ptr, seed_low, seed_high, threshold, M, N, num_chunks, rows_per_sample,
-    stride_sm, stride_ym, x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2, w_desc_2,
-    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, TILES: tl.constexpr,
-    TARGET: tl.constexpr,
+    members, num_partials, factors, ranks, s_ptr, largest_ptr, gains, bias_ptr, y_ptr, v_ptr,
+    spans_ptr, sync_ptr, keep_scale, seed_ptr, seed_low, seed_high, threshold, M, N, num_chunks,
+    rows_per_sample, stride_sm, stride_ym, x_desc_0, w_desc_0, x_desc_1, w_desc_1, x_desc_2,
+    w_desc_2, IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One ticket: rows BLOCK_S × BLOCK_R of S, or a tile BLOCK_M × BLOCK_N of the output.
 
@@ -164,7 +165,8 @@ def ticketed_gemm(
     output) and the input gradient (in = B with its gains, out = A, g on X). Gains, V and spans are
     those of a launch with one member. What a launch has none of is None: without s_ptr there is no
     low-rank branch, without sync_ptr S is there already, without y_ptr only S is wanted. x_desc_i
-    and w_desc_i are tensor descriptors of member i's X and W, those of all members or none.
+    and w_desc_i are tensor descriptors of member i's X and W, those of all members or none. factors
+    are the A of all layers whose S the launch makes, where they are several.
     """
     MAKES_S: tl.constexpr = sync_ptr is not None
     ticket = tl.program_id(0)
@@ -172,7 +174,7 @@ def ticketed_gemm(
         ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
     _work_off(
         # In Triton 3.5 an argument's inner tuples forget their constants at an `if`; sums do not.
-        ticket, members + (), num_partials,  # noqa: RUF005
+        ticket, members + (), num_partials, factors, ranks,  # noqa: RUF005
         (x_desc_0, x_desc_1, x_desc_2), (w_desc_0, w_desc_1, w_desc_2),
         ShrunkPointers(s_ptr, largest_ptr, stride_sm), gains,
         Output(y_ptr, v_ptr, bias_ptr, M, N, stride_ym), Spans(spans_ptr, rows_per_sample),
@@ -198,14 +200,14 @@ class Layer(NamedTuple):
 
 def forward(
     x, weight, A=None, B=None, scaling=1.0, *, bias=None, gains=NO_GAINS, dropout=NO_DROPOUT,
-    rank_spans=None, saves_V=False, S=None, made=None, config=None,
+    rank_spans=None, saves_V=False, S=None, made=None, others=(), config=None,
 ):  # fmt: skip
     """y [M, N], S [M, R] (None without an adapter) and V [M, N] (None unless saved) in one launch.
 
     x [M, K], weight [N, K], rank_spans [samples, 2]; V is y before g and the bias. Layers that
-    share x share a shrink: the first makes S of several A at once, A being their stack
-    [R_made, K] and S [M, R_made] given as `made`, and uses its first columns, as many as B has; the
-    others get their columns as S and make none.
+    share x share a shrink: the first makes S [M, ΣR], given as `made`, of its A and those of the
+    `others` at once, all of one dtype and equal strides, and uses its first columns; the others get
+    their columns as S and make none.
     """
     y = empty(x, x.shape[0], weight.shape[0])
     layer = Layer(x, weight, A if S is None else None, B, scaling)
@@ -219,7 +221,7 @@ def forward(
         config = pick_gemm(x.shape[0], x.dtype, current_arch(), has_gain=gains.g is not None, R=R)
     _launch(
         config, [layer], y=y, V=V, shrunk=Shrunk(S), bias=bias, gains=gains, dropout=dropout,
-        rank_spans=rank_spans, is_grad=False,
+        rank_spans=rank_spans, is_grad=False, others=others,
     )  # fmt: skip
     return y, S, V
 
@@ -251,13 +253,19 @@ def grad_input(
     return dX, dS
 
 
-def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, is_grad):
-    """shrunk: S without what scales it, or dS."""
+def _launch(
+    config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, is_grad, others=()
+):  # fmt: skip
+    """shrunk: S without what scales it, or dS; others: the A of layers after the one in `layers`,
+    whose S is made, too."""
     S, x = shrunk.values, layers[0].X
+    factors = (layers[0].A, *others) if others else None
     members, num_partials, first_r, BLOCK_R, BLOCK_E = [], [], 0, 0, config.MAX_E
     even_K, packed = True, False
     for layer in layers:
         member = _member(layer, first_r, config, is_grad)
+        if others:
+            member = member._replace(R_made=member.R_made + sum([A.shape[0] for A in others]))
         members.append(member)
         num_partials.append(0 if layer.partials is None else layer.partials.shape[0])
         first_r += member.R_made
@@ -282,7 +290,9 @@ def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, i
     try:
         launch(
             ticketed_gemm, (tickets,),
-            tuple(members), tuple(num_partials), S, shrunk.largest, gains, bias, y, V, rank_spans,
+            tuple(members), tuple(num_partials),
+            factors, None if factors is None else tuple([A.shape[0] for A in factors]),
+            S, shrunk.largest, gains, bias, y, V, rank_spans,
             sync_words(x.device, FLAGS.value + blocks) if makes_S else None,
             dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, N, num_chunks, M if rank_spans is None else M // rank_spans.shape[0],
@@ -305,7 +315,7 @@ def _launch(config, layers, *, y, V, shrunk, bias, gains, dropout, rank_spans, i
     except OutOfResources:
         _launch(
             instead_of(config), layers, y=y, V=V, shrunk=shrunk, bias=bias, gains=gains,
-            dropout=dropout, rank_spans=rank_spans, is_grad=is_grad,
+            dropout=dropout, rank_spans=rank_spans, is_grad=is_grad, others=others,
         )  # fmt: skip
 
 

@@ -60,10 +60,23 @@ def compulsory_bytes(passes: list[Pass]) -> int:
     return sum(p.bytes for p in passes) - sum(x) + max(x)
 
 
+_OF_ONE_LAYER = {
+    "x_ptr": "x_ptr",
+    "B_ptr": "B_ptr",
+    "factor_ptr": "grads.factor",
+    "bias_ptr": "grads.bias",
+}
+"""The pointers to one of several layers, by the names of those of the first."""
+
+
 def spread(name: str, value: Any) -> list[tuple[str, Any]]:
     """A value by its name, those of a tuple by theirs: the pointer to a gain b is gains.b."""
     if name == "members":
         return [item for member in value for item in member._asdict().items()]
+    if name == "factors" and value is not None:
+        return [("in_ptr", factor) for factor in value]
+    if name == "others" and value is not None:
+        return [(_OF_ONE_LAYER[key], getattr(side, key)) for side in value for key in _OF_ONE_LAYER]
     if hasattr(value, "_asdict"):
         if name.isupper():
             return [*value._asdict().items()]
@@ -76,8 +89,8 @@ def _is_set(value: Any) -> bool:
 
 
 _GEMM_ARGUMENTS = names(
-    "num_partials s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_ptr seed_low seed_high "
-    "threshold M N num_chunks rows_per_sample stride_sm stride_ym IS_GRAD "
+    "num_partials factors ranks s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_ptr seed_low "
+    "seed_high threshold M N num_chunks rows_per_sample stride_sm stride_ym IS_GRAD "
     "DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION "
     "SHUFFLES MMA_SYNC PAIRS SETTLES "
     # the same X and W once more, where they have descriptors
@@ -167,7 +180,8 @@ def _producers(shrink: Pass, v: Values, member: Values, num_partials: int) -> No
 
 
 _STRIP_ARGUMENTS = names(
-    "x_ptr s_ptr largest_ptr B_ptr partials.dS partials.T grads.factor sync_ptr scaling keep_scale "
+    "x_ptr s_ptr largest_ptr B_ptr partials.dS partials.T grads.factor others widths sync_ptr "
+    "scaling keep_scale "
     "seed_ptr seed_low seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm "
     "stride_xl stride_sm stride_vm stride_vl stride_bl stride_br stride_gl stride_gr IS_EXPAND "
     "DROPOUT PAIRS SETTLES BLOCK_M BLOCK_L BLOCK_R PRECISION"
@@ -175,8 +189,10 @@ _STRIP_ARGUMENTS = names(
 
 
 def _strips(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
-    M, L, R, x = v["M"], v["L"], v["R"], v.itemsize("x_ptr")
-    blocks, ranges, chunks = grid
+    M, R, x = v["M"], v["R"], v.itemsize("x_ptr")
+    # The columns of all layers; each of them reads its own S.
+    widths = (v["L"], *(v["widths"] or ()))
+    L, (blocks, ranges, chunks) = sum(widths), grid
     passes = []
     for chunk in range(chunks):
         # The grid runs over the chunks last: each of them reads the whole of X from memory.
@@ -191,7 +207,7 @@ def _strips(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
         if v["partials.T"] is not None:
             S = M * width * v.itemsize("s_ptr")
             walk.flops += 2 * M * L * width
-            walk.reads("s_ptr", S, blocks * S)
+            walk.reads("s_ptr", len(widths) * S, blocks * S)
             if v["largest_ptr"] is not None:
                 # Ranges of rows begin with a tile of dS.
                 largest = 4 * width * cdiv(M, v["tile_rows"])
@@ -244,18 +260,18 @@ def _largest_loaded(v: Values) -> int:
 
 
 _SHRINK_ARGUMENTS = names(
-    "x_ptr A_ptr s_ptr wide_ptr keep_scale seed_ptr seed_low seed_high threshold M K R padded "
-    "rows_per_sample stride_xm stride_xk stride_ar stride_ak DROPOUT BLOCK_M BLOCK_K BLOCK_R "
-    "PRECISION PAIRS SETTLES SHUFFLES MMA_SYNC"
+    "x_ptr factors in_ptr ranks s_ptr wide_ptr keep_scale seed_ptr seed_low seed_high threshold M "
+    "K R padded rows_per_sample stride_xm stride_xk stride_ar stride_ak DROPOUT BLOCK_M BLOCK_K "
+    "BLOCK_R PRECISION PAIRS SETTLES SHUFFLES MMA_SYNC"
 )
 
 
 def _shrink(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     M, K, R, e = v["M"], v["K"], v["R"], v.itemsize("x_ptr")
-    tiles, chunks = grid[0], grid[1]
-    shrink, A = Pass("shrink", 2 * M * K * R), R * K * v.itemsize("A_ptr")
+    tiles, chunks = cdiv(M, v["BLOCK_M"]), cdiv(R, v["BLOCK_R"])
+    shrink, A = Pass("shrink", 2 * M * K * R), R * K * v["factors"][0].dtype.itemsize
     shrink.reads("x_ptr", M * K * e, chunks * M * K * e)
-    shrink.reads("A_ptr", A, tiles * A)
+    shrink.reads("in_ptr", A, tiles * A)
     if v["s_ptr"] is not None:
         shrink.writes("s_ptr", M * R * e)
     if v["wide_ptr"] is not None:

@@ -31,7 +31,7 @@ from . import triton_routes
 from .protocol import columns_of, shaped_as
 from .torch_low_rank import given
 from .torch_ops import without_autocast
-from .triton_gradients import grad_A, output_side
+from .triton_gradients import grad_A, output_side, output_sides
 from .triton_operands import Launching, dense, dropout, shape_only, vectors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +85,7 @@ def gated_backward(
         found, of_down = _through_activation(
             members, dh, dS, activation, linears, needs, outs, of_down
         )
-        dX, grads = _before_activation(_readers(found, both, linears, needs, saved.S), x_rows)
+        dX, grads = _before_activation(_readers(found, both, linears, needs), saved.S, x_rows)
     for i, (f, out) in enumerate(zip(linears[:2], outs, strict=True)):
         if isinstance(f, Tensor) and needs[i].x:
             grads[i] = Gradients(x=out.view(*dY.shape[:-1], out.shape[-1]))
@@ -255,7 +255,6 @@ class _Reader(NamedTuple):
     f: Factors
     need: Needs
     dY: Tensor
-    S: Tensor | None
     dB: Tensor | None
     partials: Tensor | None
 
@@ -265,14 +264,12 @@ def _readers(
     both: Tensor | None,
     linears: GatedLinears,
     needs: GatedNeeds,
-    S: Tensor | None,
 ) -> list[_Reader]:
     """The layers that read x; those without an adapter last, since dropout is that of the first."""
-    columns = iter(columns_of(S, _adapted(linears)))
     dYs = [found.dgate if both is None else both, found.dup]
     kept = [(found.gate_B, found.gate_dS), (found.up_B, found.up_dS)]
     readers = [
-        _Reader(i, f, needs[i], dYs[i], None if f.A is None else next(columns), *kept[i])
+        _Reader(i, f, needs[i], dYs[i], *kept[i])
         for i, f in enumerate(linears[:2])
         if isinstance(f, Factors)
     ]
@@ -280,7 +277,7 @@ def _readers(
 
 
 def _before_activation(
-    readers: Sequence[_Reader], x: Tensor | None
+    readers: Sequence[_Reader], S: Tensor | None, x: Tensor | None
 ) -> tuple[Tensor | None, list[Gradients]]:
     """dX [M, K], and the gradients of gate and up for dgate and dup."""
     grads, layers, dX, dS = [_NOTHING, _NOTHING], [], None, Shrunk(None)
@@ -288,21 +285,20 @@ def _before_activation(
         return dX, grads
     need = needs_of_all([reader.need for reader in readers])
     needs_dS = need.x or need.A
-    for place, f, of_layer, dY, S, dB, partials in readers:
-        bias, gains = vectors(f)
-        others = of_layer._replace(B=of_layer.B and dB is None)
-        of_output, parts = output_side(dY, S, None, f, bias, gains, others, needs_dS)
+    fs, dYs = [reader.f for reader in readers], [reader.dY for reader in readers]
+    others = [reader.need._replace(B=reader.need.B and reader.dB is None) for reader in readers]
+    sides = output_sides(dYs, S, None, fs, others, needs_dS)
+    for (place, f, _, dY, dB, partials), (of_output, parts) in zip(readers, sides, strict=True):
         grads[place] = of_output if dB is None else of_output._replace(B=dB)
         if f.A is not None:
             scaling, parts = f.constants.scaling, parts if partials is None else partials
             weight = shape_only(f.weight, dY)
             layers.append(ticketed_gemm.Layer(dY, weight, f.A, f.B, scaling, parts))
-    fs = [reader.f for reader in readers]
     drops = dropout(fs[0])
     if layers and needs_dS:
         _, dS = ticketed_gemm.grad_input(layers, drops, wants_dX=False)
     if need.x:
-        dX = triton_routes.input_gradient([reader.dY for reader in readers], dS, fs)
+        dX = triton_routes.input_gradient(dYs, dS, fs)
     if need.A:
         for reader, dA in zip(readers, grad_A(given(x), dS, fs[: len(layers)]), strict=False):
             if reader.need.A:

@@ -24,7 +24,7 @@ def shrunk(rows: Tensor, f: Factors, *, cublas: bool) -> Tensor:
     """S [M, R] of x [M, K]."""
     if cublas:
         return triton_routes.shrunk(rows, [f])
-    return shrink.of_rows(rows, given(f.A), dropout(f), f.constants.rank_spans)
+    return shrink.of_rows(rows, [given(f.A)], dropout(f), f.constants.rank_spans)
 
 
 def expanded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..factors import Factors
 from ..kernels import dropout as dropout_kernels
 from ..kernels import environment, launch_policy, nf4_decode, nf4_tile, workspace
+from ..kernels.launch_plans import called
 from ..kernels.tiles import NO_GAINS, Gains
 from ..nf4 import NF4Weight
 
@@ -36,6 +38,20 @@ class Launching:
 
 def factors_A(fs: Sequence[Factors]) -> list[Tensor]:
     return [f.A for f in fs if f.A is not None]
+
+
+def alike_A(fs: Sequence[Factors]) -> list[Tensor]:
+    """The A of all layers as one launch reads them: of one dtype and with equal strides, as they
+    are unless layers differ."""
+    factors = factors_A(fs)
+    first = factors[0]
+    if all(A.dtype == first.dtype for A in factors[1:]):
+        if all(A.stride() == first.stride() for A in factors[1:]):
+            return factors
+        return [called(Tensor.contiguous, A) for A in factors]
+    dtype = functools.reduce(torch.promote_types, [A.dtype for A in factors])
+    alike = {"dtype": dtype, "memory_format": torch.contiguous_format}
+    return [called(Tensor.to, A, **alike) for A in factors]
 
 
 def vectors(f: Factors) -> tuple[Tensor | None, Gains]:

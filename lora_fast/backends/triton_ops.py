@@ -20,9 +20,9 @@ from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..geometry import Numbered
 from ..kernels import dropout as dropout_kernels
-from ..kernels import launch_policy, ticketed_gemm, weight_update
 from ..kernels import row_norms as row_norms_kernels
-from ..kernels.launch_plans import called, empty
+from ..kernels import ticketed_gemm, weight_update
+from ..kernels.launch_plans import empty
 from ..kernels.scaling import Shrunk
 from ..kernels.tiles import Gains
 from ..nf4 import NF4Weight
@@ -40,12 +40,12 @@ from . import torch_gated, triton_gated, triton_opaque, triton_routes
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_layer import without_autocast
 from .torch_ops import TORCH
-from .triton_gradients import grad_A, output_side
+from .triton_gradients import grad_A, output_sides
 from .triton_operands import (
     Launching,
+    alike_A,
     dense,
     dropout,
-    factors_A,
     gemm_operand,
     shape_only,
     vectors,
@@ -90,7 +90,10 @@ class TritonBackend:
             with Launching(rows), without_autocast(rows):
                 ys, S, V = compute(rows, fs, need)
             return [shaped_as(x, y) for y in ys], Saved(S, V)
-        made, shrinks = (None, [{"A": fs[0].A}]) if len(fs) == 1 else _shared_shrink(rows, fs)
+        made: Tensor | None = None
+        shrinks: list[dict[str, Any]] = [{"A": fs[0].A}]
+        if len(fs) > 1:
+            made, shrinks = _shared_shrink(rows, fs)
         ys = []
         # Configurations go by the rank of the layer, also where the rows of its part of S start off
         # 16 bytes for the ranks of the others: that takes 4 registers more, 248 on sm_80, and
@@ -223,17 +226,13 @@ class TritonBackend:
         return tuner.plan(query(op, rows, fs, needs, cublas=self._cublas), rows.device, run)
 
 
-def _shared_shrink(
-    x: Tensor, fs: Sequence[Factors]
-) -> tuple[Tensor, list[dict[str, Tensor | None]]]:
-    """Memory for the S [M, Σ R_i] of a group, and what its launches are told about theirs: of many
-    rows the first makes S for all."""
+def _shared_shrink(x: Tensor, fs: Sequence[Factors]) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Memory for the S [M, Σ R_i] of a group, and what its launches are told about theirs: the
+    first makes S for all."""
     made = empty(x, x.shape[0], sum(ranks_of(fs)))
-    columns = columns_of(made, fs)
-    if not launch_policy.shares_shrink(x.shape[0]):
-        return made, [{"A": f.A, "made": S} for f, S in zip(fs, columns, strict=True)]
-    shrinks = [{"A": f.A, "S": S} for f, S in zip(fs, columns, strict=True)]
-    shrinks[0] = {"A": called(torch.cat, factors_A(fs)), "made": made}
+    shrinks: list[dict[str, Any]] = [{"S": S} for S in columns_of(made, fs)]
+    A, *others = alike_A(fs)
+    shrinks[0] = {"A": A, "others": others, "made": made}
     return made, shrinks
 
 
@@ -248,14 +247,12 @@ def _gradients(
     """The gradients of every layer for dY [M, N_i] and x [M, K]."""
     f, need = fs[0], needs_of_all(needs)
     needs_dS = f.A is not None and (need.x or need.A)
-    grads, layers = [], []
-    for dY, S, f_i, need_i in zip(dYs, columns_of(saved.S, fs), fs, needs, strict=True):
-        bias, gains = vectors(f_i)
-        found, partials = output_side(dY, S, saved.V, f_i, bias, gains, need_i, needs_dS)
+    sides = output_sides(dYs, saved.S, saved.V, fs, needs, needs_dS)
+    grads, layers = [grad for grad, _ in sides], []
+    for dY, (_, partials), f_i in zip(dYs, sides, fs, strict=True):
         weight = shape_only(f_i.weight, dY)
         if need.x and plan.route == "fused":
             weight = gemm_operand(f_i.weight, dY, plan.workspace)
-        grads.append(found)
         layers.append(
             ticketed_gemm.Layer(dY, weight, f_i.A, f_i.B, f_i.constants.scaling, partials)
         )
@@ -263,7 +260,7 @@ def _gradients(
     dX, dS = None, Shrunk(None)
     if needs_dS or fused_dX:
         dX, dS = ticketed_gemm.grad_input(
-            layers, dropout(f), gains=gains, rank_spans=f.constants.rank_spans,
+            layers, dropout(f), gains=vectors(f)[1], rank_spans=f.constants.rank_spans,
             wants_dX=fused_dX, config=plan.gemm,
         )  # fmt: skip
     if need.x:

@@ -25,7 +25,7 @@ from ..nf4 import NF4Weight
 from .protocol import ranks_of
 from .torch_low_rank import expand_factor
 from .torch_products import wide_dtype, working_dtype
-from .triton_operands import dense, dropout, factors_A, vectors
+from .triton_operands import alike_A, dense, dropout, factors_A, vectors
 
 _Outputs = tuple[list[Tensor], Tensor | None, Tensor | None]
 
@@ -59,7 +59,7 @@ def augmented(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
     """
     V, first_r, columns = None, 0, shrink.padding_of(sum(ranks_of(fs)))
     wide, S = shrink.beside_rows(
-        rows, _stack(fs), dropout(fs[0]), fs[0].constants.rank_spans, saves_S=need.saves_S
+        rows, alike_A(fs), dropout(fs[0]), fs[0].constants.rank_spans, saves_S=need.saves_S
     )
     ys = []
     for f, R in zip(fs, ranks_of(fs), strict=True):
@@ -72,6 +72,7 @@ def augmented(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
         if f.weight.decoded is not None:
             f.weight.decoded.offer(W[:, : rows.shape[1]])
         y = add_product(None, wide, W.T, f.bias if f.g is None else None)
+        del W
         if f.g is not None:
             y, V = _gained(y, f, f.g, need)
         ys.append(y)
@@ -100,17 +101,21 @@ def input_gradient(dYs: Sequence[Tensor], dS: Any, fs: Sequence[Factors]) -> Ten
             else:
                 W = _times(W, f.g.unsqueeze(1))
         dX = add_product(dX, dY, W)
+        del W
     assert dX is not None
     return dX
 
 
 def shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     """S [M, ΣR] of all layers."""
-    A, constants = _stack(fs), fs[0].constants
+    factors, constants, R = factors_A(fs), fs[0].constants, max(ranks_of(fs))
     plain = constants.dropout_p == 0.0 and constants.rank_spans is None
-    if plain and multiplies(rows, [A], A.shape[0]):
+    # Of several layers, a product would take a copy of all A side by side; wide ranks pay for it.
+    pays = len(fs) == 1 or R > launch_policy.MAX_BLOCK_R
+    if plain and pays and multiplies(rows, factors, R):
+        A = factors[0] if len(fs) == 1 else called(torch.cat, factors)
         return called(torch.nn.functional.linear, rows, _cast(A, rows.dtype))
-    return shrink.of_rows(rows, A, dropout(fs[0]), constants.rank_spans)
+    return shrink.of_rows(rows, alike_A(fs), dropout(fs[0]), constants.rank_spans)
 
 
 def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[Tensor]:
@@ -189,9 +194,3 @@ def _multiply(matrix: Tensor, g: Tensor, bias: Tensor | None, out: Tensor | None
 
 def _cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix if matrix.dtype == dtype else called(Tensor.to, matrix, dtype)
-
-
-def _stack(fs: Sequence[Factors]) -> Tensor:
-    """The A of all layers [ΣR, K]."""
-    factors = factors_A(fs)
-    return factors[0] if len(factors) == 1 else called(torch.cat, factors)

@@ -64,15 +64,27 @@ class _Counts:
         raise NotImplementedError
 
     def backward(self) -> Iterator[Work]:
-        for N, R, need in self._wanted():
+        shared = self._blocks_of_shared_strips()
+        for i, (N, R, need) in enumerate(self._wanted()):
             needs_T, sums = need.B or need.b or need.d, need.bias or need.g
             if needs_T or sums:
-                yield from self._strips(N, R, needs_T, self._stores_dS(N, R, need), need.B, self._S)
+                stores_dS, first = self._stores_dS(N, R, need), i == 0 or not shared
+                for work in self._strips(N, R, needs_T, stores_dS, need.B, self._S, shared):
+                    yield work if first else replace(work, launches=0)
                 if need.g:
                     yield Work(0, self.M * N * self.e, 0)
         yield from self.input_gradient()
         if any(need.A for need in self.q.needs):
             yield from self._strips(self.K, self.R, True, False, True, self._dS)
+
+    def _blocks_of_shared_strips(self) -> int:
+        """Blocks of columns in the one launch for all layers of a group; 0: they are not alike."""
+        found = [
+            (R, need.B, need.bias, self._stores_dS(N, R, need)) for N, R, need in self._wanted()
+        ]
+        if len(found) == 1 or len(set(found)) > 1 or not found[0][1]:
+            return 0
+        return sum(_cdiv(N, self._strip(found[0][0]).BLOCK_L) for N, _, _ in self.layers)
 
     def _wanted(self) -> Iterator[tuple[int, int, Needs]]:
         for (N, R, _), need in zip(self.layers, self.q.needs, strict=True):
@@ -128,11 +140,14 @@ class _Counts:
         stores_dS: bool,
         grad: bool,
         bytes_of_S: Callable[[int], int],
+        shared: int = 0,
     ) -> Iterator[Work]:
-        """Walks over X [M, L], one for each chunk of the rank; bytes_of_S are those of S or dS."""
+        """Walks over X [M, L], one for each chunk of the rank; bytes_of_S are those of S or dS, and
+        `shared` the blocks of columns of a launch for several layers."""
         M, e, config = self.M, self.e, self._strip(R)
         blocks, chunks = _cdiv(L, config.BLOCK_L), _cdiv(R, _CHUNK) if needs_T else 1
-        ranges, _ = launch_policy.row_ranges(M, blocks * chunks, config.BLOCK_M, self.arch)
+        programs = (shared or blocks) * chunks
+        ranges, _ = launch_policy.row_ranges(M, programs, config.BLOCK_M, self.arch)
         for chunk in range(chunks):
             width = min(_CHUNK, R - chunk * _CHUNK)
             moved, flops = M * L * e, 0
@@ -153,15 +168,12 @@ class _Counts:
 class _Fused(_Counts):
     """One launch of ticketed_gemm forward; strips, ticketed_gemm, strips backward.
 
-    In a group the first layer's shrink makes S for all if there are many rows, and one launch sums
-    dX.
+    In a group the first layer's shrink makes S for all, and one launch sums dX.
     """
 
     def forward(self) -> Iterator[Work]:
         for i, (N, R, weight) in enumerate(self.layers):
-            made = R
-            if launch_policy.shares_shrink(self.M):
-                made = self.R if i == 0 else 0
+            made = self.R if i == 0 else 0
             if made:
                 yield self._shrink(self.K, made, self._S(made))
             y = self.M * N * self.e * (2 if self.q.needs[i].g else 1)
@@ -211,8 +223,9 @@ class _Hybrid(_Counts):
     def forward(self) -> Iterator[Work]:
         M, K, e = self.M, self.K, self.e
         if self.R:
-            plain = self._is_plain(self.R)
-            size = yield from self._stack(plain)
+            wide = max(self.q.R) > launch_policy.MAX_BLOCK_R
+            plain = (wide or len(self.layers) == 1) and self._is_plain(max(self.q.R))
+            size = (yield from self._stack()) if plain else self.adapter
             work = self._shrink(K, self.R, self._S(self.R))
             less = self.R * K * (self.adapter - size)
             yield replace(work, bytes=work.bytes - less, is_aten=plain)
@@ -232,7 +245,7 @@ class _Hybrid(_Counts):
             alone = len(self.layers) == 1 and not self.float16
             plain, size = alone and self._is_plain(max(self.q.R)), self.adapter
             if plain:
-                size = yield from self._stack(plain)
+                size = yield from self._stack()
             moved = self._dS(self.R) + self.R * K * size + M * K * e
             yield Work(2 * M * self.R * K, moved, is_aten=plain)
         for i, (N, _, weight) in enumerate(self.layers):
@@ -243,11 +256,11 @@ class _Hybrid(_Counts):
                 yield Work(0, 2 * e * N * min(M, K), is_aten=True)
             yield self._product(M, N, K, adds=i > 0 or self.R > 0)
 
-    def _stack(self, casts: bool = False) -> Generator[Work, None, int]:
-        """All A below one another, with `casts` in the dtype of x; the size of an element."""
+    def _stack(self) -> Generator[Work, None, int]:
+        """All A below one another, in the dtype of x; the size of an element."""
         if len(self.layers) > 1:
             yield Work(0, 2 * self.R * self.K * self.adapter, is_aten=True)
-        if not (casts and self._casts()):
+        if not self._casts():
             return self.adapter
         yield Work(0, self.R * self.K * (self.adapter + self.e), is_aten=True)
         return self.e
@@ -290,7 +303,6 @@ class _Augmented(_Hybrid):
     def forward(self) -> Iterator[Work]:
         M, K, e = self.M, self.K, self.e
         padded = shrink.padding_of(self.R)
-        yield from self._stack()
         wide = M * (K + padded) * e
         yield self._shrink(K, self.R, self._S(self.R) + wide)
         for N, R, weight in self.layers:

@@ -101,14 +101,16 @@ def step(fs: list[Factors], plans: tuple[Plan, Plan], M: int = M, arch: int = 90
     return log.names[:ahead], log.names[ahead:], forward, backward
 
 
-STRIPS = ["strips"] * 3 + ["ticketed_gemm"]
+STRIPS = ["strips", "ticketed_gemm"]
 DECODES = ["nf4_decode"] * 3
 
 
 @pytest.mark.offline
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_launches_of_a_group(p: float) -> None:
-    """One shrink and one expand for all; W of cuBLAS is no launch of ours."""
+def test_launches_of_a_group(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shrink and one expand for all, which copy no A, and one strips; W of cuBLAS is no launch
+    of ours."""
+    monkeypatch.setattr(torch, "cat", lambda *_: pytest.fail("a launch of its own"))
     there, back, *_ = step(layers(False, p=p), (HYBRID, HYBRID))
     assert there == ["shrink", "expand"]
     assert back == [*STRIPS, "expand", "strips"]
@@ -121,12 +123,12 @@ def test_launches_of_a_group(p: float) -> None:
 
 @pytest.mark.offline
 def test_adapters_in_the_dtype_of_x_are_left_to_cublas_as_well() -> None:
-    """S, the low-rank parts of y and of dX are plain products, of several layers one launch each;
-    dropout makes all of them launches."""
+    """S, the low-rank parts of y and of dX are plain products, of several layers one launch each,
+    which copies no A; dropout makes all of them launches."""
     there, back, *_ = step(layers(False, adapter=BF16)[:1], (HYBRID, HYBRID))
     assert (there, back) == ([], ["strips", "ticketed_gemm", "strips"])
     there, back, *_ = step(layers(False, adapter=BF16), (HYBRID, HYBRID))
-    assert (there, back) == (["expand"], [*STRIPS, "expand", "strips"])
+    assert (there, back) == (["shrink", "expand"], [*STRIPS, "expand", "strips"])
     there, back, *_ = step(layers(False, adapter=BF16, p=0.1), (HYBRID, HYBRID))
     assert (there, back) == (["shrink", "expand"], [*STRIPS, "expand", "strips"])
 
@@ -167,8 +169,7 @@ def test_augmented_makes_x_and_S_once_and_one_weight_at_a_time() -> None:
     *_, forward, _ = step(layers(True), (AUGMENTED, HYBRID))
     large = forward.of(*ys, *weights, wide)
     assert large == {count: [*ys, *weights, wide].count(count) for count in [*ys, *weights, wide]}
-    S, stack = e * M * 3 * R, 4 * 3 * R * K
-    assert forward.most <= wide + sum(ys) + max(weights) + S + stack
+    assert forward.most <= wide + sum(ys) + max(weights) + e * M * 3 * R
 
 
 @pytest.mark.offline
@@ -176,9 +177,9 @@ def test_a_group_decodes_one_weight_at_a_time() -> None:
     e, ys = 2, [2 * M * N for N in COLUMNS]
     *_, forward, backward = step(layers(True), (HYBRID, HYBRID))
     weights = [e * N * K for N in COLUMNS]
-    assert forward.most <= sum(ys) + max(weights) + e * M * 3 * R + 4 * 3 * R * K
+    assert forward.most <= sum(ys) + max(weights) + e * M * 3 * R
     # Beside dX there are S's gradients, their parts and the sums of the strips.
-    assert backward.most < e * M * K + sum(weights)
+    assert backward.most < e * M * K + weights[0] + weights[1]
 
 
 @pytest.mark.offline

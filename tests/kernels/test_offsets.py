@@ -101,7 +101,7 @@ def test_the_kernels_beside_cublas_with_rows_far_apart() -> None:
     weight = NF4Weight.from_dense(torch.randn(ROWS, 64))
 
     def results(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> list[torch.Tensor]:
-        wide, S = shrink.beside_rows(x, A[:20], Dropout(0.3, 7), saves_S=True)
+        wide, S = shrink.beside_rows(x, [A[:20]], Dropout(0.3, 7), saves_S=True)
         (y,) = expand.outputs(S, FP32, [expand.Layer(B, 0.5)])
         dX = expand.input_gradient(Shrunk(B), FP32, [A[:20]], Dropout(0.3, 7))
         W = nf4_decode.augmented(weight.packed, weight.quant_state, FP32, B, columns=32)

@@ -175,8 +175,8 @@ def test_routes_of_cublas() -> None:
     x, A, B = meta(M, K), meta(R, K, dtype=FP32), meta(N, R, dtype=FP32)
     weight = lora_fast.NF4Weight.from_dense(torch.randn(N, K))
     with profiling() as (log, told):
-        S = shrink.of_rows(x, A)
-        shrink.beside_rows(x, A, saves_S=True)
+        S = shrink.of_rows(x, [A[: R // 2], A[R // 2 :]])
+        shrink.beside_rows(x, [A], saves_S=True)
         layers = [expand.Layer(B, 2.0, meta(N)), expand.Layer(B[: N // 2], 2.0)]
         expand.outputs(meta(M, 2 * R), BF16, layers)
         expand.input_gradient(Shrunk(S), BF16, [A])

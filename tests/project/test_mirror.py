@@ -29,6 +29,7 @@ TESTED_IN = {
     "kernels/nf4_tile.py": "kernels/test_nf4_gemm.py",
     "kernels/scaling.py": "kernels/test_small_gradients.py",
     "kernels/shrink_tiles.py": "kernels/test_kernels.py",
+    "kernels/strip_tiles.py": "kernels/test_kernels.py",
     "kernels/strips.py": "kernels/test_kernels.py",
     "kernels/sync_layout.py": "kernels/test_stuck.py",
     "kernels/ticketed_gemm.py": "kernels/test_kernels.py",

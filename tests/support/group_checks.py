@@ -16,21 +16,24 @@ SIZES = ((72, 5), (40, 16), (136, 8))
 
 
 def make(
-    dtype, adapter, nf4, M=37, K=64, device="cpu", trains=("x", "A", "B"), dY_layout="contiguous"
-):
-    """x, members and their dY; adapter and nf4 are those of all members, or one for each."""
+    dtype, adapter, nf4, M=37, K=64, device="cpu", trains=("x", "A", "B"), dY_layout="contiguous",
+    A_layout="contiguous", R=None,
+):  # fmt: skip
+    """x, members and their dY; adapter, nf4 and A_layout are those of all members, or one for each.
+    With a rank R all have it, and a bias."""
     torch.manual_seed(0)
-    adapters, packed = _each(adapter), _each(nf4)
+    adapters, packed, layouts = _each(adapter), _each(nf4), _each(A_layout)
 
     def randn(*shape, of=dtype):
         return torch.randn(shape).to(of).to(device)
 
     x = randn(M, K).requires_grad_("x" in trains)
     members = []
-    for i, (N, R) in enumerate(SIZES):
-        weight = randn(N, K)
-        bias = randn(N).requires_grad_("bias" in trains) if i != 1 else None
-        A, B = randn(R, K, of=adapters[i]), randn(N, R, of=adapters[i])
+    for i, (N, own) in enumerate(SIZES):
+        weight, rank = randn(N, K), R or own
+        bias = randn(N).requires_grad_("bias" in trains) if R or i != 1 else None
+        A, B = randn(rank, K, of=adapters[i]), randn(N, rank, of=adapters[i])
+        A = lay_out(A, layouts[i])
         for name, factor in (("A", A), ("B", B)):
             factor.requires_grad_(name in trains)
         weight = NF4Weight.from_dense(weight) if packed[i] else weight
