@@ -146,6 +146,22 @@ def run(body, *, threads=64, shared=4096, src=None, **options):
     return out
 
 
+def test_a_parameter_by_its_address():
+    """What is left of a choice between two parameters."""
+    out = run("""
+mov.b64 %rd5, src;
+mov.b64 %rd6, out;
+setp.lt.u32 %p0, %r0, 32;
+selp.b64 %rd7, %rd5, %rd6, %p0;
+ld.param.b64 %rd8, [%rd7];
+sub.s64 %rd9, %rd8, %rd1;
+cvt.u32.u64 %r5, %rd9;
+st.global.b32 [%rd4], %r5;
+""")
+    assert len({*out[:32].tolist()}) == 1 and out[0] != 0
+    assert not out[32:].any()
+
+
 EXCHANGE = """
 ld.global.b32 %r4, [%rd3];
 st.shared.b32 [%r3], %r4;

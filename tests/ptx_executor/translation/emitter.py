@@ -82,7 +82,8 @@ class Emitter(Arithmetic, Bits, Selection, Conversions):
         return ["pass"] if run is None else self.handler(run)
 
     def op_ld(self, ins):
-        if "param" not in ins.mods:
+        if "param" not in ins.mods or ins.args[1][1][0] == "r":
+            # A parameter by an address in a register is one of two or more.
             return self._handled(loads_and_stores.load(self, ins))
         ty = type_of(ins)
         d, (_, base, offset, _) = ins.args
