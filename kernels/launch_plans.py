@@ -137,7 +137,7 @@ class Plan:
         self._repeat, self._surroundings, self._words = repeat, surroundings, words
         self._multiplies = multiplies
 
-    def run(self, operands, seed=(0, 0)):
+    def run(self, operands, seeds=(0, 0)):
         """The results for `operands`, in the order in which they were recorded; None if launches
         depend on something that has changed since."""
         surroundings = self._surroundings
@@ -151,8 +151,8 @@ class Plan:
             if self._multiplies and torch.is_autocast_enabled(like.device.type):
                 # It would cast operands of PyTorch's products.
                 with torch.autocast(like.device.type, enabled=False):
-                    return self._repeat(operands, stream, words, seed)
-            return self._repeat(operands, stream, words, seed)
+                    return self._repeat(operands, stream, words, seeds)
+            return self._repeat(operands, stream, words, seeds)
         except BaseException:
             workspace.forget()
             raise
@@ -181,12 +181,13 @@ class _Known:
 class Recorder:
     """Notes the steps of one operation, as a context.
 
-    operands: its tensors among other things, which must be the same in every call; seed: dropout's
-    words, which a plan is given anew.
+    operands: its tensors among other things, which must be the same in every call; seeds: the two
+    words of every seed of dropout, which a plan is given anew. Of equal seeds a plan reads the
+    first: they are equal whenever it runs.
     """
 
-    def __init__(self, operands, seed=(0, 0)):
-        self._seed = seed
+    def __init__(self, operands, seeds=(0, 0)):
+        self._seeds = list(zip(seeds[::2], seeds[1::2], strict=True))
         self._steps: list[_Step] = []
         self._known: list[_Known] = []
         self._equal: list[tuple[str, str]] = []
@@ -244,7 +245,9 @@ class Recorder:
         words = given.get(_WORDS)
         if words is not None:
             self._words = max(self._words, words.numel())
-        codes = [self._argument(name, given[name]) for name in kernel.arg_names]
+        seed = given.get("seed_low"), given.get("seed_high")
+        i = self._seeds.index(seed) if seed in self._seeds else None
+        codes = [self._argument(name, given[name], i) for name in kernel.arg_names]
         run = self._constant(runner_of(kernel, compiled, constants))
         front = [compiled.function, compiled.packed_metadata]
         front = [
@@ -283,8 +286,9 @@ class Recorder:
             lines += [f"del {', '.join(sorted(gone))}"] if gone and i + 1 < len(self._steps) else []
         lines.append(f"return {found}")
         operands = ", ".join(f"e{i}" for i in range(self._count))
-        body = "\n    ".join([f"{operands}, = e", "seed_low, seed_high = seed", *lines])
-        code = _compiled(f"def repeat(e, stream, words, seed):\n    {body}\n")
+        words = ", ".join([f"seed_low_{i}, seed_high_{i}" for i in range(len(self._seeds))])
+        body = "\n    ".join([f"{operands}, = e", f"{words} = seeds", *lines])
+        code = _compiled(f"def repeat(e, stream, words, seeds):\n    {body}\n")
         names = {"new": tuple.__new__, "described": plan_memory.described}
         names |= {"address": address, "view": plan_memory.view()}
         repeat = FunctionType(code, names | self._constants)
@@ -296,11 +300,12 @@ class Recorder:
         self.gives_up |= known.start == 0
         return known
 
-    def _argument(self, name, value):
+    def _argument(self, name, value, seed):
+        """The source of an argument by its name; seed: the launch's, by its place, or None."""
         if name == _WORDS and value is not None:
             return "words"
-        if name in ("seed_low", "seed_high") and value == self._seed[name == "seed_high"]:
-            return name
+        if name in ("seed_low", "seed_high") and seed is not None:
+            return f"{name}_{seed}"
         return self._code(value)
 
     def _code(self, value, *, exactly=False, shapes=False):

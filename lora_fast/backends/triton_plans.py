@@ -8,6 +8,7 @@ same one.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,14 +126,17 @@ class PlannedTritonBackend(TritonBackend):
             launch_plans.give_up()
             return compute()
         of_linears = tuple(map(type, linears)), tuple(t is None for t in tensors)
-        whole = (key, of_linears, of_any(given, fs), self._cublas)
+        # A plan tells seeds apart by their values, so it is one of calls with the same equal ones.
+        words = [_seed_words(f) for f in fs]
+        equal, seeds = tuple(map(words.index, words)), tuple(itertools.chain(*words))
+        whole = (key, of_linears, of_any(given, fs), self._cublas, equal)
         operands = [*given, *tensors_of(fs)]
         found: Any = _plans.get(whole)
         if type(found) is launch_plans.Plan:
-            result = found.run(operands, _NO_SEED)
+            result = found.run(operands, seeds)
             if result is not None:
                 return result
-        return self._recorded(whole, operands, _NO_SEED, compute)
+        return self._recorded(whole, operands, seeds, compute)
 
     def _recorded(
         self, key: Any, operands: list[Any], seed: Any, compute: Any, *arguments: Any
@@ -159,11 +163,9 @@ def forget() -> None:
 
 
 def _is_plannable(tensors: Sequence[Tensor], linears: GatedLinears, fs: Sequence[Factors]) -> bool:
-    """Whether a gated MLP runs in kernels of its own, without a mask: plans take one seed anew, and
-    it has two."""
-    drops = any(f.constants.dropout_p > 0.0 and f.A is not None for f in fs)
+    """Whether a gated MLP runs in kernels of its own."""
     plain = all(type(t) in _PLAIN_TENSORS for t in tensors)
-    return plain and not drops and not _has_decoded(fs) and takes(tensors[0], linears)
+    return plain and not _has_decoded(fs) and takes(tensors[0], linears)
 
 
 def _has_decoded(fs: Sequence[Factors]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import gated_checks
@@ -98,17 +99,24 @@ def test_the_third_call_launches_the_same_without_the_binder(
         assert one.arguments.get("seed_low") == other.arguments.get("seed_low")
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize(
+    ("fused", "p"), [(False, 0.0), (True, 0.0), (False, 0.1)], ids=["apart", "fused", "dropout"]
+)
 def test_a_gated_mlp_is_repeated_without_the_binder(
-    launches: Any, bound: list[str], fused: bool
+    launches: Any, bound: list[str], monkeypatch: pytest.MonkeyPatch, fused: bool, p: float
 ) -> None:
-    for _ in range(3):
-        o = gated_checks.make(gated_checks.MLP(BF16, BF16, M=70, ranks=(8, 8, 8), fused=fused))
+    mlp = gated_checks.MLP(BF16, BF16, M=70, ranks=(8, 8, 8), fused=fused, p=p)
+    for seeds in ((5, 6), (7, 8), (9, 10)):
+        monkeypatch.setattr(gated_checks, "SEEDS", seeds)
+        o = replace(gated_checks.make(replace(mlp, p=0.0)), mlp=mlp)
         gated_checks.fused(o, o.leaves).backward(o.dY)
     each = len(launches) // 3
     assert "gated_backward" in bound and len(bound) == 2 * each
     for one, other in zip(launches[:each], launches[2 * each :], strict=True):
         assert described(one)[:2] == described(other)[:2] and one.kernel is other.kernel
+        # x and h have masks of their own: seed 5 has become 9, and 6 has become 10.
+        seeds = [launch.arguments.get("seed_low") for launch in (one, other)]
+        assert seeds in ([None, None], [0, 0], [5, 9], [6, 10])
 
 
 def test_a_plan_takes_the_seed_of_its_call(launches: Any, bound: list[str]) -> None:
