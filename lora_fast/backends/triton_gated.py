@@ -287,7 +287,7 @@ def _before_activation(
     needs_dS = need.x or need.A
     fs, dYs = [reader.f for reader in readers], [reader.dY for reader in readers]
     others = [reader.need._replace(B=reader.need.B and reader.dB is None) for reader in readers]
-    sides = output_sides(dYs, S, None, fs, others, needs_dS)
+    sides = output_sides(dYs, S, fs, others, needs_dS)
     for (place, f, _, dY, dB, partials), (of_output, parts) in zip(readers, sides, strict=True):
         grads[place] = of_output if dB is None else of_output._replace(B=dB)
         if f.A is not None:

@@ -39,12 +39,11 @@ def output_side(
 def output_sides(
     dYs: Sequence[Tensor],
     S: Tensor | None,
-    V: Tensor | None,
     fs: Sequence[Factors],
     needs: Sequence[Needs],
     needs_dS: bool,
 ) -> list[tuple[Gradients, Tensor | None]]:
-    """:func:`output_side` of every layer, for the S [M, ΣR] of all; in one launch where they are
+    """:func:`output_side` of plain layers, for the S [M, ΣR] of all; in one launch where they are
     alike."""
     if len(fs) > 1 and S is not None and _share_a_launch(dYs, fs, needs):
         layers = [
@@ -57,7 +56,7 @@ def output_sides(
         )  # fmt: skip
         return [(Gradients(**grads), partials) for grads, partials in found]
     return [
-        output_side(dY, S_i, V, f, *vectors(f), need, needs_dS)
+        output_side(dY, S_i, None, f, *vectors(f), need, needs_dS)
         for dY, S_i, f, need in zip(dYs, columns_of(S, fs), fs, needs, strict=True)
     ]
 

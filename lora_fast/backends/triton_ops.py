@@ -40,7 +40,7 @@ from . import torch_gated, triton_gated, triton_opaque, triton_routes
 from .protocol import columns_of, ranks_of, shaped_as
 from .torch_layer import without_autocast
 from .torch_ops import TORCH
-from .triton_gradients import grad_A, output_sides
+from .triton_gradients import grad_A, output_side, output_sides
 from .triton_operands import (
     Launching,
     alike_A,
@@ -247,7 +247,11 @@ def _gradients(
     """The gradients of every layer for dY [M, N_i] and x [M, K]."""
     f, need = fs[0], needs_of_all(needs)
     needs_dS = f.A is not None and (need.x or need.A)
-    sides = output_sides(dYs, saved.S, saved.V, fs, needs, needs_dS)
+    bias, gains = vectors(f)
+    if len(fs) > 1:
+        sides = output_sides(dYs, saved.S, fs, needs, needs_dS)
+    else:
+        sides = [output_side(dYs[0], saved.S, saved.V, f, bias, gains, need, needs_dS)]
     grads, layers = [grad for grad, _ in sides], []
     for dY, (_, partials), f_i in zip(dYs, sides, fs, strict=True):
         weight = shape_only(f_i.weight, dY)
@@ -260,7 +264,7 @@ def _gradients(
     dX, dS = None, Shrunk(None)
     if needs_dS or fused_dX:
         dX, dS = ticketed_gemm.grad_input(
-            layers, dropout(f), gains=vectors(f)[1], rank_spans=f.constants.rank_spans,
+            layers, dropout(f), gains=gains, rank_spans=f.constants.rank_spans,
             wants_dX=fused_dX, config=plan.gemm,
         )  # fmt: skip
     if need.x:
