@@ -180,9 +180,9 @@ def uses_triton(device: torch.device, backend: BackendName | None = None) -> boo
 def is_one_row_on_a_cpu(x: Any) -> bool:
     """Whether layers that read x are computed one by one: there is nothing to share but the reading
     of one row, and little to save."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu:
+    if not isinstance(x, Tensor) or not x.is_cpu or x.shape[-1:] != (x.numel(),):
         return False
-    return x.shape[-1:] == (x.numel(),) and not uses_triton(x.device)
+    return not uses_triton(x.device)
 
 
 def check_driver(backend: BackendName | None = None) -> None:

@@ -169,29 +169,27 @@ def rows_product(
     """
     (M, P), Q = a.shape, b.shape[1]
     few = (_CHUNK if cancels else _FEW) >= M
+    is_scaled = scaling == 1.0
     if a.dtype is torch.float32:
         if M * P * Q >= _ONEDNN_FROM and _takes_onednn(b.T, a.T):
             # It is slow where the result has more rows than columns.
             ab = _onednn_linear(b.T, a.T).T.contiguous() if Q < P else _onednn_linear(a.T, b.T)
-        elif scaling != 1.0:
-            return _in(scaled_product(a.T, b, scaling), dtype)
         else:
             ab = a.T @ b
     elif few or a.dtype is not torch.bfloat16 or a.is_cuda:
         ab = product(a.T, b)
     elif M <= _CHUNK:
-        ab = a.T @ b if scaling == 1.0 else scaled_product(a.T, b, scaling)
-        return ab if dtype is ab.dtype else _in(ab.float(), dtype)
+        ab = a.T @ b if is_scaled else scaled_product(a.T, b, scaling)
+        is_scaled = True
+        if dtype is not torch.bfloat16:
+            ab = ab.float()
     else:
         whole = M - M % _CHUNK
         chunks = [m[:whole].view(-1, _CHUNK, m.shape[1]) for m in (a, b)]
         ab = torch.bmm(chunks[0].transpose(1, 2), chunks[1]).sum(0, dtype=torch.float32)
         ab = ab if whole == M else ab.add_(a[whole:].T @ b[whole:])
-    return _in(ab if scaling == 1.0 else ab.mul_(scaling), dtype)
-
-
-def _in(matrix: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return matrix if dtype is None or matrix.dtype is dtype else matrix.to(dtype)
+    ab = ab if is_scaled else ab.mul_(scaling)
+    return ab if dtype is None or ab.dtype is dtype else ab.to(dtype)
 
 
 def operand(matrix: Tensor, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor | None]:

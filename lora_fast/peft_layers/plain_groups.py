@@ -31,8 +31,6 @@ from .shared_input import Kept, kept_output, runs_hooks
 def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     """The output of a plain layer (plain_lora.py) of a group: what a sibling has computed, or
     computed now, with those of its siblings or alone; None if it takes the long way."""
-    if is_one_row_on_a_cpu(x):
-        return plain_output(layer, x)
     if torch.compiler.is_compiling() or environment_obstacle() is not None:
         return None
     group, index = layer._lora_fast_group
@@ -40,7 +38,7 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     if kept is not None and kept.first < index and kept.x() is x:
         kept_y = kept_output(layer, x, sys._getframe(1))  # type: ignore[arg-type]
         return plain_output(layer, x) if kept_y is None else kept_y
-    if index + 1 == len(group.names):
+    if index + 1 == len(group.names) or is_one_row_on_a_cpu(x):
         return plain_output(layer, x)
     plain = read_plain(layer)
     if plain is None or type(x) not in TENSORS or x.is_inference() or runs_hooks(layer):

@@ -137,7 +137,7 @@ def test_group(rows: int, gradients: bool) -> None:
 def test_gated_mlp(gradients: bool) -> None:
     """gate, up and down with their activation, and the proof that they are."""
     fused = lora_fast.accelerate(gated_models.stock_model())
-    x = torch.zeros(1, gated_models.H, requires_grad=gradients)
+    x = torch.zeros(2, gated_models.H, requires_grad=gradients)
     with lora_fast.set_backend("torch"), torch.set_grad_enabled(gradients):
         fused(x)
         with counting() as found:
