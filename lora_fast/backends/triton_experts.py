@@ -33,6 +33,7 @@ from ..kernels import (
     expert_sums,
     gated_policy,
     nf4_decode,
+    shrink,
 )
 from ..kernels.expert_gate_tiles import ExpertMember, Glu
 from ..kernels.expert_product import LowRank
@@ -64,13 +65,17 @@ def block_forward(
     offsets = routing.offsets
     with Launching(x), without_autocast(x):
         first, second = _readable(first), _readable(second)
-        found = expert_shrink.gather(x, routing.order, offsets, _transposed(first.A))
-        u = _product(found.rows, _dense(first, x.dtype), offsets)
+        in_gate, widens = isinstance(gate, GluGate), _augments(first)
+        found = expert_shrink.gather(
+            x, routing.order, offsets, _transposed(first.A), widens=widens and not in_gate
+        )
+        if in_gate:  # its kernel adds the low rank and the bias
+            u = _product(found.rows, _dense(first, x.dtype), offsets)
+        else:
+            u = _output(found.rows, found.S, first, offsets, widened=widens)
         found = found._replace(rows=None)
         h, S2 = _gated(u, found.S, offsets, first, second, gate)
-        y = _product(
-            h, _dense(second, x.dtype), offsets, _low_rank(S2, second.B, second), second.bias
-        )
+        y = _output(h, S2, second, offsets, widened=_augments(second))
         out = expert_scatter.scatter(y, found.back, offsets, x.shape[0], w.contiguous())
     if needs is None:
         return out, None
@@ -127,8 +132,8 @@ def project_forward(
     """:func:`lora_fast.backends.torch_experts.project_forward`."""
     with Launching(x), without_autocast(x):
         p = _readable(projection)
-        S = _shrunk(x, offsets, _transposed(p.A))
-        y = _product(x, _dense(p, x.dtype), offsets, _low_rank(S, p.B, p), p.bias, clears=True)
+        rows, S = _beside(x, offsets, p)
+        y = _output(rows, S, p, offsets, widened=_augments(p), clears=True)
     return y, S if needs.B else None
 
 
@@ -168,18 +173,14 @@ class _Through(NamedTuple):
 def _gated(
     u: Tensor, S1: Tensor | None, offsets: Tensor, first: Projection, second: Projection, gate: Gate
 ) -> tuple[Tensor, Tensor | None]:
-    """h and S2 of the base product u [P, P1], to which the low rank is added in memory only for a
-    gate that its module computes."""
+    """h [P, I], or [h | S2 | 0] for a weight that takes it so, and S2. u [P, P1] is the base
+    product, or for a gate that its module computes the whole one."""
     if isinstance(gate, GluGate):
         h, S2 = expert_gate_forward.activate(
-            _member(u, S1, first), offsets, Glu(*gate.form), second.A
+            _member(u, S1, first), offsets, Glu(*gate.form), second.A, widens=_augments(second)
         )
         return h, S2
-    low_rank = _low_rank(S1, first.B, first)
-    if low_rank is not None or first.bias is not None:
-        expert_product.add_(u, offsets, low_rank, first.bias)
-    h = gate.forward(u)
-    return h, _shrunk(h, offsets, _transposed(second.A))
+    return _beside(gate.forward(u), offsets, second)
 
 
 def _member(u: Tensor, S1: Tensor | None, first: Projection) -> ExpertMember:
@@ -321,6 +322,42 @@ def _readable(p: Projection) -> Projection:
     """With a B whose rows lie side by side: PEFT stores the experts' index last, and every tile of
     an expert would read the sectors of others."""
     return p if p.B is None else p._replace(B=p.B.contiguous())
+
+
+def _augments(p: Projection) -> bool:
+    """Whether W is decoded into a workspace [W | s · B | 0], a product of which with [x | S | 0] is
+    the whole output."""
+    return isinstance(p.weight, NF4Experts) and not p.weight.transposed and p.A is not None
+
+
+def _beside(rows: Tensor, offsets: Tensor, p: Projection) -> tuple[Tensor, Tensor | None]:
+    """Rows of the product with p's weight, [rows | S | 0] or as they are, and S."""
+    widens = _augments(p)
+    if p.A is None:
+        return rows, None
+    found = expert_shrink.gather(rows, None, offsets, p.A.mT, stores_rows=widens, widens=widens)
+    return (found.rows if widens else rows), found.S
+
+
+def _output(
+    rows: Tensor,
+    S: Tensor | None,
+    p: Projection,
+    offsets: Tensor,
+    *,
+    widened: bool,
+    clears: bool = False,
+) -> Tensor:
+    """rows W[e]ᵀ + s · S B[e]ᵀ + bias[e] [P, N], for rows [x | S | 0] if they are `widened`."""
+    weight: Any = p.weight
+    if not widened:
+        low_rank = _low_rank(S, p.B, p)
+        return _product(rows, _dense(p, rows.dtype), offsets, low_rank, p.bias, clears=clears)
+    W = nf4_decode.augmented(
+        weight.packed, weight.quant_state, rows.dtype, given(p.B).flatten(0, 1), p.scaling,
+        columns=shrink.padding_of(given(p.A).shape[1]),
+    )  # fmt: skip
+    return _product(rows, W, offsets, None, p.bias, clears=clears)
 
 
 def _transposed(A: Tensor | None) -> Tensor | None:

@@ -9,19 +9,24 @@ from typing import Any
 import machines
 import pytest
 import torch
-from expert_checks import GATES, INNER, E, block, check, operands, run
+from expert_checks import INNER, E, block, check, fused, operands, run
 from machines import Executor, started
 from torch import Tensor
 
 pytest.importorskip("triton")
 import lora_fast
 from bench.instruments import stub_driver
-from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
+from bench.instruments.accuracy import (
+    assert_accurate,
+    assert_all_accurate,
+    assert_same_bits,
+    orders,
+)
 from lora_fast import reference
 from lora_fast.backends.torch_gates import gate_of
 from lora_fast.experts.nf4_experts import NF4Experts
 from lora_fast.experts.operands import Projection
-from lora_fast.functional import adapted_experts, experts_block
+from lora_fast.functional import adapted_experts
 from lora_fast.nf4 import NF4Weight
 from lora_fast.operation import expert_layers
 
@@ -121,17 +126,40 @@ def _in_nf4(factors: dict[str, Any], transposed: bool) -> dict[str, Any]:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("transposed", [False, True])
-def test_nf4_is_the_decoded_weight(interpreter: Executor, transposed: bool) -> None:
-    x, index, w, *both = operands(64, 6, 2, transposed=False, bias=False, hidden=16, inner=32)
-    packed = [_in_nf4(f, transposed) for f in both]
-    decoded = [{**f, "weight": f["weight"].dequantize()} for f in packed]
+@pytest.mark.parametrize(
+    ("gate", "transposed", "decodes"),
+    [
+        pytest.param("silu", False, ["nf4_decode", "nf4_decode_augmented"], id="kernels"),
+        pytest.param("own", False, ["nf4_decode_augmented"] * 2, id="module"),
+        pytest.param("own", True, ["nf4_decode"] * 2, id="transposed"),
+    ],
+)
+def test_nf4(interpreter: Executor, gate: str, transposed: bool, decodes: list[str]) -> None:
+    """Each weight is decoded once in forward, where [W | s · B] with rows [x | S], and once in
+    backward."""
+    x, index, w, *both = operands(64, 6, 2, transposed=False, bias=True, hidden=16, inner=32)
+    values = (x, index, w, *(_in_nf4(f, transposed) for f in both))
     with interpreter.counting_launches() as names:
-        actual = run(block, (x, index, w, *packed), FP32)
-    # Each weight once in forward and once in backward.
-    assert names.count("nf4_decode") == 4
-    for name, value in run(block, (x, index, w, *decoded), FP32).items():
-        assert_same_bits(actual[name], value, name=name)
+        check(values, gate)
+    assert [name for name in names if "nf4" in name] == [*decodes, *["nf4_decode"] * 2]
+
+
+@pytest.mark.interpreter
+def test_one_projection_in_nf4(interpreter: Executor) -> None:
+    x, _, _, first, _ = operands(64, 9, 1, transposed=False, bias=False, hidden=16, inner=32)
+    offsets = torch.tensor([2, 2, 3, 7, 7])
+    packed = _in_nf4(first, False)
+    weights = packed["weight"], packed["weight"].dequantize()
+    with interpreter.counting_launches() as names:
+        y = adapted_experts(x, weights[0], offsets, A=first["A"], B=first["B"], scaling=0.7)
+    assert names[:2] == ["expert_shrink", "nf4_decode_augmented"]
+    results = [
+        reference.adapted_experts(
+            x.to(t), weights[1].to(t), offsets, A=first["A"].to(t), B=first["B"].to(t), scaling=0.7
+        )
+        for t in (torch.float64, FP32)
+    ]
+    assert_accurate(y, *results, name="y")
 
 
 # By the dtype and the gate: the kernels of the gate have registers for it, or not, or a module
@@ -199,11 +227,7 @@ BACKWARD = {
 def test_launches(
     interpreter: Executor, gate: str, dtype: torch.dtype, forward: str, backward: str
 ) -> None:
-    values, options = _some(), GATES[gate][0]
-
-    def call(x: Tensor, index: Tensor, w: Tensor, first: Any, second: Any) -> Tensor:
-        return experts_block(x, index, w, Projection(**first), Projection(**second), **options)
-
+    values, call = _some(), fused(gate)
     with interpreter.counting_launches() as names:
         once = run(call, values, dtype)
     assert names == [*FORWARD[forward], *BACKWARD[backward]]

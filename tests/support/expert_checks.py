@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.instruments.accuracy import assert_all_accurate, assert_as_close, orders
 from lora_fast import reference
 from lora_fast.backends.torch_gates import GluForm
+from lora_fast.experts.nf4_experts import NF4Experts
 from lora_fast.experts.operands import Projection
 from lora_fast.functional import experts_block
 
@@ -120,16 +121,13 @@ def run(
 def check(values: Any, gate: str, dtype: torch.dtype = torch.float32) -> None:
     """The accuracy rule in float32. In 16 bits results come through two rounded projections and a
     gate, as through a small model: no further from float64 than twice plain PyTorch."""
-    options, plain, _ = GATES[gate]
+    plain = GATES[gate][1]
 
-    def fused(x: Tensor, index: Tensor, w: Tensor, first: Any, second: Any) -> Tensor:
-        return experts_block(x, index, w, Projection(**first), Projection(**second), **options)
-
-    def specified(*arguments: Any) -> Tensor:
-        return reference.experts_block(*arguments, plain)
+    def specified(x: Tensor, index: Tensor, w: Tensor, *both: Any) -> Tensor:
+        return reference.experts_block(x, index, w, *(_dense(f, x.dtype) for f in both), plain)
 
     rounded = [_rounded(v, dtype) for v in values]
-    actual, ref64 = run(fused, rounded, dtype), run(specified, rounded, torch.float64)
+    actual, ref64 = run(fused(gate), rounded, dtype), run(specified, rounded, torch.float64)
     eager = orders(lambda: run(specified, rounded, dtype))
     if dtype is torch.float32:
         assert_all_accurate(actual, ref64, eager)
@@ -139,10 +137,27 @@ def check(values: Any, gate: str, dtype: torch.dtype = torch.float32) -> None:
             assert_as_close(actual[key], expected, eager[key], name=key)
 
 
+def fused(gate: str) -> Callable[..., Tensor]:
+    """experts_block with that gate."""
+
+    def call(x: Tensor, index: Tensor, w: Tensor, first: Any, second: Any) -> Tensor:
+        projections = Projection(**first), Projection(**second)
+        return experts_block(x, index, w, *projections, **GATES[gate][0])
+
+    return call
+
+
+def _dense(factors: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    weight = factors["weight"]
+    if isinstance(weight, NF4Experts):
+        weight = weight.dequantize().to(dtype)
+    return {**factors, "weight": weight}
+
+
 def _rounded(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(t, dtype) for key, t in value.items()}
-    if value is None or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value.to(dtype).float()
 
