@@ -68,11 +68,6 @@ def weight_of(module: Any, name: str, *, transposed: bool) -> Any:
     return weight.transpose(1, 2) if transposed else weight
 
 
-def has_default_gate(module: Any) -> bool:
-    """Whether the gate is act_fn(gate) ⊙ up of concatenated rows."""
-    return type(module)._apply_gate is getattr(_transformers_experts(), "_default_apply_gate", None)
-
-
 def _shared_forward() -> Any:
     """The code that is the forward of every decorated class; None if there is no such class."""
     decorate = getattr(_transformers_experts(), "use_experts_implementation", None)

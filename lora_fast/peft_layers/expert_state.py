@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends.torch_gates import Gate, GluForm, GluGate, OwnGate
+from ..backends.torch_gates import Gate, GluGate, OwnGate
 from ..base_layer.obstacles import module_obstacle, tensor_obstacle
-from ..experts.module_layout import Layout, has_default_gate, layout_of, weight_of
+from ..experts.module_layout import Layout, layout_of, weight_of
 from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection
+from .expert_gates import form_of
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -160,6 +161,5 @@ def _gate_obstacle(module: Any, layout: Layout) -> str | None:
 def _gate(module: Any) -> Gate:
     if not module.has_gate:
         return OwnGate(module.act_fn)
-    if has_default_gate(module) and type(getattr(module, "act_fn", None)) is nn.SiLU:
-        return GluGate(GluForm("silu"))
-    return OwnGate(module._apply_gate)
+    form = form_of(module)
+    return OwnGate(module._apply_gate) if form is None else GluGate(form)
