@@ -96,16 +96,20 @@ def _store_low_rank(w_row, row, B_ptr, gains, scaling, R, first_r, columns, stri
 @triton.jit(**shown_as(augmented_name, augmented_work))
 def nf4_decode_augmented(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, B_ptr, gains, w_ptr,
-    scaling, K, R, first_r, columns, parts, stride_bn, stride_br,
+    scaling, K, R, first_r, columns, parts, stride_bn, stride_br, rows, more_rows,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
     SHUFFLES: tl.constexpr,
 ):  # fmt: skip
-    """A part of one row: ROWS quantisation blocks, and with the first part the columns of Q."""
+    """A part of one row: ROWS quantisation blocks, and with the first part the columns of Q. After
+    each `rows` of them, an expert's, there is room for more_rows."""
     BYTES: tl.constexpr = BLOCKSIZE // 2
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     first_k = part * ROWS * BLOCKSIZE
-    w_row = w_ptr + row * (K + columns)
+    if B_ptr is None:
+        w_row = w_ptr + (row + row // rows * more_rows) * K
+    else:
+        w_row = w_ptr + row * (K + columns)
     offset = tl.load(offset_ptr) if offset_ptr is not None else 0.0
     scales = Scales(absmax_ptr, absmax2_ptr, code2_ptr, BLOCKSIZE, BLOCKSIZE2)
     elements = tl.arange(0, ROWS * BLOCKSIZE)
@@ -125,7 +129,7 @@ def nf4_decode_augmented(
         )
     w = w.to(w_ptr.dtype.element_ty).reshape(ROWS * BLOCKSIZE)
     tl.store(w_row + first_k + elements, w, mask=elements < left)
-    if part == 0:
+    if B_ptr is not None and part == 0:
         _store_low_rank(
             w_row + K, row, B_ptr, gains, scaling, R, first_r, columns, stride_bn, stride_br
         )
@@ -151,22 +155,38 @@ def augmented(packed, quant_state, dtype, B, scaling=1.0, *, gains=NO_GAINS, fir
     """[W | Q | 0] [N, K + columns] in `dtype`: Q = s · b dᵀ ⊙ B [N, R] in the columns from K +
     first_r on, and zeros in the others. Of experts [E, N, K + columns], for B [E · N, R]."""
     *rows, K = quant_state.shape
-    N, w = math.prod(rows), empty(packed, *rows, K + columns, dtype=dtype)
+    w = empty(packed, *rows, K + columns, dtype=dtype)
+    _launch_wide(packed, quant_state, w, B, gains, float(scaling), first_r, columns, 1, 0)
+    return w
+
+
+def above(packed, quant_state, dtype, A):
+    """[W ; A ; 0] [E, N + P, K] in `dtype` of experts, for A [E, R, K]; P is R padded to 16."""
+    (E, N, K), R = quant_state.shape, A.shape[1]
+    more_rows = -(-R // 16) * 16
+    w = empty(packed, E, N + more_rows, K, dtype=dtype)
+    _launch_wide(packed, quant_state, w, None, NO_GAINS, 1.0, 0, 0, N, more_rows)
+    w[:, N : N + R] = A
+    w[:, N + R :] = 0.0
+    return w
+
+
+def _launch_wide(packed, quant_state, w, B, gains, scaling, first_r, columns, rows, more_rows):
+    *N, K = quant_state.shape
     if w.numel() == 0:
-        return w
+        return
     pointers, blocksize, blocksize2 = _scales_of(quant_state)
     blocks = -(-K // blocksize)
     each = min(max(1, 2 * DECODE.BLOCK // blocksize), triton.next_power_of_2(blocks))
     parts = -(-blocks // each)
     launch(
-        nf4_decode_augmented, (N * parts,),
-        packed, *pointers, B, gains, w, float(scaling), K, B.shape[1], first_r, columns, parts,
-        *B.stride(),
+        nf4_decode_augmented, (math.prod(N) * parts,),
+        packed, *pointers, B, gains, w, scaling, K, 0 if B is None else B.shape[1], first_r,
+        columns, parts, *((0, 0) if B is None else B.stride()), rows, more_rows,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, ROWS=each, EVEN=K % blocksize == 0,
         SHUFFLES=current_arch() is not None,
         num_warps=DECODE.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return w
 
 
 def _scales_of(quant_state):

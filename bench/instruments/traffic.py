@@ -306,7 +306,8 @@ def _nf4_decode(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
 
 _AUGMENTED_ARGUMENTS = names(
     "packed_ptr absmax_ptr absmax2_ptr code2_ptr offset_ptr code_ptr B_ptr w_ptr scaling K R "
-    "first_r columns parts stride_bn stride_br BLOCKSIZE BLOCKSIZE2 ROWS EVEN SHUFFLES"
+    "first_r columns parts stride_bn stride_br rows more_rows BLOCKSIZE BLOCKSIZE2 ROWS EVEN "
+    "SHUFFLES"
 )
 
 

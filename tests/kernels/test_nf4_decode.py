@@ -91,12 +91,12 @@ def test_wider_rows_hold_the_weight_and_the_factor_behind_it(executor, dtype, ne
             assert not wide[:, K:first].any() and not wide[:, first + R :].any()
 
 
-@pytest.mark.interpreter
-def test_experts_hold_their_factor_behind_their_weight():
+def test_experts_hold_their_factor_behind_or_below_their_weight(typical_executor):
     """[E, N, K] as one matrix: the bits of its decoded rows and of s · B."""
     from lora_fast.kernels import nf4_decode
 
-    stored, B = torch.randn(3, 8, 48), torch.randn(3, 8, 5)
+    device = typical_executor.device
+    stored, B = torch.randn(3, 8, 48, device=device), torch.randn(3, 8, 5, device=device)
     weight = NF4Weight.from_dense(stored.view(24, 48), blocksize=64)
     weight.quant_state.shape = stored.shape
     packed = weight.packed, weight.quant_state, torch.bfloat16
@@ -105,3 +105,9 @@ def test_experts_hold_their_factor_behind_their_weight():
     assert_same_bits(wide[..., :48], nf4_decode.decode(*packed), name="W")
     assert_same_bits(wide[..., 48:53], (0.5 * B).bfloat16(), name="Q")
     assert not wide[..., 53:].any()
+    A = torch.randn(3, 5, 48, device=device)
+    tall = nf4_decode.above(*packed, A)
+    assert tall.shape == (3, 24, 48)
+    assert_same_bits(tall[:, :8], nf4_decode.decode(*packed), name="W above")
+    assert_same_bits(tall[:, 8:13], A.bfloat16(), name="A")
+    assert not tall[:, 13:].any()

@@ -63,6 +63,7 @@ TESTED_IN = {
     "lora_fast/base_layer/opaque.py": "peft_layers/test_opaque_layers.py",
     "lora_fast/backends/torch_low_rank.py": "backends/test_torch_products.py",
     "lora_fast/backends/torch_ops.py": "test_functional.py",
+    "lora_fast/backends/triton_expert_products.py": "backends/test_triton_experts.py",
     "lora_fast/backends/triton_gradients.py": "backends/test_routes.py",
     "lora_fast/backends/triton_operands.py": "backends/test_routes.py",
     "lora_fast/backends/triton_ops.py": "backends/test_routes.py",
