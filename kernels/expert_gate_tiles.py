@@ -152,14 +152,17 @@ def store_gradients(
 @triton.jit
 def acted(gate, GLU: tl.constexpr):
     """act(gate) and its slope; no slope above the limit."""
+    # Triton 3.6 passes constants on only by names of their own.
+    ACTIVATION: tl.constexpr = GLU.activation
+    ALPHA: tl.constexpr = GLU.alpha
     x = gate
     if GLU.limit is not None:
         x = tl.where(gate > GLU.limit, GLU.limit, gate)
     if GLU.alpha != 1.0:
-        a, slope = activated(x * GLU.alpha, GLU.activation)
-        a *= 1.0 / GLU.alpha
+        a, slope = activated(x * ALPHA, ACTIVATION)
+        a *= 1.0 / ALPHA
     else:
-        a, slope = activated(x, GLU.activation)
+        a, slope = activated(x, ACTIVATION)
     if GLU.limit is not None:
         slope = tl.where(gate > GLU.limit, 0.0, slope)
     return a, slope
