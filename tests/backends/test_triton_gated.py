@@ -84,6 +84,31 @@ def test_compiled_code(typical_executor: Executor) -> None:
     assert {"gated_forward", "gated_backward"} <= set(names)
 
 
+# Other kernels than those of the case above, or other tiles of them.
+COMPILED: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float16, dropout": (FP16, {"p": 0.25}),
+    "float32": (FP32, {}),
+    "rank 40": (BF16, {"ranks": (40, 64, 33)}),
+    "rank 100, dropout": (BF16, {"ranks": (100, 20, 40), "p": 0.25}),
+    "nf4, dropout": (BF16, {"nf4": MEMBERS, "p": 0.25}),
+    "fused, biases": (BF16, {"fused": True, "biased": ("gate", "down")}),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "float32" else pytest.mark.exhaustive)
+        for name in COMPILED
+    ],
+)
+def test_compiled_variants(ptx_executor: Executor, name: str) -> None:
+    dtype, changes = COMPILED[name]
+    with ptx_executor.counting_launches() as names:
+        check(replace(MANY, dtype=dtype, H=64, intermediate=64), ptx_executor.device, **changes)
+    assert "gated_forward" in names and {"gated_backward", "gated_gradients"} & set(names)
+
+
 @pytest.mark.parametrize(
     "is_fused",
     [
