@@ -12,6 +12,7 @@ import torch
 from expert_checks import INNER, E, block, check, fused, operands, run
 from machines import Executor, started
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 import lora_fast
@@ -293,6 +294,56 @@ def test_nothing_waits_for_the_offsets(arch: int, dtype: torch.dtype) -> None:
     products = [launch for launch in log.launches if launch.arguments.get("x_ptr") is not None]
     own = [launch for launch in products if launch.name.startswith("expert_product")]
     assert len(own) == (0 if (arch, dtype) == (90, BF16) else 4)
+
+
+class _Made(TorchDispatchMode):
+    """The elements of every tensor that is made, and not a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and func._schema.returns[0].alias_info is None:
+            self.elements.append(made.numel())
+        return made
+
+
+@pytest.mark.offline
+def test_what_a_layer_of_qwen3_makes_and_saves() -> None:
+    """Qwen3-30B-A3B, 8192 tokens: no tensor is as large as a projection of all experts, and saved
+    are x, the rows before the gate, S and the routing."""
+    experts, hidden, inner, tokens, k, R = 128, 2048, 768, 8192, 8, 16
+
+    def made(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def projection(N: int, K: int) -> Projection:
+        A, B = made(experts, R, K, dtype=FP32), made(N, R, experts, dtype=FP32).permute(2, 0, 1)
+        trained = A.requires_grad_(), B.requires_grad_()
+        return Projection(made(experts, N, K), None, *trained, 2.0)
+
+    x, w = made(tokens, hidden).requires_grad_(), made(tokens, k, dtype=FP32).requires_grad_()
+    index = made(tokens, k, dtype=torch.int64)
+    layers = projection(2 * inner, hidden), projection(hidden, inner)
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with stub_driver.recording(90), lora_fast.set_backend("triton"), _Made() as found:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = expert_layers.block(x, index, w, *layers, gate_of("silu"))
+        out.backward(made(tokens, hidden))
+    rows = tokens * k
+    assert max(found.elements) == rows * hidden < experts * 2 * inner * hidden
+    known = {id(t) for p in layers for t in p}
+    kept = [t for t in saved if id(t) not in known and t.shape not in (x.shape, w.shape)]
+    floats = sum(t.numel() for t in kept if t.is_floating_point())
+    assert floats == rows * (2 * inner + 2 * R)
+    assert sum(t.numel() for t in kept if not t.is_floating_point()) == 2 * rows + experts
 
 
 def test_compiled_code(typical_executor: Executor) -> None:
