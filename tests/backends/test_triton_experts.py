@@ -66,6 +66,17 @@ def test_a_block(
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("plain", [3, 4], ids=["first", "second"])
+def test_a_projection_without_an_adapter(
+    interpreter: Executor, plain: int, dtype: torch.dtype
+) -> None:
+    values = list(_some(tokens=8, bias=False))
+    values[plain] = {**values[plain], "A": None, "B": None}
+    check(values, "silu", dtype)
+
+
+@pytest.mark.interpreter
 def test_rows_of_no_expert(interpreter: Executor) -> None:
     x, index, w, first, second = _some(tokens=8)
     index[2] = E
