@@ -4,7 +4,8 @@
 
 Downloads the source distribution of the installed PEFT, which contains its tests, from PyPI into
 the virtual environment, once, adds the files that it lacks, and runs the tests of LoRA, VeRA, DoRA,
-AdaLoRA and (IA)³ twice. Tests that need a model from the hub fail in both runs. Fails if a test
+AdaLoRA and (IA)³ twice. Of the models of the hub there are stand-ins for those of
+``target_parameters``; tests that need another one fail in both runs. Fails if a test
 changes its outcome, if a call that the README promises to run fused did not, or if no call did.
 """
 
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from local_models import save_models
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -61,7 +64,6 @@ markers =
 filterwarnings =
     error::DeprecationWarning:transformers
     ignore:.*BPE.__init__ will not create from files anymore.*:DeprecationWarning:transformers
-    error::FutureWarning:transformers
 """
 # The distribution has no conftest.py. In this one the hub is never online, not even for the tests
 # that would have it so: they fail at once, and do not try to connect for a minute.
@@ -134,12 +136,14 @@ def _fill(work: Path) -> None:
     (tests / "conftest.py").write_text(CONFTEST)
     (work / "diffusers").mkdir()
     (work / "diffusers" / "__init__.py").write_text(DIFFUSERS)
-    (work / "pytest.ini").write_text(INI)
 
 
 def run_arm(name: str, out: Path, files: list[str], jobs: int, extra: list[str]) -> Arm:
     """Run the tests of `files`, with what they leave in `out`; exits if pytest itself broke."""
     work, left = prepared(), out / f"{name}.json"
+    if not (out / "hub").exists():
+        save_models(out / "hub")
+    (work / "pytest.ini").write_text(INI)
     command = [
         *(sys.executable, "-m", "pytest", "-q", "--tb", "no", "-n", str(jobs)),
         *("-p", "peft_suite_plugin", "-p", "no:cacheprovider", "-p", "no:benchmark"),
