@@ -17,6 +17,7 @@ from ..base_layer.obstacles import environment_obstacle, runs_own_forward
 from ..features import switched_off
 from ..gated_mlps.status import statuses
 from ..modules.adapter_module import AdapterModule
+from .expert_summary import about_experts
 
 # The route of a layer whose base computes its output by itself.
 OPAQUE = "opaque base"
@@ -90,11 +91,14 @@ class Report:
     tables.
 
     ``switched_off``: features that the installed versions lack and the model would use, and why.
+    ``experts``: which experts of a mixture train and which are quantised, in a line; None without
+    any.
     """
 
     layers: tuple[LayerReport, ...]
     switched_off: tuple[str, ...] = ()
     mlps: tuple[MLPReport, ...] = ()
+    experts: str | None = None
 
     @property
     def fused_calls(self) -> int:
@@ -136,6 +140,7 @@ class Report:
             lines += ["", *_aligned([titles, *map(_mlp_row, self.mlps)])]
             one = sum(mlp.fused for mlp in self.mlps)
             lines.append(f"{one} of {len(self.mlps)} gated MLPs run as one operation")
+        lines += [self.experts] if self.experts else []
         lines += [f"off: {reason}" for reason in self.switched_off]
         return "\n".join(lines)
 
@@ -179,7 +184,7 @@ def report(model: nn.Module) -> Report:
         )
         for found in found_mlps
     )
-    return Report(layers, switched_off(model), mlps)
+    return Report(layers, switched_off(model), mlps, about_experts(model))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -177,3 +177,5 @@ def _show_layers(console: Console, found: Diagnosis) -> None:
         console.print(
             f"  {path.count} × {path.kind} on {path.base}: {how} [dim]({escape(path.example)})[/]"
         )
+    if found.experts:
+        console.print(f"  {found.experts}")

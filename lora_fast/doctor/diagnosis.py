@@ -54,7 +54,8 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The findings. ``problems``: what is broken, one line each; ``warnings``: what the model and
+    """The findings. ``problems``: what is broken, one line each; ``experts``: which of a mixture
+    train and which are quantised; ``warnings``: what the model and
     its adapters would do without a word; ``switched_off``: features that these versions lack,
     without which the rest works."""
 
@@ -68,6 +69,7 @@ class Diagnosis:
     kernels: tuple[KernelCheck, ...]
     model: str | None
     layers: tuple[LayerPath, ...]
+    experts: str | None
     warnings: tuple[str, ...]
     switched_off: tuple[str, ...]
     problems: tuple[str, ...]
@@ -121,11 +123,12 @@ def diagnose(
     ]
     layers: tuple[LayerPath, ...] = ()
     warnings: tuple[str, ...] = ()
+    experts: str | None = None
     if autocast not in AUTOCAST:
         raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, got {autocast!r}")
     if model is not None:
         told(f"Building {model} without its weights")
-        layers, warnings = layer_paths(
+        layers, warnings, experts = layer_paths(
             model, adapter or config, method, quantize, target_modules,
             autocast=AUTOCAST[autocast], has_weights=adapter is not None,
         )  # fmt: skip
@@ -140,6 +143,7 @@ def diagnose(
         kernels=checks,
         model=model,
         layers=layers,
+        experts=experts,
         warnings=warnings,
         switched_off=(*switched_off(), *_too_old_for_commands(packages)),
         problems=tuple(problems),
@@ -155,9 +159,11 @@ def layer_paths(
     *,
     autocast: torch.dtype | None = None,
     has_weights: bool = True,
-) -> tuple[tuple[LayerPath, ...], tuple[str, ...]]:
-    """The path of each adapted layer of a model that is not loaded, grouped by kind, and the lines
-    of pitfalls. `adapter`: a folder, or unless it `has_weights` a config alone."""
+) -> tuple[tuple[LayerPath, ...], tuple[str, ...], str | None]:
+    """The path of each adapted layer of a model that is not loaded, grouped by kind, the lines of
+    pitfalls, and one on its experts if it has any. `adapter`: a folder, or unless it
+    `has_weights` a config alone."""
+    from ..acceleration.expert_summary import about_experts
     from ..acceleration.pitfalls import pitfalls
     from ..acceleration.report import adapted_layers, report
     from ..acceleration.switch import accelerate
@@ -185,8 +191,10 @@ def layer_paths(
             found[key] += 1
             example.setdefault(key, name)
         said = pitfalls(fake, autocast=autocast)
+        trained = adapter is None and quantize == "nf4"
+        experts = about_experts(fake, will_be_packed=trained)
     paths = tuple(LayerPath(*key, count, example[key]) for key, count in found.items())
-    return paths, said
+    return paths, said, experts
 
 
 def _wrapped(
