@@ -12,6 +12,7 @@ from expert_models import (
     FUSES,
     OTHERS,
     TYPICAL,
+    R,
     adapted,
     expert_base,
     expert_parameters,
@@ -42,6 +43,26 @@ def test_families_train_as_stock(family: str) -> None:
     assert report.all_fused
     assert report.fused_calls == len(wrappers(fused)) == len(report.layers)
     assert {line.base for line in report.layers} == {"float32"}
+
+
+@needs_fused
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", [*TYPICAL, *OTHERS])
+def test_one_token_and_experts_without_rows(family: str) -> None:
+    stock, fused = pair(family)
+    found, expected = (results(m, samples=1, tokens=2) for m in (fused, stock))
+    assert_models_agree(found, expected)
+    idle = [g for n, g in found.items() if "lora_A" in n and g is not None and _has_idle(g)]
+    assert idle, "every expert has rows"
+    with torch.no_grad():
+        one = {key: value[:1, :1] for key, value in inputs().items()}
+        assert_models_agree({"logits": fused(**one).logits}, {"logits": stock(**one).logits})
+    assert lora_fast.report(fused).all_fused
+
+
+def _has_idle(gradient: Tensor) -> bool:
+    """Whether lora_A [E · r, K] of some expert has no gradient."""
+    return not gradient.view(-1, R, gradient.shape[1]).flatten(1).any(1).all()
 
 
 @parameters
