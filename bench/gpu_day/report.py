@@ -24,6 +24,7 @@ _CONTESTS = {
     "shorter_layers": "Decoder layers of fewer tokens, forward + backward",
     "linears": "Adapted linears",
     "inference": "Few rows without gradients",
+    "experts": "Blocks of experts, forward + backward",
     "operations": "Groups, other methods and single kernels",
 }
 

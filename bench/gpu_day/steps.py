@@ -37,6 +37,7 @@ STEPS = (
     Step(
         "operations", "operations:units", 600, 120, "groups, DoRA, VeRA, decoding, norms, merging"
     ),
+    Step("experts", "blocks_of_experts:units", 900, 200, "blocks of experts, dense and NF4"),
     Step("inference", "linears:inference", 600, 120, "1 to 64 rows without gradients"),
     Step("sanitizer", "commands:sanitizer", 900, 300, "compute-sanitizer over one step"),
     Step("profile", "commands:profile", 600, 300, "ncu: bytes that the kernels really move"),

@@ -33,6 +33,7 @@ _NO_LAUNCH = {
     "_reshape_alias",
     "set_",
     "is_same_size",
+    "device",  # asked of a fake tensor
     "_local_scalar_dense",
     # lora_fast's seed, which on CUDA comes from the generator's state and not from a kernel.
     "randint",

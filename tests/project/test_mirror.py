@@ -128,7 +128,10 @@ TESTED_IN = {
     "bench/quantised_base.py": "bench/test_bench.py",
     "bench/linear.py": "bench/test_bench.py",
     "bench/linear_cases.py": "bench/test_bench.py",
-    "bench/experts.py": "bench/test_bench.py",
+    "bench/expert_blocks.py": "bench/test_experts.py",
+    "bench/expert_counts.py": "bench/test_experts.py",
+    "bench/expert_graphs.py": "bench/test_experts.py",
+    "bench/expert_plots.py": "bench/test_experts.py",
     "bench/instruments/device_label.py": "bench/test_bench.py",
     "bench/instruments/paired.py": "bench/test_bench.py",
     "bench/instruments/gated_traffic.py": "bench/offline/test_traffic.py",
@@ -138,7 +141,8 @@ TESTED_IN = {
         f"bench/gpu_day/{name}.py": f"bench/gpu_day/test_{test}.py"
         for test, names in {
             "decisive": "measured_e",
-            "rehearsal": "accuracy ceilings decoder_layers one_step operations plans run_units",
+            "rehearsal": "accuracy blocks_of_experts ceilings decoder_layers one_step operations "
+            "plans run_units",
             "measuring": "device integrations linears modelled stand_in tables timing",
             "day": "commands journal report runner steps",
         }.items()
