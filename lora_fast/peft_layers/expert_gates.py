@@ -18,6 +18,8 @@ from ..backends.torch_gates import GluForm
 from ..gated import ACTIVATIONS
 from ..gated_mlps.closed_code import PRIMITIVES, Unprovable, is_of_torch, reads_of
 
+_ABSENT: Any = object()
+
 
 class _Code(NamedTuple):
     """A method, the class of its object, and what of the object its result can depend on."""
@@ -45,24 +47,25 @@ def form_of(module: Any) -> GluForm | None:
 
 def _code(module: Any, function: FunctionType) -> _Code:
     found = ((name, _attribute(module, name)) for name in function.__code__.co_names)
-    return _Code(function, type(module), tuple((n, v) for n, v in found if v is not None))
+    return _Code(function, type(module), tuple((n, v) for n, v in found if v is not _ABSENT))
 
 
 def _attribute(module: Any, name: str) -> Any:
-    """An attribute of a module as far as symbols take it, in a shape that can be compared."""
-    value = module.__dict__.get(name, module._modules.get(name))
+    """An attribute of a module as far as symbols take it, in a shape that can be compared; what
+    they do not take is absent."""
+    value = module.__dict__.get(name, module._modules.get(name, _ABSENT))
     if isinstance(value, nn.Module):
         forward = type(value).forward
         if "forward" in value.__dict__ or not isinstance(forward, FunctionType):
-            return None
+            return _ABSENT
         return _code(value, forward)
     if isinstance(value, functools.partial):
         constants = (*value.args, *value.keywords.values())
         if not is_of_torch(value.func) or not all(isinstance(v, PRIMITIVES) for v in constants):
-            return None
+            return _ABSENT
         return _Partial(value.func, value.args, tuple(value.keywords.items()))
     is_function = isinstance(value, (FunctionType, BuiltinFunctionType)) and is_of_torch(value)
-    return value if is_function or isinstance(value, PRIMITIVES) else None
+    return value if is_function or isinstance(value, PRIMITIVES) else _ABSENT
 
 
 @functools.lru_cache(maxsize=64)

@@ -120,6 +120,17 @@ OTHERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def test_a_limit_that_may_be_none() -> None:
+    def gate(self: Any, rows: Tensor) -> Tensor:
+        first, second = rows.chunk(2, dim=-1)
+        if self.limit is not None:
+            first, second = first.clamp(max=self.limit), second.clamp(-self.limit, self.limit)
+        return silu(first) * second
+
+    assert form_of(_experts(gate)) == HALVES
+    assert form_of(_experts(gate, limit=None)) == GluForm("silu")
+
+
 def test_code_of_ones_own() -> None:
     def gate(self: Any, rows: Tensor) -> Tensor:
         first, second = torch.chunk(rows, 2, -1)
