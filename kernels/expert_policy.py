@@ -1,5 +1,7 @@
 """The tiles of the kernels of experts: pure functions of dtype and what a launch computes."""
 
+from dataclasses import replace
+
 import torch
 
 from .launch_policy import RowsConfig, StripConfig, pick_strips
@@ -7,6 +9,8 @@ from .launch_policy import RowsConfig, StripConfig, pick_strips
 # Most experts have some hundred rows of a call: tiles of 64, of which little is padding. What is
 # read of a factor is read again for every tile of rows, from the L2 cache.
 _GATHER = RowsConfig(32, 64, num_warps=4, num_stages=4)
+# Of 64 columns of a float32 A fewer are on their way: two CTAs fit where shared memory is small.
+_GATHER_WIDE_RANK = replace(_GATHER, num_stages=3)
 _GATHER_FLOAT32 = RowsConfig(16, 32, num_warps=4, num_stages=2)
 # A product with W, with the low rank in the same sum, where torch has no grouped product.
 _PRODUCT = RowsConfig(64, 128, num_warps=4, num_stages=3)
@@ -15,16 +19,17 @@ _ADD = RowsConfig(64, 128, num_warps=4, num_stages=1)
 _PRODUCT_FLOAT32 = RowsConfig(32, 64, num_warps=4, num_stages=2, MAX_R=16)
 # Tokens, and columns of 16-bit rows that load in vectors of 16 bytes.
 _SCATTER = RowsConfig(16, 128, num_warps=4, num_stages=1)
-OF_EXPERTS = (_GATHER, _GATHER_FLOAT32, _PRODUCT, _ADD, _PRODUCT_FLOAT32, _SCATTER)
 
 # Columns of K in a step of a product with W.
 PRODUCT_K = 64
 PRODUCT_K_FLOAT32 = 16
 
 
-def pick_gather(dtype: torch.dtype) -> RowsConfig:
-    """The tiles of expert_shrink."""
-    return _GATHER_FLOAT32 if dtype == torch.float32 else _GATHER
+def pick_gather(dtype: torch.dtype, R: int) -> RowsConfig:
+    """The tiles of expert_shrink for rank R."""
+    if dtype == torch.float32:
+        return _GATHER_FLOAT32
+    return _GATHER_WIDE_RANK if R > 32 else _GATHER
 
 
 def pick_product(dtype: torch.dtype, *, has_base: bool) -> RowsConfig:

@@ -143,7 +143,7 @@ def gather(
         dots=None if vector is None else empty(x, M, dtype=torch.float32),
     )
     _launch(
-        config or pick_gather(x.dtype), x, order, offsets, F, float(scaling), vector, found,
+        config or pick_gather(x.dtype, R), x, order, offsets, F, float(scaling), vector, found,
         widens, is_grad,
     )  # fmt: skip
     return found
