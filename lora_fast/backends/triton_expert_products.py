@@ -127,7 +127,6 @@ def product(
     if rows.device.type == "cpu":
         out = _one_by_one(rows, W, offsets)
     elif _is_one_launch(rows, W):
-        W = W if W.dtype == rows.dtype else W.to(rows.dtype)
         out = _grouped(rows, W.mT, offs=offsets.int())
     else:
         made: Tensor = expert_product.product(rows, W, offsets, low_rank, bias)
@@ -138,8 +137,9 @@ def product(
 
 
 def _is_one_launch(rows: Tensor, W: Tensor) -> bool:
-    """Whether torch's grouped product takes these operands, in one launch."""
-    if _grouped is None or rows.dtype is not torch.bfloat16 or rows.stride(-1) != 1:
+    """Whether torch's grouped product takes these operands, in one launch and without a copy of a W
+    in another dtype."""
+    if _grouped is None or not rows.dtype is W.dtype is torch.bfloat16 or rows.stride(-1) != 1:
         return False
     sizes = [*W.shape[1:], rows.stride(0), W.storage_offset(), rows.storage_offset()]
     if 1 not in W.stride()[1:] or any(size % _ALIGNED for size in sizes):
