@@ -74,14 +74,26 @@ def gated_backward(
     return _gradients_before(backend, dYs, x, saved.S, linears, needs)._replace(down=of_down)
 
 
-def activated(gate: Tensor, activation: Activation) -> Tensor:
-    """act(gate), in new memory; differentiable."""
+def activated(gate: Tensor, activation: Activation, out: Tensor | None = None) -> Tensor:
+    """act(gate), in new memory and differentiable, or in `out`."""
+    if out is not None:
+        return _activated_in(out, gate, activation)
     if activation == "silu":
         return functional.silu(gate)
     if activation in _APPROXIMATION:
         return functional.gelu(gate, approximate=_APPROXIMATION[activation])
     rectified = torch.relu(gate)
     return rectified if activation == "relu" else rectified * rectified
+
+
+def _activated_in(out: Tensor, gate: Tensor, activation: Activation) -> Tensor:
+    aten: Any = torch.ops.aten
+    if activation == "silu":
+        return aten.silu.out(gate, out=out)
+    if activation in _APPROXIMATION:
+        return aten.gelu.out(gate, approximate=_APPROXIMATION[activation], out=out)
+    aten.relu.out(gate, out=out)
+    return out if activation == "relu" else out.mul_(out)
 
 
 def activation_gradient(

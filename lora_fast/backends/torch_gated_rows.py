@@ -48,7 +48,9 @@ def gated_forward(
         product = None if f is None else _Product(f, M, dtype, work)
         dropout = None if f is None else _drawn(f, M, gate)
         for some in _blocks(gate, width if f is None else f.weight.shape[0], linears):
-            h = activated(_of(gate, some).to(work), activation).mul_(_of(up, some))
+            wide_gate = _of(gate, some).to(work)
+            memory = None if product is None else product.memory_beside_S(wide_gate.shape[0])
+            h = activated(wide_gate, activation, memory).mul_(_of(up, some))
             if f is not None and product is not None:
                 S_some = None
                 if f.A is not None:
@@ -93,16 +95,31 @@ class _Product:
 
     def __init__(self, f: Factors, M: int, dtype: torch.dtype, work: torch.dtype) -> None:
         self._f, self._W = f, dense(f.weight, dtype).to(work)
-        self._is_one = f.B is not None and work.itemsize == 2 and self._W.shape[1] <= M
+        self._K = self._W.shape[1]
+        self._is_one = f.B is not None and work.itemsize == 2 and self._K <= M
+        self._wide: Tensor | None = None
         if self._is_one:
             Q = low_rank.expand_factor(f, work) * f.constants.scaling
             self._W = torch.cat([self._W, Q], dim=1)
             self._bias = None if f.bias is None else f.bias.to(work)
 
+    def memory_beside_S(self, rows: int) -> Tensor | None:
+        """Memory [rows, K] of the x that is given next, or None: then no more of it is needed."""
+        if not self._is_one:
+            return None
+        if self._wide is None:
+            self._wide = self._W.new_empty(rows, self._W.shape[1])
+        return self._wide[:rows, : self._K]
+
     def __call__(self, rows: Tensor, S: Tensor | None) -> Tensor:
         if not self._is_one:
             return adapted(rows, self._W, S, self._f, self._f.bias)
-        return linear(torch.cat([rows, given(S).to(rows.dtype)], dim=1), self._W, self._bias)
+        if self._wide is None:
+            wide = torch.cat([rows, given(S).to(rows.dtype)], dim=1)
+        else:
+            wide = self._wide[: rows.shape[0]]
+            wide[:, self._K :] = given(S)
+        return linear(wide, self._W, self._bias)
 
 
 def gated_backward(
@@ -117,7 +134,11 @@ def gated_backward(
     gate, up, rows = (rows_of(t, t.dtype) for t in (*halves(given(saved.gate), saved.up), dY))
     blocks, work = _blocks(gate, rows.shape[1], linears), product_dtypes(rows)[0]
     places = [i for i in (0, 1) if isinstance(linears[i], Factors)]
-    memory = gate.new_empty(2 * _of(gate, blocks[0]).numel(), dtype=work)
+    # Memory of some rows, which those after them use again; fused layers want both side by side.
+    most, both = _of(gate, blocks[0]).shape, None
+    memory = [gate.new_empty(most, dtype=work) for _ in range(2)]
+    if linears.is_fused:
+        both = gate.new_empty(most[0], 2 * most[1], dtype=work)
     # Where they were computed elsewhere, their gradients are results.
     results: dict[int, Tensor | None] = {i: None for i in (0, 1) if i not in places and needs[i].x}
     with without_autocast(dY):
@@ -127,17 +148,20 @@ def gated_backward(
             down = _Down(linears.down, needs.down, saved.Sd, rows, len(blocks) > 1)
         for some in blocks:
             wide_gate, wide_up = _of(gate, some).to(work), _of(up, some).to(work)
-            acted = activated(wide_gate, activation)
+            acted, h = (_first(t, wide_gate.shape[0]) for t in memory)
+            acted = activated(wide_gate, activation, acted)
             if down is None:
-                dH = _of(rows, some).to(work)
+                dH = _of(rows, some).to(work, copy=True)
             else:
-                dH = down.add(some, acted * wide_up if needs.down.A else None)
-            both, *pair = _halves_in(memory, wide_gate.shape, fused=linears.is_fused)
+                dH = down.add(some, torch.mul(acted, wide_up, out=h) if needs.down.A else None)
+            # In the memory of what is not read again, or side by side.
+            joined = None if both is None else _first(both, dH.shape[0])
+            pair = (dH, acted) if joined is None else joined.chunk(2, dim=1)
             torch.mul(dH, acted, out=pair[1])
-            activation_gradient(dH * wide_up, wide_gate, activation, out=pair[0])
+            activation_gradient(dH.mul_(wide_up), wide_gate, activation, out=pair[0])
             for i, whole in results.items():
                 results[i] = _with(whole, some, pair[i], gate.shape[0], gate.dtype)
-            before.add(some, [both] if linears.is_fused else [pair[i] for i in places])
+            before.add(some, [pair[i] for i in places] if joined is None else [joined])
         of_read_x = before.gradients(None if x is None else rows_of(x, x.dtype))
     lead = dY.shape[:-1]
     found = [Gradients(x=_shaped(results.get(i), lead)) for i in (0, 1)]
@@ -195,10 +219,12 @@ class _Down:
             if self._dropout is None and self._dS.dtype is work and work.itemsize == 2 and N <= M:
                 self._dY, below = torch.cat([self._dY, self._dS], dim=1), f.A.to(work)
         self._is_one = below is not None
+        self._dH: Tensor | None = None
         self._W = _Weights([f], dY.dtype, work, keeps_weights, below)
 
     def add(self, some: slice | None, h: Tensor | None) -> Tensor:
-        """dH of some rows, whose part of dA is added; `h` if A trains."""
+        """dH of some rows, in memory that the next ones take, whose part of dA is added; `h` if A
+        trains."""
         dropout, dH = _dropped(self._dropout, some), None
         if self._dS is not None:
             dS = _of(self._dS, some)
@@ -208,7 +234,12 @@ class _Down:
             if h is not None:
                 dA = low_rank.factor_gradient(dS, h.to(self._narrow), dropout)
                 self._dA = dA if self._dA is None else self._dA.add_(dA)
-        return add_product(dH, _of(self._dY, some), self._W[0])
+        dY, W = _of(self._dY, some), self._W[0]
+        if not self._is_one:
+            return add_product(dH, dY, W)
+        if self._dH is None:
+            self._dH = dY.new_empty(dY.shape[0], W.shape[1])
+        return torch.mm(dY, W, out=_first(self._dH, dY.shape[0]))
 
     @property
     def gradients(self) -> Gradients:
@@ -309,16 +340,6 @@ def _blocks(gate: Tensor, N: int, linears: GatedLinears) -> list[slice | None]:
     return [slice(start, min(start + step, M)) for start in range(0, M, step)]
 
 
-def _halves_in(memory: Tensor, shape: Sequence[int], *, fused: bool) -> tuple[Tensor, ...]:
-    """Memory for dgate and dup [rows, I], after both in one [rows, 2I] if the layers are fused."""
-    rows, width = shape
-    memory = memory[: 2 * rows * width]
-    if fused:
-        both = memory.view(rows, 2 * width)
-        return both, *both.chunk(2, dim=1)
-    return memory, *memory.view(2, rows, width).unbind(0)
-
-
 def _scaled(dB: Tensor, f: Factors) -> Tensor:
     return dB.mul_(f.constants.scaling).to(given(f.B).dtype).contiguous()
 
@@ -338,6 +359,10 @@ def _drawn(f: Factors, M: int, like: Tensor) -> Dropout | None:
 def _dropped(dropout: Dropout | None, some: slice | None) -> Dropout | None:
     """The dropout of some rows."""
     return None if dropout is None else Dropout(_of(dropout.mask, some), dropout.p)
+
+
+def _first(memory: Tensor, rows: int) -> Tensor:
+    return memory if memory.shape[0] == rows else memory[:rows]
 
 
 def _of(rows: Tensor, some: slice | None) -> Tensor:
