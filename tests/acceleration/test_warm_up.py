@@ -162,4 +162,5 @@ def test_the_number_of_kernels_does_not_grow_with_the_model():
             model(x)
     assert len(log.launches) > before
     assert {id(launch.kernel) for launch in log.launches[before:]} <= warmed
-    assert len(warmed) <= 10
+    # One of them makes dB of a group's layers in one launch.
+    assert len(warmed) <= 11
