@@ -322,9 +322,10 @@ class _Made(TorchDispatchMode):
 
 
 @pytest.mark.offline
-def test_what_a_layer_of_qwen3_makes_and_saves() -> None:
-    """Qwen3-30B-A3B, 8192 tokens: no tensor is as large as a projection of all experts, and saved
-    are x, the rows before the gate, S and the routing."""
+@pytest.mark.parametrize("stored", [BF16, FP32], ids=str)
+def test_what_a_layer_of_qwen3_makes_and_saves(stored: torch.dtype) -> None:
+    """Qwen3-30B-A3B, 8192 tokens: no tensor is as large as a projection of all experts, not where W
+    has another dtype either, and saved are x, the rows before the gate, S and the routing."""
     experts, hidden, inner, tokens, k, R = 128, 2048, 768, 8192, 8, 16
 
     def made(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -333,7 +334,7 @@ def test_what_a_layer_of_qwen3_makes_and_saves() -> None:
     def projection(N: int, K: int) -> Projection:
         A, B = made(experts, R, K, dtype=FP32), made(N, R, experts, dtype=FP32).permute(2, 0, 1)
         trained = A.requires_grad_(), B.requires_grad_()
-        return Projection(made(experts, N, K), None, *trained, 2.0)
+        return Projection(made(experts, N, K, dtype=stored), None, *trained, 2.0)
 
     x, w = made(tokens, hidden).requires_grad_(), made(tokens, k, dtype=FP32).requires_grad_()
     index = made(tokens, k, dtype=torch.int64)
