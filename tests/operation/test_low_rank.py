@@ -42,6 +42,22 @@ BACKENDS = [
     ),
 ]
 
+# What differs between the kernels' variants; not every one on every architecture in every run.
+PTX_CASES = ("dropout and bias", "in place, wide adapters", "spans", "gains")
+PTX = [
+    pytest.param(
+        machine,
+        case,
+        id=f"{name}-{case}",
+        marks=marks
+        if case == PTX_CASES[0] or name == "sm_90"
+        else [*marks, pytest.mark.exhaustive],
+    )
+    for name, machine, marks in MACHINES
+    for case in PTX_CASES
+    if name.startswith("sm_")
+]
+
 
 @pytest.fixture(params=BACKENDS)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
@@ -106,6 +122,23 @@ def plain(
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_accuracy(device: torch.device, case: dict[str, Any]) -> None:
+    check(device, case)
+
+
+@pytest.mark.parametrize(("machine", "name"), PTX)
+def test_compiled(machine: Any, name: str) -> None:
+    """The PTX of every launch, with its races looked for, and in the opposite order of programs."""
+    with started(machine()) as running:
+        forward = check(running.device, CASES[name])
+        with running.with_options(schedule="reverse"):
+            backward = check(running.device, CASES[name])
+    for key, value in forward.items():
+        assert value is not None and backward[key] is not None
+        assert_same_bits(backward[key], value, name=key)
+
+
+def check(device: torch.device, case: dict[str, Any]) -> dict[str, Tensor | None]:
+    """y and all gradients obey the rule, and are the same a second time."""
     tensors, p = operands(device, case), case.get("p", 0.0)
     y, x, bias, A, B, b, d = tensors.values()
     assert x is not None
@@ -141,6 +174,7 @@ def test_accuracy(device: torch.device, case: dict[str, Any]) -> None:
     for name, value in actual.items():
         assert value is not None and again[name] is not None
         assert_same_bits(again[name], value, name=name)
+    return actual
 
 
 def test_what_needs_no_gradient_gets_none_and_twice_is_refused() -> None:
