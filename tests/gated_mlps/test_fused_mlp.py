@@ -73,12 +73,11 @@ def test_family(family: str) -> None:
     fused = accelerated_copy(stock)
     expected, found = gradients(stock), gradients(fused)
     assert found.keys() == expected.keys()
-    norms = [t.double().norm().item() for t in expected.values() if t is not None]
     for name, gradient in expected.items():
         if gradient is None:
             assert found[name] is None
             continue
-        assert_agree(found[name], gradient, within=ORDER_DIFFERENCE, beside=max(norms), name=name)
+        assert_agree(found[name], gradient, within=ORDER_DIFFERENCE, name=name)
     mlps = lora_fast.report(fused).mlps
     assert [mlp.fused_calls for mlp in mlps if mlp.fused] == [1] * FAMILIES[family]
     assert not any(mlp.fallback_calls for mlp in mlps)
