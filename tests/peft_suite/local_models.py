@@ -1,5 +1,5 @@
-"""Stand-ins for the models of the hub that PEFT's tests of ``target_parameters`` load: the same
-classes, tiny and random, in a folder that is laid out as the hub's cache."""
+"""Stand-ins for the models of the hub that PEFT's tests of experts load: the same classes, tiny and
+random, in a folder that is laid out as the hub's cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 _SIZES = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -25,6 +32,10 @@ def _configs() -> dict[str, Any]:
         "hf-internal-testing/tiny-random-LlamaForCausalLM": LlamaConfig(**sizes),
         "trl-internal-testing/tiny-GptOssForCausalLM": GptOssConfig(**_SIZES, layer_types=_LAYERS),
         "trl-internal-testing/tiny-Llama4ForCausalLM": llama4,
+        "trl-internal-testing/tiny-Qwen3MoeForCausalLM": Qwen3MoeConfig(
+            **_SIZES, num_experts=4, moe_intermediate_size=32
+        ),
+        "hf-internal-testing/Mixtral-tiny": MixtralConfig(**_SIZES),
     }
 
 

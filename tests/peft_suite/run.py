@@ -42,6 +42,7 @@ FILES = [
     "tuners_utils",
     "mixed",
     "target_parameters",
+    "integrations",
     "trainable_tokens",
     "other",
     "bdlora",
