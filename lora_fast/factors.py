@@ -72,7 +72,8 @@ class Needs(NamedTuple):
         return self.g
 
     @property
-    def saves_mask(self) -> bool:
+    def reads_mask(self) -> bool:
+        """Whether the backward pass draws dropout's mask again."""
         return self.A or self.x
 
 
@@ -84,14 +85,11 @@ def needs_of_all(needs: Sequence[Needs]) -> Needs:
 class Saved(NamedTuple):
     """Tensors saved for backward, beside x and the factors.
 
-    S = drop(x) Aᵀ [M, R], of a group side by side [M, Σ R_i] · V = y before g and the bias [M, N] ·
-    mask [M, K] (bool) of dropout, from a backend for which saving it is cheaper than drawing it
-    again.
+    S = drop(x) Aᵀ [M, R], of a group side by side [M, Σ R_i] · V = y before g and the bias [M, N].
     """
 
     S: Tensor | None = None
     V: Tensor | None = None
-    mask: Tensor | None = None
 
 
 class Gradients(NamedTuple):

@@ -2,8 +2,8 @@
 
     S = drop(x) Aᵀ     dX = drop'(dS A)     dA = dSᵀ drop(x)     drop(x) = keep ⊙ x / (1 − p)
 
-The mask is saved, one byte per element; drop(x) is computed for a few rows at a time, so on a CPU
-it never leaves the cache.
+Saved for backward is the seed, from which the mask is drawn again; drop(x) is computed for a few
+rows at a time, so on a CPU it never leaves the cache.
 """
 
 from __future__ import annotations

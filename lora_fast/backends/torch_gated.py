@@ -2,8 +2,7 @@
 
     h = act(gate) ⊙ up          dup = dH ⊙ act(gate)          dgate = dH ⊙ up ⊙ act'(gate)
 
-gate and up are saved with the low rank in them. h is computed again in the backward pass, and the
-masks of the torch backend are drawn again.
+gate and up are saved with the low rank in them. h is computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..factors import Factors, Gradients, Needs, Saved, needs_of_all
+from ..factors import Factors, Gradients, Needs, Saved
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from .torch_low_rank import given
 from .torch_products import wide_dtype
@@ -56,9 +55,7 @@ def gated_backward(
     else:
         f = linears.down
         h = (acted * up).to(gate.dtype) if needs.down.A else None
-        mask = _mask_again(backend, f, dY, linears.width, needs.down)
-        of_saved = Saved(saved.Sd, None, mask)
-        (of_down,) = backend.backward([dY], h, of_saved, [f], [needs.down])
+        (of_down,) = backend.backward([dY], h, Saved(saved.Sd), [f], [needs.down])
         dH = of_down.x
         if dH is None:
             return GatedGradients(None, _NOTHING, _NOTHING, of_down)
@@ -142,9 +139,7 @@ def _gradients_before(
         fs: list[Any] = [linears[i] for i in places]
         wanted: list[Needs] = [needs[i] for i in places]
         dY = [given(dYs[i]) for i in places]
-        need = needs_of_all(wanted)
-        mask = _mask_again(backend, fs[0], dY[0], fs[0].weight.shape[1], need)
-        of_saved = Saved(S if fs[0].A is not None else None, None, mask)
+        of_saved = Saved(S if fs[0].A is not None else None)
         for i, grads in zip(places, backend.backward(dY, x, of_saved, fs, wanted), strict=True):
             if grads.x is not None:
                 dX = grads.x if dX is None else dX.add_(grads.x)
@@ -164,12 +159,3 @@ def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate, up
     gate, up = gate.chunk(2, dim=-1)
     return gate, up
-
-
-def _mask_again(backend: Any, f: Factors, dY: Tensor, K: int, need: Needs) -> Tensor | None:
-    """The mask [M, K] of the input of a layer, for a backend that saves it."""
-    p, seed = f.constants.dropout_p, f.constants.dropout_seed
-    if p == 0.0 or f.A is None or not need.saves_mask or not backend.copies_input:
-        return None
-    mask: Tensor = backend.dropout_mask(seed, dY.numel() // dY.shape[-1], K, p, dY.device)
-    return mask

@@ -269,7 +269,7 @@ class _Before:
         self._sums: list[dict[str, Tensor]] = [{} for _ in fs]
         self._dropout: Dropout | None = None
         self._dS: Tensor | None = None
-        if self._ranked and self._need.saves_mask:
+        if self._ranked and self._need.reads_mask:
             self._dropout = _drawn(self._ranked[0], self._M, dY)
         self._dtype = dY.dtype
         self.dX: Tensor | None = None
@@ -287,7 +287,7 @@ class _Before:
                 dB = rows_product(S, dY).T if dY.shape[0] >= _ROWS else rows_product(dY, S)
                 self._sum(i, "B", dB)
         dX = None
-        if self._A is not None and self._need.saves_mask:
+        if self._A is not None and self._need.reads_mask:
             dS = self._shrunk(some, narrows)
             if self._need.x:
                 dropout = _dropped(self._dropout, some)

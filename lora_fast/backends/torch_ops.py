@@ -55,7 +55,8 @@ class TorchBackend:
             S = V = dropout = None
             columns: Sequence[Tensor | None] = [None]
             if f.A is not None:
-                dropout = None if f.constants.dropout_p == 0.0 else _drawn(f, rows)
+                if f.constants.dropout_p > 0.0:
+                    dropout = _drawn(f, rows.shape[0], rows.device)
                 A, ranks = (f.A, None) if len(fs) == 1 else stacked(fs, narrow)
                 x_narrow = rows if narrow is work else rows.to(narrow)
                 S = low_rank.shrink(x_narrow, A, dropout, f.constants.rank_spans)
@@ -76,7 +77,6 @@ class TorchBackend:
         return ys, Saved(
             S if need.saves_S else None,
             V if V is not None and need.saves_V else None,
-            dropout.mask if dropout is not None and need.saves_mask else None,
         )
 
     def backward(
@@ -92,9 +92,10 @@ class TorchBackend:
         with without_autocast(dYs[0]):
             dYs = [rows_of(dY, work) for dY in dYs]
             narrows = dYs if narrow is work else [dY.to(narrow) for dY in dYs]
-            dropout = None if saved.mask is None else Dropout(saved.mask, f.constants.dropout_p)
-            dS = None
-            if f.A is not None and (need.A or need.x):
+            dS = dropout = None
+            if f.A is not None and need.reads_mask:
+                if f.constants.dropout_p > 0.0:
+                    dropout = _drawn(f, narrows[0].shape[0], dYs[0].device)
                 parts = list(map(low_rank.shrunk_gradient, narrows, fs))
                 dS = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             S = columns_of(saved.S, fs)
@@ -229,10 +230,10 @@ class TorchBackend:
 TORCH = TorchBackend()
 
 
-def _drawn(f: Factors, x: Tensor) -> Dropout:
-    """The dropout of x [M, K] in a forward pass."""
-    (M, K), p, seed = x.shape, f.constants.dropout_p, f.constants.dropout_seed
-    return Dropout(dropout_mask(seed, M, K, p, x.device), p)
+def _drawn(f: Factors, M: int, device: torch.device) -> Dropout:
+    """The dropout of x [M, K], the same in forward and backward."""
+    p, seed, K = f.constants.dropout_p, f.constants.dropout_seed, given(f.A).shape[1]
+    return Dropout(dropout_mask(seed, M, K, p, device), p)
 
 
 def _gained(rows: Tensor, W: Tensor, S: Tensor | None, f: Factors) -> tuple[Tensor, Tensor]:

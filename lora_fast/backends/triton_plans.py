@@ -77,7 +77,7 @@ class PlannedTritonBackend(TritonBackend):
             return super().backward(dYs, x, saved, fs, needs, plan)
         geometry: Geometry
         operands: list[Any]
-        S, V, _ = saved
+        S, V = saved
         if is_plain:
             beside, tensors = (x is None, S is None), [t for t in (*dYs, x, S) if t is not None]
             geometry, operands = _of_gradients.find(beside, tensors, fs)

@@ -1,9 +1,9 @@
 """The operation, for one layer or several that read the same x, and its gradients.
 
 Saved for backward, beside parameters: x if A (or W) trains, S = drop(x) Aᵀ if B, b or d trains, V =
-(y − bias) / g if g trains. For dropout the seed is saved; on the torch backend also a copy of x,
-which the caller may change in place as with PEFT, and the mask, one byte per element. An NF4 weight
-stays packed and is decoded again, except where checkpointing recomputes (:mod:`recomputation`).
+(y − bias) / g if g trains. For dropout the seed is saved, and its mask drawn again; on the torch
+backend also a copy of x, which the caller may change in place as with PEFT. A 4-bit weight stays
+packed and is decoded again, except where checkpointing recomputes (:mod:`recomputation`).
 """
 
 from __future__ import annotations
@@ -121,16 +121,16 @@ class AdaptedLinears(torch.autograd.Function):
         if keeps_weights:
             read_by, numbered = recomputation.remembering(fs), None
         if numbered is None or backend.name == "torch":
-            ys, (S, V, mask) = backend.forward(x, read_by, needs)
+            ys, (S, V) = backend.forward(x, read_by, needs)
         else:
             planned: Any = backend
-            ys, (S, V, mask) = planned.forward(x, fs, needs, None, numbered)
+            ys, (S, V) = planned.forward(x, fs, needs, None, numbered)
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
         read = saved_input(x, constants, need, copies=backend.copies_input)
         # A number stays with the constants.
         seed = constants[2] if isinstance(constants[2], Tensor) else None
         weights = recomputation.saved_weights(read_by, x) if keeps_weights else ()
-        ctx.save_for_backward(read, S, V, mask, seed, *tensors, *weights)
+        ctx.save_for_backward(read, S, V, seed, *tensors, *weights)
         others = [(None if isinstance(f[0], Tensor) else f[0], f[7]) for f in fs]
         if seed is not None:
             others = [(packed, c._replace(dropout_seed=0)) for packed, c in others]
@@ -153,7 +153,7 @@ def _gradients(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
     asked = ctx.needs_input_grad
     needs = _needs_of(asked)
     backend, others, keeps_weights, is_plain = ctx.call
-    x, S, V, mask, seed, *tensors = ctx.saved_tensors
+    x, S, V, seed, *tensors = ctx.saved_tensors
     fs, start = [], 0
     for packed, constants in others:
         if seed is not None:
@@ -166,7 +166,7 @@ def _gradients(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * len(asked)
     if keeps_weights:
         fs = recomputation.with_saved(fs, tensors[start:])
-    saved = Saved(S, V, mask)
+    saved = Saved(S, V)
     if is_plain and backend.name != "torch":
         grads = backend.backward(rows, x, saved, fs, needs, None, True)
     else:

@@ -91,11 +91,11 @@ _GROUP = (
 
 
 def _forward(x: Tensor, *arguments: Any) -> list[Tensor]:
-    """y of every layer, then S and the mask."""
+    """y of every layer, then S."""
     group = Group(*arguments)
     backend = backend_for(x.device, group.backend)
     ys, saved = backend.forward(x, group.layers(), group.needs_of_layers())
-    return [*ys, *(x.new_empty(0) if t is None else t for t in (saved.S, saved.mask))]
+    return [*ys, x.new_empty(0) if saved.S is None else saved.S]
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> list[Tensor]:
@@ -103,15 +103,11 @@ def _fake_forward(x: Tensor, *arguments: Any) -> list[Tensor]:
     need, M = needs_of_all(group.needs_of_layers()), math.prod(x.shape[:-1])
     ys = [x.new_empty(*x.shape[:-1], N) for N in group.widths()]
     S = x.new_empty(M, sum(group.ranks())) if need.saves_S else x.new_empty(0)
-    mask = x.new_empty(0)
-    draws = group.dropout_p > 0.0 and need.saves_mask
-    if draws and not uses_triton(x.device, group.backend):
-        mask = x.new_empty(M, x.shape[-1], dtype=torch.bool)
-    return [*ys, S, mask]
+    return [*ys, S]
 
 
 def _backward(
-    dYs: list[Tensor | None], x: Tensor | None, S: Tensor, mask: Tensor, *arguments: Any
+    dYs: list[Tensor | None], x: Tensor | None, S: Tensor, *arguments: Any
 ) -> list[Tensor]:
     """The gradients that `needs` names, in its order; dY is None where no loss reads y."""
     group = Group(*arguments)
@@ -119,7 +115,7 @@ def _backward(
     rows = []
     for dY, N in zip(dYs, group.widths(), strict=True):
         rows.append(like.new_zeros(*like.shape[:-1], N) if dY is None else dY)
-    saved = Saved(S if S.dim() == 2 else None, None, mask if mask.dim() == 2 else None)
+    saved = Saved(S if S.dim() == 2 else None)
     backend = backend_for(like.device, group.backend)
     grads = backend.backward(rows, x, saved, group.layers(), group.needs_of_layers())
     return [grad.contiguous() for grad in _in_order(grads) if grad is not None]
@@ -134,7 +130,7 @@ def _in_order(grads: Sequence[Gradients]) -> list[Tensor | None]:
 
 
 def _fake_backward(
-    dYs: list[Tensor | None], x: Tensor | None, S: Tensor, mask: Tensor, *arguments: Any
+    dYs: list[Tensor | None], x: Tensor | None, S: Tensor, *arguments: Any
 ) -> list[Tensor]:
     group = Group(*arguments)
     like = next(dY for dY in dYs if dY is not None)
@@ -146,24 +142,24 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, *arguments = inputs
-    group, (S, mask) = Group(*arguments), output[-2:]
-    ctx.mark_non_differentiable(S, mask)
+    group, S = Group(*arguments), output[-1]
+    ctx.mark_non_differentiable(S)
     # Without a dY a layer gets no gradients, not zeros.
     ctx.set_materialize_grads(False)
     read = x if any(need.saves_x for need in group.needs_of_layers()) else None
-    ctx.save_for_backward(read, S, mask, group.seed, *group.weights, *group.factors)
+    ctx.save_for_backward(read, S, group.seed, *group.weights, *group.factors)
     ctx.group = group._replace(weights=len(group.weights), factors=None, seed=None)  # type: ignore[arg-type]
 
 
 def _autograd(ctx: Any, dYs: list[Tensor | None]) -> tuple[Any, ...]:
-    x, S, mask, seed, *tensors = ctx.saved_tensors
+    x, S, seed, *tensors = ctx.saved_tensors
     count = ctx.group.weights
     group = ctx.group._replace(weights=tensors[:count], factors=tensors[count:], seed=seed)
-    dYs = dYs[:-2]
+    dYs = dYs[:-1]
     needs, remaining = [group.needs[0]], iter(group.needs[1:])
     for dY, count in zip(dYs, group.counts(), strict=True):
         needs += [next(remaining) and dY is not None for _ in range(count)]
-    found = iter(adapted_linears_backward(dYs, x, S, mask, *group._replace(needs=needs)))
+    found = iter(adapted_linears_backward(dYs, x, S, *group._replace(needs=needs)))
     dX, *grads = (next(found) if need else None for need in needs)
     after = [None] * (len(Group._fields) - 2)
     return dX, [None] * len(group.weights), grads, *after
@@ -171,7 +167,7 @@ def _autograd(ctx: Any, dYs: list[Tensor | None]) -> tuple[Any, ...]:
 
 adapted_linears_backward = registered(
     "adapted_linears_backward",
-    f"(Tensor?[] dYs, Tensor? x, Tensor S, Tensor mask, {_GROUP}) -> Tensor[]",
+    f"(Tensor?[] dYs, Tensor? x, Tensor S, {_GROUP}) -> Tensor[]",
     _backward,
     _fake_backward,
 )

@@ -131,7 +131,7 @@ _OPERANDS = (
     "Tensor? seed, Tensor? rank_spans, float scaling, float dropout_p, bool[] needs, str backend"
 )
 
-_SAVED = "Tensor S, Tensor V, Tensor mask"
+_SAVED = "Tensor S, Tensor V"
 
 
 def seed_of(seed: Tensor | None, device: torch.device) -> int | Tensor:
@@ -155,23 +155,20 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     flat, operands = _split(arguments)
-    needs, (N, K), M = Needs(*operands.needs), flat.shape(), math.prod(x.shape[:-1])
-    S, V, mask = (x.new_empty(0) for _ in Saved._fields)
+    needs, (N, _), M = Needs(*operands.needs), flat.shape(), math.prod(x.shape[:-1])
+    S, V = (x.new_empty(0) for _ in Saved._fields)
     if needs.saves_S and operands.A is not None:
         S = x.new_empty(M, operands.A.shape[0])
     if needs.saves_V:
         V = x.new_empty(M, N)
-    draws = operands.dropout_p > 0.0 and needs.saves_mask
-    if draws and not uses_triton(x.device, operands.backend):
-        mask = x.new_empty(M, K, dtype=torch.bool)
-    return x.new_empty(*x.shape[:-1], N), S, V, mask
+    return x.new_empty(*x.shape[:-1], N), S, V
 
 
 def _backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
     """The gradients that `needs` names, in its order."""
-    flat, operands = _split(arguments[3:])
-    # S, V and mask have two dimensions, placeholders have one.
-    saved = Saved(*(t if t.dim() == 2 else None for t in arguments[:3]))
+    flat, operands = _split(arguments[2:])
+    # S and V have two dimensions, placeholders have one.
+    saved = Saved(*(t if t.dim() == 2 else None for t in arguments[:2]))
     f, needs = operands.factors(flat.weight()), Needs(*operands.needs)
     backend = backend_for(dY.device, operands.backend)
     (grads,) = backend.backward([dY], x, saved, [f], [needs])
@@ -179,7 +176,7 @@ def _backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
 
 
 def _fake_backward(dY: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
-    flat, operands = _split(arguments[3:])
+    flat, operands = _split(arguments[2:])
     needs, factors = Needs(*operands.needs), (flat.data, *operands.vectors)
     grads = [dY.new_empty(*dY.shape[:-1], flat.shape()[1])] if needs.x else []
     wanted = zip(needs[1:], factors, strict=True)
@@ -200,13 +197,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, dY: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, S, V, mask, *tensors = ctx.saved_tensors
+    x, S, V, *tensors = ctx.saved_tensors
     remaining = iter(tensors)
     arguments = [
         next(remaining) if is_tensor else a
         for is_tensor, a in zip(ctx.tensors, ctx.arguments, strict=True)
     ]
-    found = iter(adapted_linear_backward(dY, x, S, V, mask, *arguments))
+    found = iter(adapted_linear_backward(dY, x, S, V, *arguments))
     needs = _split(tuple(arguments))[1].needs
     dX, dW, *vectors = (next(found) if need else None for need in needs)
     after_weight = [None] * (len(FlatWeight._fields) - 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lora_models import K, N, accelerated_copy, counted, lora_config, lora_layers, quietly, run
 from model_families import inputs, tiny_model
+from opaque_bases import bytes_saved
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -60,3 +61,19 @@ def test_gpt2_runs_fused() -> None:
     assert lora_fast.report(fused).all_fused and counted(fused)[0] == 8
     assert_models_agree(*results)
     assert lora_fast.warm_up(fused, tokens=16) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpt2_saves_less(dtype: torch.dtype) -> None:
+    """`pytest -s` prints it: with dropout M × K elements less for every adapted layer."""
+    for p in (0.0, 0.1):
+        config = LoraConfig(r=4, target_modules=["c_attn", "c_proj", "c_fc"], lora_dropout=p)
+        stock = quietly(get_peft_model, tiny_model("gpt2").to(dtype), config).train()
+        fused = accelerated_copy(stock)
+        ours, theirs = (bytes_saved(m, lambda m=m: m(**inputs()).loss) for m in (fused, stock))
+        M, layers = inputs()["input_ids"].numel(), lora_layers(stock)
+        # The first layer's x has no gradient: PEFT saves drop(x) there and no mask.
+        elements = sum(M * layer.in_features for layer in layers[1:])
+        print(f"GPT-2, {dtype}, p = {p}: {ours} bytes, PEFT {theirs}")
+        assert len(layers) == 8 and lora_fast.report(fused).all_fused
+        assert ours <= theirs - (dtype.itemsize * elements if p else 0)

@@ -126,11 +126,12 @@ def test_an_output_is_changed_only_where_nobody_else_holds_it() -> None:
 
 
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32])
-@pytest.mark.parametrize("kind", ["int8", "subclass"])
+@pytest.mark.parametrize("kind", ["int8", "subclass", "fp4"])
 def test_saved_bytes(kind: str, adapter_dtype: torch.dtype) -> None:
     """`pytest -s` prints them: at p > 0 at least M × K elements fewer than PEFT saves."""
     for p in (0.0, 0.1):
-        stock = opaque_model(kind, BF16, adapter_dtype, lora_dropout=p)
+        make = peft_model if kind == "fp4" else opaque_model
+        stock = make(kind, BF16, adapter_dtype, lora_dropout=p).train()
         ours, theirs = saved_bytes(accelerated_copy(stock), M, BF16), saved_bytes(stock, M, BF16)
         print(f"{kind}, {adapter_dtype} adapters, p = {p}: {ours} bytes, PEFT {theirs}")
         assert ours <= theirs - (M * K * adapter_dtype.itemsize if p else 0)

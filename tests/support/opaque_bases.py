@@ -150,21 +150,26 @@ def _plain(model: Any, x: Tensor, keeps: list[Tensor], dtype: torch.dtype) -> di
 
 
 def saved_bytes(model: Any, rows: int, dtype: torch.dtype) -> int:
-    """Bytes of all storages that are saved for backward, without parameters and buffers."""
+    """What a call of a model with x [rows, K] saves for backward."""
+    x = torch.randn(rows, K, dtype=dtype, requires_grad=True)
+    return bytes_saved(model, lambda: model(x))
+
+
+def bytes_saved(model: Any, call: Callable[[], Tensor]) -> int:
+    """Bytes of all storages that `call` saves for backward, without parameters and buffers."""
     # Weights of a class of their own have no storage.
     plain = [t for t in (*model.parameters(), *model.buffers()) if type(t) in PLAIN_TENSORS]
     known = {t.untyped_storage().data_ptr() for t in plain}
-    found: dict[int, int] = {}
+    found: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if type(tensor) in PLAIN_TENSORS:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
-                found[storage.data_ptr()] = storage.nbytes()
+                found[storage.data_ptr()] = storage
         return tensor
 
-    x = torch.randn(rows, K, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = model(x)
+        y = call()
     assert y.requires_grad
-    return sum(found.values())
+    return sum(storage.nbytes() for storage in found.values())
