@@ -20,7 +20,14 @@ from torch import Tensor
 from ..backends.choice import BackendName, get_backend, uses_triton
 from ..backends.selection import backend_for
 from ..factors import Constants, Factors, Gradients, Needs, Saved, needs_of_all, saved_input
-from .compiled_ops import FlatWeight, enabled_needs, registered, seed_in_graph, seed_of
+from .compiled_ops import (
+    REVISION,
+    FlatWeight,
+    enabled_needs,
+    registered,
+    seed_in_graph,
+    seed_of,
+)
 
 # Of a layer in `shapes`: N, K, tensors of W, whether there is a bias, the blocks of 4-bit values
 # and of absmax values, and their table.
@@ -39,6 +46,7 @@ class Group(NamedTuple):
     dropout_p: float
     needs: list[bool]
     backend: BackendName
+    revision: int = REVISION
 
     def layers(self) -> list[Factors]:
         weights, factors, layers = iter(self.weights), iter(self.factors), []
@@ -86,7 +94,7 @@ class Group(NamedTuple):
 
 _GROUP = (
     "Tensor[] weights, Tensor[] factors, Tensor? seed, SymInt[] shapes, ScalarType? dtype, "
-    "float[] scalings, float dropout_p, bool[] needs, str backend"
+    "float[] scalings, float dropout_p, bool[] needs, str backend, int revision"
 )
 
 

@@ -26,6 +26,9 @@ from ..four_bit.decoding import CODES
 from ..nf4 import NF4Weight
 from .seeds import seed_tensor
 
+# An argument of every call with results that are saved, raised when results or arguments change:
+# inductor finds a graph on disk by its code, and must find none that an older version has made.
+REVISION = 2
 _CPU = torch.device("cpu")
 _TABLES = tuple(CODES)
 
@@ -115,6 +118,7 @@ class Operands(NamedTuple):
     dropout_p: float
     needs: list[bool]
     backend: BackendName
+    revision: int = REVISION
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -128,7 +132,8 @@ class Operands(NamedTuple):
 
 _OPERANDS = (
     f"{_WEIGHT}, Tensor? bias, Tensor? A, Tensor? B, Tensor? b, Tensor? d, Tensor? g, "
-    "Tensor? seed, Tensor? rank_spans, float scaling, float dropout_p, bool[] needs, str backend"
+    "Tensor? seed, Tensor? rank_spans, float scaling, float dropout_p, bool[] needs, str backend, "
+    "int revision"
 )
 
 _SAVED = "Tensor S, Tensor V"
@@ -262,7 +267,16 @@ def apply(x: Tensor, f: Factors, dropout_seed: int | Tensor | None) -> Tensor:
     # The operator saves its input: the copy, where there is one.
     read = x if saved is None else saved
     y, *_ = adapted_linear(
-        read, *flat, *vectors, seed, constants.rank_spans, constants.scaling, p, needs, name
+        read,
+        *flat,
+        *vectors,
+        seed,
+        constants.rank_spans,
+        constants.scaling,
+        p,
+        needs,
+        name,
+        REVISION,
     )
     return y
 
