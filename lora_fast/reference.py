@@ -161,7 +161,7 @@ def experts_block(
     y = adapted_experts(inner, expert_offsets=offsets, **down)
     weighted = y * top_k_weights.reshape(-1, 1)[order] * (ids < experts).unsqueeze(1)
     back = torch.argsort(order)
-    return weighted[back].reshape(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    return weighted[back].reshape(tokens, k, y.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _gain(vector: Tensor | None, dtype: torch.dtype) -> Tensor | float:

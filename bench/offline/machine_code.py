@@ -57,6 +57,9 @@ def _name(launch: stub_driver.Launch, variant: Variant, arch: int) -> str:
             words.append(f"of {len(members)} layers")
         if members[0].absmax_ptr is not None:
             words.append("NF4")
+    others = launch.arguments.get("others") if launch.name == "strips" else None
+    if others:
+        words.append(f"of {1 + len(others)} layers")
     if launch.name in ("ticketed_gemm", "strips", "row_norms", "shrink", "expand"):
         words.append(f"r{variant.R}")
     if launch.name == "ticketed_gemm" and not c["IS_GRAD"]:

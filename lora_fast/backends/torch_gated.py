@@ -88,6 +88,9 @@ def _activated_in(out: Tensor, gate: Tensor, activation: Activation) -> Tensor:
     if activation == "silu":
         return aten.silu.out(gate, out=out)
     if activation in _APPROXIMATION:
+        if not out.is_contiguous():
+            # oneDNN computes it, and writes nothing to memory with gaps.
+            return out.copy_(functional.gelu(gate, approximate=_APPROXIMATION[activation]))
         return aten.gelu.out(gate, approximate=_APPROXIMATION[activation], out=out)
     aten.relu.out(gate, out=out)
     return out if activation == "relu" else out.mul_(out)

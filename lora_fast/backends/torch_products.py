@@ -107,6 +107,8 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()  # of which oneDNN reads one element after the other
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 

@@ -32,9 +32,10 @@ _grouped: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grou
 
 
 def readable(p: Projection) -> Projection:
-    """With a B whose rows lie side by side: PEFT stores the experts' index last, and every tile of
-    an expert would read the sectors of others."""
-    return p if p.B is None else p._replace(B=p.B.contiguous())
+    """With a B and a bias whose rows lie side by side: PEFT stores the experts' index last, and
+    every tile of an expert would read the sectors of others; of a bias kernels know one stride."""
+    bias = None if p.bias is None else p.bias.contiguous()
+    return p._replace(B=None if p.B is None else p.B.contiguous(), bias=bias)
 
 
 def augments(p: Projection) -> bool:

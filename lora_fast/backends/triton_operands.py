@@ -45,13 +45,18 @@ def alike_A(fs: Sequence[Factors]) -> list[Tensor]:
     are unless layers differ."""
     factors = factors_A(fs)
     first = factors[0]
-    if all(A.dtype == first.dtype for A in factors[1:]):
-        if all(A.stride() == first.stride() for A in factors[1:]):
-            return factors
-        return [called(Tensor.contiguous, A) for A in factors]
+    if all((A.dtype, A.stride()) == (first.dtype, first.stride()) for A in factors[1:]):
+        return factors
     dtype = functools.reduce(torch.promote_types, [A.dtype for A in factors])
-    alike = {"dtype": dtype, "memory_format": torch.contiguous_format}
-    return [called(Tensor.to, A, **alike) for A in factors]
+    return [called(_row_by_row, A, dtype=dtype) for A in factors]
+
+
+def _row_by_row(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A [R, K] with strides (K, 1): PyTorch takes a matrix of one row for contiguous whatever its
+    strides are, and a cast keeps those that there are."""
+    if A.dtype is dtype and A.stride() == (A.shape[1], 1):
+        return A
+    return torch.empty(A.shape, dtype=dtype, device=A.device).copy_(A)
 
 
 def vectors(f: Factors) -> tuple[Tensor | None, Gains]:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
 from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
 from ..geometry import Numbered
 from . import compiled_groups, compiled_ops, recomputation
+from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 from .validation import check_dropout, check_operands, check_scaling
 
@@ -141,7 +141,7 @@ class AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # With create_graph=True a second derivative raises.
+        # With create_graph=True a derivative of these raises.
         return (_differentiable_once if torch.is_grad_enabled() else _gradients)(ctx, *dYs)
 
 
@@ -190,7 +190,7 @@ def _complete(dYs: Sequence[Tensor | None], fs: Sequence[Factors]) -> Sequence[T
     ]
 
 
-_differentiable_once = once_differentiable(_gradients)
+_differentiable_once = differentiable_once(_gradients)
 
 
 def is_recording() -> bool:

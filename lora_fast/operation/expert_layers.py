@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.selection import experts_for
 from ..backends.torch_experts import BlockNeeds, BlockSaved, ProjectionNeeds
 from ..backends.torch_gates import Gate
 from ..experts.operands import Projection, Routing, sort_by_expert
 from .autograd import is_recording
+from .second_derivatives import differentiable_once
 
 # The tensors of a projection among the arguments of apply(): weight, bias, A, B.
 _PER_PROJECTION = 4
@@ -74,7 +74,7 @@ class AdaptedExperts(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, S, offsets, *tensors = ctx.saved_tensors
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
@@ -110,7 +110,7 @@ class ExpertsBlock(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, w, order, token, offsets, rows, S1, S2, *tensors = ctx.saved_tensors
         first = _restored(ctx.unsaved[0], tensors[:_PER_PROJECTION])

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
@@ -26,6 +25,7 @@ from ..factors import Constants, Factors, Needs, needs_of_all, saved_input
 from ..gated import NO_NEEDS, Activation, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
 from . import autograd, recomputation
+from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 from .validation import check_gated
 
@@ -199,7 +199,7 @@ class GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        # With create_graph=True a second derivative raises.
+        # With create_graph=True a derivative of these raises.
         return (_differentiable_once if torch.is_grad_enabled() else _gradients)(ctx, dY)
 
 
@@ -235,7 +235,7 @@ def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     return (grads.x, None, None, None, grads.gate.x, grads.up.x, *itertools.chain(*of_layers))
 
 
-_differentiable_once = once_differentiable(_gradients)
+_differentiable_once = differentiable_once(_gradients)
 
 
 def _is_last_reader(ctx: Any) -> bool:

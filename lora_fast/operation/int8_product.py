@@ -9,15 +9,16 @@ saved: backward decodes it again.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.torch_layer import rows_of, without_autocast
 from ..backends.torch_products import add_product, linear, wide_dtype, working_dtype
 from .autograd import is_recording
+from .second_derivatives import differentiable_once
 
 # Elements decoded at a time on a CPU, few enough to stay in the cache.
 _BLOCK_ELEMENTS = 1 << 18
@@ -51,7 +52,7 @@ class _Product(torch.autograd.Function):
         return _forward(x, CB, SCB, bias)
 
     @staticmethod
-    @once_differentiable
+    @partial(differentiable_once, x=None)
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         CB, SCB = ctx.saved_tensors
         dX = dbias = None

@@ -9,16 +9,17 @@ or d trains, and dropout's seed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
 from ..factors import NO_WEIGHT, Factors, Needs, Saved, saved_input
 from .autograd import is_recording
+from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 
 _NOTHING = Needs()
@@ -64,7 +65,7 @@ class _AddLowRank(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @partial(differentiable_once, x=1)
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, S, word, bias, A, B, b, d = ctx.saved_tensors
         needs_y, needs = ctx.needs_input_grad[0], _needs_of(ctx.needs_input_grad)

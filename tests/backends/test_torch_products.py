@@ -282,6 +282,17 @@ def test_products_over_rows_by_onednn(P: int, Q: int) -> None:
 
 
 @pytest.mark.usefixtures("onednn")
+def test_a_bias_with_gaps() -> None:
+    """oneDNN reads its elements one after the other."""
+    a, b, bias = torch.randn(400, 300), torch.randn(200, 300), torch.randn(200, 2)[:, 0]
+    with _Wide() as seen:
+        y = torch_products.linear(a, b, bias)
+    assert seen.operations.count("mkldnn._linear_pointwise") == 1
+    eager = orders(lambda: a @ b.T + bias)
+    assert_accurate(y, a.double() @ b.double().T + bias.double(), eager, name="y")
+
+
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_factor_with_gaps_is_left_to_pytorch(transposed: bool) -> None:
     """oneDNN's reference code multiplies with it, a thousand times slower."""

@@ -130,6 +130,19 @@ def test_one_projection(interpreter: Executor) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.interpreter
+def test_a_bias_whose_columns_lie_apart(interpreter: Executor) -> None:
+    x, _, _, first, _ = _some(tokens=6)
+    offsets, bias = torch.tensor([2, 2, 4, 6, 6]), first["bias"].detach()
+    apart = bias.t().contiguous().t()
+    assert apart.stride(1) != 1
+    expected, found = (
+        adapted_experts(x, first["weight"], offsets, b, A=first["A"], B=first["B"])
+        for b in (bias, apart)
+    )
+    assert_same_bits(found.detach(), expected.detach(), name="y")
+
+
 DENSE, WIDE = "nf4_decode", "nf4_decode_augmented"
 
 

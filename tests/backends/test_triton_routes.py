@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import lora_fast
 from bench.instruments import stub_driver
 from lora_fast import NF4Weight
+from lora_fast.backends import triton_operands
 from lora_fast.backends.triton_ops import TritonBackend
 from lora_fast.factors import Constants, Factors, Needs, Saved
 from lora_fast.tuning.plans import AUGMENTED, FUSED, HYBRID, Plan
@@ -206,7 +207,7 @@ def test_saved_tensors_are_those_of_the_fused_route() -> None:
         ]
     for each in saved:
         assert [None if t is None else (t.shape, t.dtype) for t in each] == [
-            ((M, 3 * R), BF16), None, None,
+            ((M, 3 * R), BF16), None,
         ]  # fmt: skip
         assert each.S.untyped_storage().nbytes() == 2 * M * 3 * R
 
@@ -278,3 +279,19 @@ def test_a_dense_weight_is_not_augmented() -> None:
     with torch.no_grad():
         ys = [OPS.forward(t["x"], [f], [TRAINED], plan)[0][0] for plan in (HYBRID, AUGMENTED)]
     assert torch.equal(*ys)
+
+
+@pytest.mark.parametrize(
+    "A",
+    [
+        [torch.zeros(33, 8).t(), torch.zeros(8, 33).bfloat16()],
+        [torch.zeros(33, 1).t(), torch.zeros(8, 33)],
+        [torch.zeros(8, 66)[:, ::2], torch.zeros(4, 33)],
+    ],
+    ids=["dtypes", "one row", "gaps"],
+)
+def test_one_launch_reads_every_A_with_the_strides_of_the_first(A: list[torch.Tensor]) -> None:
+    fs = [Factors(torch.zeros(4, 33), A=a, B=torch.zeros(4, a.shape[0])) for a in A]
+    found = triton_operands.alike_A(fs)
+    assert [a.stride() for a in found] == [(33, 1)] * 2
+    assert {a.dtype for a in found} == {torch.float32}

@@ -31,6 +31,10 @@ UNLIKE = {
     "adapters in two dtypes": {"adapter": (FP32, BF16, FP32)},
     "both": {"nf4": (True, False, True), "adapter": (BF16, FP32, BF16)},
     "A of other strides": {"A_layout": ("contiguous", "transposed", "contiguous")},
+    "A of other dtypes and strides": {
+        "adapter": (FP32, BF16, FP32),
+        "A_layout": ("transposed", "contiguous", "contiguous"),
+    },
     "equal ranks": {"R": 8},
     "equal ranks without parts of dS": {"R": 40, "dtype": FP16, "drops": True},
     "equal ranks that are several steps": {"R": 72, "dtype": FP32},
