@@ -43,6 +43,7 @@ def pitfalls(
     *,
     autocast: torch.dtype | None = None,
     fused_loss: bool | None = None,
+    packs_experts: bool = False,
 ) -> tuple[str, ...]:
     """A line for each thing that `model` with its adapters would do silently.
 
@@ -51,9 +52,10 @@ def pitfalls(
     `autocast` · linear attention without its package · dropout that other libraries leave out ·
     ``target_modules`` that match nothing, or a router · layers that fall back to PEFT, and what
     would fuse them. `fused_loss`: whether the loss is one; None: not known.
+    `packs_experts`: whether experts that are dense here will be in 4 bits.
     """
     finders = (
-        _experts(model),
+        () if packs_experts else _experts(model),
         _output_layer(model, fused_loss),
         _wide_adapters(model, autocast),
         _linear_attention(model),

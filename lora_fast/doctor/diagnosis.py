@@ -190,8 +190,8 @@ def layer_paths(
             key = (layer.kind, "nf4" if name in names else layer.base, layer.obstacle)
             found[key] += 1
             example.setdefault(key, name)
-        said = pitfalls(fake, autocast=autocast)
         trained = adapter is None and quantize == "nf4"
+        said = pitfalls(fake, autocast=autocast, packs_experts=trained)
         experts = about_experts(fake, will_be_packed=trained)
     paths = tuple(LayerPath(*key, count, example[key]) for key, count in found.items())
     return paths, said, experts

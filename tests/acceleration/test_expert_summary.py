@@ -40,6 +40,7 @@ def test_the_doctor_says_it_of_a_model_that_is_not_loaded(
     assert run_cli("doctor", "--model", tmp_path, "--no-kernels") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "no adapter trains on them; all in 4 bits as lora-fast train loads them" in shown
+    assert "neither adapted" not in shown
     assert run_cli("doctor", "--model", tmp_path, "--no-kernels", "--quantize", "none") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "none in 4 bits; 2 neither adapted nor quantised" in shown
