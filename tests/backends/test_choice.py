@@ -207,8 +207,9 @@ def test_operators_leave_the_choice_alone(monkeypatch):
     W, none = torch.randn(5, 4), (None,) * 6
     flat = compiled_ops.FlatWeight.of(W)
     compiled_ops.adapted_linear(
-        torch.randn(3, 4), *flat, *none, None, None, 1.0, 0.0, [False] * 8, "torch"
-    )
+        torch.randn(3, 4), *flat, *none, None, None, 1.0, 0.0, [False] * 8, "torch",
+        compiled_ops.REVISION,
+    )  # fmt: skip
     assert seen == [get_backend()]
 
 
