@@ -16,10 +16,9 @@ from lora_fast.kernels import (
     expert_shrink,
 )
 from lora_fast.kernels.expert_product import LowRank
-from lora_fast.kernels.triton_version import VERSION
+from offline_launches import assert_walk_fits
 
-from bench import async_products
-from bench.instruments import resources, stub_driver
+from bench.instruments import stub_driver
 
 ARCHS = [80, 89, 90, 100, 120]
 # Of 128 experts; more make no other kernel but for the search of a program's expert.
@@ -104,19 +103,5 @@ MATRIX = [
 @pytest.mark.parametrize(("arch", "case"), MATRIX)
 def test_all_fit_the_device(arch: int, case: Case) -> None:
     for launch in launches_of(arch, case).launches:
-        found, limits = launch.kernel.resources, resources.limits_of(arch)
-        # A few registers that live through a loop may lie in memory meanwhile.
-        assert found.local_bytes <= AWAY_FROM_LOOPS, f"{launch.name} spills: {found}"
-        assert all(loop.by_class["local"] == 0 for loop in found.hot_loops), launch.name
-        assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
-        assert found.ctas_per_sm * launch.kernel.num_warps >= 8, f"{launch.name}: {found}"
         multiplies = launch.name != "expert_scatter" and case.dtype != FP32
-        expected = {limits.mma} if multiplies else set()
-        # Products of fewer than 64 rows are mma.sync everywhere.
-        assert set(found.mma) - {"HMMA"} <= expected, f"{launch.name}: {found}"
-        assert bool(found.mma) == bool(expected), f"{launch.name}: {found}"
-        ptx = launch.kernel.text("ptx")
-        if VERSION >= (3, 7):
-            assert async_products.unfenced(ptx) == [], launch.name
-        if arch == 90:
-            assert async_products.serialised(ptx) == [], launch.name
+        assert_walk_fits(launch, arch, away_from_loops=AWAY_FROM_LOOPS, multiplies=multiplies)

@@ -21,9 +21,9 @@ from lora_fast.kernels import (
 from lora_fast.kernels.dropout import NO_DROPOUT, Dropout
 from lora_fast.kernels.gated_tiles import Member
 from lora_fast.kernels.triton_version import VERSION
+from offline_launches import assert_walk_fits
 
-from bench import async_products
-from bench.instruments import resources, stub_driver
+from bench.instruments import stub_driver
 from lora_fast.gated import ACTIVATIONS
 
 ARCHS = [80, 89, 90, 100, 120]
@@ -104,20 +104,9 @@ MATRIX = [
 @pytest.mark.parametrize(("arch", "case"), MATRIX)
 def test_both_directions_fit_the_device(arch: int, case: Case) -> None:
     for launch in launches_of(arch, case).launches:
-        found, limits = launch.kernel.resources, resources.limits_of(arch)
-        # A few registers that live through a loop may lie in memory meanwhile.
-        assert found.local_bytes <= AWAY_FROM_LOOPS, f"{launch.name} spills: {found}"
-        assert all(loop.by_class["local"] == 0 for loop in found.hot_loops), launch.name
-        assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
-        assert found.ctas_per_sm * launch.kernel.num_warps >= 8, f"{launch.name}: {found}"
-        expected = set() if case.dtype == torch.float32 else {limits.mma}
-        # A sum of 32 rows is mma.sync everywhere.
-        assert set(found.mma) - {"HMMA"} <= expected and bool(found.mma) == bool(expected)
+        multiplies = case.dtype != torch.float32
+        assert_walk_fits(launch, arch, away_from_loops=AWAY_FROM_LOOPS, multiplies=multiplies)
         ptx = launch.kernel.text("ptx")
-        if VERSION >= (3, 7):
-            assert async_products.unfenced(ptx) == [], launch.name
-        if arch == 90:
-            assert async_products.serialised(ptx) == [], launch.name
         # Full vectors, one address for eight elements and not for each; rows of S of other ranks
         # do not start at 16 bytes.
         assert case.R % 16 or "global.b16" not in ptx, launch.name

@@ -35,6 +35,24 @@ def assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
         assert async_products.serialised(ptx) == [], launch.name
 
 
+def assert_walk_fits(
+    launch: stub_driver.Launch, arch: int, *, away_from_loops: int, multiplies: bool
+) -> None:
+    """Of kernels that walk over rows: as many bytes of local memory as lie outside of loops, eight
+    warps on a multiprocessor, and products where it multiplies, all right in themselves."""
+    found, limits = launch.kernel.resources, resources.limits_of(arch)
+    # A few registers that live through a loop may lie in memory meanwhile.
+    assert found.local_bytes <= away_from_loops, f"{launch.name} spills: {found}"
+    assert all(loop.by_class["local"] == 0 for loop in found.hot_loops), launch.name
+    assert found.shared_bytes <= limits.shared_per_block, f"{launch.name}: {found}"
+    assert found.ctas_per_sm * launch.kernel.num_warps >= 8, f"{launch.name}: {found}"
+    expected = {limits.mma} if multiplies else set()
+    # Products of fewer than 64 rows are mma.sync everywhere.
+    assert set(found.mma) - {"HMMA"} <= expected, f"{launch.name}: {found}"
+    assert bool(found.mma) == bool(expected), f"{launch.name}: {found}"
+    assert_products_run_on(launch, arch)
+
+
 def expected_mma(launch: stub_driver.Launch, arch: int) -> set[str]:
     """The products of the generation; mma.sync for tiles that its larger ones do not fit."""
     arguments = launch.arguments
