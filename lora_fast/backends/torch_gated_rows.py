@@ -43,12 +43,18 @@ def gated_forward(
     gate, up, f = rows_of(like, like.dtype), rows_of(up, up.dtype), linears.down
     work, narrow = product_dtypes(gate)
     (M, width), dtype = gate.shape, gate.dtype
-    y = Sd = None
+    # Without a product h is the output, computed in its memory.
+    is_output = f is None and work is dtype
+    y = gate.new_empty(M, width) if is_output else None
+    Sd = None
     with without_autocast(gate):
         product = None if f is None else _Product(f, M, dtype, work)
         dropout = None if f is None else _drawn(f, M, gate)
         for some in _blocks(gate, width if f is None else f.weight.shape[0], linears):
             wide_gate = _of(gate, some).to(work)
+            if is_output:
+                activated(wide_gate, activation, _of(given(y), some)).mul_(_of(up, some))
+                continue
             memory = None if product is None else product.memory_beside_S(wide_gate.shape[0])
             h = activated(wide_gate, activation, memory).mul_(_of(up, some))
             if f is not None and product is not None:
@@ -141,6 +147,8 @@ def gated_backward(
         both = gate.new_empty(most[0], 2 * most[1], dtype=work)
     # Where they were computed elsewhere, their gradients are results.
     results: dict[int, Tensor | None] = {i: None for i in (0, 1) if i not in places and needs[i].x}
+    direct = {i: gate.new_empty(gate.shape) for i in results if work is gate.dtype}
+    results = {**results, **direct}
     with without_autocast(dY):
         before = _Before(linears.read_x, [needs[i] for i in places], saved.S, rows, len(blocks) > 1)
         down = None
@@ -151,16 +159,20 @@ def gated_backward(
             acted, h = (_first(t, wide_gate.shape[0]) for t in memory)
             acted = activated(wide_gate, activation, acted)
             if down is None:
-                dH = _of(rows, some).to(work, copy=True)
+                dH, unread = _of(rows, some).to(work), h
             else:
                 dH = down.add(some, torch.mul(acted, wide_up, out=h) if needs.down.A else None)
-            # In the memory of what is not read again, or side by side.
+                unread = dH
+            # In the memory of results, of what is not read again, or side by side.
             joined = None if both is None else _first(both, dH.shape[0])
-            pair = (dH, acted) if joined is None else joined.chunk(2, dim=1)
+            pair = [unread, acted] if joined is None else list(joined.chunk(2, dim=1))
+            for i, whole in direct.items():
+                pair[i] = _of(whole, some)
             torch.mul(dH, acted, out=pair[1])
-            activation_gradient(dH.mul_(wide_up), wide_gate, activation, out=pair[0])
-            for i, whole in results.items():
-                results[i] = _with(whole, some, pair[i], gate.shape[0], gate.dtype)
+            dActed = torch.mul(dH, wide_up, out=pair[0])
+            activation_gradient(dActed, wide_gate, activation, out=pair[0])
+            for i in results.keys() - direct.keys():
+                results[i] = _with(results[i], some, pair[i], gate.shape[0], gate.dtype)
             before.add(some, [pair[i] for i in places] if joined is None else [joined])
         of_read_x = before.gradients(None if x is None else rows_of(x, x.dtype))
     lead = dY.shape[:-1]

@@ -25,6 +25,7 @@ from ..operation.gated_mlp import compute, run
 from .discovery import STATE, GatedMLP, Proof, prove
 from .operands import (
     Operand,
+    is_adapted,
     linears_of,
     may_be_adapted,
     obstacle,
@@ -166,10 +167,11 @@ def _computed(
     (dtype, *different) = dtypes
     of_down = read(down, x.new_empty((0, down.in_features), dtype=dtype), casts)
     covered = [*first, of_down] if isinstance(of_down, Operand) else first
-    if not any(each.factors.A is not None for each in covered):
-        alone = (each for each in (of_gate, of_up, of_down) if isinstance(each, str))
-        return next(alone, "no adapted layer")
-    computes = {each.computes for each in covered}
+    if not any(layer is not None and is_adapted(layer) for layer in layers):
+        return "no adapted layer"
+    if isinstance(of_gate, str) and dtype is torch.float64:
+        return of_gate
+    computes = {each.computes for each in covered} or {dtype}
     widens = bool(first) and dtype is not first[0].computes
     apart = len(first) < (1 if mlp.up is None else 2) or not isinstance(of_down, Operand)
     if len(computes) > 1 or different or (widens and (apart or dtype is not torch.float32)):

@@ -47,8 +47,8 @@ def statuses(model: nn.Module) -> Iterator[MLPStatus]:
             found = "not accelerated" if state is None else environment_obstacle()
             found = found or observed(module, proof)
             alone = {n: reason for n in mlp.names if (reason := always_alone(linears.get(n)))}
-            if found is None and all(n in alone for n in mlp.names if is_adapted(linears.get(n))):
-                found = f"{mlp.down}: {alone.get(mlp.down, 'no adapter')}"
+            if found is None and not any(is_adapted(linears.get(n)) for n in mlp.names):
+                found = "no adapted layer"
         yield MLPStatus(name, type(module).__name__, mlp, found, alone, calls)
 
 

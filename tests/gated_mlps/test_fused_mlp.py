@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -23,6 +24,7 @@ from gated_models import (
 )
 from lora_models import accelerated_copy, compare, counted, lora_layers, run
 from model_families import inputs, tiny_model
+from opaque_bases import bytes_saved
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -212,6 +214,22 @@ def test_one_layer_is_another(change: Any, name: str) -> None:
     assert reported(fused).fused
     assert (name in reported(fused).alone) == (change is not other_rank)
     assert counted(fused) == (3, {})
+
+
+@pytest.mark.parametrize("targets", [NAMES, NAMES[:1], NAMES[2:]], ids=str)
+def test_layers_that_are_all_computed_by_themselves(targets: tuple[str, ...]) -> None:
+    """Between them the activation is one operation, which saves nothing but gate and up."""
+    stock = stock_model(target_modules=list(targets), use_dora=True)
+    fused = accelerated_copy(stock)
+    x = torch.randn(4, 3, H)
+    compare(fused, stock, x, compute_dtype=F32, layers=3)
+    assert counts(fused) == (1, {})
+    assert set(reported(fused).alone) == set(targets)
+    assert counted(fused) == (len(targets), {})
+    unfused = lora_fast.accelerate(copy.deepcopy(stock), fuse_mlp=False)
+    x.requires_grad_()
+    saved, expected = (bytes_saved(model, lambda m=model: m(x)) for model in (fused, unfused))
+    assert saved == expected - F32.itemsize * x.shape[0] * x.shape[1] * WIDTH, "act(gate)"
 
 
 def test_an_8_bit_gate() -> None:
