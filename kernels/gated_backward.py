@@ -15,8 +15,8 @@ and dup. Ranges write partial sums of the factors; the CTA that arrives last at 
 them in the order of the ranges. dS is added by the launch that needs it (ticketed_gemm). No float
 atomics: results are bitwise reproducible.
 
-The registers suffice for bfloat16, whose operands need no scaling, and ranks that `fits_registers`
-names; other calls take gated_gradients.
+The registers suffice for 16-bit numbers and ranks that `fits_registers` names; other calls take
+gated_gradients.
 """
 
 from typing import Any, NamedTuple
@@ -29,30 +29,18 @@ from .activations import activated
 from .dropout import NO_DROPOUT, Words, keep_mask, seed_of
 from .environment import current_arch, precision_of
 from .gated_policy import pick_gated_backward, rows_each
-from .gated_tiles import GatedTiles, branch_of, load_Q
+from .gated_scales import load_dS, scaled_dS, scaled_Q, scales_of, unscaled
+from .gated_tiles import GatedTiles, branch_of, down_of, load_Q
 from .launch_plans import empty, launch
 from .launch_policy import rank_block, settles_products
 from .profile import gated_backward_name, gated_backward_work, shown_as
+from .scaling import Shrunk
 from .sync_layout import ARRIVALS
 from .tiles import Matrix, Target, load_tile, settled, store_tile
 from .workspace import sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("M", "rows_per_range", "ranges", "seed_low", "seed_high", "threshold")
-
-
-class Down(NamedTuple):
-    """The base product of dh [M, I], and of down dS [M, R] and A [R, I]; without a low-rank part
-    dS_ptr is None and R is 0."""
-
-    dh_ptr: Any
-    dS_ptr: Any
-    A_ptr: Any
-    R: int
-    stride_dh: int
-    stride_dS: int
-    stride_ar: int
-    stride_al: int
 
 
 class Sums(NamedTuple):
@@ -69,7 +57,7 @@ class Sums(NamedTuple):
 @triton.jit
 def _load_factors(gate, up, down, offs_l, L, BLOCK_R: tl.constexpr):
     """Tiles of Qg, Qu and Aᵀ, zero where there is none."""
-    dtype = down.dh_ptr.dtype.element_ty
+    dtype = gate.base_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
     Qg = tl.zeros([offs_l.shape[0], BLOCK_R], dtype)
     Qu, A = Qg, Qg
@@ -84,9 +72,9 @@ def _load_factors(gate, up, down, offs_l, L, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _load_narrow(gate, up, down, offs_m, M, BLOCK_R: tl.constexpr):
-    """Rows of Sg, Su and dS, zero where there is none."""
-    dtype = down.dh_ptr.dtype.element_ty
+def _load_narrow(gate, up, down, scales, offs_m, M, BLOCK_R: tl.constexpr):
+    """Rows of Sg, Su and dS, zero where there is none; dS scaled."""
+    dtype = gate.base_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
     Sg = tl.zeros([offs_m.shape[0], BLOCK_R], dtype)
     Su, dS = Sg, Sg
@@ -95,13 +83,14 @@ def _load_narrow(gate, up, down, offs_m, M, BLOCK_R: tl.constexpr):
     if up.s_ptr is not None:
         Su = load_tile(Matrix(up.s_ptr, up.stride_s, 1, M, up.R), offs_m, offs_r)
     if down.dS_ptr is not None:
-        dS = load_tile(Matrix(down.dS_ptr, down.stride_dS, 1, M, down.R), offs_m, offs_r)
+        dS = load_dS(down, scales.dh, dtype, offs_m, offs_r, M)
     return Sg, Su, dS
 
 
 @triton.jit
 def _store_gradients(
-    gate, up, down, factors, narrow, dgate_mat, dup_mat, words, seed, offs_m, first_l,
+    gate, up, down, dh_mat, factors, narrow, scales, dgate_mat, dup_mat, words, seed, offs_m,
+    first_l,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Store dgate and dup of one tile; gives both and drop(h), rounded, h without its scale."""
@@ -122,13 +111,19 @@ def _store_gradients(
         u = tl.dot(Su, tl.trans(Qu), u, input_precision=TARGET.PRECISION)
     h = (a * u).to(dtype)
     slope *= u
-    dh = load_tile(Matrix(down.dh_ptr, down.stride_dh, 1, M, L), offs_m, offs_l).to(tl.float32)
+    dh = load_tile(dh_mat, offs_m, offs_l).to(tl.float32)
     if down.dS_ptr is not None:
         if DROPOUT:
             part = tl.dot(dS, tl.trans(A), input_precision=TARGET.PRECISION)
             keep = keep_mask(words, seed, offs_m, first_l, BLOCK_L)
-            dh += tl.where(keep, part * tl.cast(words.keep_scale, tl.float32), 0.0)
+            part_scale = tl.cast(words.keep_scale, tl.float32)
+            if scales.dh is not None:
+                part_scale *= scales.dh_inverse
+            dh += tl.where(keep, part * part_scale, 0.0)
             h = tl.where(keep, h, 0.0)
+        elif scales.dh is not None:
+            part = tl.dot(dS, tl.trans(A), input_precision=TARGET.PRECISION)
+            dh += part * scales.dh_inverse
         else:
             dh = tl.dot(dS, tl.trans(A), dh, input_precision=TARGET.PRECISION)
     dgate, dup = (dh * slope).to(dtype), (dh * a).to(dtype)
@@ -147,10 +142,11 @@ def plus_product(acc, a, b, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _store_dS(sums, dS, block, M, last_m, R, offs_m):
+def _store_dS(sums, dS, u, block, M, last_m, R, offs_m):
     """The partial of dS of a block of columns."""
     if sums.dS_ptr is not None:
         first = sums.dS_ptr + tl.cast(block, tl.int64) * M * R
+        dS = unscaled(dS, u)
         store_tile(Matrix(first, R, 1, last_m, R), dS, offs_m, tl.arange(0, dS.shape[1]))
 
 
@@ -167,7 +163,8 @@ def three_zeros(BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _walk_rows(
-    gate, up, down, gate_sums, up_sums, down_sums, dgate_mat, dup_mat, words, first_m, M, block,
+    gate, up, down, dh_mat, gate_sums, up_sums, down_sums, scales, dgate_mat, dup_mat, words,
+    first_m, M, block,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -186,37 +183,44 @@ def _walk_rows(
     for i in tl.range(0, tl.cdiv(last_m - first_m, BLOCK_M) * PARTS, num_stages=1):
         offs_m = first_m + i // PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
         first_l = (block * PARTS + i % PARTS) * BLOCK_L
-        narrow = _load_narrow(gate, up, down, offs_m, last_m, BLOCK_R)
-        factors = _load_factors(gate, up, down, first_l + tl.arange(0, BLOCK_L), L, BLOCK_R)
+        narrow = _load_narrow(gate, up, down, scales, offs_m, last_m, BLOCK_R)
+        offs_l = first_l + tl.arange(0, BLOCK_L)
+        factors = _load_factors(gate, up, down, offs_l, L, BLOCK_R)
         dgate, dup, h = _store_gradients(
-            gate, up, down, factors, narrow, dgate_mat, dup_mat, words, seed, offs_m, first_l,
-            ACTIVATION, DROPOUT, TILES, TARGET,
+            gate, up, down, dh_mat, factors, narrow, scales, dgate_mat, dup_mat, words, seed,
+            offs_m, first_l, ACTIVATION, DROPOUT, TILES, TARGET,
         )  # fmt: skip
         # Each product by itself: no other one lies between the steps of a sum.
         if gate_sums.T_ptr is not None:
             Tg0 = plus_product(Tg0, tl.trans(dgate), narrow[0], TARGET)
         if gate_sums.dS_ptr is not None:
-            dSg = plus_product(dSg, dgate, factors[0], TARGET)
+            Q = scaled_Q(gate, factors[0], scales.gate, offs_l, L)
+            dSg = plus_product(dSg, dgate, Q, TARGET)
         if up_sums.T_ptr is not None:
             Tu0 = plus_product(Tu0, tl.trans(dup), narrow[1], TARGET)
         if up_sums.dS_ptr is not None:
-            dSu = plus_product(dSu, dup, factors[1], TARGET)
+            Q = scaled_Q(up, factors[1], scales.up, offs_l, L)
+            dSu = plus_product(dSu, dup, Q, TARGET)
         if down_sums.T_ptr is not None:
-            Td0 = plus_product(Td0, tl.trans(h), narrow[2], TARGET)
+            dS = scaled_dS(down, narrow[2], scales.down, offs_m, last_m)
+            Td0 = plus_product(Td0, tl.trans(h), dS, TARGET)
         if i % PARTS == PARTS - 1:
-            _store_dS(gate_sums, dSg, block, M, last_m, gate.R, offs_m)
-            _store_dS(up_sums, dSu, block, M, last_m, up.R, offs_m)
+            _store_dS(gate_sums, dSg, scales.gate, block, M, last_m, gate.R, offs_m)
+            _store_dS(up_sums, dSu, scales.up, block, M, last_m, up.R, offs_m)
             dSg = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             dSu = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        if PARTS >= 3:
+        if PARTS >= 2:
             g, u, d = Tg0, Tu0, Td0
             Tg0, Tu0, Td0 = Tg1, Tu1, Td1
-            Tg1, Tu1, Td1 = Tg2, Tu2, Td2
-            if PARTS == 3:
-                Tg2, Tu2, Td2 = g, u, d
+            if PARTS == 2:
+                Tg1, Tu1, Td1 = g, u, d
             else:
-                Tg2, Tu2, Td2 = Tg3, Tu3, Td3
-                Tg3, Tu3, Td3 = g, u, d
+                Tg1, Tu1, Td1 = Tg2, Tu2, Td2
+                if PARTS == 3:
+                    Tg2, Tu2, Td2 = g, u, d
+                else:
+                    Tg2, Tu2, Td2 = Tg3, Tu3, Td3
+                    Tg3, Tu3, Td3 = g, u, d
     return (Tg0, Tu0, Td0), (Tg1, Tu1, Td1), (Tg2, Tu2, Td2), (Tg3, Tu3, Td3)
 
 
@@ -243,9 +247,9 @@ def _store_factor(sums, ranges, scale, offs_l, L, R, BLOCK_R: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARYING, **shown_as(gated_backward_name, gated_backward_work))
 def gated_backward(
-    gate, up, down, gate_sums, up_sums, down_sums, dgate_ptr, dup_ptr, sync_ptr, keep_scale,
-    seed_ptr, seed_low, seed_high, threshold, M, L, rows_per_range, ranges, stride_dgate,
-    stride_dup,
+    gate, up, down, gate_sums, up_sums, down_sums, dh_ptr, dgate_ptr, dup_ptr, sync_ptr, keep_scale,
+    seed_ptr, seed_low, seed_high, threshold, M, L, rows_per_range, ranges, tile_rows, stride_dh,
+    stride_dgate, stride_dup,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -254,8 +258,13 @@ def gated_backward(
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
     first_m = range_index * rows_per_range
     last_m = tl.minimum(first_m + rows_per_range, M)
+    scales = scales_of(
+        gate, up, down, gate_sums, up_sums, down_sums, block, L, first_m, last_m, tile_rows, PARTS,
+        TILES,
+    )  # fmt: skip
     T = _walk_rows(
-        gate, up, down, gate_sums, up_sums, down_sums,
+        gate, up, down, Matrix(dh_ptr, stride_dh, 1, last_m, L), gate_sums, up_sums, down_sums,
+        scales,
         Matrix(dgate_ptr, stride_dgate, 1, last_m, L), Matrix(dup_ptr, stride_dup, 1, last_m, L),
         Words(seed_ptr, seed_low, seed_high, threshold, keep_scale), first_m, M, block,
         ACTIVATION, DROPOUT, PARTS, TILES, TARGET,
@@ -265,7 +274,8 @@ def gated_backward(
         offs_l = first_l + part * TILES.BLOCK_L
         _store_partial(gate_sums, T[part][0], range_index, offs_l, L, gate.R)
         _store_partial(up_sums, T[part][1], range_index, offs_l, L, up.R)
-        _store_partial(down_sums, T[part][2], range_index, offs_l, L, down.R)
+        T_d = unscaled(T[part][2], scales.down)
+        _store_partial(down_sums, T_d, range_index, offs_l, L, down.R)
     if sync_ptr is not None:
         # Every warp's partial sums must be stored before one thread counts this CTA as arrived.
         tl.debug_barrier()
@@ -305,32 +315,30 @@ def gradients(
     config=None,
 ):  # fmt: skip
     """Found, in one launch, for the Members gate and up, the base product dh [M, I], and of down
-    dS [M, R] and A [R, I].
+    dS, a Shrunk, and A [R, I].
 
     outs: the memory of dgate and dup [M, I], which may be that of gate and up. joined: gate and up
     are halves of one layer, whose dB [2I, R] and partials of dS [2J, M, R] are those of gate.
     """
-    (M, L), R_d = dh.shape, 0 if dS is None else dS.shape[1]
-    branches = branch_of(gate), branch_of(up)
-    ranks = [branches[0].R, branches[1].R, R_d]
+    M, L = dh.shape
+    dS = Shrunk(None) if dS is None else dS
+    branches, down = (branch_of(gate), branch_of(up)), down_of(dS, A)
+    ranks = [branches[0].R, branches[1].R, down.R]
     BLOCK_R, arch = rank_block(max(*ranks, 1)), current_arch()
-    drops = dropout.p > 0.0 and R_d > 0
-    config = config or pick_gated_backward(BLOCK_R, arch, drops=drops)
+    drops = dropout.p > 0.0 and down.R > 0
+    config = config or pick_gated_backward(BLOCK_R, arch, drops=drops, dtype=dh.dtype)
     blocks = -(-L // (config.BLOCK_L * config.PARTS))
     rows = rows_each(config, M, blocks)
     ranges = -(-M // rows)
     found = _memory(config, gate, up, dh, A, ranks, wanted, outs, joined)
     has_sums = any(wanted[:3])
     seed, seed_low, seed_high, threshold = dropout.words()
-    down = Down(dh, None, None, 0, dh.stride(0), 0, 0, 0)
-    if R_d:
-        down = Down(dh, dS, A, R_d, dh.stride(0), dS.stride(0), *A.stride())
     launch(
         gated_backward, (blocks, ranges),
-        *branches, down, *_sums(found, dh, ranks, ranges, joined), *outs,
+        *branches, down, *_sums(found, dh, ranks, ranges, joined), dh, *outs,
         sync_words(dh.device, ARRIVALS.value + blocks) if has_sums else None,
         dropout.keep_scale if drops else 1.0, seed, seed_low, seed_high, threshold,
-        M, L, rows, ranges, outs[0].stride(0), outs[1].stride(0),
+        M, L, rows, ranges, dS.tile_rows, dh.stride(0), outs[0].stride(0), outs[1].stride(0),
         ACTIVATION=activation, DROPOUT=drops, PARTS=config.PARTS,
         TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, BLOCK_R, True),
         TARGET=Target(precision_of(dh.dtype), SETTLES=settles_products(dh.dtype, arch)),

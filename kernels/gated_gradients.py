@@ -6,8 +6,6 @@ h takes the place of dh, for the gradient of A; the gradients of the factors are
 (strips). Ranks are as large as one likes.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -15,7 +13,7 @@ from .activations import activated
 from .dropout import NO_DROPOUT, Words, keep_mask, seed_of
 from .environment import precision_of
 from .gated_policy import pick_gated_gradients
-from .gated_tiles import GatedTiles, branch_of, load_branch, steps_of
+from .gated_tiles import GatedTiles, branch_of, down_of, load_branch, steps_of
 from .launch_plans import launch
 from .out_of_resources import OutOfResources, instead_of
 from .profile import gated_gradients_name, gated_gradients_work, shown_as
@@ -24,19 +22,6 @@ from .tiles import Matrix, Target, load_tile, store_tile
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("M", "seed_low", "seed_high", "threshold")
-
-
-class DownScaled(NamedTuple):
-    """dS [M, R] of down, the largest of its tiles (scaling.Shrunk) or None, and A [R, I]; without a
-    low-rank part dS_ptr is None and R is 0."""
-
-    dS_ptr: Any
-    largest_ptr: Any
-    A_ptr: Any
-    R: int
-    stride_dS: int
-    stride_ar: int
-    stride_al: int
 
 
 @triton.jit
@@ -122,20 +107,16 @@ def gradients(
     (M, L), dtype = dh.shape, dh.dtype
     config = config or pick_gated_gradients(dtype)
     dS = Shrunk(None) if dS is None else dS
-    R_d = 0 if dS.values is None else dS.values.shape[1]
-    branches = branch_of(gate), branch_of(up)
-    down = DownScaled(None, None, None, 0, 0, 0, 0)
-    if R_d:
-        down = DownScaled(dS.values, dS.largest, A, R_d, dS.values.stride(0), *A.stride())
+    branches, down = (branch_of(gate), branch_of(up)), down_of(dS, A)
     columns = -(-L // config.BLOCK_L)
-    step = steps_of([branches[0].R, branches[1].R, R_d], dtype)
+    step = steps_of([branches[0].R, branches[1].R, down.R], dtype)
     seed, seed_low, seed_high, threshold = dropout.words()
     try:
         launch(
             gated_gradients, (-(-M // config.BLOCK_M) * columns,),
             *branches, down, dh, *outs, dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, L, columns, dS.tile_rows, dh.stride(0), outs[0].stride(0), outs[1].stride(0),
-            STORES_h=stores_h, ACTIVATION=activation, DROPOUT=dropout.p > 0.0 and R_d > 0,
+            STORES_h=stores_h, ACTIVATION=activation, DROPOUT=dropout.p > 0.0 and down.R > 0,
             TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, step[0], *step),
             TARGET=Target(precision_of(dtype)),
             num_warps=config.num_warps, num_stages=config.num_stages,

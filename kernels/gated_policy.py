@@ -42,13 +42,14 @@ OF_GATED = (
     _FLOAT32,
     _FOUR_PARTS,
     _THREE_PARTS,
+    _TWO_PARTS,
     _WIDE_RANK,
     _B200,
     _B200_MASKS,
 )
 _B200_WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=8)
 # Of the gate of experts, beside some of these.
-OF_EXPERTS = (_FLOAT32_LOW, _TWO_PARTS, _B200_WIDE_RANK)
+OF_EXPERTS = (_FLOAT32_LOW, _B200_WIDE_RANK)
 
 # A launch of gated_forward aims for so many programs of at most so many tiles of columns; one of
 # gated_backward for so many CTAs: some waves of any device, so that the last one does not show.
@@ -68,13 +69,18 @@ def pick_gated_gradients(dtype: torch.dtype) -> RowsConfig:
     return _FLOAT32 if dtype == torch.float32 else _GRADIENTS
 
 
-def pick_gated_backward(BLOCK_R: int, arch: int | None, *, drops: bool) -> GatedConfig:
+def pick_gated_backward(
+    BLOCK_R: int, arch: int | None, *, drops: bool, dtype: torch.dtype = torch.bfloat16
+) -> GatedConfig:
     """The tiles of gated_backward, for ranks padded to BLOCK_R."""
     if BLOCK_R > 16:
         return _WIDE_RANK
     if arch in TENSOR_MEMORY:
         return _B200_MASKS if drops else _B200
     crowded = arch in SMALL_SHARED or (drops and arch in (80, 90))
+    if dtype == torch.float16:
+        # Scales, and operands of their own to go with them, take a part's registers.
+        return _TWO_PARTS if crowded else _THREE_PARTS
     return _THREE_PARTS if crowded else _FOUR_PARTS
 
 
@@ -83,7 +89,7 @@ def fits_registers(
 ) -> bool:
     """Whether gated_backward holds layers of these ranks, 0 for those without an adapter."""
     with_mask = 16 if arch in SMALL_SHARED else 32
-    return dtype == torch.bfloat16 and max(ranks) <= (with_mask if drops else 64)
+    return dtype != torch.float32 and max(ranks) <= (with_mask if drops else 64)
 
 
 def pick_expert_forward(dtype: torch.dtype, R: int, *, plain: bool) -> RowsConfig:

@@ -36,6 +36,19 @@ class Branch(NamedTuple):
     stride_br: int
 
 
+class Down(NamedTuple):
+    """Of down dS [M, R], the largest of its tiles (scaling.Shrunk) or None, and A [R, I]; without a
+    low-rank part dS_ptr is None and R is 0."""
+
+    dS_ptr: Any
+    largest_ptr: Any
+    A_ptr: Any
+    R: int
+    stride_dS: int
+    stride_ar: int
+    stride_al: int
+
+
 class GatedTiles(NamedTuple):
     """A constant of a launch: rows and columns of a tile; columns of the rank that a program keeps,
     and in one step of S · Qᵀ; whether one step is all."""
@@ -48,10 +61,18 @@ class GatedTiles(NamedTuple):
 
 
 @triton.jit
-def load_Q(branch, offs_l, offs_r, L):
-    """A tile of Q = s · B, multiplied in float32 and rounded once."""
+def load_scaled_B(branch, offs_l, offs_r, L):
+    """A tile of Q = s · B in float32."""
     B_mat = Matrix(branch.B_ptr, branch.stride_bl, branch.stride_br, L, branch.R)
-    Q = load_tile(B_mat, offs_l, offs_r).to(tl.float32) * tl.cast(branch.scaling, tl.float32)
+    return load_tile(B_mat, offs_l, offs_r).to(tl.float32) * tl.cast(branch.scaling, tl.float32)
+
+
+@triton.jit
+def load_Q(branch, offs_l, offs_r, L, u=None):
+    """A tile of Q, or of its columns times u, multiplied in float32 and rounded once."""
+    Q = load_scaled_B(branch, offs_l, offs_r, L)
+    if u is not None:
+        Q *= u[None, :]
     return Q.to(branch.base_ptr.dtype.element_ty)
 
 
@@ -95,6 +116,14 @@ def branch_of(member):
         return Branch(base, None, None, 1.0, 0, base.stride(0), 0, 0, 0)
     R = S.shape[1]
     return Branch(base, S, B, float(scaling), R, base.stride(0), S.stride(0), *B.stride())
+
+
+def down_of(dS, A):
+    """dS, a Shrunk, and A as a kernel reads them."""
+    if dS.values is None:
+        return Down(None, None, None, 0, 0, 0, 0)
+    R, stride = dS.values.shape[1], dS.values.stride(0)
+    return Down(dS.values, dS.largest, A, R, stride, *A.stride())
 
 
 def steps_of(ranks, dtype):

@@ -216,11 +216,13 @@ def gated_backward_work(arguments: Arguments) -> dict[str, int]:
         R * (1 + (each.T_ptr is not None) + (each.dS_ptr is not None))
         for R, each in zip(ranks, sums, strict=True)
     )
-    tensors = [down.dh_ptr, down.dS_ptr, down.A_ptr, arguments["dgate_ptr"], arguments["dup_ptr"]]
+    dh = arguments["dh_ptr"]
+    tensors = [dh, down.dS_ptr, down.largest_ptr, down.A_ptr]
+    tensors += [arguments["dgate_ptr"], arguments["dup_ptr"]]
     tensors += _of_branches(arguments)
     tensors += [tensor for each in sums for tensor in (each.T_ptr, each.grad_ptr, each.dS_ptr)]
     count = 2 * arguments["M"] * arguments["L"] * products
-    return _flops(count, down.dh_ptr) | _bytes(tensors)
+    return _flops(count, dh) | _bytes(tensors)
 
 
 def gated_gradients_name(compiled: Any) -> str:

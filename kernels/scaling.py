@@ -62,6 +62,12 @@ def power_of_two(largest):
 
 
 @triton.jit
+def inverse_of(u):
+    """1 / u."""
+    return ((254 << 23) - u.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scaled_columns(tile, DTYPE: tl.constexpr):
     """A float32 tile as an operand in DTYPE, its columns scaled, and their 1 / u [1, columns]."""
     u, inverse = power_of_two(largest_finite(tile, 0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .passes import Pass, Values, cdiv, names
 
 _BRANCH = "base_ptr s_ptr B_ptr scaling R stride_base stride_s stride_bl stride_br"
@@ -67,10 +69,10 @@ def _gated_forward(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
 
 
 _SUMS = "T_ptr grad_ptr dS_ptr stride_l stride_r"
-_DOWN = "dh_ptr dS_ptr largest_ptr A_ptr R stride_dh stride_dS stride_ar stride_al"
+_DOWN = "dS_ptr largest_ptr A_ptr R stride_dS stride_ar stride_al"
 _BACKWARD_ARGUMENTS = names(
-    f"{_BRANCHES} {_CONSTANTS} dgate_ptr dup_ptr sync_ptr rows_per_range ranges stride_dgate "
-    "stride_dup PARTS "
+    f"{_BRANCHES} {_CONSTANTS} dh_ptr dgate_ptr dup_ptr sync_ptr rows_per_range ranges tile_rows "
+    "stride_dh stride_dgate stride_dup PARTS "
     + " ".join(f"down.{field}" for field in _DOWN.split())
     + " "
     + " ".join(f"{m}_sums.{field}" for m in ("gate", "up", "down") for field in _SUMS.split())
@@ -82,7 +84,9 @@ def _gated_backward(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     row_tiles = cdiv(M, v["BLOCK_M"])
     walk = Pass("activation")
     _branches(walk, v, blocks * v["PARTS"], row_tiles)
-    _through_down(walk, v, blocks * v["PARTS"], row_tiles, "down.dh_ptr")
+    _through_down(walk, v, blocks * v["PARTS"], row_tiles)
+    if v["dh_ptr"].dtype == torch.float16:
+        _scales(walk, v, blocks, row_tiles, ranges)
     for name, R in (("gate", v["gate.R"]), ("up", v["up.R"]), ("down", v["down.R"])):
         if v[f"{name}_sums.T_ptr"] is not None:
             T = ranges * L * R * 4
@@ -96,11 +100,33 @@ def _gated_backward(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     return [walk]
 
 
-def _through_down(count: Pass, v: Values, column_tiles: int, row_tiles: int, dh_name: str) -> None:
+def _scales(walk: Pass, v: Values, blocks: int, row_tiles: int, ranges: int) -> None:
+    """Operands that are scaled by columns are read again, and what their scales come from."""
+    _largest(walk, v, v["rows_per_range"], blocks)
+    if v["down_sums.T_ptr"] is not None:
+        again = blocks * v["PARTS"] * v["M"] * v["down.R"] * v.itemsize("down.dS_ptr")
+        walk.reads("down.dS_ptr", 0, again)
+        walk.loaded["down.largest_ptr"] *= 2
+    for name in ("gate", "up"):
+        if v[f"{name}_sums.dS_ptr"] is not None:
+            factor = v["L"] * v[f"{name}.R"] * v.itemsize(f"{name}.B_ptr")
+            walk.reads(f"{name}.B_ptr", 0, (ranges + row_tiles) * factor)
+
+
+def _largest(count: Pass, v: Values, rows: int, columns: int) -> None:
+    """The largest of dS of every so many rows, for each program of those rows."""
+    if v["down.largest_ptr"] is not None:
+        M, each = v["M"], v["tile_rows"]
+        tiles = sum(cdiv(min(m + rows, M), each) - m // each for m in range(0, M, rows))
+        largest = 4 * v.count("down.largest_ptr")
+        count.reads("down.largest_ptr", largest, 4 * columns * tiles * v["down.R"])
+
+
+def _through_down(count: Pass, v: Values, column_tiles: int, row_tiles: int) -> None:
     """dh and what is added to it; dgate and dup."""
     M, L, R = v["M"], v["L"], v["down.R"]
-    dh = M * L * v.itemsize(dh_name)
-    count.reads(dh_name, dh, dh)
+    dh = M * L * v.itemsize("dh_ptr")
+    count.reads("dh_ptr", dh, dh)
     if v["down.dS_ptr"] is not None:
         count.flops += 2 * M * L * R
         _narrow(count, v, "down.dS_ptr", R, column_tiles)
@@ -120,12 +146,8 @@ def _gated_gradients(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
     row_tiles = cdiv(M, BLOCK_M)
     gradients = Pass("activation")
     _branches(gradients, v, columns, row_tiles)
-    _through_down(gradients, v, columns, row_tiles, "dh_ptr")
-    if v["down.largest_ptr"] is not None:
-        firsts, rows = range(0, M, BLOCK_M), v["tile_rows"]
-        tiles = sum(cdiv(min(m + BLOCK_M, M), rows) - m // rows for m in firsts)
-        largest = 4 * v.count("down.largest_ptr")
-        gradients.reads("down.largest_ptr", largest, 4 * columns * tiles * v["down.R"])
+    _through_down(gradients, v, columns, row_tiles)
+    _largest(gradients, v, BLOCK_M, columns)
     if v["STORES_h"]:
         gradients.writes("dh_ptr", M * v["L"] * v.itemsize("dh_ptr"))
     return [gradients]

@@ -236,7 +236,7 @@ def _through_activation(
     if gated_policy.fits_registers(dh.dtype, ranks, arch, drops=drops.p > 0.0):
         wanted = backward_kernel.Wanted(needs.gate.B, up_need.B, needs.down.A, wants_dS)
         found = backward_kernel.gradients(
-            *members, dh, activation, dS.values, A, drops, wanted=wanted, outs=outs,
+            *members, dh, activation, dS, A, drops, wanted=wanted, outs=outs,
             joined=linears.is_fused,
         )  # fmt: skip
         return found, of_down._replace(A=found.down_A)

@@ -150,9 +150,13 @@ LAUNCHES = {
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_launches(interpreter: Executor, name: str) -> None:
-    o = make(replace(MANY, **VARIANTS[name]))
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [*((name, {}) for name in LAUNCHES), ("plain", {"dtype": FP16, "adapter": FP32})],
+    ids=[*LAUNCHES, "float16"],
+)
+def test_launches(interpreter: Executor, name: str, dtypes: dict[str, torch.dtype]) -> None:
+    o = make(replace(MANY, **VARIANTS[name], **dtypes))
     with interpreter.counting_launches() as names:
         y = fused(o, o.leaves)
         y.backward(o.dY)

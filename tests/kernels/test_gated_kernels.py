@@ -21,7 +21,12 @@ from lora_fast.kernels.dropout import NO_DROPOUT, Dropout
 from lora_fast.kernels.gated_tiles import Member
 from lora_fast.kernels.scaling import Shrunk
 
-from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
+from bench.instruments.accuracy import (
+    assert_accurate,
+    assert_all_accurate,
+    assert_same_bits,
+    orders,
+)
 from lora_fast.backends.torch_gated import activated, activation_gradient
 from lora_fast.gated import ACTIVATIONS
 
@@ -133,7 +138,7 @@ class Problem:
             return self._alone(outs)
         wanted = gated_backward.Wanted(R_g > 0, R_u > 0, R_d > 0, dS=True)
         found = gated_backward.gradients(
-            *self.members, self.dh, self.case.activation, self.S[2], self.A, self.drops,
+            *self.members, self.dh, self.case.activation, self._dS(), self.A, self.drops,
             wanted=wanted, outs=outs,
         )  # fmt: skip
         named = {"dgate": found.dgate, "dup": found.dup, "dB gate": found.gate_B}
@@ -143,14 +148,15 @@ class Problem:
         return {name: value for name, value in named.items() if value is not None}
 
     def _alone(self, outs: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-        dS, dh = None, self.dh.clone()
-        if self.S[2] is not None:
-            dS = scaled(self.S[2])
+        dh = self.dh.clone()
         gated_gradients.gradients(
-            *self.members, dh, self.case.activation, dS, self.A, self.drops, outs=outs,
+            *self.members, dh, self.case.activation, self._dS(), self.A, self.drops, outs=outs,
             stores_h=True,
         )  # fmt: skip
         return {"dgate": outs[0], "dup": outs[1], "h": dh}
+
+    def _dS(self) -> Shrunk | None:
+        return None if self.S[2] is None else scaled(self.S[2], self.case.dtype)
 
 
 @pytest.fixture(params=["short walks", "long walks"])
@@ -163,11 +169,11 @@ def walks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return walked
 
 
-def scaled(values: torch.Tensor, tile_rows: int = 32) -> Shrunk:
-    """dS as the kernels leave it: in float16 float32, and beside it the largest of its tiles."""
-    if values.dtype != FP16:
+def scaled(values: torch.Tensor, dtype: torch.dtype, tile_rows: int = 32) -> Shrunk:
+    """dS as the kernels leave it: of float16 in float32, and beside it the largest of its tiles."""
+    if dtype != FP16:
         return Shrunk(values)
-    dS = scaling.new_gradient(values, values.shape[1], tile_rows)
+    dS = scaling.new_gradient(values.to(dtype), values.shape[1], tile_rows)
     dS.values.copy_(values)
     for i, rows in enumerate(values.split(tile_rows)):
         dS.largest[i] = rows.abs().amax(0)
@@ -239,7 +245,7 @@ def test_gradients_in_the_memory_of_gate_and_up(p: float) -> None:
 def test_only_what_is_wanted_is_computed() -> None:
     problem = Problem(PLAIN, torch.device("cpu"))
     found = gated_backward.gradients(
-        *problem.members, problem.dh, "silu", problem.S[2], problem.A,
+        *problem.members, problem.dh, "silu", Shrunk(problem.S[2]), problem.A,
         wanted=gated_backward.Wanted(up_B=True), outs=problem.outs(),
     )  # fmt: skip
     assert [value is None for value in found] == [False, False, True, False, True, True, True]
@@ -247,8 +253,42 @@ def test_only_what_is_wanted_is_computed() -> None:
 
 
 @pytest.mark.interpreter
-def test_what_is_not_finite_stays_in_its_row() -> None:
-    problem = Problem(replace(PLAIN, activation="relu2"), torch.device("cpu"))
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_float16_does_not_limit_what_dS_and_B_may_be(p: float) -> None:
+    """Numbers that it does not hold, and stacked adapters whose columns are of unlike size."""
+    problem = Problem(
+        replace(PLAIN, M=131, I=203, ranks=(16, 16, 16), dtype=FP16, p=p), torch.device("cpu")
+    )
+    first, second = slice(0, 8), slice(8, 16)
+    dS = problem.S[2].float() * 2.0**-20
+    for tensor in (dS, *problem.B):
+        tensor[:, second] *= 2.0**-40
+    for B in problem.B:
+        B.mul_(2.0**-12)
+    # dh is what dS and A make of it.
+    problem.S[2] = dS
+    problem.A.mul_(2.0**12)
+    problem.dh.zero_()
+    ref64, eager = (problem.plain(of) for of in (torch.Tensor.double, torch.Tensor.float))
+    for found in (ref64, eager):
+        for name, B, s in zip(("gate", "up"), problem.B, problem.scalings, strict=True):
+            found[f"dS {name}"] = found[f"d{name}"] @ (s * B.to(found["dup"].dtype))
+    results = problem.backward()
+    for name in ("dgate", "dup", "dB gate", "dB up"):
+        assert_accurate(results[name], ref64[name], eager[name], name=name, compute_dtype=FP16)
+    for name in ("dS gate", "dS up", "dA"):
+        for part in (first, second):
+            actual, exact, plain = (
+                of[name].movedim(0 if name == "dA" else 1, 0)[part]
+                for of in (results, ref64, eager)
+            )
+            assert_accurate(actual, exact, plain, name=f"{name} {part}", compute_dtype=FP16)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype) -> None:
+    problem = Problem(replace(PLAIN, activation="relu2", dtype=dtype), torch.device("cpu"))
     problem.bases[0][3] = float("nan")
     found = problem.forward() | problem.backward()
     for name in ("h", "Sd", "dgate", "dup"):
@@ -260,6 +300,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 COMPILED = {
     "plain": replace(PLAIN, M=129, I=136),
     "dropout": replace(PLAIN, M=129, I=100, ranks=(16, 16, 16), adapter=BF16, p=0.1),
+    "float16": replace(PLAIN, M=129, I=136, ranks=(16, 16, 16), dtype=FP16, p=0.1),
 }
 
 

@@ -50,6 +50,9 @@ CASES = {
     "dropout": replace(PLAIN, p=0.1),
     "r32-dropout": replace(PLAIN, R=32, p=0.1),
     "r64": replace(PLAIN, R=64),
+    "float16": replace(PLAIN, dtype=torch.float16),
+    "float16-dropout": replace(PLAIN, p=0.1, dtype=torch.float16),
+    "float16-r64": replace(PLAIN, R=64, dtype=torch.float16),
     "float16-r100": replace(PLAIN, R=100, p=0.1, dtype=torch.float16),
     "float32": replace(PLAIN, dtype=torch.float32),
 }
@@ -72,18 +75,18 @@ def launches_of(arch: int, case: Case) -> stub_driver.Log:
     S, A, B = _meta(M, R, dtype=dtype), *(_meta(*s, dtype=case.adapter) for s in ((R, I), (I, R)))
     members = Member(gate, S, B, 2.0), Member(up, S, B, 2.0)
     drops = Dropout(case.p, 3) if case.p else NO_DROPOUT
+    dS = scaling.new_gradient(dh, R, 64)
     with stub_driver.recording(arch) as log:
         gated_forward.activate(*members, case.activation, A, drops)
         if gated_policy.fits_registers(dtype, [R] * 3, arch, drops=case.p > 0.0):
             wanted = gated_backward.Wanted(True, True, True, True)
             gated_backward.gradients(
-                *members, dh, case.activation, S, A, drops, wanted=wanted, outs=(gate, up)
+                *members, dh, case.activation, dS, A, drops, wanted=wanted, outs=(gate, up)
             )
         else:
             gated_gradients.gradients(
-                *members, dh, case.activation, scaling.new_gradient(dh, R, 64), A, drops,
-                outs=(gate, up), stores_h=True,
-            )  # fmt: skip
+                *members, dh, case.activation, dS, A, drops, outs=(gate, up), stores_h=True
+            )
     return log
 
 

@@ -23,6 +23,7 @@ TESTED_IN = {
     "kernels/gated_forward.py": "kernels/test_gated_kernels.py",
     "kernels/gated_gradients.py": "kernels/test_gated_kernels.py",
     "kernels/gated_policy.py": "kernels/test_gated_offline.py",
+    "kernels/gated_scales.py": "kernels/test_gated_kernels.py",
     "kernels/gated_tiles.py": "kernels/test_gated_kernels.py",
     "kernels/gemm_tiles.py": "kernels/test_kernels.py",
     "kernels/nf4_codes.py": "kernels/test_nf4_decode.py",
