@@ -114,9 +114,9 @@ METHODS = {
 }
 
 
-def check_every_method(choosing, dtype, nf4, p, device):
-    for forward in (HYBRID, AUGMENTED) if nf4 else (HYBRID,):
-        choosing(forward, HYBRID)
+def check_every_method(choosing, dtype, nf4, p, device, ways=None):
+    for way in ways or [WAYS[0], *AUGMENTS[:nf4]]:
+        choosing(*way)
         for fields in METHODS.values():
             check(replace(SMALLEST, dtype=dtype, nf4=nf4, p=p, **fields), device)
         # The p of a group, 0.3, is drawn in steps of 2⁻¹⁵ as well, which float32 shows.
@@ -142,12 +142,18 @@ def test_every_method_on_every_route(choosing, dtype, nf4, drops):
         check_every_method(choosing, dtype, nf4, DROPS[dtype] * drops, "cpu")
 
 
+SCHEDULES = {"": {}, "one CTA, in reverse": {"schedule": "reverse", "resident": 1}}
+
+
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("options", SCHEDULES.values(), ids=list(SCHEDULES))
 @pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("dtype", DROPS, ids=str)
-def test_every_method_on_every_route_compiled(ptx_executor, choosing, dtype, nf4, drops):
-    check_every_method(choosing, dtype, nf4, DROPS[dtype] * drops, ptx_executor.device)
+def test_every_method_on_every_route_compiled(ptx_executor, choosing, dtype, nf4, drops, options):
+    ways = [(FUSED, FUSED), WAYS[0], *AUGMENTS[:nf4]]
+    with ptx_executor.with_options(**options):
+        check_every_method(choosing, dtype, nf4, DROPS[dtype] * drops, ptx_executor.device, ways)
 
 
 @pytest.mark.parametrize("forward", [HYBRID, AUGMENTED], ids=lambda plan: plan.name)
