@@ -52,6 +52,11 @@ def cpu_legs() -> list[Leg]:
     ]
 
 
+# What the caller's shell may have set. Without bytecode every worker of every leg rewrites the
+# asserts of all test files anew, and every child process compiles the package.
+NO_PART_OF_THE_SUITE = {"TRITON_INTERPRET", "LORA_FAST_BACKEND", "PYTHONDONTWRITEBYTECODE"}
+
+
 # The rest of the matrices of which the other legs run a part.
 EXHAUSTIVE_LEG = Leg("exhaustive", "exhaustive and not gpu")
 GPU_LEG = Leg("gpu", "gpu")
@@ -67,8 +72,8 @@ def run_leg(leg: Leg, jobs: int, extra: list[str]) -> Outcome:
             *(f"--junitxml={report}", *extra),
         ]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **leg.env}
-        for name in {"TRITON_INTERPRET", "LORA_FAST_BACKEND"} - leg.env.keys():
-            env.pop(name, None)  # what the caller's shell has set is no part of the suite
+        for name in NO_PART_OF_THE_SUITE - leg.env.keys():
+            env.pop(name, None)
         print(f"\n== {leg.name}: pytest -m '{leg.select}'", flush=True)
         started, cpu_started = time.monotonic(), _cpu_seconds()
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode

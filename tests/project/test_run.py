@@ -15,7 +15,7 @@ import os
 import pytest
 
 def test_passes():
-    assert "TRITON_INTERPRET" not in os.environ
+    assert not {"TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"} & os.environ.keys()
 
 @pytest.mark.broken
 def test_fails():
@@ -40,6 +40,7 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     # Most of the time would go into plugins that these few tests do not use.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin,pytest_timeout")
