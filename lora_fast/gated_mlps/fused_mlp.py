@@ -28,6 +28,7 @@ from .operands import (
     is_adapted,
     linears_of,
     may_be_adapted,
+    no_linear,
     obstacle,
     read,
 )
@@ -165,7 +166,7 @@ def _computed(
     first = [each for each in (of_gate, of_up) if isinstance(each, Operand)]
     dtypes = {each.returns for each in first} or {casts or x.dtype}
     (dtype, *different) = dtypes
-    of_down = read(down, x.new_empty((0, down.in_features), dtype=dtype), casts)
+    of_down = _read_by(down, x, dtype, casts)
     covered = [*first, of_down] if isinstance(of_down, Operand) else first
     if not any(layer is not None and is_adapted(layer) for layer in layers):
         return "no adapted layer"
@@ -215,7 +216,7 @@ def _plain(
             return None
     else:
         return None
-    of_down = read(down, x.new_empty((0, down.in_features), dtype=dtype), casts)
+    of_down = _read_by(down, x, dtype, casts)
     if type(of_down) is not Operand or of_down[1:] != (dtype, dtype):
         return None
     d = of_down.factors
@@ -230,6 +231,14 @@ def _plain(
     y = run(x, GatedLinears(factors, u, d), mlp.activation)
     _count(down)
     return y
+
+
+def _read_by(down: Any, x: Tensor, dtype: torch.dtype, casts: torch.dtype | None) -> Operand | str:
+    """The layer that reads h of this dtype, for an x; whatever took its place runs alone."""
+    features = getattr(down, "in_features", None)
+    if not isinstance(features, int):
+        return no_linear(down)
+    return read(down, x.new_empty((0, features), dtype=dtype), casts)
 
 
 def _count(*layers: Any) -> None:

@@ -36,12 +36,17 @@ def linears_of(module: nn.Module) -> dict[str, Any]:
 
 def is_adapted(child: Any) -> bool:
     """Whether a layer is one of ours, whose calls are counted."""
-    return "_lora_fast_calls" in child.__dict__
+    return child is not None and "_lora_fast_calls" in child.__dict__
 
 
 def may_be_adapted(child: Any) -> bool:
     """Whether a layer is an adapted one, ours or stock."""
     return child is not None and (is_adapted(child) or hasattr(child, "get_base_layer"))
+
+
+def no_linear(child: Any) -> str:
+    """Why a module in the place of a linear layer runs its own forward."""
+    return f"{type(child).__name__} is no layer of the operation"
 
 
 def always_alone(child: Any) -> str | None:
@@ -52,7 +57,7 @@ def always_alone(child: Any) -> str | None:
     else:
         weight = getattr(child, "weight", None)
         if not isinstance(weight, Tensor):
-            return f"{type(child).__name__} is no layer of the operation"
+            return no_linear(child)
         x = torch.empty(0, child.in_features, dtype=_dtype_of(child), device=weight.device)
     found = read(child, x, None)
     return found if isinstance(found, str) else None
@@ -77,7 +82,7 @@ def read(child: Any, x: Tensor, casts: torch.dtype | None) -> Operand | str:
         found: Operand | str = ours(child, x, casts)
         return found
     if type(child) is not nn.Linear and not isinstance(child, four_bit.classes or four_bit.find()):
-        return f"{type(child).__name__} is no layer of the operation"
+        return no_linear(child)
     found = base_obstacle(child) or call_obstacle(child, x) or ""
     if found or child.weight.requires_grad:
         return found or "its weight trains"

@@ -46,8 +46,10 @@ def statuses(model: nn.Module) -> Iterator[MLPStatus]:
         if mlp is not None:
             found = "not accelerated" if state is None else environment_obstacle()
             found = found or observed(module, proof)
-            alone = {n: reason for n in mlp.names if (reason := always_alone(linears.get(n)))}
-            if found is None and not any(is_adapted(linears.get(n)) for n in mlp.names):
+            children: Any = module._modules
+            # What took the place of a linear layer, too.
+            alone = {n: reason for n in mlp.names if (reason := always_alone(children.get(n)))}
+            if found is None and not any(is_adapted(children.get(n)) for n in mlp.names):
                 found = "no adapted layer"
         yield MLPStatus(name, type(module).__name__, mlp, found, alone, calls)
 

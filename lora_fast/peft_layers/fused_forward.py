@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..base_layer.call_counts import CallCounts
@@ -43,6 +44,15 @@ class FusedForward:
         calls.add_fused()
         return y
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, which writes W through ``.data``, while a fused forward may have saved W."""
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+        _note_changes(self)
+
+    def unmerge(self) -> None:
+        super().unmerge()  # type: ignore[misc]
+        _note_changes(self)
+
     def active(self, **kwargs: Any) -> tuple[Any, str | None]:
         """The active adapters, and why PEFT's own forward must run for any input, or None."""
         raise NotImplementedError
@@ -66,6 +76,12 @@ class FusedForward:
 
     def _get_name(self) -> str:
         return type(self).__bases__[-1].__name__
+
+
+def _note_changes(layer: Any) -> None:
+    """Let a backward pass that needs the base layer as it was raise, and not take the new one."""
+    found = layer.get_base_layer().parameters(recurse=False)
+    torch.autograd.graph.increment_version([t for t in found if not t.is_inference()])
 
 
 def switched_off(layer: Any) -> str | None:

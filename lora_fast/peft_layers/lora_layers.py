@@ -21,6 +21,7 @@ from ..base_layer.linear import adapted, four_bit_dtype, weight_of, weight_shape
 from ..base_layer.obstacles import base_obstacle, call_obstacle
 from ..base_layer.row_norms import row_norms
 from ..factors import Constants, Factors
+from ..four_bit import is_four_bit
 from ..gated_mlps.operands import Operand
 from .four_bit_classes import LoRALinear4bit
 from .fused_forward import FusedForward
@@ -140,7 +141,7 @@ class FusedLoRALayer(FusedForward):
         member, p = member_of(state), state.adapters[0].dropout_p
         constants = Constants(member.scaling, p)
         factors = Factors(*member[:4], constants=constants)
-        if not isinstance(self, LoRALinear4bit):
+        if not is_four_bit(state.base):
             return Operand(factors, casts or x.dtype, casts or x.dtype)
         return Operand(factors, casts or four_bit_dtype(state.base, x), _widened(x, casts))
 
@@ -155,7 +156,7 @@ class FusedLoRALayer(FusedForward):
         names = check_adapters_to_merge(layer, adapter_names)
         terms = None if safe_merge else plain_terms(layer, names)
         if terms is None:
-            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+            super().merge(safe_merge, adapter_names)
         elif terms:
             merge_terms(layer, terms)
             layer.merged_adapters.extend(name for name in names if name in layer.lora_A)
@@ -164,7 +165,7 @@ class FusedLoRALayer(FusedForward):
         layer: Any = self
         terms = plain_terms(layer, layer.merged_adapters) if layer.merged else None
         if terms is None:
-            super().unmerge()  # type: ignore[misc]
+            super().unmerge()
             return
         unmerge_terms(layer, terms)
         layer.merged_adapters.clear()

@@ -229,6 +229,21 @@ def fingerprint(layer: Any) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
+def circumstances_of(x: Tensor) -> tuple[Any, ...]:
+    """A value that changes with x and with how its values would be computed with."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    return (
+        x.data_ptr(),
+        None if x.is_inference() else x._version,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_autocast_dtype(kind) if autocast else None,
+        torch.cuda.current_stream(x.device).cuda_stream if kind == "cuda" else 0,
+    )
+
+
 def stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
     """A [ΣR, K], B [N, ΣR] and one scaling with s B A = Σ sᵢ Bᵢ Aᵢ."""
     first = adapters[0]

@@ -29,13 +29,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base_layer.linear import adapted_together
+from ..backends.choice import is_one_row_on_a_cpu
+from ..base_layer.linear import adapted_together, four_bit_dtype
 from ..base_layer.obstacles import runs_own_forward
+from ..four_bit import is_four_bit
 from . import compiled_siblings
 from .call_reader import Condition, Together, Unreadable
 from .compiled_siblings import GROUP
 from .forward_source import called_together, code_of_forward
-from .lora_state import State, fingerprint, is_plain, member_of
+from .lora_state import State, circumstances_of, fingerprint, is_plain, member_of
 
 # Attributes of a layer: its group and its index there (GROUP); why it is in none.
 ALONE = "_lora_fast_alone"
@@ -69,7 +71,7 @@ class Kept:
 
     def __init__(self, x: Tensor, first: int, outputs: dict[int, tuple[Tensor, Any]]) -> None:
         self.first, self.outputs = first, outputs
-        self.circumstances = _circumstances(x)
+        self.circumstances = circumstances_of(x)
         self._is_alive: Any = None
         # Not a method, which would keep the outputs alive.
         forget = partial(_forget, outputs)
@@ -218,7 +220,7 @@ def kept_output(layer: Any, x: Tensor, forward: FrameType | None = None) -> Tens
     y, before = kept.outputs.pop(index, (None, None))
     if y is None or group.parent_of(index, layer, forward) is None:
         return None
-    return y if kept.circumstances == _circumstances(x) and before == fingerprint(layer) else None
+    return y if kept.circumstances == circumstances_of(x) and before == fingerprint(layer) else None
 
 
 def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
@@ -232,7 +234,9 @@ def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     kept: Kept | None = group.of_thread.kept
     if kept is not None and kept.first < index and kept.outputs and kept.x() is x:
         return None  # the first sibling could not have computed this one
-    if index + 1 == len(group.names) or not is_plain(state) or x.is_inference():
+    # One row as in the short way, which a recomputed forward pass may take.
+    is_alone = index + 1 == len(group.names) or is_one_row_on_a_cpu(x)
+    if is_alone or not is_plain(state) or x.is_inference():
         return None
     parent = None if runs_hooks(layer) else group.parent_of(index, layer)
     if parent is None or not group.is_called_as_read(parent):
@@ -291,6 +295,8 @@ def _state_of(layer: Any, x: Tensor, first: State) -> State | None:
     state, found = layer.active()
     if found is not None or layer.input_obstacle(state, x) is not None or not is_plain(state):
         return None
+    if is_four_bit(state.base):
+        four_bit_dtype(state.base, x)  # settled by the first input, and part of its fingerprint
     return state if state.adapters[0].dropout_p == first.adapters[0].dropout_p else None
 
 
@@ -335,20 +341,6 @@ def runs_hooks(module: Any) -> bool:
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    )
-
-
-def _circumstances(x: Tensor) -> tuple[Any, ...]:
-    kind = "cpu" if x.is_cpu else x.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    return (
-        x.data_ptr(),
-        None if x.is_inference() else x._version,
-        x.requires_grad,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_autocast_dtype(kind) if autocast else None,
-        torch.cuda.current_stream(x.device).cuda_stream if kind == "cuda" else 0,
     )
 
 

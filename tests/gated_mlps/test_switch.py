@@ -13,6 +13,7 @@ from gated_models import (
     NAMES,
     GatedMLP,
     H,
+    Model,
     agree,
     counts,
     layer_of,
@@ -25,9 +26,11 @@ from lora_models import (
     assert_equal_runs,
     counted,
     lora_config,
+    quantised,
     quietly,
     run,
 )
+from peft import get_peft_model
 from torch import nn
 
 import lora_fast
@@ -279,6 +282,23 @@ def test_gate_and_up_are_one_layer_twice() -> None:
     assert counts(fused) == (1, {})
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_another_module_takes_the_place_of_a_layer(name: str) -> None:
+    stock = stock_model()
+    fused = accelerated_copy(stock)
+    agree(fused, stock)
+    for model in (stock, fused):
+        mlp_of(model)._modules[name] = nn.Sequential(layer_of(model, name))
+    agree(fused, stock)
+    assert reported(fused).alone == {name: "Sequential is no layer of the operation"}
+    assert counts(fused) == (2, {})
+    for model in (stock, fused):
+        mlp_of(model)._modules[name] = None
+        with pytest.raises(TypeError, match="not callable"):
+            model(torch.ones(2, H))
+    assert reported(fused).obstacle == f"{name}: missing"
+
+
 def test_a_parameter_is_written_through_data() -> None:
     stock = stock_model()
     fused = accelerated_copy(stock)
@@ -289,6 +309,15 @@ def test_a_parameter_is_written_through_data() -> None:
         layer.lora_B["default"].weight.data = torch.ones_like(layer.lora_B["default"].weight)
     agree(fused, stock)
     assert counts(fused) == (2, {})
+
+
+def test_the_first_call_of_4_bit_layers_returns_the_dtype_of_others() -> None:
+    """Also where PEFT was not told that the model is in 4 bits, and wraps them as any layer."""
+    mlp = quantised(GatedMLP().bfloat16())
+    model = get_peft_model(Model(mlp), lora_config(target_modules=r".*_proj"))
+    fused, x = accelerated_copy(model), torch.ones(5, H, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert model(x).dtype is fused(x).dtype is fused(x).dtype
 
 
 def test_the_model_is_cast() -> None:

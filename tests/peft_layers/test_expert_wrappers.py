@@ -182,6 +182,19 @@ def test_merged_and_disabled_fall_back() -> None:
 
 
 @needs_fused
+@needs_fused
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_backward_pass_after_a_merge_raises(family: str) -> None:
+    """Stock, which has formed W + s B A before, has its gradients; never those of the merged W."""
+    stock, fused = pair(family)
+    loss = fused(**inputs()).loss
+    fused.merge_adapter()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    fused.unmerge_adapter()
+    assert_models_agree(results(fused), results(stock))
+
+
 def test_copies_pickles_and_the_way_back() -> None:
     stock, fused = pair("qwen3_moe")
     expected = results(fused)

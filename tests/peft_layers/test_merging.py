@@ -160,3 +160,18 @@ def test_a_copy_of_a_merged_model_can_be_unmerged() -> None:
     stock = lora_fast.decelerate(fused)
     quietly(stock.unmerge_adapter)
     assert not lora_layers(stock)[0].merged
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_bias", "ia3", "vera"])
+def test_a_backward_pass_after_a_merge_raises(method: str) -> None:
+    """PEFT writes W through ``.data``, of which autograd knows nothing."""
+    options = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}
+    if method in ("ia3", "vera"):
+        model = method_model(method)
+    else:
+        model = peft_model(**options.get(method, {}))
+    fused = accelerated_copy(model)
+    y = fused(torch.randn(7, K, requires_grad=True))
+    fused.merge_adapter()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

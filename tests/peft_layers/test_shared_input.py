@@ -22,8 +22,10 @@ from lora_models import K, accelerated_copy, compare, counted, lora_layers, quie
 from peft import LoraConfig, get_peft_model
 from products import products_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_fast
+from bench.instruments.accuracy import assert_same_bits
 from lora_fast.backends.selection import backend_for
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -64,6 +66,20 @@ def test_one_row_on_a_cpu_is_computed_alone(
     fused = accelerated_copy(stock)
     agree(fused, stock, torch.randn(shape))
     assert grouped == [] and counted(fused) == (3, {})
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_4_bit_layers_that_their_first_input_gives_a_dtype(rows: int) -> None:
+    """Computed once in their first pass, which saves what the recomputed one does."""
+    fused = accelerated_copy(stock_model("nf4", compute_dtype=None))
+    fresh, x = copy.deepcopy(fused), torch.randn(rows, K, requires_grad=True)
+    first, second = (products_of(lambda: fused(x)) for _ in range(2))
+    assert first == second
+    checkpoint(fresh, x, use_reentrant=False).sum().backward()
+    recomputed, x.grad = x.grad, None
+    fused(x).sum().backward()
+    assert recomputed is not None and x.grad is not None
+    assert_same_bits(recomputed, x.grad, name="dx")
 
 
 def test_groups_can_be_refused(grouped: list[int]) -> None:

@@ -67,11 +67,16 @@ class QueryAlone(Attention):
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 
 
-def stock_model(kind: str = "dense", base: type[Attention] = Attention, **config: Any) -> Any:
+def stock_model(
+    kind: str = "dense",
+    base: type[Attention] = Attention,
+    compute_dtype: torch.dtype | None = torch.float32,
+    **config: Any,
+) -> Any:
     torch.manual_seed(0)
     attention: nn.Module = base()
     if kind == "nf4":
-        attention = quantised(attention, torch.float32)
+        attention = quantised(attention, compute_dtype)
     options = {"r": 5, "lora_alpha": 8, "init_lora_weights": False, **config}
     return get_peft_model(attention, LoraConfig(target_modules=PROJECTIONS, **options))
 
