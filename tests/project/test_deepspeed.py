@@ -17,16 +17,33 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+from bench.instruments.accuracy import ORDER_DIFFERENCE, RUN_DIFFERENCE, assert_agree
+
 PROGRAM = """
 import json, sys
 import deepspeed, torch
-from deepspeed.utils import safe_get_full_fp32_param
-from lora_models import K, peft_model
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, set_z3_leaf_modules
+import gated_models, lora_models
 import lora_fast
 
-def trained(stage, accelerated):
+def mlp():
+    return gated_models.stock_model().train()
+
+def leaf():
+    model = mlp()
+    set_z3_leaf_modules(model, [gated_models.GatedMLP])
+    return model
+
+MODELS = {
+    "layer": (lora_models.peft_model, lora_models.K),
+    "gated MLP": (mlp, gated_models.H),
+    "leaf": (leaf, gated_models.H),
+}
+
+def trained(stage, accelerated, kind):
     torch.manual_seed(0)
-    model = peft_model()
+    make, width = MODELS[kind]
+    model = make()
     if accelerated:
         lora_fast.accelerate(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -41,25 +58,37 @@ def trained(stage, accelerated):
         },
     )
     generator = torch.Generator().manual_seed(1)
-    for _ in range(6):
-        x = torch.randn(4, K, generator=generator)[torch.distributed.get_rank() :: 2]
-        loss = engine(x).square().mean()
+    losses, gradients = [], []
+    for step in range(6):
+        x = torch.randn(4, width, generator=generator)[torch.distributed.get_rank() :: 2]
+        # A leaf whose input needs no gradient is partitioned again before its backward.
+        loss = engine(x.requires_grad_()).square().mean()
         engine.backward(loss)
+        losses.append(loss.item())
+        if step == 1:
+            gradients = [safe_get_full_grad(p).flatten().tolist() for p in parameters]
         engine.step()
     values = [safe_get_full_fp32_param(p) if stage == 3 else p for p in parameters]
     report = lora_fast.report(model)
-    return [v.flatten().tolist() for v in values], report.fused_calls, report.fallback_calls
+    mlps = [(mlp.fused_calls, mlp.fallback_calls) for mlp in report.mlps]
+    return {
+        "values": [v.flatten().tolist() for v in values], "gradients": gradients, "losses": losses,
+        "fused": report.fused_calls, "fallbacks": report.fallback_calls, "mlps": mlps,
+    }
 
-found = {f"{stage} {accelerated}": trained(stage, accelerated)
-         for stage in (2, 3) for accelerated in (False, True)}
+found = {f"{stage} {accelerated} {kind}": trained(stage, accelerated, kind)
+         for stage in (2, 3) for accelerated in (False, True) for kind in MODELS}
 if torch.distributed.get_rank() == 0:
     json.dump(found, open(sys.argv[1], "w"))
 """
+# A leaf is a module whose parameters DeepSpeed gathers at once, so that its layers have no hooks.
+LAYERS = {"layer": 1, "gated MLP": 3, "leaf": 3}
+KINDS = tuple(LAYERS)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of ZeRO stage and whether accelerated: parameters after three steps, fused calls, reasons."""
+    """Of ZeRO stage, whether accelerated, and model: what three steps gave, and ran as."""
     folder = tmp_path_factory.mktemp("deepspeed")
     (folder / "program.py").write_text(PROGRAM)
     with socket.socket() as listener:
@@ -79,19 +108,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
         for rank in range(2)
     ]
-    printed = [process.communicate(timeout=300)[0] for process in processes]
+    printed = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_trains_what_it_trains_without(stage: int, runs: dict[str, Any]) -> None:
-    (expected, *_), (found, fused, fallbacks) = runs[f"{stage} False"], runs[f"{stage} True"]
-    assert len(expected) == len(found) > 0
-    for one, other in zip(expected, found, strict=True):
-        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1e-6
-    if stage == 2:
-        assert fused > 0 and fallbacks == {}
-    else:
-        assert fused == 0
-        assert list(fallbacks) == ["lora_A is partitioned by DeepSpeed ZeRO-3"]
+def test_zero_trains_what_it_trains_without(stage: int, kind: str, runs: dict[str, Any]) -> None:
+    stock, found = runs[f"{stage} False {kind}"], runs[f"{stage} True {kind}"]
+    assert len(found["values"]) == len(found["gradients"]) == 2 * LAYERS[kind]
+    assert_agree(found["losses"], stock["losses"], within=RUN_DIFFERENCE, name="losses")
+    for what, within in (("gradients", ORDER_DIFFERENCE), ("values", RUN_DIFFERENCE)):
+        for one, other in zip(found[what], stock[what], strict=True):
+            assert any(other)
+            assert_agree(one, other, within=within, name=what)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_2_runs_fused(kind: str, runs: dict[str, Any]) -> None:
+    found = runs[f"2 True {kind}"]
+    assert found["fused"] == 6 * LAYERS[kind] and found["fallbacks"] == {}
+    assert found["mlps"] == ([] if kind == "layer" else [[6, {}]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_3_runs_the_code_of_peft_and_says_why(kind: str, runs: dict[str, Any]) -> None:
+    """Weights are whole only while DeepSpeed's hooks around a layer, or a leaf, say so."""
+    found, reason = runs[f"3 True {kind}"], "lora_A is partitioned by DeepSpeed ZeRO-3"
+    assert found["fused"] == 0
+    assert found["fallbacks"] == {reason: 6 * LAYERS[kind]}
+    of_mlp = {"gated MLP": {"gate_proj: hooks": 6}, "leaf": {reason: 6}}
+    assert found["mlps"] == ([[0, of_mlp[kind]]] if kind in of_mlp else [])
