@@ -5,6 +5,8 @@
                  saves gate and up and writes their gradients in place
     unsloth      its graph, with its two kernels; the backward one writes h again, too
     lorafusion   its linears, and Hugging Face's activation
+    nemo         a model of its graph, which has the activation in it; nemo, op fuser: with the sums
+                 in the products
     lora_fast    accelerated PEFT layers, whose activation carries the low rank
 
 All operations are counted, and modelled times are those of the table of linears.
@@ -17,12 +19,14 @@ from typing import Any
 
 from lora_fast.tuning.rooflines import BY_ARCH, ROOFLINES
 
-from . import band, contestants, layers
+from . import band, contestants, layers, nemo_graph
 from .contestants import Case
 from .operations import Operation, Step
 
 LAYER = layers.SHAPES[1]
-WHO = ("frozen", "peft", "peft + liger", "unsloth", "lorafusion", "lora_fast")
+WHO = (
+    "frozen", "peft", "peft + liger", "unsloth", "lorafusion", *nemo_graph.KINDS, "lora_fast",
+)  # fmt: skip
 CASES = tuple(Case(LAYER, 8192, 16, weight, 0.0) for weight in ("dense", "nf4"))
 
 
@@ -45,6 +49,9 @@ def step(case: Case, who: str) -> Step | None:
     """The step of anybody but us; None where they have no fused path."""
     if who in contestants.STOCK:
         return contestants.stock(replace(case, activates=True), who)
+    if who in nemo_graph.KINDS:
+        dense = case.weight == "dense"
+        return nemo_graph.step(case.shape, case.M, case.R, who) if dense else None
     element = layers.DTYPE.itemsize
     passes, kept = case.M * case.shape.intermediate * element, 2
     forward = [Operation("swiglu", 0, 2 * passes, passes)]

@@ -189,7 +189,7 @@ def _assumptions() -> str:
         f"e = {SLOW}, where a product in Triton takes 1 / e of cuBLAS's time. Where cuBLAS adds "
         f"to a matrix, {EXPOSED_C:.0%} of its reading is not hidden. lora_fast is on the routes "
         "that are taken until a device was measured; lora_fast fused has every product in its own "
-        f"kernels. Unsloth and LoRAFusion are models of their graphs. Peaks: {devices}."
+        f"kernels. Unsloth, LoRAFusion and NeMo are models of their graphs. Peaks: {devices}."
     )
 
 

@@ -155,6 +155,7 @@ TESTED_IN = {
         for test, names in {
             "offline": "contestants layers lorafusion_graph markdown operations tables tasks "
             "unsloth_graph",
+            "activated": "nemo_graph",
             "check": "band counting issue machine_code regression variants whole_layer",
         }.items()
         for name in names.split()
