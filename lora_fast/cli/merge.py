@@ -84,8 +84,8 @@ def _merge(
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..magnitudes import short_size
     from .console import duration, quiet_libraries
-    from .plan import human
 
     if not debug:
         quiet_libraries()
@@ -116,6 +116,6 @@ def _merge(
     files = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
     took = duration(time.monotonic() - began)
     console.print(
-        f"[green]✓[/] {escape(str(out))} [dim]{human(sum(shards))} in {files}, {took}[/]",
+        f"[green]✓[/] {escape(str(out))} [dim]{short_size(sum(shards))} in {files}, {took}[/]",
         soft_wrap=True,
     )

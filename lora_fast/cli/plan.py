@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import TrainingError, first_line
+from ..magnitudes import short_count, short_size
 from ..training import config
 from . import options as opt
 from .errors import EXIT_ERROR, one_line_errors
@@ -203,8 +204,8 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
 
     s = found.settings
     console.print(
-        f"[bold]{escape(found.model)}[/]: {millions(found.parameters)} parameters, "
-        f"{millions(found.trainable)} train; {s.method}"
+        f"[bold]{escape(found.model)}[/]: {short_count(found.parameters)} parameters, "
+        f"{short_count(found.trainable)} train; {s.method}"
         f"{f' r={s.rank}' if s.rank else ''}, {s.task or 'its own task'}, "
         f"batch {s.batch_size} × {s.max_length} tokens"
         f"{', checkpointing' if s.gradient_checkpointing else ''}, {s.optim}"
@@ -215,16 +216,16 @@ def show_plan(console: Console, found: MemoryPlan, room: int | None, place: str 
     table.add_column(style="cyan")
     for name, size in visible(found.parts).items():
         bar = "█" * round(BAR * size / found.total)
-        table.add_row(name, human(size), bar)
-    table.add_row("[bold]total[/]", f"[bold]{human(found.total)}[/]", "")
+        table.add_row(name, short_size(size), bar)
+    table.add_row("[bold]total[/]", f"[bold]{short_size(found.total)}[/]", "")
     print_whole(console, table)
     if found.paged:
-        console.print(f"optimizer state that may be paged to the host: {human(found.paged)}")
+        console.print(f"optimizer state that may be paged to the host: {short_size(found.paged)}")
     if found.activations is not None:
         with_, without = found.activations["with_checkpointing"], found.activations["without"]
         console.print(
-            f"[dim]activations: {human(without)}, with checkpointing {human(with_)}; not counted: "
-            f"{human(cards.RESERVE)} for the CUDA context and fragmentation[/]"
+            f"[dim]activations: {short_size(without)}, with checkpointing {short_size(with_)}; "
+            f"not counted: {short_size(cards.RESERVE)} for the CUDA context and fragmentation[/]"
         )
     for note in found.notes:
         console.print(f"[yellow]![/] {escape(note)}")
@@ -248,31 +249,15 @@ def _show_room(console: Console, found: MemoryPlan, room: int | None, place: str
     elif cards.fits(found.total, room):
         left = room - found.total - cards.RESERVE
         caveat = cards.caveat(str(place).lower(), found.settings.dtype)
-        room_left = f"({human(room)}), {human(left)} to spare"
+        room_left = f"({short_size(room)}), {short_size(left)} to spare"
         console.print(f"[green]✓[/] fits on {place}{caveat} {room_left}")
     else:
         over = found.total + cards.RESERVE - room
-        console.print(f"[red]✗[/] does not fit on {place} ({human(room)}): {human(over)} too much")
+        missing = f"{short_size(over)} too much"
+        console.print(f"[red]✗[/] does not fit on {place} ({short_size(room)}): {missing}")
     for number, change in enumerate(found.changes[:SHOWN_CHANGES]):
         enough = ""
         if room is not None and not cards.fits(found.total, room):
             enough = ", then it fits" if cards.fits(found.total - change.saves, room) else ""
         label = "helps most:" if number == 0 else "           "
-        console.print(f"{label} {change.what} saves {human(change.saves)}{enough}")
-
-
-def millions(count: int) -> str:
-    """``8.03B``, ``41.9M``: a number of parameters, three digits."""
-    return f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
-
-
-def human(size: int) -> str:
-    """``1.23 GB``: decimal units, three digits."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return (
-                f"{size / scale:.3g} {unit}"
-                if size < 1000 * scale
-                else f"{size / scale:.0f} {unit}"
-            )
-    return f"{size} B"
+        console.print(f"{label} {change.what} saves {short_size(change.saves)}{enough}")

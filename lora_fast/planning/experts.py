@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..experts.storage import packed_experts, packed_parameters
+from ..magnitudes import short_count
 from .states import state_bytes, weight_bytes
 
 # What configs call the number of experts that compute a token.
@@ -70,13 +71,13 @@ def experts_of(modules: Iterable[nn.Module], adapted: Any, *, quantised: bool) -
 
 def about_experts(experts: Experts) -> str:
     """One line: the number of parameters, and the settings that do not apply to them."""
-    line = f"experts: {experts.elements / 1e9:.3g}B parameters in {experts.modules} modules, no "
+    line = f"experts: {short_count(experts.elements)} parameters in {experts.modules} modules, no "
     kind = max(experts.sizes, key=lambda kind: experts.sizes[kind], default="no memory")
     line += f"linear layers; in {kind}, "
     if experts.active:
         line += f"{experts.active} of {experts.count} compute a token, "
     if experts.trained:
-        return line + f"and LoRA trains {experts.trained / 1e6:.4g}M parameters on them"
+        return line + f"and LoRA trains {short_count(experts.trained)} parameters on them"
     return line + "and are not adapted"
 
 

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..magnitudes import short_count
 from .encoding import describe_examples
 
 Result = dict[str, Any]
@@ -34,7 +35,7 @@ def facts(found: Result) -> list[tuple[str, str]]:
     return [
         (
             "Model",
-            f"{found['model']}, {found['parameters'] / 1e6:,.0f}M parameters, {kind}, "
+            f"{found['model']}, {short_count(found['parameters'])} parameters, {kind}, "
             f"{found['dtype']} on {found['device']} ({found['threads']} threads)",
         ),
         ("Data", describe_examples(found["examples"])),

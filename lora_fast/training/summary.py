@@ -13,6 +13,7 @@ import torch
 import lora_fast
 
 from ..acceleration.report import adapted_layers
+from ..magnitudes import short_count
 from ..methods.adapters import ALL_LINEAR, about_bypassed
 from ..methods.base_model import Base
 from ..methods.table import method_of
@@ -34,7 +35,7 @@ def facts(setting: Experiment) -> list[tuple[str, str]]:
     """The properties of a run, by name: model, data, method, run."""
     config, base = setting.config, setting.base
     trainable, total = parameter_counts(setting.model)
-    size = f"{(total - trainable) / 1e6:,.0f}M"
+    size = short_count(total - trainable)
     kind = "NF4" if base.quantized else "unquantised"
     dtype = str(base.dtype).removeprefix("torch.")
     step_size = (config.batch_size or 1) * config.grad_accum

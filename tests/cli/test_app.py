@@ -287,7 +287,7 @@ def test_a_run_shows_its_scores_and_where_it_is(
         "majority class", "linear probe", "stock PEFT", "lora_fast", "ROC AUC", "ratio",
         "trainable parameters", "tokens/s", "activations saved for backward",
         "13 of 13 adapted layers fused", "step 4/4", "Largest difference of the two loss curves",
-        "Adapter, metrics.json, pictures: out", "bert, 0M parameters, NF4, float32 on cpu",
+        "Adapter, metrics.json, pictures: out", " K parameters, NF4, float32 on cpu",
         "86 examples to train, 10 held out", "4 steps of 32 examples, learning rate 0.0005",
     ):  # fmt: skip
         assert text in shown.out, text
