@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..experts.quantisation import expert_modules, expert_parameters
+from ..magnitudes import short_count, short_size
 from .report import OPAQUE, adapted_layers, report
 
 # Part of a class's name, and the packages without which it runs step by step in PyTorch.
@@ -80,7 +81,7 @@ def _experts(model: nn.Module) -> Iterator[str]:
     )
     if bare:
         yield (
-            f"experts: {_size(count)} parameters in {len(bare)} modules are neither adapted "
+            f"experts: {short_count(count)} parameters in {len(bare)} modules are neither adapted "
             "(target_parameters) nor quantised (lora_fast.quantize_experts)"
         )
 
@@ -91,10 +92,7 @@ def _output_layer(model: Any, fused_loss: bool | None) -> Iterator[str]:
     adapters = {id(layer): name for name, layer in adapted_layers(model)}
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     for role in ("get_output_embeddings", "get_input_embeddings"):
-        try:
-            layer = getattr(base, role)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
+        layer = _asked(base, role)
         tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
         if id(layer) in adapters and (role == "get_output_embeddings" or tied):
             when = "the fused loss" if fused_loss else "a fused loss (Liger, Cut Cross-Entropy)"
@@ -102,6 +100,14 @@ def _output_layer(model: Any, fused_loss: bool | None) -> Iterator[str]:
                 f"{_first([adapters[id(layer)]])}: {when} multiplies with its weight alone, so "
                 "that the adapter has no effect and no gradient; leave it out of target_modules"
             )
+
+
+def _asked(base: Any, role: str) -> Any:
+    """What a method of the model without arguments returns; None if it has none that answers."""
+    try:
+        return getattr(base, role)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
 
 
 def _wide_adapters(model: nn.Module, autocast: torch.dtype | None) -> Iterator[str]:
@@ -117,9 +123,9 @@ def _wide_adapters(model: nn.Module, autocast: torch.dtype | None) -> Iterator[s
     if count:
         word = str(autocast).removeprefix("torch.")
         yield (
-            f"adapters: {_size(count)} parameters in float32 under {word} autocast: "
-            f"{_bytes(4 * count)}, as much for their gradients, and {_bytes(2 * count)} of copies "
-            "in every pass; autocast_adapter_dtype=False keeps them in the base's dtype"
+            f"adapters: {short_count(count)} parameters in float32 under {word} autocast: "
+            f"{short_size(4 * count)}, as much for their gradients, and {short_size(2 * count)} of "
+            "copies in every pass; autocast_adapter_dtype=False keeps them in the base's dtype"
         )
 
 
@@ -176,8 +182,26 @@ def _routers(model: nn.Module) -> Iterator[str]:
     if found:
         yield (
             f"{_first(found)}: an adapter on a router changes which experts are chosen, and what "
-            "was balanced; leave it out of target_modules"
+            'was balanced; PEFT\'s target_modules="all-linear" puts one there: to leave it out, '
+            f"write {_targets_without(model, found)}"
         )
+
+
+def _targets_without(model: nn.Module, left_out: list[str]) -> str:
+    """Arguments of PEFT's config that adapt all that is adapted, by name, but `left_out`."""
+    modules, parameters = set(), set()
+    for name, layer in adapted_layers(model):
+        last = name.replace(".base_layer", "").rpartition(".")[2]
+        if name in left_out:
+            continue
+        if hasattr(layer, "parameter_name"):
+            parameters.add(f"{last}.{layer.parameter_name}")
+        else:
+            modules.add(last)
+    found = {"target_modules": sorted(modules), "target_parameters": sorted(parameters)}
+    return ", ".join(f"{name}={targets}" for name, targets in found.items() if targets) or (
+        "the names of other layers"
+    )
 
 
 def _fallbacks(model: nn.Module) -> Iterator[str]:
@@ -195,14 +219,3 @@ def _fallbacks(model: nn.Module) -> Iterator[str]:
 def _first(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return names[0].removeprefix("base_model.model.") + more
-
-
-def _size(count: int) -> str:
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= limit:
-            return f"{count / limit:.3g}{letter}"
-    return str(count)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:.3g} MiB"

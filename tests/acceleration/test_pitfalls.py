@@ -15,6 +15,7 @@ from torch import nn
 import lora_fast
 from lora_fast.acceleration import pitfalls as module
 from lora_fast.acceleration.pitfalls import pitfalls
+from lora_fast.acceleration.report import adapted_layers
 from lora_fast.features import EXPERTS_OF_PEFT
 
 
@@ -94,7 +95,9 @@ CASES: dict[str, tuple[str, Callable[[], Any], Callable[[], Any], dict[str, Any]
         {},
     ),
     "router": (
-        "0.gate: an adapter on a router changes which experts are chosen",
+        "0.gate: an adapter on a router changes which experts are chosen, and what was balanced; "
+        'PEFT\'s target_modules="all-linear" puts one there: to leave it out, write '
+        "target_modules=['0']",
         lambda: routed("gate", "experts.0"),
         lambda: routed("experts.0"),
         {},
@@ -135,3 +138,18 @@ def test_nothing_is_said_of_a_loss_that_is_not_fused() -> None:
     before = copy.deepcopy(model.state_dict())
     pitfalls(model)
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral"])
+def test_what_is_to_be_written_instead_of_all_linear_adapts_all_but_the_router(family: str) -> None:
+    """Which routers "all-linear" adapts depends on PEFT; shared_expert_gate is a linear layer."""
+    model = adapted(family, target_modules="all-linear")
+    names = {name for name, _ in adapted_layers(model)}
+    routers = {n for n in names if n.endswith((".mlp.gate", ".shared_expert_gate"))}
+    assert routers or family != "qwen2_moe"
+    said = [line for line in pitfalls(model) if "router" in line]
+    assert len(said) == bool(routers)
+    if routers:
+        written = said[0].partition("to leave it out, write ")[2]
+        other = adapted(family, **eval(f"dict({written})"))
+        assert {name for name, _ in adapted_layers(other)} == names - routers
