@@ -116,7 +116,7 @@ class Report:
     @property
     def all_fused(self) -> bool:
         """Whether there are layers, all would run fused, and every call so far did; in a gated MLP
-        or not."""
+        or not. Where not, the printed report says which of the two it is."""
         return bool(self.layers) and not self.fallback_calls and all(x.fused for x in self.layers)
 
     def __str__(self) -> str:
@@ -135,6 +135,7 @@ class Report:
         unseen = sum(not layer.counted for layer in self.layers)
         if unseen:
             lines[-1] += f"; calls of the {unseen} that stay PEFT's are not counted"
+        lines += [_exceptions(self)] if self.layers and not self.all_fused else []
         if self.mlps:
             titles = ("gated MLP", "kind", "activation", "next call", "fused calls", "own forward")
             lines += ["", *_aligned([titles, *map(_mlp_row, self.mlps)])]
@@ -326,6 +327,16 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         fused, slow = "-", "not counted"
     route = layer.route if layer.obstacle is None else "-"
     return (layer.name, layer.kind, layer.base, path, route, fused, slow or "0")
+
+
+def _exceptions(report: Report) -> str:
+    """Why ``all_fused`` is False: layers that would fall back, or calls that did."""
+    past = ", ".join(f"{count} × {reason}" for reason, count in report.fallback_calls.items())
+    slow = sum(not layer.fused for layer in report.layers)
+    if not slow:
+        return f"all_fused is False: calls fell back ({past}), though the next would all run fused"
+    so_far = f", and calls did ({past})" if past else ""
+    return f"all_fused is False: {slow} of {len(report.layers)} layers would fall back{so_far}"
 
 
 def _mlp_row(mlp: MLPReport) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,8 @@ def read(child: Any, x: Tensor, casts: torch.dtype | None) -> Operand | str:
     `casts` is the dtype of autocast on x's device where that is on. x may be any tensor with the
     dtype, device and features of the input.
     """
+    if child._forward_pre_hooks:
+        return "hooks"
     # Only ours have both.
     ours: Any = getattr(type(child), "operand", None)
     if ours is not None:
@@ -104,9 +106,9 @@ def obstacle(layers: Iterable[Any]) -> tuple[Any, str] | None:
         own = layer.__dict__
         if (
             own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
+            or (own["_forward_pre_hooks"] and not _pass_arguments(own["_forward_pre_hooks"]))
         ):
             return layer, "hooks"
         if layer._compiled_call_impl is not None:
@@ -118,3 +120,10 @@ def obstacle(layers: Iterable[Any]) -> tuple[Any, str] | None:
         if own.get("merged_adapters") or own.get("_undo") is not None:
             return layer, "merged"
     return None
+
+
+def _pass_arguments(hooks: Mapping[int, Any]) -> bool:
+    """Whether hooks are those by which PEFT passes a layer the arguments of a call (adapter_names,
+    alora_offsets): with them the layer runs by itself, and the MLP may be one operation."""
+    homes = (getattr(getattr(hook, "func", None), "__module__", "") for hook in hooks.values())
+    return all(home.startswith("peft.") for home in homes)

@@ -66,9 +66,16 @@ def test_all_fused_means_no_exception_at_all() -> None:
     assert lora_fast.report(model).all_fused
     model(torch.randn(2, K))
     assert lora_fast.report(model).all_fused
+    assert "all_fused" not in str(lora_fast.report(model))
     with model.disable_adapter():
         model(torch.randn(2, K))
-    assert not lora_fast.report(model).all_fused
+        disabled = lora_fast.report(model)
+    report = lora_fast.report(model)
+    assert not report.all_fused and not disabled.all_fused
+    past = "calls fell back (2 × adapters disabled), though the next would all run fused"
+    assert str(report).endswith(f"\nall_fused is False: {past}")
+    both = "2 of 2 layers would fall back, and calls did (2 × adapters disabled)"
+    assert str(disabled).endswith(f"\nall_fused is False: {both}")
     assert not Report(()).all_fused
 
 
@@ -94,7 +101,11 @@ def test_layers_that_are_not_accelerated_are_listed() -> None:
     assert (report.fused_calls, report.all_fused) == (1, False)
     assert [line.counted for line in report.layers] == [False, True]
     assert "not counted" in str(report).splitlines()[1]
-    assert str(report).endswith("calls of the 1 that stay PEFT's are not counted")
+    assert str(report).splitlines()[-2:] == [
+        "1 of 2 adapted layers fused; 1 fused calls, 0 fallback calls; calls of the 1 that stay "
+        "PEFT's are not counted",
+        "all_fused is False: 1 of 2 layers would fall back",
+    ]
 
 
 def test_other_methods_of_peft_are_named() -> None:
@@ -140,6 +151,7 @@ def test_prints_as_a_table() -> None:
         "base_model.model.fc2  lora.Linear  float32  fallback: adapters disabled  -      "
         "1            1 × adapters disabled",
         "1 of 2 adapted layers fused; 2 fused calls, 2 fallback calls",
+        "all_fused is False: 1 of 2 layers would fall back, and calls did (2 × adapters disabled)",
     ]
 
 

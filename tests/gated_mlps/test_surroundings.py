@@ -28,6 +28,7 @@ from lora_models import (
     counted,
     run,
 )
+from peft.tuners.lora import variants
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -200,6 +201,29 @@ def test_what_is_no_gated_mlp_is_reported_with_the_reason() -> None:
     assert found.obstacle == "multiplies by a value that is no output of a layer"
     assert found.obstacle in str(lora_fast.report(fused))
     assert type(mlp_of(fused)) is Scaled
+
+
+ALORA = {"alora_invocation_tokens": [1]}
+needs_alora = pytest.mark.skipif(
+    not hasattr(variants, "ALoraLinearVariant"), reason="PEFT has no aLoRA"
+)
+
+
+@pytest.mark.parametrize("targets", [r".*_proj", ["up_proj"]], ids=str)
+@needs_alora
+def test_calls_of_alora_are_what_the_report_foretells(targets: Any) -> None:
+    """PEFT passes offsets by hooks, which are gone afterwards: layers run by themselves anyway."""
+    stock = stock_model(target_modules=targets, **ALORA)
+    fused = accelerated_copy(stock)
+    before = reported(fused)
+    assert before.fused and set(before.alone.values()) == {"more than plain LoRA"}
+    x, offsets = torch.randn(2, 5, H), [2, None]
+    y = fused(x, alora_offsets=offsets)
+    assert_agree(y, stock(x, alora_offsets=offsets), within=ORDER_DIFFERENCE)
+    assert not torch.equal(y, fused(x, alora_offsets=[5, 5]))
+    found = reported(fused)
+    assert (found.alone, found.obstacle) == (before.alone, None)
+    assert counts(fused) == (2, {}) and not mlp_of(fused).up_proj._forward_pre_hooks
 
 
 @pytest.fixture

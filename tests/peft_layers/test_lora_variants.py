@@ -26,6 +26,7 @@ from peft.tuners.lora import config as lora
 from peft.tuners.lora import variants
 from torch import Tensor
 
+import lora_fast
 from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
 
 ALORA = {"alora_invocation_tokens": [1]}
@@ -131,6 +132,12 @@ def test_kasa_falls_back_until_the_weight_is_truncated() -> None:
     assert_equal_runs(run(fused, x), run(stock, x))
     assert counted(fused) == (0, {"KaSA has yet to truncate the base weight": 1})
     assert not torch.equal(lora_layers(fused)[0].base_layer.weight, before)
+    report = lora_fast.report(fused)
+    assert report.layers[0].fused and not report.all_fused
+    assert (
+        "all_fused is False: calls fell back (1 × KaSA has yet to truncate the base weight), "
+        "though the next would all run fused"
+    ) in str(report)
     compare(fused, stock, x, compute_dtype=torch.float32)
     assert counted(fused)[0] == 1
 

@@ -138,5 +138,5 @@ def test_zero_3_runs_the_code_of_peft_and_says_why(kind: str, runs: dict[str, An
     found, reason = runs[f"3 True {kind}"], "lora_A is partitioned by DeepSpeed ZeRO-3"
     assert found["fused"] == 0
     assert found["fallbacks"] == {reason: 6 * LAYERS[kind]}
-    of_mlp = {"gated MLP": {"gate_proj: hooks": 6}, "leaf": {reason: 6}}
+    of_mlp = {"gated MLP": {"gate_proj: hooks": 6}, "leaf": {f"gate_proj: {reason}": 6}}
     assert found["mlps"] == ([[0, of_mlp[kind]]] if kind in of_mlp else [])
