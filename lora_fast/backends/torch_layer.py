@@ -29,6 +29,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors side by side, in the widest of their dtypes, of which autocast refuses some."""
+    with without_autocast(parts[0]):
+        return torch.cat(tuple(parts), dim)
+
+
 def dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     """W [N, K] in `dtype`."""
     if not isinstance(weight, NF4Weight):

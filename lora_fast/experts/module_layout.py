@@ -55,7 +55,9 @@ def layout_of(module: Any) -> tuple[Layout | None, str | None]:
     layout = Layout(first, "down_proj", module.has_gate, module.is_transposed, module.has_bias)
     for name in layout.parameters():
         if module._parameters.get(name) is None and packed_experts(module, name) is None:
-            return None, f"{name} is {'parametrized' if hasattr(module, name) else 'absent'}"
+            # Asked for, it would be computed, with adapters in it.
+            is_there = name in getattr(module, "parametrizations", ())
+            return None, f"{name} is {'parametrized' if is_there else 'absent'}"
     return layout, None
 
 

@@ -17,10 +17,12 @@ from torch import nn
 
 from ..gated import ACTIVATIONS, Activation
 from .closed_code import PRIMITIVES, Read, Unprovable
-from .symbols import MISSING, Symbol, Symbolic, Trace
+from .symbols import MISSING, Symbol, Symbolic, Trace, functions_of_torch
 
 # Attribute of a fused MLP: its state.
 STATE = "_lora_fast_mlp"
+# Functions that compute activations.
+_OF_ACTIVATIONS = ("silu", "gelu", "relu", "square")
 # A forward of Liger, and what it computes: activation, gate, up, down.
 _LIGER: dict[str, tuple[Activation, str, str | None, str]] = {
     "LigerSwiGLUMLP": ("silu", "gate_proj", "up_proj", "down_proj"),
@@ -85,6 +87,8 @@ def prove(module: nn.Module, linears: dict[str, Any]) -> Proof:
             mlp = _on_symbols(trace, function, module)
     except Exception as error:
         reason = trace.refused or str(error)
+        # One in the place of another may be the reason.
+        trace.reads += functions_of_torch(*_OF_ACTIVATIONS)
         known = trace.refused is not None or isinstance(error, Unprovable)
         trace.refused = reason if known else f"raises {type(error).__name__}: {reason}"
     if trace.refused is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import math
 import types
 from typing import Any
 
@@ -221,7 +222,8 @@ def _plain(
         return None
     d = of_down.factors
     for f in (factors, d) if u is None else (factors, u, d):
-        if type(f.constants.scaling) is not float:
+        s = f.constants.scaling
+        if type(s) is not float or not -math.inf < s < math.inf:
             return None
     width = factors.weight.shape[0]
     if d.weight.shape[1] * (2 if u is None else 1) != width:

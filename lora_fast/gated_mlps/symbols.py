@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -218,6 +219,12 @@ for _name in (*_OPERATORS, "mul", "rmul", "pow", "getitem", "setattr", "delattr"
         setattr(Stand, f"__{_name}__", _refusing(_name))
 
 
+def functions_of_torch(*names: str) -> list[Read]:
+    """The functions of these names, which somebody may replace."""
+    homes = (vars(torch.nn.functional), vars(torch))
+    return [(home, name, home[name]) for home in homes for name in names if name in home]
+
+
 class Symbolic(TorchFunctionMode):
     """Takes every function of torch that is called in the block."""
 
@@ -240,6 +247,7 @@ def compute(trace: Trace, name: str, *args: Any, **kwargs: Any) -> Any:
     }  # fmt: skip
     if name not in rules or not args or type(args[0]) is not Symbol:
         trace.refuse(f"calls {name}")
+    trace.reads += functions_of_torch(name)
     try:
         return rules[name](trace, *args, **kwargs)
     except TypeError:

@@ -13,6 +13,7 @@ import torch
 from peft.tuners import adalora
 from torch import Tensor, nn
 
+from ..backends.torch_layer import joined
 from ..base_layer.linear import adapted, weight_shape
 from ..base_layer.obstacles import base_obstacle, call_obstacle, module_obstacle, tensor_obstacle
 from .four_bit_classes import SVDLinear4bit
@@ -117,6 +118,6 @@ def _stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, Tensor]:
     if len(adapters) == 1:
         first = adapters[0]
         return first.A, first.B, first.d
-    A = torch.cat([adapter.A for adapter in adapters])
-    B = torch.cat([adapter.B for adapter in adapters], dim=1)
-    return A, B, torch.cat([adapter.d for adapter in adapters])
+    A = joined([adapter.A for adapter in adapters])
+    B = joined([adapter.B for adapter in adapters], dim=1)
+    return A, B, joined([adapter.d for adapter in adapters])

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.delora import DeloraLinear
 from torch import Tensor, nn
 
+from ..backends.torch_layer import joined
 from ..base_layer.linear import adapted, weight_shape
 from ..base_layer.obstacles import base_obstacle, call_obstacle, module_obstacle, tensor_obstacle
 from .fused_forward import FusedForward, rate_of, switched_off
@@ -103,4 +104,4 @@ def _stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, Tensor]:
     if len(found) == 1:
         return found[0]
     As, Bs, ds = zip(*found, strict=True)
-    return torch.cat(As), torch.cat(Bs, dim=1), torch.cat(ds)
+    return joined(As), joined(Bs, dim=1), joined(ds)

@@ -6,12 +6,14 @@ lora_B [N, r · E] the experts fastest.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.torch_gates import Gate, GluGate, OwnGate
+from ..backends.torch_layer import joined
 from ..base_layer.obstacles import module_obstacle, tensor_obstacle
 from ..experts.module_layout import Layout, layout_of, weight_of
 from ..experts.nf4_experts import NF4Experts
@@ -88,6 +90,8 @@ def _adapters(wrapper: Any) -> tuple[list[tuple[Tensor, Tensor, Any]], str | Non
             found = "bias of lora_A or lora_B"
         if found is None and isinstance(scaling, Tensor) and scaling.requires_grad:
             found = "scaling requires a gradient"
+        if found is None and not isinstance(scaling, Tensor) and not math.isfinite(scaling):
+            found = "scaling is not finite"
         if found is not None:
             return [], found
         a, b = A.weight, B.weight
@@ -104,8 +108,8 @@ def _stacked(adapters: list[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor
     """A [E, Σr, K], B [E, N, Σr] and one scaling with s B A = Σ sᵢ Bᵢ Aᵢ."""
     if len(adapters) == 1 and not isinstance(adapters[0][2], Tensor):
         return adapters[0]
-    A = torch.cat([a for a, _, _ in adapters], dim=1)
-    return A, torch.cat([b.float() * s for _, b, s in adapters], dim=2), 1.0
+    A = joined([a for a, _, _ in adapters], dim=1)
+    return A, joined([b.float() * s for _, b, s in adapters], dim=2), 1.0
 
 
 def _projection(

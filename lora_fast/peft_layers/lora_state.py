@@ -11,6 +11,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from ..backends.torch_layer import joined
 from ..base_layer.linear import weight_of
 from ..base_layer.obstacles import module_obstacle, tensor_obstacle
 from ..functional import Member
@@ -249,12 +250,12 @@ def stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor, float | Tensor]:
     first = adapters[0]
     if len(adapters) == 1:
         return first.A, first.B, first.scaling
-    A = torch.cat([adapter.A for adapter in adapters])
+    A = joined([adapter.A for adapter in adapters])
     scalings = [adapter.scaling for adapter in adapters]
     if all(isinstance(s, (int, float)) and s == first.scaling for s in scalings):
-        return A, torch.cat([adapter.B for adapter in adapters], dim=1), first.scaling
+        return A, joined([adapter.B for adapter in adapters], dim=1), first.scaling
     scaled = [adapter.B.float() * adapter.scaling for adapter in adapters]
-    return A, torch.cat(scaled, dim=1), 1.0
+    return A, joined(scaled, dim=1), 1.0
 
 
 def stacked_gains(adapters: list[Adapter]) -> Tensor | None:
@@ -262,7 +263,7 @@ def stacked_gains(adapters: list[Adapter]) -> Tensor | None:
     if all(adapter.d is None for adapter in adapters):
         return None
     parts = [a.A.new_ones(a.A.shape[0]) if a.d is None else a.d for a in adapters]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else joined(parts)
 
 
 def spans_of(state: State, x: Tensor) -> Tensor | None:

@@ -7,7 +7,20 @@ from types import MethodType
 from typing import Any
 
 import pytest
-from gated_models import ByMethod, Parts, Split, linears_of
+import torch
+from gated_models import (
+    ByMethod,
+    Parts,
+    Split,
+    agree,
+    counts,
+    linears_of,
+    stock_model,
+)
+from gated_models import (
+    GatedMLP as ModelMLP,
+)
+from lora_models import accelerated_copy
 from torch import Tensor, nn
 
 from lora_fast.gated_mlps.discovery import GatedMLP, prove
@@ -60,6 +73,23 @@ def test_what_a_proof_relies_on_may_change(change: Any) -> None:
     assert not proof.holds(module)
     expected = SILU._replace(activation="gelu") if change is act_is_gelu else None
     assert prove(module, linears_of(module)).mlp == expected
+
+
+@pytest.mark.parametrize(
+    ("act", "name"), [(nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.ReLU(), "relu")]
+)
+def test_a_function_of_torch_may_be_replaced(
+    act: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = stock_model(mlp=ModelMLP(act))
+    fused = accelerated_copy(stock)
+    agree(fused, stock)
+    monkeypatch.setattr(nn.functional, name, lambda x, *_, **__: torch.tanh(x))
+    agree(fused, stock)
+    assert counts(fused)[0] == 1
+    monkeypatch.undo()
+    agree(fused, stock)
+    assert counts(fused)[0] == 2
 
 
 class OfConfig(Parts):

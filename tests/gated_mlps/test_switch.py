@@ -299,6 +299,15 @@ def test_another_module_takes_the_place_of_a_layer(name: str) -> None:
     assert reported(fused).obstacle == f"{name}: missing"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scaling_that_is_not_finite_raises(name: str, value: float) -> None:
+    fused = lora_fast.accelerate(stock_model())
+    layer_of(fused, name).scaling["default"] = value
+    with pytest.raises(ValueError, match="scaling must be finite"):
+        fused(torch.ones(2, H))
+
+
 def test_a_parameter_is_written_through_data() -> None:
     stock = stock_model()
     fused = accelerated_copy(stock)

@@ -146,6 +146,30 @@ def test_several_adapters_at_once() -> None:
 
 
 @needs_fused
+def test_several_bfloat16_adapters_under_autocast_of_float16() -> None:
+    """Autocast joins no tensors of a 16-bit dtype that is not its own."""
+    stock = adapted(expert_base("qwen3_moe"))
+    stock.add_adapter("second", copy.deepcopy(stock.peft_config["default"]))
+    stock.base_model.set_adapter(["default", "second"])
+    stock.bfloat16()
+    fused, exact = lora_fast.accelerate(copy.deepcopy(stock)), copy.deepcopy(stock).float()
+    with torch.no_grad():
+        expected = exact(**inputs()).logits
+        with torch.autocast("cpu", torch.float16):
+            actual, eager = fused(**inputs()).logits, stock(**inputs()).logits
+    assert lora_fast.report(fused).fused_calls == len(wrappers(fused))
+    assert (actual - expected).norm() <= 2 * (eager - expected).norm()
+
+
+@needs_fused
+def test_a_scaling_that_is_not_finite_is_left_to_peft() -> None:
+    _, fused = pair("qwen3_moe")
+    wrappers(fused)[0].scaling["default"] = float("nan")
+    fused(**inputs())
+    assert lora_fast.report(fused).fallback_calls["scaling is not finite"] > 0
+
+
+@needs_fused
 def test_an_adapter_is_added_to_fused_experts() -> None:
     """PEFT looks for its wrappers by the name of their class."""
     stock = adapted(expert_base("qwen3_moe"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -223,6 +224,21 @@ def test_nan_scaling_is_an_error() -> None:
     lora_layers(fused)[0].scaling["default"] = float("nan")
     with pytest.raises(ValueError, match="scaling must be finite"):
         fused(torch.ones(2, K))
+
+
+def test_several_bfloat16_adapters_under_autocast_of_float16() -> None:
+    """Autocast joins no tensors of a 16-bit dtype that is not its own."""
+    stock = peft_model(dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
+    stock.add_adapter("other", lora_config(r=3))
+    stock.bfloat16().base_model.set_adapter(["default", "other"])
+    fused, exact = accelerated_copy(stock), copy.deepcopy(stock).float()
+    x = torch.randn(9, K)
+    with torch.no_grad():
+        expected = exact(x)
+        with torch.autocast("cpu", torch.float16):
+            actual, eager = fused(x), stock(x)
+    assert actual.dtype is eager.dtype and counted(fused) == (1, {})
+    assert (actual - expected).norm() <= 2 * (eager - expected).norm()
 
 
 def test_adapter_names_none_and_variant_arguments_run_fused() -> None:
