@@ -15,8 +15,7 @@ and dup. Ranges write partial sums of the factors; the CTA that arrives last at 
 them in the order of the ranges. dS is added by the launch that needs it (ticketed_gemm). No float
 atomics: results are bitwise reproducible.
 
-The registers suffice for 16-bit numbers and ranks that `fits_registers` names; other calls take
-gated_gradients.
+The registers suffice for ranks that `fits_registers` names; other calls take gated_gradients.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +29,15 @@ from .dropout import NO_DROPOUT, Words, keep_mask, seed_of
 from .environment import current_arch, precision_of
 from .gated_policy import pick_gated_backward, rows_each
 from .gated_scales import load_dS, scaled_dS, scaled_Q, scales_of, unscaled
-from .gated_tiles import GatedTiles, branch_of, down_of, load_Q
+from .gated_tiles import (
+    GatedTiles,
+    are_eights,
+    branch_in_eights,
+    branch_of,
+    down_in_eights,
+    down_of,
+    load_Q,
+)
 from .launch_plans import empty, launch
 from .launch_policy import rank_block, settles_products
 from .profile import gated_backward_name, gated_backward_work, shown_as
@@ -255,6 +262,9 @@ def gated_backward(
 ):  # fmt: skip
     """Program (block of PARTS tiles of columns, range of rows)."""
     block, range_index = tl.program_id(0), tl.program_id(1)
+    gate = branch_in_eights(gate, TILES.EIGHTS)
+    up = branch_in_eights(up, TILES.EIGHTS)
+    down = down_in_eights(down, TILES.EIGHTS)
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
     first_m = range_index * rows_per_range
     last_m = tl.minimum(first_m + rows_per_range, M)
@@ -332,6 +342,7 @@ def gradients(
     ranges = -(-M // rows)
     found = _memory(config, gate, up, dh, A, ranks, wanted, outs, joined)
     has_sums = any(wanted[:3])
+    eights = are_eights(branches, down.R, down.stride_dS)
     seed, seed_low, seed_high, threshold = dropout.words()
     launch(
         gated_backward, (blocks, ranges),
@@ -340,7 +351,7 @@ def gradients(
         dropout.keep_scale if drops else 1.0, seed, seed_low, seed_high, threshold,
         M, L, rows, ranges, dS.tile_rows, dh.stride(0), outs[0].stride(0), outs[1].stride(0),
         ACTIVATION=activation, DROPOUT=drops, PARTS=config.PARTS,
-        TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, BLOCK_R, True),
+        TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, BLOCK_R, True, eights),
         TARGET=Target(precision_of(dh.dtype), SETTLES=settles_products(dh.dtype, arch)),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

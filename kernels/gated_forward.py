@@ -17,7 +17,15 @@ from .activations import activated
 from .dropout import NO_DROPOUT, Words, drop, drops_pairs, seed_of
 from .environment import current_arch, precision_of
 from .gated_policy import columns_each, pick_gated_forward
-from .gated_tiles import GatedTiles, branch_of, load_branch, steps_of
+from .gated_tiles import (
+    GatedTiles,
+    are_eights,
+    branch_in_eights,
+    branch_of,
+    in_eights,
+    load_branch,
+    steps_of,
+)
 from .launch_plans import empty, launch
 from .launch_policy import rank_block, settles_products
 from .out_of_resources import OutOfResources, instead_of
@@ -114,6 +122,9 @@ def gated_forward(
 ):  # fmt: skip
     """Program (range of so many tiles of columns, block of rows); wide_ptr: the end of h's rows."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
+    gate = branch_in_eights(gate, TILES.EIGHTS)
+    up = branch_in_eights(up, TILES.EIGHTS)
+    R = in_eights(R, TILES.EIGHTS)
     part, block_m = tl.program_id(0), tl.program_id(1)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first_tile = part * tiles
@@ -183,7 +194,9 @@ def _launch(config, gate, up, activation, A, dropout, rows, S, widens):
             *((0, 0) if A is None else A.stride()),
             ACTIVATION=activation, DROPOUT=dropout.p > 0.0 and A is not None,
             IN_CHUNKS=R > BLOCK_R,
-            TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, *steps),
+            TILES=GatedTiles(
+                config.BLOCK_M, config.BLOCK_L, BLOCK_R, *steps, are_eights(branches, R)
+            ),
             TARGET=Target(
                 precision_of(base.dtype), drops_pairs(base.dtype, arch),
                 settles_products(base.dtype, arch),

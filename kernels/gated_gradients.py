@@ -13,7 +13,16 @@ from .activations import activated
 from .dropout import NO_DROPOUT, Words, keep_mask, seed_of
 from .environment import precision_of
 from .gated_policy import pick_gated_gradients
-from .gated_tiles import GatedTiles, branch_of, down_of, load_branch, steps_of
+from .gated_tiles import (
+    GatedTiles,
+    are_eights,
+    branch_in_eights,
+    branch_of,
+    down_in_eights,
+    down_of,
+    load_branch,
+    steps_of,
+)
 from .launch_plans import launch
 from .out_of_resources import OutOfResources, instead_of
 from .profile import gated_gradients_name, gated_gradients_work, shown_as
@@ -77,6 +86,9 @@ def gated_gradients(
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """One tile; those of the same rows follow each other."""
+    gate = branch_in_eights(gate, TILES.EIGHTS)
+    up = branch_in_eights(up, TILES.EIGHTS)
+    down = down_in_eights(down, TILES.EIGHTS)
     block_m, block_l = tl.program_id(0) // columns, tl.program_id(0) % columns
     first_l = block_l * TILES.BLOCK_L
     offs_m = block_m * TILES.BLOCK_M + tl.arange(0, TILES.BLOCK_M)
@@ -117,7 +129,10 @@ def gradients(
             *branches, down, dh, *outs, dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, L, columns, dS.tile_rows, dh.stride(0), outs[0].stride(0), outs[1].stride(0),
             STORES_h=stores_h, ACTIVATION=activation, DROPOUT=dropout.p > 0.0 and down.R > 0,
-            TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, step[0], *step),
+            TILES=GatedTiles(
+                config.BLOCK_M, config.BLOCK_L, step[0], *step,
+                are_eights(branches, down.R, down.stride_dS),
+            ),
             TARGET=Target(precision_of(dtype)),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -36,6 +36,9 @@ _WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=4)
 # Where the sums lie in tensor memory, 8 warps share them, and the tile.
 _B200 = GatedConfig(64, 64, PARTS=4, num_warps=8)
 _B200_MASKS = GatedConfig(64, 64, PARTS=3, num_warps=8)
+# The products take as long wherever they are made, so that fewer passes cost no time.
+_FLOAT32_PARTS = GatedConfig(32, 32, PARTS=4, num_warps=4)
+_FLOAT32_WIDE_RANK = GatedConfig(32, 32, PARTS=1, num_warps=4)
 OF_GATED = (
     _FORWARD,
     _FORWARD_WIDE_RANK,
@@ -46,6 +49,8 @@ OF_GATED = (
     _WIDE_RANK,
     _B200,
     _B200_MASKS,
+    _FLOAT32_PARTS,
+    _FLOAT32_WIDE_RANK,
 )
 _B200_WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=8)
 # Of the gate of experts, beside some of these.
@@ -73,6 +78,8 @@ def pick_gated_backward(
     BLOCK_R: int, arch: int | None, *, drops: bool, dtype: torch.dtype = torch.bfloat16
 ) -> GatedConfig:
     """The tiles of gated_backward, for ranks padded to BLOCK_R."""
+    if dtype == torch.float32:
+        return _FLOAT32_PARTS if BLOCK_R <= 16 else _FLOAT32_WIDE_RANK
     if BLOCK_R > 16:
         return _WIDE_RANK
     if arch in TENSOR_MEMORY:
@@ -84,12 +91,29 @@ def pick_gated_backward(
     return _THREE_PARTS if crowded else _FOUR_PARTS
 
 
-def fits_registers(
-    dtype: torch.dtype, ranks: Sequence[int], arch: int | None, *, drops: bool
-) -> bool:
-    """Whether gated_backward holds layers of these ranks, 0 for those without an adapter."""
-    with_mask = 16 if arch in SMALL_SHARED else 32
-    return dtype != torch.float32 and max(ranks) <= (with_mask if drops else 64)
+def fits_registers(dtype: torch.dtype, ranks: Sequence[int], *, drops: bool) -> bool:
+    """Whether gated_backward holds layers of these ranks, 0 for those without an adapter.
+
+    Registers of their own take random words of masks, scales of float16, and an address for each
+    element of ranks whose rows are no vectors; float32 takes twice as many for everything. Beyond
+    these limits a loop has up to 40 accesses of local memory, counted for sm_80 to sm_100. So it
+    has (about 20 of 2300 instructions) in bfloat16 without dropout for ranks above 32 that are no
+    multiples of 8: less than four more passes cost.
+
+    Ranks above 64 would need 8 warps and all 255 registers, so that one CTA of 64 × 32 has a
+    multiprocessor to itself. At R = 128 its tile then reads 94 KB from L2 (118 with factors in
+    float32) for 20 KB of memory traffic, and nothing computes meanwhile. A second launch for the
+    columns of the rank beyond 64 would read dgate, dup and h again, as strips do, and h would have
+    to be stored: nine passes, too.
+    """
+    ragged = any(R % 8 for R in ranks)
+    if dtype == torch.float32:
+        most = 32
+    elif dtype == torch.float16:
+        most = 0 if ragged else 32 if drops else 64
+    else:
+        most = 32 if ragged and drops else 64
+    return max(ranks) <= most
 
 
 def pick_expert_forward(dtype: torch.dtype, R: int, *, plain: bool) -> RowsConfig:

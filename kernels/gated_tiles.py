@@ -51,13 +51,55 @@ class Down(NamedTuple):
 
 class GatedTiles(NamedTuple):
     """A constant of a launch: rows and columns of a tile; columns of the rank that a program keeps,
-    and in one step of S · Qᵀ; whether one step is all."""
+    and in one step of S · Qᵀ; whether one step is all, and whether ranks are multiples of 8."""
 
     BLOCK_M: int
     BLOCK_L: int
     BLOCK_R: int
     BLOCK_E: int
     ONE_STEP: bool
+    EIGHTS: bool = False
+
+
+@triton.jit
+def in_eights(number, EIGHTS: tl.constexpr):
+    """A number as one that the compiler sees to be a multiple of 8, if it is.
+
+    Of an argument it sees multiples of 16 alone, and loads rows of other ranks by the element.
+    """
+    if EIGHTS:
+        number = number // 8 * 8
+    return number
+
+
+@triton.jit
+def branch_in_eights(branch, EIGHTS: tl.constexpr):
+    """A Branch whose rank and rows the compiler sees to be multiples of 8, if they are."""
+    return Branch(
+        branch.base_ptr,
+        branch.s_ptr,
+        branch.B_ptr,
+        branch.scaling,
+        in_eights(branch.R, EIGHTS),
+        branch.stride_base,
+        in_eights(branch.stride_s, EIGHTS),
+        in_eights(branch.stride_bl, EIGHTS),
+        branch.stride_br,
+    )
+
+
+@triton.jit
+def down_in_eights(down, EIGHTS: tl.constexpr):
+    """A Down alike."""
+    return Down(
+        down.dS_ptr,
+        down.largest_ptr,
+        down.A_ptr,
+        in_eights(down.R, EIGHTS),
+        in_eights(down.stride_dS, EIGHTS),
+        down.stride_ar,
+        down.stride_al,
+    )
 
 
 @triton.jit
@@ -124,6 +166,15 @@ def down_of(dS, A):
         return Down(None, None, None, 0, 0, 0, 0)
     R, stride = dS.values.shape[1], dS.values.stride(0)
     return Down(dS.values, dS.largest, A, R, stride, *A.stride())
+
+
+def are_eights(branches, *numbers):
+    """Whether the ranks and rows of branches and other numbers are multiples of 8, not all of 16,
+    which the compiler sees by itself."""
+    found = [*numbers]
+    for branch in branches:
+        found += [branch.R, branch.stride_s, branch.stride_bl]
+    return all(n % 8 == 0 for n in found) and any(n % 16 for n in found)
 
 
 def steps_of(ranks, dtype):

@@ -10,8 +10,8 @@ from .passes import Pass, Values, cdiv, names
 
 _BRANCH = "base_ptr s_ptr B_ptr scaling R stride_base stride_s stride_bl stride_br"
 _CONSTANTS = (
-    "ACTIVATION DROPOUT BLOCK_M BLOCK_L BLOCK_R BLOCK_E ONE_STEP PRECISION PAIRS SETTLES SHUFFLES "
-    "MMA_SYNC keep_scale seed_ptr seed_low seed_high threshold M L "
+    "ACTIVATION DROPOUT BLOCK_M BLOCK_L BLOCK_R BLOCK_E ONE_STEP EIGHTS PRECISION PAIRS SETTLES "
+    "SHUFFLES MMA_SYNC keep_scale seed_ptr seed_low seed_high threshold M L "
 )
 _BRANCHES = " ".join(f"{name}.{field}" for name in ("gate", "up") for field in _BRANCH.split())
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..factors import Factors, Gradients, Needs, needs_of_all
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
-from ..kernels import environment, gated_policy, nf4_decode, shrink, strips, ticketed_gemm
 from ..kernels import gated_backward as backward_kernel
 from ..kernels import gated_forward as forward_kernel
 from ..kernels import gated_gradients as gradients_kernel
+from ..kernels import gated_policy, nf4_decode, shrink, strips, ticketed_gemm
 from ..kernels.dropout import NO_DROPOUT
 from ..kernels.gated_tiles import Member
 from ..kernels.launch_plans import empty
@@ -227,13 +227,12 @@ def _through_activation(
     drops = NO_DROPOUT if f is None else dropout(f)
     narrow = members[0].S, members[1].S, dS.values
     ranks = [0 if values is None else values.shape[1] for values in narrow]
-    arch = environment.current_arch()
     up_need = needs.gate if linears.is_fused else needs.up
     wants_dS = any(
         isinstance(f, Factors) and f.A is not None and (need.x or need.A)
         for f, need in zip(linears[:2], needs[:2], strict=True)
     )
-    if gated_policy.fits_registers(dh.dtype, ranks, arch, drops=drops.p > 0.0):
+    if gated_policy.fits_registers(dh.dtype, ranks, drops=drops.p > 0.0):
         wanted = backward_kernel.Wanted(needs.gate.B, up_need.B, needs.down.A, wants_dS)
         found = backward_kernel.gradients(
             *members, dh, activation, dS, A, drops, wanted=wanted, outs=outs,

@@ -55,12 +55,16 @@ CASES = {
     "ragged": replace(PLAIN, M=131, I=203, ranks=(5, 3, 7), activation="gelu_tanh"),
     "rank 1, fused": replace(PLAIN, ranks=(1, 1, 1), fused=True, activation="gelu"),
     "rank 64": replace(PLAIN, ranks=(64, 20, 40), activation="relu2", adapter=BF16),
+    "rank 64, dropout": replace(PLAIN, ranks=(64, 24, 40), p=0.1),
     "rank 100": replace(PLAIN, ranks=(100, 17, 100), p=0.1),
     "gate alone": replace(PLAIN, ranks=(8, 0, 0), activation="relu"),
     "down alone": replace(PLAIN, ranks=(0, 0, 8), p=0.1),
     "no adapter": replace(PLAIN, ranks=(0, 0, 0)),
     "float16": replace(PLAIN, dtype=FP16, p=0.1, activation="gelu"),
-    "float32": replace(PLAIN, M=37, I=77, dtype=FP32, ranks=(8, 5, 20), p=0.1),
+    "float16, ragged": replace(PLAIN, dtype=FP16, p=0.1, ranks=(5, 16, 8)),
+    "float32": replace(PLAIN, M=37, I=77, dtype=FP32, ranks=(8, 5, 16), p=0.1),
+    "float32, rank 20": replace(PLAIN, M=37, I=77, dtype=FP32, ranks=(8, 5, 20)),
+    "float32, rank 40": replace(PLAIN, M=37, I=77, dtype=FP32, ranks=(8, 5, 40), p=0.1),
 }
 
 
@@ -134,7 +138,7 @@ class Problem:
         """By gated_backward where it fits, else dgate and dup alone."""
         R_g, R_u, R_d = self.case.ranks
         outs, (dtype, drops) = self.outs(), (self.case.dtype, self.case.p > 0.0)
-        if not gated_policy.fits_registers(dtype, self.case.ranks, None, drops=drops):
+        if not gated_policy.fits_registers(dtype, self.case.ranks, drops=drops):
             return self._alone(outs)
         wanted = gated_backward.Wanted(R_g > 0, R_u > 0, R_d > 0, dS=True)
         found = gated_backward.gradients(
@@ -301,10 +305,17 @@ COMPILED = {
     "plain": replace(PLAIN, M=129, I=136),
     "dropout": replace(PLAIN, M=129, I=100, ranks=(16, 16, 16), adapter=BF16, p=0.1),
     "float16": replace(PLAIN, M=129, I=136, ranks=(16, 16, 16), dtype=FP16, p=0.1),
+    "rank 64, dropout": replace(PLAIN, M=129, I=72, ranks=(64, 24, 40), p=0.1),
 }
 
 
-@pytest.mark.parametrize("case", COMPILED.values(), ids=list(COMPILED))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.exhaustive if "64" in name else ())
+        for name, case in COMPILED.items()
+    ],
+)
 def test_compiled_code_and_any_order_of_its_programs(
     ptx_executor: Any, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

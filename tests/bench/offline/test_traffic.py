@@ -256,6 +256,7 @@ GATED: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "nf4, dropout": ((16, 5, 20), {"nf4": ("down",), "p": 0.25}),
     "ranks of several chunks": ((70, 20, 100), {}),
     "float16": ((8, 8, 8), {"dtype": torch.float16, "p": 0.25}),
+    "float32": ((8, 8, 8), {"dtype": torch.float32}),
     "down alone": ((8, 8, 8), {"adapted": ("down",)}),
     "no adapter": ((8, 8, 8), {"adapted": ()}),
 }
