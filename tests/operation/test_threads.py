@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lora_fast
 from bench.instruments.accuracy import assert_all_accurate, assert_same_bits, orders
 
-THREADS, CALLS, INPUTS, SAMPLES = 4, 2000, 12, 4
+THREADS, CALLS, INPUTS, SAMPLES = 4, 500, 12, 4
 NAMES = ["default", "other", "__base__", "other"]
 
 
