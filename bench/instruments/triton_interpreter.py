@@ -14,6 +14,8 @@ Three more differences to compiled code are removed, because they hide mistakes:
 - ``atomic_add`` on bfloat16 raises instead of adding bit patterns.
 
 And what Triton before 3.7 gets wrong with NumPy 2.4: a tensor of one element as a bound of a range.
+And time: upstream goes through all of triton.language at every call of a device function, which
+takes longer than what most of them compute; once a launch is enough.
 
 The replaced methods are internals of a few Triton series. For others ``install()`` raises, for
 someone to read the new interpreter and to extend ``SUPPORTED`` or to delete what is superfluous.
@@ -67,6 +69,7 @@ def install() -> None:
     _patch_reductions()
     _patch_arguments()
     _patch_indices()
+    _patch_once_a_launch()
     builder._computes_bf16 = True
 
 
@@ -265,3 +268,31 @@ def _patch_indices() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def _patch_once_a_launch() -> None:
+    """Replace the functions of triton.language once for a launch, not at every call within it.
+
+    A device function sees what its launch, or an earlier call of the launch, has replaced; one that
+    knows the language by another of its two modules replaces that one's, too.
+    """
+    patch_upstream = interpreter._patch_lang
+    launch_upstream = interpreter.GridExecutor.__call__
+    patched: set[Any] = set()
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        try:
+            return launch_upstream(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    def _patch_lang(fn: Callable[..., Any]) -> Any:
+        modules = {value for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if modules and modules <= patched:
+            return None
+        patched.update(modules)
+        return patch_upstream(fn)
+
+    interpreter.GridExecutor.__call__ = launch
+    interpreter._patch_lang = _patch_lang

@@ -326,3 +326,39 @@ def test_another_triton_is_refused(version: str) -> None:
 
 def test_the_pinned_triton_is_supported() -> None:
     triton_interpreter.check_version("3.7.1")
+
+
+@triton.jit
+def _doubled(value):
+    return value + value
+
+
+@triton.jit
+def _doubling_kernel(ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    for _ in range(3):
+        tl.store(ptr + offs, _doubled(tl.load(ptr + offs)))
+    tl.store(ptr + offs, tl.load(ptr + offs) - tl.sum(tl.load(ptr + offs), axis=0))
+
+
+@interpreted
+def test_a_launch_replaces_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it calls a function; and once more where tl.sum knows tl.core."""
+    from triton.runtime import interpreter
+
+    patched: list[object] = []
+    patch = interpreter._patch_builtin
+
+    def counted(package: object, *rest: object) -> None:
+        patched.append(package)
+        patch(package, *rest)
+
+    monkeypatch.setattr(interpreter, "_patch_builtin", counted)
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for launches in (1, 2):
+        result = values.clone()
+        _doubling_kernel[(1,)](result, BLOCK=4)
+        assert result.tolist() == [-72.0, -64.0, -56.0, -48.0]
+        assert 1 <= patched.count(tl) / launches <= 2
+        assert patched.count(tl.core) <= launches
+    assert tl.load.__module__ == "triton.language.core", "as it was before"
