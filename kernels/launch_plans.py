@@ -13,6 +13,7 @@ operand nor allocated here, gives up: there is no plan, and every call runs as i
 """
 
 import functools
+import itertools
 import threading
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ from .plan_memory import address
 _WORDS = "sync_ptr"
 # A knob that Triton 3.5 does not have.
 _MODE = "instrumentation_mode"
+# Of more arguments Python makes a list, one by one.
+_MOST_ARGUMENTS = 30
+_is_deterministic = torch._C._get_deterministic_algorithms
 
 
 class _OfThread(threading.local):
@@ -89,21 +93,23 @@ class Surroundings:
         self.settings = (
             runtime.debug, getattr(triton.knobs.compilation, _MODE, None),
             getattr(runtime, "add_stages_inspection_hook", None), tf32 and tf32_setting(),
-            torch.are_deterministic_algorithms_enabled(),
+            _is_deterministic(),
         )  # fmt: skip
 
     def hold(self):
         """Whether all of it is as it was, and nobody observes launches."""
-        active, runtime = driver.active, triton.knobs.runtime
+        active, knobs = self.driver, triton.knobs
+        runtime = knobs.runtime
         debug, mode, stages, tf32, deterministic = self.settings
         return (
-            active is self.driver
+            # Not the property, which is a call.
+            driver._active is active
             and active.get_current_device() == self.device
             and runtime.debug is debug
-            and getattr(triton.knobs.compilation, _MODE, None) == mode
+            and getattr(knobs.compilation, _MODE, None) == mode
             and getattr(runtime, "add_stages_inspection_hook", None) is stages
             and (tf32 is False or tf32 == tf32_setting())
-            and torch.are_deterministic_algorithms_enabled() is deterministic
+            and _is_deterministic() is deterministic
             and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
             and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
         )
@@ -131,11 +137,11 @@ def _observes(hook):
 class Plan:
     """The launches of an operation for one geometry of its operands."""
 
-    __slots__ = ("_multiplies", "_repeat", "_surroundings", "_words")
+    __slots__ = ("_device", "_kind", "_multiplies", "_repeat", "_surroundings", "_words")
 
-    def __init__(self, repeat, surroundings, words, multiplies):
+    def __init__(self, repeat, surroundings, device, words, multiplies):
         self._repeat, self._surroundings, self._words = repeat, surroundings, words
-        self._multiplies = multiplies
+        self._device, self._kind, self._multiplies = device, device.type, multiplies
 
     def run(self, operands, seeds=(0, 0)):
         """The results for `operands`, in the order in which they were recorded; None if launches
@@ -144,13 +150,13 @@ class Plan:
         if workspace.DEBUG or not surroundings.hold():
             return None
         stream = surroundings.driver.get_current_stream(surroundings.device)
-        words, like = None, operands[0]
+        words, kind = None, self._kind
         if self._words:
-            words = workspace.words_of(like.device, stream, self._words, is_cuda=like.is_cuda)
+            words = workspace.words_of(self._device, stream, self._words, is_cuda=kind == "cuda")
         try:
-            if self._multiplies and torch.is_autocast_enabled(like.device.type):
+            if self._multiplies and torch.is_autocast_enabled(kind):
                 # It would cast operands of PyTorch's products.
-                with torch.autocast(like.device.type, enabled=False):
+                with torch.autocast(kind, enabled=False):
                     return self._repeat(operands, stream, words, seeds)
             return self._repeat(operands, stream, words, seeds)
         except BaseException:
@@ -192,6 +198,7 @@ class Recorder:
         self._known: list[_Known] = []
         self._equal: list[tuple[str, str]] = []
         self._constants: dict[str, Any] = {}
+        self._numbers = itertools.count()
         self._shapes: dict[str, Any] = {}
         self._used: set[str] = set()
         self._words, self._multiplies, self.gives_up = 0, False, False
@@ -255,7 +262,7 @@ class Recorder:
             "stream",
             *map(self._constant, front),
         ]
-        code = f"{run}({', '.join([*front, 'None', 'None', 'None', *codes])})"
+        code = f"{run}({self._row([*front, 'None', 'None', 'None', *codes])})"
         checked = self._constant(kernel)
         guard = f"{checked}.pre_run_hooks or {checked}.hash is not {self._constant(kernel.hash)}"
         self._steps.append(_Step(code, None, self._used, guard))
@@ -288,11 +295,15 @@ class Recorder:
         operands = ", ".join(f"e{i}" for i in range(self._count))
         words = ", ".join([f"seed_low_{i}, seed_high_{i}" for i in range(len(self._seeds))])
         body = "\n    ".join([f"{operands}, = e", f"{words} = seeds", *lines])
-        code = _compiled(f"def repeat(e, stream, words, seeds):\n    {body}\n")
         names = {"new": tuple.__new__, "described": plan_memory.described}
-        names |= {"address": address, "view": plan_memory.view()}
-        repeat = FunctionType(code, names | self._constants)
-        return Plan(repeat, self._surroundings, self._words, self._multiplies)
+        names |= {"address": address, "view": plan_memory.view()} | self._constants
+        # Defaults, since what Python learns of global names holds for one of the plans that share
+        # the code.
+        given = ", ".join(names)
+        code = _compiled(f"def repeat(e, stream, words, seeds, {given}):\n    {body}\n")
+        repeat = FunctionType(code, {}, argdefs=tuple(names.values()))
+        device = self._known[0].device
+        return Plan(repeat, self._surroundings, device, self._words, self._multiplies)
 
     def _new(self, tensor):
         known = _Known(f"t{len(self._steps)}", tensor)
@@ -319,8 +330,7 @@ class Recorder:
         if isinstance(value, list):
             return f"[{', '.join([self._code(v, exactly=exactly, shapes=shapes) for v in value])}]"
         if isinstance(value, tuple) and _has_tensor(value):
-            parts = [self._code(v, exactly=exactly, shapes=shapes) + ", " for v in value]
-            whole = f"({''.join(parts)})"
+            whole = f"({self._row([self._code(v, exactly=exactly, shapes=shapes) for v in value])})"
             plain = type(value) is tuple
             return whole if plain else f"new({self._constant(type(value))}, {whole})"
         return self._constant(value)
@@ -360,9 +370,22 @@ class Recorder:
         """A name for a value: sources of the same steps are equal whatever the numbers are."""
         if value is None:
             return "None"
-        name = f"c{len(self._constants)}"
+        name = f"c{next(self._numbers)}"
         self._constants[name] = value
         return name
+
+    def _row(self, codes):
+        """The source of arguments, each constant of which has one use: those in a row are one."""
+        shortest, found = 2 if len(codes) > _MOST_ARGUMENTS else 8, []
+        for constant, group in itertools.groupby(codes, lambda code: self._is_constant(code)):
+            names = list(group)
+            if constant and len(names) >= shortest:
+                names = [f"*{self._constant(tuple(self._constants.pop(n, None) for n in names))}"]
+            found += names
+        return "".join(f"{code}, " for code in found)
+
+    def _is_constant(self, code):
+        return code == "None" or code in self._constants
 
 
 class _Step(NamedTuple):
