@@ -170,8 +170,8 @@ def _down(
             f.weight.decoded.offer(W[:, :width])
         return triton_routes.add_product(None, wide, W.T, f.bias), S
     h, S = forward_kernel.activate(*members, activation, f.A, drops)
-    (y,) = triton_routes.expanded(given(S), dtype, [f])
-    y = triton_routes.add_product(y, h, dense(f.weight, dtype).T)
+    (y,), scale = triton_routes.expanded(given(S), dtype, [f])
+    y = triton_routes.add_product(y, h, dense(f.weight, dtype).T, scale=scale)
     return y, S if need.saves_S else None
 
 

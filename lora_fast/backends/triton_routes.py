@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..factors import Factors, Needs
 from ..kernels import expand, launch_policy, nf4_decode, shrink
-from ..kernels.launch_plans import called, empty
+from ..kernels.launch_plans import called
 from ..nf4 import NF4Weight
 from .protocol import ranks_of
 from .torch_low_rank import expand_factor
@@ -32,15 +32,15 @@ _Outputs = tuple[list[Tensor], Tensor | None, Tensor | None]
 
 def hybrid(rows: Tensor, fs: Sequence[Factors], need: Needs) -> _Outputs:
     """y [M, N] of every layer for x [M, K]; S [M, ΣR] and V [M, N], None unless saved."""
-    S = V = None
+    S, V, scale = None, None, 1.0
     low_rank: Sequence[Tensor | None] = [None] * len(fs)
     if fs[0].A is not None:
         S = shrunk(rows, fs)
-        low_rank = expanded(S, rows.dtype, fs)
+        low_rank, scale = expanded(S, rows.dtype, fs)
     ys = []
     for f, part in zip(fs, low_rank, strict=True):
         bias = f.bias if f.g is None and part is None else None
-        y = add_product(part, rows, dense(f.weight, rows.dtype).T, bias)
+        y = add_product(part, rows, dense(f.weight, rows.dtype).T, bias, scale=scale)
         if f.g is not None:
             y, V = _gained(y, f, f.g, need)
         ys.append(y)
@@ -114,12 +114,15 @@ def shrunk(rows: Tensor, fs: Sequence[Factors]) -> Tensor:
     pays = len(fs) == 1 or R > launch_policy.MAX_BLOCK_R
     if plain and pays and multiplies(rows, factors, R):
         A = factors[0] if len(fs) == 1 else called(torch.cat, factors)
-        return called(torch.nn.functional.linear, rows, _cast(A, rows.dtype))
+        return called(torch.mm, rows, _cast(A, rows.dtype).T)
     return shrink.of_rows(rows, alike_A(fs), dropout(fs[0]), constants.rank_spans)
 
 
-def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[Tensor]:
-    """The low-rank part of every y, with the bias where no g comes after it."""
+def expanded(
+    S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]
+) -> tuple[Sequence[Tensor], float]:
+    """The low-rank part of every y, with the bias where no g comes after it, but for a factor that
+    `add_product` takes."""
     f, ranks = fs[0], ranks_of(fs)
     factors = [f.B for f in fs if f.B is not None]
     biases = [None if f.g is not None else f.bias for f in fs]
@@ -130,15 +133,14 @@ def expanded(S: Tensor, dtype: torch.dtype, fs: Sequence[Factors]) -> Sequence[T
     if len(fs) == 1 and same and not has_gain and multiplies(S, factors, max(ranks)):
         Q = expand_factor(f, dtype).T
         if biases[0] is None:
-            y = empty(S, S.shape[0], Q.shape[1])
-            return [called(Tensor.addmm_, y, S, Q, beta=0, alpha=scalings[0])]
-        return [called(torch.addmm, biases[0], S, Q, alpha=scalings[0])]
+            return [called(torch.mm, S, Q)], scalings[0]
+        return [called(torch.addmm, biases[0], S, Q, alpha=scalings[0])], 1.0
     _, gains = vectors(f)
     layers = [
         expand.Layer(B, s, None if bias is None else bias.contiguous())
         for B, s, bias in zip(factors, scalings, biases, strict=True)
     ]
-    return expand.outputs(S, dtype, layers, gains)
+    return expand.outputs(S, dtype, layers, gains), 1.0
 
 
 def multiplies(x: Tensor, factors: Sequence[Tensor], R: int) -> bool:
@@ -149,12 +151,16 @@ def multiplies(x: Tensor, factors: Sequence[Tensor], R: int) -> bool:
     return same and working_dtype(x) == x.dtype
 
 
-def add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """out + a b, in place; a b + bias without out. Rounded once, also on a CPU that multiplies
-    16-bit numbers as float32."""
+def add_product(
+    out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """scale · out + a b, in place; a b + bias without out. Rounded once, also on a CPU that
+    multiplies 16-bit numbers as float32."""
     work = working_dtype(a)
     if work != a.dtype:
-        return called(_add_wide_product, out, a, b, bias)
+        return called(_add_wide_product, out, a, b, bias, scale)
+    if out is not None and scale != 1.0:
+        return called(Tensor.addmm_, out, a, b, beta=scale)
     if out is not None:
         return called(Tensor.addmm_, out, a, b)
     if bias is None:
@@ -163,12 +169,14 @@ def add_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = 
     return called(torch.addmm, bias, a, b)
 
 
-def _add_wide_product(out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _add_wide_product(
+    out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
     """:func:`_add_product` in float32 operands."""
     work = working_dtype(a)
     wide = a.to(work) @ b.to(work)
     wide = wide if bias is None else wide + bias
-    return wide.to(a.dtype) if out is None else out.copy_(out + wide)
+    return wide.to(a.dtype) if out is None else out.copy_(torch.add(wide, out, alpha=scale))
 
 
 def _gained(V: Tensor, f: Factors, g: Tensor, need: Needs) -> tuple[Tensor, Tensor | None]:
