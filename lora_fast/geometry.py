@@ -42,50 +42,67 @@ class Numbers:
         self._last: dict[Hashable, tuple[_Check, int]] = {}
 
     def find(
-        self, beside: Hashable, tensors: Sequence[Tensor], fs: Sequence[Factors]
+        self,
+        beside: Hashable,
+        tensors: Sequence[Tensor],
+        fs: Sequence[Factors],
+        number: int | None = None,
     ) -> tuple[int | None, list[Tensor]]:
-        """The number of a geometry, None for a new one, and all its tensors."""
+        """The number of a geometry, None for a new one, and all its tensors; faster with a `number`
+        that was found for these layers in the same call."""
         found, at = [*tensors], 0
         for t in tensors:
             at |= t.data_ptr()
-        W: Any = fs[0].B
+        W: Any = fs[0][3]
         # What differs from layer to layer of a model; what else does, the check finds.
-        key: list[Any] = [beside, tensors[0].shape, W.shape]
+        key: list[Any] = [beside, number]
+        if number is None:
+            key += (tensors[0].shape, W.shape)
         for W, bias, A, B, _, _, _, constants in fs:
             assert A is not None and B is not None
-            if isinstance(W, Tensor):
+            # Of a parameter, isinstance() asks the class of Tensor.
+            if type(W) is not NF4Weight:
                 found += (W, A, B)
                 at |= W.data_ptr() | A.data_ptr() | B.data_ptr()
             else:
-                state, parts = W.quant_state, parts_of(W)
+                parts = parts_of(W)
                 found += (*parts, A, B)
                 at |= A.data_ptr() | B.data_ptr()
                 for t in parts:
                     at |= t.data_ptr()
-                second = state.state2.blocksize if state.nested else None
-                key += (tuple(state.shape), state.blocksize, second)
+                if number is None:
+                    state = W.quant_state
+                    second = state.state2.blocksize if state.nested else None
+                    key += (tuple(state.shape), state.blocksize, second)
             if bias is not None:
                 found.append(bias)
                 at |= bias.data_ptr()
-            key += (constants[0], constants[1])
+            if number is None:
+                key += (constants[0], constants[1])
         key.append(len(found))
         asked = tuple(key)
         last = self._last.get(asked)
         if last is not None and not at & 15 and last[0](*found):
             return last[1], found
-        number = self._known.get((beside, of_any(tensors, fs)))
-        if number is not None and not at & 15:
-            self._note(asked, found, number)
-        return number, found
+        known = self._known.get((beside, of_any(tensors, fs)))
+        if known is not None and not at & 15:
+            self._note(asked, found, known)
+        return known, found
 
-    def add(self, beside: Hashable, tensors: Sequence[Tensor], fs: Sequence[Factors]) -> int:
-        """A number for a new geometry."""
+    def add(
+        self,
+        beside: Hashable,
+        tensors: Sequence[Tensor],
+        fs: Sequence[Factors],
+        number: int | None = None,
+    ) -> int:
+        """A number for a new geometry, which find() did not find."""
         if len(self._known) >= _MOST:
             # No number is given twice, so those that are lost mean nothing.
             self._known.clear()
-        number = self._known.setdefault((beside, of_any(tensors, fs)), next(_next))
-        self.find(beside, tensors, fs)  # which notes it
-        return number
+        added = self._known.setdefault((beside, of_any(tensors, fs)), next(_next))
+        self.find(beside, tensors, fs, number)  # which notes it
+        return added
 
     def _note(self, key: Hashable, tensors: Sequence[Tensor], number: int) -> None:
         check = check_of(tensors)

@@ -73,6 +73,23 @@ def number_of(numbers: Numbers, given: Operands, beside: tuple[Any, ...] = BESID
     return numbers.add(beside, [x], fs) if number is None else number
 
 
+OF_TENSORS = [c for c in CHANGES if c not in ("scaling", "dropout") and "blocksize" not in c]
+
+
+@pytest.mark.parametrize("change", OF_TENSORS)
+def test_a_number_of_the_same_call_hides_no_change_of_its_tensors(
+    numbers: Numbers, change: str
+) -> None:
+    """Between forward and backward, tensors may be replaced; constants may not."""
+    x, fs = operands()
+    added = numbers.add(BESIDE, [x], fs, 7)
+    for _ in range(2):
+        x, fs = operands()
+        assert numbers.find(BESIDE, [x], fs, 7)[0] == added
+    x, fs = CHANGES[change]()
+    assert numbers.find(BESIDE, [x], fs, 7)[0] is None
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_has_a_number_of_its_own(numbers: Numbers, change: str) -> None:
     makes = (operands, CHANGES[change])

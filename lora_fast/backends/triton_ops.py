@@ -118,10 +118,10 @@ class TritonBackend:
         fs: Sequence[Factors],
         needs: Sequence[Needs],
         plan: Plan | None = None,
-        is_plain: bool = False,
+        number: int | None = None,
     ) -> list[Gradients]:
-        """As the protocol has it; by `plan`, where one is given. `is_plain` (the geometry of
-        forward was numbered) is for launch plans."""
+        """As the protocol has it; by `plan`, where one is given. `number`, of the geometry of
+        forward, is for launch plans."""
         rows = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
         if rows[0].shape[0] == 0:
             return [_empty_batch(*each) for each in zip(dYs, fs, needs, strict=True)]

@@ -54,7 +54,8 @@ class PlannedTritonBackend(TritonBackend):
         else:
             geometry = of_any((x,), fs)
             operands = [x, *tensors_of(fs)]
-        key, seed = (geometry, tuple(needs), self._cublas), _seed_words(fs[0])
+        key = (geometry, tuple(needs), self._cublas)
+        seed = _NO_SEED if fs[0][7][1] == 0.0 else _seed_words(fs[0])
         found: Any = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
@@ -70,7 +71,7 @@ class PlannedTritonBackend(TritonBackend):
         fs: Sequence[Factors],
         needs: Sequence[Needs],
         plan: Plan | None = None,
-        is_plain: bool = False,
+        number: int | None = None,
     ) -> list[Gradients]:
         if plan is not None or type(dYs[0]) is not Tensor or _has_decoded(fs):
             launch_plans.give_up()
@@ -78,13 +79,17 @@ class PlannedTritonBackend(TritonBackend):
         geometry: Geometry
         operands: list[Any]
         S, V = saved
-        if is_plain:
-            beside, tensors = (x is None, S is None), [t for t in (*dYs, x, S) if t is not None]
-            geometry, operands = _of_gradients.find(beside, tensors, fs)
-            geometry = geometry or _of_gradients.add(beside, tensors, fs)
+        if number is not None:
+            beside, tensors = (x is None, S is None), [*dYs]
+            for t in (x, S):
+                if t is not None:
+                    tensors.append(t)
+            geometry, operands = _of_gradients.find(beside, tensors, fs, number)
+            geometry = geometry or _of_gradients.add(beside, tensors, fs, number)
         else:
             geometry, operands = of_any((*dYs, x, S, V), fs), [*dYs, x, S, V, *tensors_of(fs)]
-        key, seed = (geometry, tuple(needs), self._cublas), _seed_words(fs[0])
+        key = (geometry, tuple(needs), self._cublas)
+        seed = _NO_SEED if fs[0][7][1] == 0.0 else _seed_words(fs[0])
         found: Any = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)

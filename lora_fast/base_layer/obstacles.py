@@ -127,6 +127,17 @@ def environment_obstacle() -> str | None:
     return "forward-mode autograd" if forward_ad._current_level >= 0 else None
 
 
+def is_eager() -> bool:
+    """Whether there is no :func:`environment_obstacle`, and no torch.compile: one question less."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or module_hooks._has_any_global_hook()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def call_obstacle(base: Any, x: Any, *factors: Tensor | None) -> str | None:
     """Why x and `factors` (A, B, …) do not fit `base`; the plain path then raises its own error."""
     if not isinstance(x, Tensor):

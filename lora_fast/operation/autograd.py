@@ -20,6 +20,7 @@ from ..backends.protocol import Backend
 from ..backends.selection import backend_for
 from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
 from ..geometry import Numbered
+from ..nf4 import NF4Weight
 from . import compiled_groups, compiled_ops, recomputation
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
@@ -29,6 +30,8 @@ from .validation import check_dropout, check_operands, check_scaling
 _PER_LAYER = len(Needs._fields) - 1
 _NOTHING = Needs()
 _NONE = (None,) * _PER_LAYER
+# A named tuple, without its own function.
+_new = tuple.__new__
 
 
 def compute(
@@ -55,7 +58,7 @@ def compute(
             return [compiled_ops.apply(x, layers[0], dropout_seed)]
         return compiled_groups.apply(x, layers, dropout_seed)
     if torch._C._are_functorch_transforms_active() and is_recording():
-        return _run(AdaptedLinears.apply, x, layers, dropout_seed)
+        return run(x, layers, dropout_seed, apply=AdaptedLinears.apply)
     return run(torch._C._functorch.unwrap_if_dead(x), layers, dropout_seed)
 
 
@@ -64,24 +67,15 @@ def run(
     layers: Sequence[Factors],
     dropout_seed: int | Tensor | None = None,
     numbered: Numbered | None = None,
+    apply: Any = None,
 ) -> Sequence[Tensor]:
     """:func:`compute` for operands that are known to fit together, x in the compute dtype, and
     numbers as scalings, outside of torch.func and torch.compile.
 
-    `numbered` is the geometry of plain layers, where it is known. This and what it calls run for
-    each layer of each step: a call of a Python function here is 0.1 µs of the host's time, a new
-    tensor, a view too, 0.7 µs.
+    `numbered` is the geometry of plain layers, where it is known; `apply` the Function's, unless it
+    is the fast one. This and what it calls run for each layer of each step: a call of a Python
+    function here is 0.1 µs of the host's time, a new tensor, a view too, 0.7 µs.
     """
-    return _run(_apply, x, layers, dropout_seed, numbered)
-
-
-def _run(
-    apply: Any,
-    x: Tensor,
-    layers: Sequence[Factors],
-    dropout_seed: int | Tensor | None,
-    numbered: Numbered | None = None,
-) -> Sequence[Tensor]:
     if layers[0].constants.dropout_p > 0.0:
         layers = _with_seed(x, layers, dropout_seed)
         if isinstance(layers[0].constants.dropout_seed, Tensor):
@@ -95,8 +89,8 @@ def _run(
         return planned.forward(x, layers, needs, None, numbered)[0]
     tensors: list[Any] = []
     for f in layers:
-        tensors += f[:_PER_LAYER] if isinstance(f[0], Tensor) else (None, *f[1:_PER_LAYER])
-    return apply(x, layers, backend, numbered, *tensors)
+        tensors += (None, *f[1:_PER_LAYER]) if type(f[0]) is NF4Weight else f[:_PER_LAYER]
+    return (apply or _apply)(x, layers, backend, numbered, *tensors)
 
 
 class AdaptedLinears(torch.autograd.Function):
@@ -115,7 +109,7 @@ class AdaptedLinears(torch.autograd.Function):
         needs = _needs_of(ctx.needs_input_grad)
         constants, read_by, keeps_weights = fs[0][7], fs, False
         for f in fs:
-            if not isinstance(f[0], Tensor) and needs[0].x:
+            if type(f[0]) is NF4Weight and needs[0].x:
                 keeps_weights = recomputation.is_checkpointed_or_recomputed()
                 break
         if keeps_weights:
@@ -128,54 +122,55 @@ class AdaptedLinears(torch.autograd.Function):
         need = needs[0] if len(needs) == 1 else needs_of_all(needs)
         read = saved_input(x, constants, need, copies=backend.copies_input)
         # A number stays with the constants.
-        seed = constants[2] if isinstance(constants[2], Tensor) else None
+        seed: Any = constants[2]
+        seed = None if type(seed) is int or not isinstance(seed, Tensor) else seed
         weights = recomputation.saved_weights(read_by, x) if keeps_weights else ()
         ctx.save_for_backward(read, S, V, seed, *tensors, *weights)
-        others = [(None if isinstance(f[0], Tensor) else f[0], f[7]) for f in fs]
+        others = [(f[0] if type(f[0]) is NF4Weight else None, f[7]) for f in fs]
         if seed is not None:
             others = [(packed, c._replace(dropout_seed=0)) for packed, c in others]
-        ctx.call = backend, others, keeps_weights, numbered is not None
+        ctx.call = backend, others, keeps_weights, None if numbered is None else numbered[0]
         if len(fs) > 1:
             ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # With create_graph=True a derivative of these raises.
-        return (_differentiable_once if torch.is_grad_enabled() else _gradients)(ctx, *dYs)
+        if torch.is_grad_enabled():
+            # With create_graph=True: a derivative of what comes back raises.
+            return _differentiable_once(ctx, *dYs)
+        asked = ctx.needs_input_grad
+        needs = _needs_of(asked)
+        backend, others, keeps_weights, number = ctx.call
+        x, S, V, seed, *tensors = ctx.saved_tensors
+        fs, start = [], 0
+        for packed, constants in others:
+            if seed is not None:
+                constants = constants._replace(dropout_seed=seed)
+            W, bias, A, B, b, d, g = tensors[start : start + _PER_LAYER]
+            start += _PER_LAYER
+            W = W if packed is None else packed
+            fs.append(_new(Factors, (W, bias, A, B, b, d, g, constants)))
+        rows: Any = dYs if len(dYs) == 1 else _complete(dYs, fs)
+        if not rows:
+            return (None,) * len(asked)
+        if keeps_weights:
+            fs = recomputation.with_saved(fs, tensors[start:])
+        saved = _new(Saved, (S, V))
+        if number is not None and backend.name != "torch":
+            grads = backend.backward(rows, x, saved, fs, needs, None, number)
+        else:
+            grads = backend.backward(rows, x, saved, fs, needs)
+        found: list[Tensor | None] = [grads[0][0], None, None, None]
+        for dY, grad in zip(dYs, grads, strict=True):
+            # A layer whose output is unused gets no gradients, as if it were alone.
+            found += _NONE if dY is None else grad[1:]
+        return tuple(found)
 
 
 # Without the search of all arguments for dead wrappers of torch.func.
 _apply = super(torch.autograd.Function, AdaptedLinears).apply
-
-
-def _gradients(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-    asked = ctx.needs_input_grad
-    needs = _needs_of(asked)
-    backend, others, keeps_weights, is_plain = ctx.call
-    x, S, V, seed, *tensors = ctx.saved_tensors
-    fs, start = [], 0
-    for packed, constants in others:
-        if seed is not None:
-            constants = constants._replace(dropout_seed=seed)
-        W, bias, A, B, b, d, g = tensors[start : start + _PER_LAYER]
-        start += _PER_LAYER
-        fs.append(Factors(W if packed is None else packed, bias, A, B, b, d, g, constants))
-    rows: Any = dYs if len(dYs) == 1 else _complete(dYs, fs)
-    if not rows:
-        return (None,) * len(asked)
-    if keeps_weights:
-        fs = recomputation.with_saved(fs, tensors[start:])
-    saved = Saved(S, V)
-    if is_plain and backend.name != "torch":
-        grads = backend.backward(rows, x, saved, fs, needs, None, True)
-    else:
-        grads = backend.backward(rows, x, saved, fs, needs)
-    found: list[Tensor | None] = [grads[0][0], None, None, None]
-    for dY, grad in zip(dYs, grads, strict=True):
-        # A layer whose output is unused gets no gradients, as if it were alone.
-        found += _NONE if dY is None else grad[1:]
-    return tuple(found)
+_differentiable_once = differentiable_once(AdaptedLinears.backward)
 
 
 def _complete(dYs: Sequence[Tensor | None], fs: Sequence[Factors]) -> Sequence[Tensor | None]:
@@ -188,9 +183,6 @@ def _complete(dYs: Sequence[Tensor | None], fs: Sequence[Factors]) -> Sequence[T
         like.new_zeros(*like.shape[:-1], f.weight.shape[0]) if dY is None else dY
         for dY, f in zip(dYs, fs, strict=True)
     ]
-
-
-_differentiable_once = differentiable_once(_gradients)
 
 
 def is_recording() -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends.choice import is_one_row_on_a_cpu
-from ..base_layer.obstacles import environment_obstacle
+from ..base_layer.obstacles import is_eager
 from ..operation.autograd import run
 from .compiled_siblings import GROUP
 from .plain_lora import (
@@ -31,7 +30,7 @@ from .shared_input import Kept, kept_output, runs_hooks
 def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     """The output of a plain layer (plain_lora.py) of a group: what a sibling has computed, or
     computed now, with those of its siblings or alone; None if it takes the long way."""
-    if torch.compiler.is_compiling() or environment_obstacle() is not None:
+    if not is_eager():
         return None
     group, index = layer._lora_fast_group
     kept: Kept | None = group.of_thread.kept

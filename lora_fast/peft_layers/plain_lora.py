@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import four_bit
-from ..base_layer.obstacles import environment_obstacle
+from ..base_layer.obstacles import is_eager
 from ..factors import Constants, Factors
 from ..four_bit.decoding import CODES
 from ..geometry import Numbered, Numbers
@@ -34,6 +34,8 @@ _PARTITIONED = "ds_id"
 # Of the geometries of x and layers that fit together.
 _fitting = Numbers()
 _without_torch_function = torch._C.DisableTorchFunctionSubclass
+# A named tuple, without its own function.
+_new = tuple.__new__
 
 
 class Plain(NamedTuple):
@@ -46,7 +48,7 @@ class Plain(NamedTuple):
 
 def plain_output(layer: Any, x: Any) -> Tensor | None:
     """The output of a layer for x; None if it takes the long way."""
-    if torch.compiler.is_compiling() or environment_obstacle() is not None:
+    if not is_eager():
         return None
     plain = read_plain(layer)
     if plain is None or type(x) not in TENSORS:
@@ -136,7 +138,8 @@ def read_plain(layer: Any) -> Plain | None:
             return None
     elif type(W) not in TENSORS or W.layout is not torch.strided:
         return None
-    return Plain(Factors(W, bias, a, b, None, None, None, _constants(scaling, p)), dtype)
+    factors = _new(Factors, (W, bias, a, b, None, None, None, _constants(scaling, p)))
+    return _new(Plain, (factors, dtype))
 
 
 _constants = functools.lru_cache(maxsize=1024)(Constants)
@@ -173,7 +176,7 @@ def _run_alone(*modules: Any) -> bool:
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
             or "forward" in own
-            or module._compiled_call_impl is not None
+            or "_compiled_call_impl" in own
         ):
             return False
     return True
