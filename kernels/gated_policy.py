@@ -33,6 +33,8 @@ _FOUR_PARTS = GatedConfig(64, 32, PARTS=4, num_warps=4)
 _THREE_PARTS = GatedConfig(64, 32, PARTS=3, num_warps=4)
 _TWO_PARTS = GatedConfig(64, 32, PARTS=2, num_warps=4)
 _WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=4)
+# For what would use local memory in its loop otherwise: one CTA on a multiprocessor instead of two.
+_WIDE_RANK_8_WARPS = GatedConfig(64, 32, PARTS=1, num_warps=8)
 # Where the sums lie in tensor memory, 8 warps share them, and the tile.
 _B200 = GatedConfig(64, 64, PARTS=4, num_warps=8)
 _B200_MASKS = GatedConfig(64, 64, PARTS=3, num_warps=8)
@@ -47,14 +49,14 @@ OF_GATED = (
     _THREE_PARTS,
     _TWO_PARTS,
     _WIDE_RANK,
+    _WIDE_RANK_8_WARPS,
     _B200,
     _B200_MASKS,
     _FLOAT32_PARTS,
     _FLOAT32_WIDE_RANK,
 )
-_B200_WIDE_RANK = GatedConfig(64, 32, PARTS=1, num_warps=8)
 # Of the gate of experts, beside some of these.
-OF_EXPERTS = (_FLOAT32_LOW, _B200_WIDE_RANK)
+OF_EXPERTS = (_FLOAT32_LOW,)
 
 # A launch of gated_forward aims for so many programs of at most so many tiles of columns; one of
 # gated_backward for so many CTAs: some waves of any device, so that the last one does not show.
@@ -81,7 +83,7 @@ def pick_gated_backward(
     if dtype == torch.float32:
         return _FLOAT32_PARTS if BLOCK_R <= 16 else _FLOAT32_WIDE_RANK
     if BLOCK_R > 16:
-        return _WIDE_RANK
+        return _WIDE_RANK_8_WARPS if drops and arch in (120, 121) else _WIDE_RANK
     if arch in TENSOR_MEMORY:
         return _B200_MASKS if drops else _B200
     crowded = arch in SMALL_SHARED or (drops and arch in (80, 90))
@@ -124,7 +126,7 @@ def pick_expert_forward(dtype: torch.dtype, R: int, *, plain: bool) -> RowsConfi
 def pick_expert_backward(BLOCK_R: int, arch: int | None, *, plain: bool) -> GatedConfig:
     """The tiles of expert_gate_backward, for ranks padded to BLOCK_R and a plain gate or not."""
     if BLOCK_R > 16 and arch in TENSOR_MEMORY:
-        return _B200_WIDE_RANK
+        return _WIDE_RANK_8_WARPS
     config = pick_gated_backward(BLOCK_R, arch, drops=False)
     if plain:
         return config
