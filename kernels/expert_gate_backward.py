@@ -27,6 +27,7 @@ from .expert_gate_forward import member_rank
 from .expert_gate_tiles import (
     acted,
     branches_of,
+    expert_branch_in_eights,
     load_bases,
     load_Q_of,
     load_weights,
@@ -38,7 +39,7 @@ from .expert_gate_tiles import (
 from .expert_tiles import expert_rows, of_expert
 from .gated_backward import plus_product, three_zeros
 from .gated_policy import pick_expert_backward
-from .gated_tiles import GatedTiles
+from .gated_tiles import GatedTiles, are_eights, in_eights
 from .launch_plans import empty, launch
 from .launch_policy import rank_block, settles_products
 from .profile import expert_gate_backward_name, expert_gate_backward_work, shown_as
@@ -233,6 +234,13 @@ def expert_gate_backward(
     GLU: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of PARTS tiles of columns, expert)."""
+    gate = expert_branch_in_eights(gate, TILES.EIGHTS)
+    up = expert_branch_in_eights(up, TILES.EIGHTS)
+    down = ExpertDown(
+        down.v_ptr, down.dS_ptr, down.A_ptr, down.w_ptr, down.order_ptr,
+        in_eights(down.R, TILES.EIGHTS), down.stride_v, in_eights(down.stride_dS, TILES.EIGHTS),
+        down.stride_ae, down.stride_ar, down.stride_al,
+    )  # fmt: skip
     block, expert = tl.program_id(0), tl.program_id(1)
     first_m, last_m = expert_rows(expert, offsets_ptr)
     T = _walk_rows(
@@ -304,11 +312,13 @@ def gradients(member, v, w, order, offsets, glu, dS=None, A=None, *, wanted, out
     down = ExpertDown(v, None, None, w, order, 0, v.stride(0), 0, 0, 0, 0)
     if ranks[1]:
         down = ExpertDown(v, dS, A, w, order, ranks[1], v.stride(0), dS.stride(0), *A.stride())
+    branches = branches_of(member, glu)
+    eights = are_eights(branches, down.R, down.stride_dS)
     launch(
         expert_gate_backward, (blocks, E),
-        *branches_of(member, glu), down, sums, offsets, *glu.halves(out, 1), P, L, out.stride(0),
+        *branches, down, sums, offsets, *glu.halves(out, 1), P, L, out.stride(0),
         GLU=glu, PARTS=config.PARTS,
-        TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, BLOCK_R, True),
+        TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, BLOCK_R, True, eights),
         TARGET=Target(precision_of(v.dtype), SETTLES=settles_products(v.dtype, arch)),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from .environment import current_arch, precision_of
 from .expert_gate_tiles import (
     acted,
     branches_of,
+    expert_branch_in_eights,
     load_bases,
     shifted,
     with_low_rank,
@@ -24,7 +25,7 @@ from .expert_gate_tiles import (
 from .expert_tiles import expert_tile, experts_block, of_expert, programs
 from .gated_forward import add_to_parts
 from .gated_policy import pick_expert_forward, tiles_each
-from .gated_tiles import GatedTiles, steps_of
+from .gated_tiles import GatedTiles, are_eights, in_eights, steps_of
 from .launch_plans import empty, launch
 from .launch_policy import rank_block, settles_products
 from .out_of_resources import OutOfResources, instead_of
@@ -102,6 +103,9 @@ def expert_gate_forward(
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Program (range of so many tiles of columns, tile of rows); wide_ptr: the end of h's rows."""
+    gate = expert_branch_in_eights(gate, TILES.EIGHTS)
+    up = expert_branch_in_eights(up, TILES.EIGHTS)
+    R = in_eights(R, TILES.EIGHTS)
     part, program = tl.program_id(0), tl.program_id(1)
     tile = expert_tile(program, offsets_ptr, experts, P, TILES.BLOCK_M, BLOCK_E)
     expert, last_m = tile.index, tile.stop
@@ -169,16 +173,19 @@ def _launch(config, member, offsets, glu, A, rows, S, widens):
         # Chunks are added in memory: of as many columns as load in vectors, or of few.
         BLOCK_R = 16 if R % 16 else 32
     steps = steps_of([member_rank(member)], base.dtype)
+    branches = branches_of(member, glu)
     try:
         launch(
             expert_gate_forward, (ranges, count),
-            *branches_of(member, glu), offsets, A, rows, parts, S,
+            *branches, offsets, A, rows, parts, S,
             rows[:, L:] if widens else None,
             None if A is None else sync_words(base.device, ARRIVALS.value + count),
             P, L, R, E, each, ranges, padding_of(R), rows.stride(0),
             *((0, 0, 0) if A is None else A.stride()),
             BLOCK_E=experts_block(E), GLU=glu, IN_CHUNKS=R > BLOCK_R,
-            TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, *steps),
+            TILES=GatedTiles(
+                config.BLOCK_M, config.BLOCK_L, BLOCK_R, *steps, are_eights(branches, R)
+            ),
             TARGET=Target(
                 precision_of(base.dtype), SETTLES=settles_products(base.dtype, arch)
             ),

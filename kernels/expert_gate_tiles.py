@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .activations import activated
 from .expert_tiles import of_expert
-from .gated_tiles import Branch, load_Q, plus_low_rank
+from .gated_tiles import Branch, in_eights, load_Q, plus_low_rank
 from .tiles import Matrix, load_tile, store_tile
 
 
@@ -70,6 +70,17 @@ class ExpertBranch(NamedTuple):
     stride_br: int
     stride_bias_e: int
     stride_bias_l: int
+
+
+@triton.jit
+def expert_branch_in_eights(branch, EIGHTS: tl.constexpr):
+    """An ExpertBranch whose rank and rows the compiler sees to be multiples of 8, if they are."""
+    return ExpertBranch(
+        branch.base_ptr, branch.s_ptr, branch.B_ptr, branch.bias_ptr, branch.scaling,
+        in_eights(branch.R, EIGHTS), branch.stride_base, in_eights(branch.stride_s, EIGHTS),
+        branch.stride_be, in_eights(branch.stride_bl, EIGHTS), branch.stride_br,
+        branch.stride_bias_e, branch.stride_bias_l,
+    )  # fmt: skip
 
 
 @triton.jit
