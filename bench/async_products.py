@@ -8,6 +8,7 @@ missing fence changes no value on a machine whose timing happens to be right.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 _WRITE = re.compile(r"\b(st\.shared|stmatrix|cp\.async\.c[ag]\.shared|(?:atom|red)\.shared)")
 _FENCE = re.compile(r"\bfence\.proxy\.async")
 _READ = re.compile(r"\b(wgmma\.mma_async|tcgen05\.(mma|cp)|cp\.async\.bulk\S*\.global\.shared)\b")
+_ANY = re.compile("|".join(pattern.pattern for pattern in (_WRITE, _FENCE, _READ)))
 _LABEL = re.compile(r"^(\$L__BB\w+):")
 _BRANCH = re.compile(r"(@\S+\s+)?bra(?:\.uni)?\s+(\$L__BB\w+)")
 _END = re.compile(r"^\s*(ret|exit|trap);")
@@ -39,7 +41,7 @@ class Unfenced:
 
 @dataclass
 class _Block:
-    lines: list[str]
+    lines: list[str]  # those that write, fence or read
     successors: list[str]
 
 
@@ -64,17 +66,20 @@ def unfenced(ptx: str) -> list[Unfenced]:
     return found
 
 
-def serialised(ptx: str) -> list[str]:
+@functools.cache
+def serialised(ptx: str) -> tuple[str, ...]:
     """ptxas' remarks (C75xx) on wgmma instructions of sm_90 that it serialises, and why.
 
-    Triton discards ptxas' output, so it is run again.
+    Triton discards ptxas' output, so it is run again, for a kernel that has such instructions.
     """
+    if "wgmma" not in ptx:
+        return ()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
         command = [_PTXAS.path, "-v", "--gpu-name=sm_90a", str(path), "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return [line for line in said.splitlines() if _REMARK.search(line)]
+    return tuple(line for line in said.splitlines() if _REMARK.search(line))
 
 
 def _walk(block: _Block, written: frozenset[str], found: list[Unfenced]) -> frozenset[str]:
@@ -101,7 +106,8 @@ def _blocks(ptx: str) -> dict[str, _Block]:
             name, block, falls_through = label[1], _Block([], []), True
             blocks[name] = block
             continue
-        block.lines.append(line)
+        if _ANY.search(line):
+            block.lines.append(line)
         if branch := _BRANCH.search(line):
             block.successors.append(branch[2])
             if branch[1] is None:

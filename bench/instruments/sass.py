@@ -7,6 +7,7 @@ of line, so that code between a branch and its target need not belong to the loo
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -42,6 +43,14 @@ CLASSES: dict[str, str] = {
 _CLASS_PATTERNS = {name: re.compile(pattern) for name, pattern in CLASSES.items()}
 
 
+@functools.cache
+def _class_of(base: str) -> str:
+    for name, pattern in _CLASS_PATTERNS.items():
+        if pattern.fullmatch(base):
+            return name
+    return "integer"
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One machine instruction; ``target`` is the address that a branch names, if it does."""
@@ -60,10 +69,7 @@ class Instruction:
     @property
     def kind(self) -> str:
         """The name of its class in ``CLASSES``, or "integer"."""
-        for name, pattern in _CLASS_PATTERNS.items():
-            if pattern.fullmatch(self.base):
-                return name
-        return "integer"
+        return _class_of(self.base)
 
     @property
     def is_mma(self) -> bool:

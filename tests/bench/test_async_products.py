@@ -70,7 +70,7 @@ def test_a_fence_taken_from_a_kernel_is_missed(ptx):
 @pytest.mark.offline
 @pytest.mark.pinned
 def test_an_accumulator_written_between_two_products_is_noticed(ptx):
-    assert serialised(ptx) == []
+    assert serialised(ptx) == ()
     product = re.search(r"wgmma\.mma_async\S* \{(%r\d+),[^\n]*\n\s*// end inline asm\n", ptx)
     assert product is not None
     spoilt = ptx[: product.end()] + f"\tmov.b32 {product[1]}, 0;\n" + ptx[product.end() :]

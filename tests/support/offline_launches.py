@@ -32,7 +32,7 @@ def assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
     if VERSION >= (3, 7):
         assert async_products.unfenced(ptx) == [], launch.name
     if arch == 90:
-        assert async_products.serialised(ptx) == [], launch.name
+        assert async_products.serialised(ptx) == (), launch.name
 
 
 def assert_walk_fits(
