@@ -159,18 +159,18 @@ def run(
     observer: Any = None,
     *,
     resume: bool = False,
-    whole: bool = False,
+    paints: bool = False,
 ) -> Outcome:
     """Run a training in this process, as ``lora-fast train`` does.
 
-    Unless it is ``whole``, its pictures are composed but not painted, and a comparison times each
-    batch once: half of the time of a tiny run.
+    A comparison times each batch once; pictures are composed, and painted for who `paints`. Both
+    would take half of the time of a tiny run.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if not whole:
+        timed_once = functools.partial(measurement.interleaved_step_times, repeats=1)
+        patch.setattr(summary, "interleaved_step_times", timed_once)
+        if not paints:
             patch.setattr(plots, "_save", _unpainted)
-            timed_once = functools.partial(measurement.interleaved_step_times, repeats=1)
-            patch.setattr(summary, "interleaved_step_times", timed_once)
         with open_run(out, config, resume=resume, overwrite=False) as folder:
             return run_training(folder, observer or Silent())
 

@@ -56,7 +56,7 @@ def compared_on(bert_config: Any, tmp_path_factory: pytest.TempPathFactory) -> C
     @functools.cache
     def compare(kind: str) -> Any:
         config, out = replace(bert_config, compare=True), tmp_path_factory.mktemp(kind) / "out"
-        return run(config, out, whole=True)
+        return run(config, out, paints=True)
 
     return compare
 
