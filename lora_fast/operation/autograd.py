@@ -119,7 +119,7 @@ class AdaptedLinears(torch.autograd.Function):
         else:
             planned: Any = backend
             ys, (S, V) = planned.forward(x, fs, needs, None, numbered)
-        need = needs[0] if len(needs) == 1 else needs_of_all(needs)
+        need = needs[0] if len(needs) == 1 else _any_of(needs)
         read = saved_input(x, constants, need, copies=backend.copies_input)
         # A number stays with the constants.
         seed: Any = constants[2]
@@ -201,6 +201,9 @@ def _needs_of(needs_input_grad: tuple[bool, ...]) -> tuple[Needs, ...]:
     needs_x, _, _, _, *rest = needs_input_grad
     layers = range(0, len(rest), _PER_LAYER)
     return tuple(Needs(needs_x, *rest[i : i + _PER_LAYER]) for i in layers)
+
+
+_any_of = functools.lru_cache(maxsize=256)(needs_of_all)
 
 
 def _with_number(f: Factors) -> Factors:
