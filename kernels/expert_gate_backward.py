@@ -234,8 +234,9 @@ def expert_gate_backward(
     GLU: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of PARTS tiles of columns, expert)."""
-    gate = expert_branch_in_eights(gate, TILES.EIGHTS)
-    up = expert_branch_in_eights(up, TILES.EIGHTS)
+    if TILES.EIGHTS:
+        gate = expert_branch_in_eights(gate, TILES.EIGHTS)
+        up = expert_branch_in_eights(up, TILES.EIGHTS)
     down = ExpertDown(
         down.v_ptr, down.dS_ptr, down.A_ptr, down.w_ptr, down.order_ptr,
         in_eights(down.R, TILES.EIGHTS), down.stride_v, in_eights(down.stride_dS, TILES.EIGHTS),

@@ -103,9 +103,10 @@ def expert_gate_forward(
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Program (range of so many tiles of columns, tile of rows); wide_ptr: the end of h's rows."""
-    gate = expert_branch_in_eights(gate, TILES.EIGHTS)
-    up = expert_branch_in_eights(up, TILES.EIGHTS)
-    R = in_eights(R, TILES.EIGHTS)
+    if TILES.EIGHTS:
+        gate = expert_branch_in_eights(gate, TILES.EIGHTS)
+        up = expert_branch_in_eights(up, TILES.EIGHTS)
+        R = in_eights(R, TILES.EIGHTS)
     part, program = tl.program_id(0), tl.program_id(1)
     tile = expert_tile(program, offsets_ptr, experts, P, TILES.BLOCK_M, BLOCK_E)
     expert, last_m = tile.index, tile.stop

@@ -28,7 +28,7 @@ from .activations import activated
 from .dropout import NO_DROPOUT, Words, keep_mask, seed_of
 from .environment import current_arch, precision_of
 from .gated_policy import pick_gated_backward, rows_each
-from .gated_scales import load_dS, scaled_dS, scaled_Q, scales_of, unscaled
+from .gated_scales import Scales, load_dS, scaled_dS, scaled_Q, scales_of, unscaled
 from .gated_tiles import (
     GatedTiles,
     are_eights,
@@ -262,16 +262,19 @@ def gated_backward(
 ):  # fmt: skip
     """Program (block of PARTS tiles of columns, range of rows)."""
     block, range_index = tl.program_id(0), tl.program_id(1)
-    gate = branch_in_eights(gate, TILES.EIGHTS)
-    up = branch_in_eights(up, TILES.EIGHTS)
-    down = down_in_eights(down, TILES.EIGHTS)
+    if TILES.EIGHTS:
+        gate = branch_in_eights(gate, TILES.EIGHTS)
+        up = branch_in_eights(up, TILES.EIGHTS)
+        down = down_in_eights(down, TILES.EIGHTS)
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
     first_m = range_index * rows_per_range
     last_m = tl.minimum(first_m + rows_per_range, M)
-    scales = scales_of(
-        gate, up, down, gate_sums, up_sums, down_sums, block, L, first_m, last_m, tile_rows, PARTS,
-        TILES,
-    )  # fmt: skip
+    scales = Scales(None, None, None, None, None)
+    if dh_ptr.dtype.element_ty == tl.float16:
+        scales = scales_of(
+            gate, up, down, gate_sums, up_sums, down_sums, block, L, first_m, last_m, tile_rows,
+            PARTS, TILES,
+        )  # fmt: skip
     T = _walk_rows(
         gate, up, down, Matrix(dh_ptr, stride_dh, 1, last_m, L), gate_sums, up_sums, down_sums,
         scales,

@@ -122,9 +122,10 @@ def gated_forward(
 ):  # fmt: skip
     """Program (range of so many tiles of columns, block of rows); wide_ptr: the end of h's rows."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
-    gate = branch_in_eights(gate, TILES.EIGHTS)
-    up = branch_in_eights(up, TILES.EIGHTS)
-    R = in_eights(R, TILES.EIGHTS)
+    if TILES.EIGHTS:
+        gate = branch_in_eights(gate, TILES.EIGHTS)
+        up = branch_in_eights(up, TILES.EIGHTS)
+        R = in_eights(R, TILES.EIGHTS)
     part, block_m = tl.program_id(0), tl.program_id(1)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first_tile = part * tiles

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .launch_policy import SMALL_SHARED, TENSOR_MEMORY, RowsConfig, rank_block
+from .triton_version import VERSION
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def fits_registers(dtype: torch.dtype, ranks: Sequence[int], *, drops: bool) -> 
     columns of the rank beyond 64 would read dgate, dup and h again, as strips do, and h would have
     to be stored: nine passes, too.
     """
-    ragged = any(R % 8 for R in ranks)
+    # Before 3.7 Triton knows no multiples of 8 here (gated_tiles.are_eights), nor Scales.
+    ragged = VERSION < (3, 7) or any(R % 8 for R in ranks)
     if dtype == torch.float32:
         most = 32
     elif dtype == torch.float16:

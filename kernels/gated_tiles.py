@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .launch_policy import expand_block
 from .tiles import Matrix, load_tile
+from .triton_version import VERSION
 
 
 class Member(NamedTuple):
@@ -171,6 +172,9 @@ def down_of(dS, A):
 def are_eights(branches, *numbers):
     """Whether the ranks and rows of branches and other numbers are multiples of 8, not all of 16,
     which the compiler sees by itself."""
+    # Before 3.7 no function of a kernel returns a tuple that holds None.
+    if VERSION < (3, 7):
+        return False
     found = [*numbers]
     for branch in branches:
         found += [branch.R, branch.stride_s, branch.stride_bl]

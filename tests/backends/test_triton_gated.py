@@ -14,6 +14,7 @@ from machines import Executor, started
 
 pytest.importorskip("triton")
 from lora_fast.kernels import launch_plans
+from lora_fast.kernels.triton_version import VERSION
 
 import lora_fast
 from bench.instruments.accuracy import assert_same_bits
@@ -135,6 +136,9 @@ def test_repeated_launches_give_the_same_bits(sm: int, is_fused: bool) -> None:
 FORWARD = ["shrink", "gated_forward", "expand"]
 OF_DOWN = ["strips", "ticketed_gemm"]
 BEFORE = ["ticketed_gemm", "expand", "strips"]
+NOT_BEFORE_3_7 = pytest.mark.skipif(
+    VERSION < (3, 7), reason="Triton before 3.7 takes gated_gradients in float16"
+)
 LAUNCHES = {
     "plain": [*FORWARD, *OF_DOWN, "gated_backward", *BEFORE],
     "ranks of 8": [*FORWARD, *OF_DOWN, "gated_backward", *BEFORE],
@@ -156,7 +160,8 @@ LAUNCHES = {
     ("name", "dtypes"),
     [
         *((name, {}) for name in LAUNCHES),
-        *(("ranks of 8", {"dtype": t, "adapter": FP32}) for t in (FP16, FP32)),
+        pytest.param("ranks of 8", {"dtype": FP16, "adapter": FP32}, marks=NOT_BEFORE_3_7),
+        ("ranks of 8", {"dtype": FP32, "adapter": FP32}),
     ],
     ids=[*LAUNCHES, "float16", "float32"],
 )

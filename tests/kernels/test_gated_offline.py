@@ -29,6 +29,8 @@ from lora_fast.gated import ACTIVATIONS
 ARCHS = [80, 89, 90, 100, 120]
 # Bytes of local memory that no loop touches; with Triton 3.6 the forward kernel with dropout on
 # sm_100 needs the most.
+# Triton before 3.7 sees multiples of 16 alone.
+EIGHTS = 8 if VERSION >= (3, 7) else 16
 AWAY_FROM_LOOPS = 32 if VERSION >= (3, 7) else 48
 
 
@@ -119,7 +121,7 @@ def test_both_directions_fit_the_device(arch: int, case: Case) -> None:
         ptx = launch.kernel.text("ptx")
         # Full vectors, one address for eight elements and not for each; rows of S of other ranks
         # do not start at 16 bytes.
-        assert case.R % 8 or "global.b16" not in ptx, launch.name
+        assert case.R % EIGHTS or "global.b16" not in ptx, launch.name
 
 
 @pytest.mark.offline
@@ -156,8 +158,13 @@ def _key(options: dict[str, Any]) -> tuple[int, int, int | None]:
     ],
 )
 def test_ranks_of_one_kernel(
-    dtype: torch.dtype, ranks: tuple[int, ...], drops: bool, fits: bool
+    dtype: torch.dtype,
+    ranks: tuple[int, ...],
+    drops: bool,
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(gated_policy, "VERSION", (3, 7))
     assert gated_policy.fits_registers(dtype, ranks, drops=drops) == fits
 
 
