@@ -125,7 +125,13 @@ class AdaptedLinears(torch.autograd.Function):
         seed: Any = constants[2]
         seed = None if type(seed) is int or not isinstance(seed, Tensor) else seed
         weights = recomputation.saved_weights(read_by, x) if keeps_weights else ()
-        ctx.save_for_backward(read, S, V, seed, *tensors, *weights)
+        kept: Any = tensors
+        for i, each in enumerate(needs):
+            if not each.bias and tensors[i * _PER_LAYER + 1] is not None:
+                # Nobody reads a frozen bias again, which may be an inference tensor.
+                kept = [*kept]
+                kept[i * _PER_LAYER + 1] = None
+        ctx.save_for_backward(read, S, V, seed, *kept, *weights)
         others = [(f[0] if type(f[0]) is NF4Weight else None, f[7]) for f in fs]
         if seed is not None:
             others = [(packed, c._replace(dropout_seed=0)) for packed, c in others]

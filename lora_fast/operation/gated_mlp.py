@@ -189,7 +189,11 @@ class GatedMLP(torch.autograd.Function):
         read = None if x is None else _saved_input(x, linears, needs, backend)
         seeds = [f.constants.dropout_seed if isinstance(f, Factors) else None for f in linears]
         drawn = [seed if isinstance(seed, Tensor) else None for seed in seeds]
-        ctx.save_for_backward(read, *saved, *drawn, *tensors[2:], *weights)
+        kept = [*tensors[2:]]
+        for i, need in enumerate(needs):
+            if not need.bias:
+                kept[_PER_LAYER * i + 1] = None  # see autograd.py
+        ctx.save_for_backward(read, *saved, *drawn, *kept, *weights)
         ctx.others = [_unsaved(f) for f in linears]
         ctx.backend, ctx.activation, ctx.is_fused = backend, activation, linears.is_fused
         # What hooks hand in again, and whether they keep it, nobody knows.

@@ -60,7 +60,8 @@ class _AddLowRank(torch.autograd.Function):
         word = seed if isinstance(seed, Tensor) else None
         ctx.constants = f.constants if word is None else f.constants._replace(dropout_seed=0)
         read = saved_input(x, f.constants, needs, copies=backend.copies_input)
-        ctx.save_for_backward(read, saved.S, word, *tensors)
+        bias, *others = tensors
+        ctx.save_for_backward(read, saved.S, word, bias if needs.bias else None, *others)
         ctx.backend, ctx.dtypes = backend, (x.dtype, out.dtype if y is None else y.dtype)
         return out
 

@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from lora_models import K, accelerated_copy, counted, lora_config, method_model, peft_model
+from gated_models import H, stock_model
+from lora_models import (
+    K,
+    accelerated_copy,
+    counted,
+    lora_config,
+    lora_layers,
+    method_model,
+    peft_model,
+)
 from peft import get_peft_model
 from torch import Tensor, nn
 
 import lora_fast
-from bench.instruments.accuracy import assert_same_bits
+from bench.instruments.accuracy import ORDER_DIFFERENCE, assert_agree, assert_same_bits
 from lora_fast import DoRALinear, LoRALinear, VeRALinear
 
 N = 20
@@ -184,3 +193,36 @@ def test_a_residual_connection_in_place_under_compile() -> None:
         call(x).square().sum().backward()
         found.append(model.fc.lora_A.grad)
     assert_same_bits(*found, name="lora_A")
+
+
+def _grouped() -> Any:
+    config = lora_config(target_modules=["q_proj", "k_proj", "v_proj"])
+    return get_peft_model(Shared(), config)
+
+
+@pytest.mark.parametrize("build", [peft_model, _grouped, stock_model])
+def test_a_frozen_bias_changes_or_comes_from_inference_mode(build: Callable[[], Any]) -> None:
+    """No gradient reads it, and autograd saves no inference tensor."""
+    stock = build()
+    fused = accelerated_copy(stock)
+    x = torch.randn(4, H if build is stock_model else K)
+    for inference in (False, True):
+        found = []
+        for model in (fused, stock):
+            bases = [layer.get_base_layer() for layer in lora_layers(model)]
+            bases = [base for base in bases if base.bias is not None]
+            if inference:
+                with torch.inference_mode():
+                    for base in bases:
+                        base.bias = nn.Parameter(base.bias.clone(), requires_grad=False)
+            biases = [base.bias for base in bases]
+            assert all(bias.is_inference() == inference for bias in biases)
+            y = model(x)
+            if not inference:
+                with torch.no_grad():
+                    torch._foreach_mul_(biases, 3.0)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found.append([y, *torch.autograd.grad(y.sum(), trained)])
+        for ours, theirs in zip(*found, strict=True):
+            assert_agree(ours, theirs, within=ORDER_DIFFERENCE)
+    assert counted(fused)[1] == {}
