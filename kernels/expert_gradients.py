@@ -37,7 +37,7 @@ class GradientTiles(NamedTuple):
 
 @triton.jit
 def _load_narrow(s_mat, weights, offs_m, offs_r, DTYPE: tl.constexpr):
-    """w ⊙ S of one tile as an operand, and 1 / u of its columns where it is scaled, else None."""
+    """w ⊙ S of one tile as an operand, and 1 / u of its columns where it is scaled."""
     IS_WIDE: tl.constexpr = s_mat.ptr.dtype.element_ty != DTYPE
     S = load_tile(s_mat, offs_m, offs_r)
     if weights is not None:
@@ -45,7 +45,7 @@ def _load_narrow(s_mat, weights, offs_m, offs_r, DTYPE: tl.constexpr):
     if IS_WIDE:
         return scaled_columns(S, DTYPE)
     else:
-        return S.to(DTYPE), None
+        return S.to(DTYPE), S  # which nobody reads: no tuple holds None, before Triton 3.7
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _walk_rows(
         x = load_tile(x_mat, where, offs_l)
         if NEEDS_T:
             S, inverse = _load_narrow(s_mat, weights, offs_m, offs_r, dtype)
-            if inverse is not None:
+            if s_mat.ptr.dtype.element_ty != dtype:
                 T += tl.dot(tl.trans(x), S, input_precision=TARGET.PRECISION) * inverse
             else:
                 T = tl.dot(tl.trans(x), S, T, input_precision=TARGET.PRECISION)

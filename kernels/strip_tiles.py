@@ -37,12 +37,13 @@ class Side(NamedTuple):
 
 @triton.jit
 def side_of(block, side, others, widths):
-    """The layer that a block of columns falls to, of `side` and those after it."""
+    """The layer that a block of columns falls to, of `side` and those after it; where they have no
+    bias_ptr, that of `side` is any pointer."""
     # Not len(others): Triton 3.6 fails on the length of a tuple that holds None.
     for i in tl.static_range(len(widths)):
         is_later = block >= others[i].first_block
         bias_ptr = side.bias_ptr
-        if bias_ptr is not None:
+        if others[i].bias_ptr is not None:
             bias_ptr = tl.where(is_later, others[i].bias_ptr, bias_ptr)
         side = Side(
             tl.where(is_later, others[i].x_ptr, side.x_ptr),

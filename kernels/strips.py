@@ -146,11 +146,17 @@ def strips(
     SUMS: tl.constexpr = partials.sums is not None
     block, range_index, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_l, columns = block * TILES.BLOCK_L, L
-    if others is not None:
-        side = Side(x_ptr, B_ptr, grads.factor, grads.bias, scaling, L, stride_xm, 0, 0, 0)
-        side = side_of(block, side, others, widths)
+    if widths is not None:
+        # Before 3.7, Triton has no functions that return None, in a tuple neither.
+        if grads.bias is None:
+            side = Side(x_ptr, B_ptr, grads.factor, x_ptr, scaling, L, stride_xm, 0, 0, 0)
+            side = side_of(block, side, others, widths)
+            grads = Results(side.factor_ptr, None, None, None, None)
+        else:
+            side = Side(x_ptr, B_ptr, grads.factor, grads.bias, scaling, L, stride_xm, 0, 0, 0)
+            side = side_of(block, side, others, widths)
+            grads = Results(side.factor_ptr, None, None, side.bias_ptr, None)
         x_ptr, B_ptr, scaling, stride_xm = side.x_ptr, side.B_ptr, side.scaling, side.stride_xm
-        grads = Results(side.factor_ptr, None, None, side.bias_ptr, None)
         s_ptr += side.first_r
         T_ptr, sums_ptr = partials.T, partials.sums
         T_ptr += tl.cast(side.first_l, tl.int64) * R

@@ -18,6 +18,7 @@ import torch
 import torch.utils._device
 from cpu_kinds import KINDS, VARIABLE, forced
 from hypothesis import HealthCheck, settings
+import older_triton
 from imports import needs
 from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started
 from pins import PINS, is_pinned
@@ -37,6 +38,8 @@ if INTERPRETED:
     from bench.instruments import triton_interpreter
 
     triton_interpreter.install()
+elif HAS_TRITON:
+    older_triton.refuse_returned_nones()
 
 # The same examples every time; `executor` keeps no state between examples.
 settings.register_profile(

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
+from lora_fast.kernels.triton_version import VERSION
 
 from bench import machine_code
 from bench.offline import __main__ as offline
@@ -99,6 +101,10 @@ def test_the_page_tells_the_instructions_of_the_two_loops(
         assert f"(main)           {count} instructions" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(
+    VERSION < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton before 3.7 interprets no bounds of a range with NumPy 2.4",
+)
 def test_the_code_of_the_page_runs_in_the_interpreter(tmp_path: Path) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
     script = tmp_path / "one_layer.py"
@@ -112,6 +118,7 @@ def test_the_code_of_the_page_runs_in_the_interpreter(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.pinned
 def test_one_case_is_counted_and_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert offline.main(["--case", "linear,8192,16,dense", "--arch", "90", "--check"]) == 0
     shown = capsys.readouterr().out

@@ -100,13 +100,19 @@ def launches_of(arch: int, case: Case) -> stub_driver.Log:
 
 
 SAMPLE = ("dropout", "r64-dropout", "float32")
+# Triton 3.6 spills in the loop of gated_forward.
+SPILLED = {(100, "dropout")}
+
+
+def _marks(arch: int, name: str) -> list[pytest.MarkDecorator]:
+    if (arch, name) in SPILLED:
+        return [pytest.mark.pinned]
+    in_sample = name in SAMPLE or (arch == 90 and name in CASES)
+    return [] if in_sample else [pytest.mark.exhaustive]
+
+
 MATRIX = [
-    pytest.param(
-        arch,
-        case,
-        id=f"sm_{arch}-{name}",
-        marks=[] if name in SAMPLE or (arch == 90 and name in CASES) else pytest.mark.exhaustive,
-    )
+    pytest.param(arch, case, id=f"sm_{arch}-{name}", marks=_marks(arch, name))
     for arch in ARCHS
     for name, case in {**CASES, **OTHERS}.items()
 ]

@@ -198,14 +198,13 @@ def test_a_gated_mlp(dtype: torch.dtype) -> None:
     gate, up, dh = (meta(M, N, dtype=dtype) for _ in range(3))
     A, B = meta(R, N, dtype=FP32), meta(N, R, dtype=FP32)
     members = [GatedMember(base, meta(M, R, dtype=dtype), B, 2.0) for base in (gate, up)]
+    dS = scaling.new_gradient(dh, R, 64)
     with profiling() as (log, told):
         gated_forward.activate(*members, "silu", A)
         if dtype == BF16:
             wanted, outs = gated_backward.Wanted(True, True, True, True), (gate, up)
-            S = meta(M, R, dtype=dtype)
-            gated_backward.gradients(*members, dh, "silu", S, A, wanted=wanted, outs=outs)
+            gated_backward.gradients(*members, dh, "silu", dS, A, wanted=wanted, outs=outs)
         else:
-            dS = scaling.new_gradient(dh, R, 64)
             gated_gradients.gradients(*members, dh, "gelu", dS, A, outs=(gate, up), stores_h=True)
     backward = "backward_silu_64x32x4_r16" if dtype == BF16 else "gradients_gelu_64x64_r16"
     assert [one["name"] for one in told] == ["gated_forward_silu_64x64_r16", f"gated_{backward}"]
