@@ -62,7 +62,7 @@ def of_expert(ptr, expert, stride):
     """The pointer to an expert's matrix or vector, None where there is none."""
     if ptr is None:
         # Before 3.7, Triton has no functions that return the value None.
-        return  # noqa: RET502
+        return
     else:
         return ptr + tl.cast(expert, tl.int64) * stride
 

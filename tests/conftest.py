@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import older_triton
 import pytest
 import torch
 import torch.utils._device
 from cpu_kinds import KINDS, VARIABLE, forced
 from hypothesis import HealthCheck, settings
-import older_triton
 from imports import needs
 from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started
 from pins import PINS, is_pinned
