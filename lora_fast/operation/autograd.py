@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
+from ..backends.torch_layer import row_on_a_cpu
 from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
 from ..geometry import Numbered
 from ..nf4 import NF4Weight
@@ -81,6 +82,12 @@ def run(
         if isinstance(layers[0].constants.dropout_seed, Tensor):
             numbered = None
     backend = backend_for(x.device)
+    if len(layers) == 1 and x.numel() == x.shape[-1] and x.is_cpu and apply is None:
+        A = layers[0][2]
+        if A is not None and A.dtype is torch.float32 and backend.name == "torch":
+            y = row_on_a_cpu(x, layers[0])
+            if y is not None:
+                return [y]
     if not is_recording():
         needs = (_NOTHING,) * len(layers)
         if numbered is None or backend.name == "torch":

@@ -145,7 +145,11 @@ def test_what_is_to_be_written_instead_of_all_linear_adapts_all_but_the_router(f
     """Which routers "all-linear" adapts depends on PEFT; shared_expert_gate is a linear layer."""
     model = adapted(family, target_modules="all-linear")
     names = {name for name, _ in adapted_layers(model)}
-    routers = {n for n in names if n.endswith((".mlp.gate", ".shared_expert_gate"))}
+    routers = {
+        n
+        for n in names
+        if n.endswith((".mlp.gate", ".block_sparse_moe.gate", ".shared_expert_gate"))
+    }
     assert routers or family != "qwen2_moe"
     said = [line for line in pitfalls(model) if "router" in line]
     assert len(said) == bool(routers)

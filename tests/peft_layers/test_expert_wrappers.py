@@ -206,7 +206,6 @@ def test_merged_and_disabled_fall_back() -> None:
 
 
 @needs_fused
-@needs_fused
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_backward_pass_after_a_merge_raises(family: str) -> None:
     """Stock, which has formed W + s B A before, has its gradients; never those of the merged W."""
@@ -219,6 +218,7 @@ def test_a_backward_pass_after_a_merge_raises(family: str) -> None:
     assert_models_agree(results(fused), results(stock))
 
 
+@needs_fused
 def test_copies_pickles_and_the_way_back() -> None:
     stock, fused = pair("qwen3_moe")
     expected = results(fused)
