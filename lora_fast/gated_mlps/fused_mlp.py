@@ -169,7 +169,7 @@ def _computed(
     (dtype, *different) = dtypes
     of_down = _read_by(down, x, dtype, casts)
     covered = [*first, of_down] if isinstance(of_down, Operand) else first
-    if not any(layer is not None and is_adapted(layer) for layer in layers):
+    if not any(map(is_adapted, layers)):
         return "no adapted layer"
     if isinstance(of_gate, str) and dtype is torch.float64:
         return of_gate
