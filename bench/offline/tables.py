@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lora_fast.tuning import cost_model
-from lora_fast.tuning.rooflines import EXPOSED_C, ROOFLINES
+from lora_fast.tuning.rooflines import EXPOSED_C, L2_SOURCE, ROOFLINES
 
 from .band import SLOW, with_activation
 from .contestants import Case
@@ -180,6 +180,7 @@ def _assumptions() -> str:
         f"{r.attained_flops:.0%} and {r.attained_bytes:.0%} are attained ({r.attained_source})"
         for r in ROOFLINES
     )
+    caches = ", ".join(f"{r.name} {r.l2 / 1e12:g} TB/s" for r in ROOFLINES if r.l2)
     return (
         "Launches, bytes, FLOPs and saved bytes are counted. Times over the frozen layer are "
         "device times, modelled: each launch takes the longer of its products and its memory "
@@ -189,7 +190,8 @@ def _assumptions() -> str:
         f"e = {SLOW}, where a product in Triton takes 1 / e of cuBLAS's time. Where cuBLAS adds "
         f"to a matrix, {EXPOSED_C:.0%} of its reading is not hidden. lora_fast is on the routes "
         "that are taken until a device was measured; lora_fast fused has every product in its own "
-        f"kernels. Unsloth, LoRAFusion and NeMo are models of their graphs. Peaks: {devices}."
+        f"kernels. Unsloth, LoRAFusion and NeMo are models of their graphs. Peaks: {devices}. "
+        f"Reads of L2: {caches} ({L2_SOURCE})."
     )
 
 

@@ -41,8 +41,9 @@ class Roofline:
     """One GPU. Peaks: dense bfloat16 products with float32 sums, float32 products on the FMA pipes,
     memory; ``attained_flops`` and ``attained_bytes``: what cuBLAS and a copy reach of them.
 
-    ``multiprocessors`` and ``clock`` (Hz, boost) turn bytes per clock into bytes per second:
-    ``shared`` of one multiprocessor, ``l2`` of all; None where nothing was published.
+    ``multiprocessors`` and ``clock`` (Hz, boost) make clocks of what a tile loads: ``l2`` is read
+    at so many bytes per second, as measured (None: nobody published it); one multiprocessor moves
+    ``shared`` bytes per clock through its shared memory.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Roofline:
         step = tensor_clocks(tile, self.tensor_per_clock)
         found = shared_bytes(tile, self.arch) / self.shared
         if self.l2 is not None:
-            found = max(found, l2_bytes(tile) * self.multiprocessors / self.l2)
+            found = max(found, l2_bytes(tile) * self.multiprocessors * self.clock / self.l2)
         return max(1.0, found / step)
 
 
@@ -140,12 +141,12 @@ ROOFLINES = (
     Roofline(
         "A100", 80, 312e12, 19.5e12, 2.039e12, "NVIDIA A100 data sheet, SXM4 80 GB",
         0.87, 0.895, f"cuBLAS 273 TFLOP/s at 8192³, fp16 (triton issue 743); {_COPY}",
-        108, 1.41e9, l2=5120,
+        108, 1.41e9, l2=5.4e12,
     ),
     Roofline(
         "H100", 90, 989.4e12, 67e12, 3.35e12, "NVIDIA H100 data sheet, SXM5",
         0.807, 0.895, f"cuBLAS 798 TFLOP/s at 8192³ (github.com/pranjalssh/fast.cu); {_COPY}",
-        132, 1.83e9, l2=5120,
+        132, 1.83e9, l2=9.7e12,
     ),
     Roofline(
         "B200", 100, 2250e12, 75e12, 8.0e12, "NVIDIA DGX B200 data sheet, one of 8 GPUs",
@@ -155,10 +156,13 @@ ROOFLINES = (
     Roofline(
         "RTX 4090", 89, 165.2e12, 82.6e12, 1.008e12, "NVIDIA Ada architecture white paper",
         0.92, 0.895, f"cuBLAS 105-115 of 119.5 TFLOP/s on an L20 (LeetCUDA, hgemm); {_COPY}",
-        128, 2.52e9,
+        128, 2.52e9, l2=5.2e12,
     ),
 )  # fmt: skip
-"""l2: 5120 bytes per clock are of the A100 white paper; for an H100, taken to be the same."""
+L2_SOURCE = (
+    "github.com/te42kyfo/gpu-benches, gpu-l2-cache, for 20 MB on an A100, on an H200, which has an "
+    "H100's multiprocessors and L2, and on an L40, which has a 4090's chip"
+)
 BY_ARCH = {roofline.arch: roofline for roofline in ROOFLINES}
 
 

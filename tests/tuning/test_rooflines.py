@@ -15,6 +15,7 @@ from lora_fast.tuning.rooflines import (
     BY_ARCH,
     EXPOSED_C,
     ROOFLINES,
+    l2_bytes,
     roofline_of,
     shared_bytes,
     tensor_clocks,
@@ -63,12 +64,13 @@ def test_a_hopper_tile_of_128_columns_is_bound_by_shared_memory_and_l2():
     """160 bytes per clock, where a multiprocessor has 128; of 256 columns it is 128."""
     per_clock = [shared_bytes(tile, 90) / tensor_clocks(tile, 4096) for tile in (TILE, WIDE)]
     assert per_clock == [160.0, 128.0]
-    # L2: 64 and 48 bytes per clock and multiprocessor, where 5120 per clock are for all 132.
+    # L2: 64 and 48 bytes per clock and multiprocessor, of 40 that are to be had.
+    to_be_had = 9.7e12 / (132 * 1.83e9)
     assert [H100.stretch(tile) for tile in (TILE, WIDE)] == pytest.approx(
-        [64 * 132 / 5120, 48 * 132 / 5120], rel=1e-3
+        [64 / to_be_had, 48 / to_be_had], rel=1e-3
     )
     work = Work(int(H100.flops), 1, tile=TILE)
-    assert H100.seconds(work) == pytest.approx(64 * 132 / 5120, rel=1e-3)
+    assert H100.seconds(work) == pytest.approx(64 / to_be_had, rel=1e-3)
     assert replace(H100, l2=None).stretch(TILE) == pytest.approx(160 / 128, rel=1e-3)
 
 
@@ -76,6 +78,15 @@ def test_the_narrow_tile_of_a_second_accumulator_is_bound_by_reads_on_blackwell(
     narrow = launch_policy.pick_gemm(8192, BF16, 100, masks_dX=True)
     assert narrow.BLOCK_N == 64
     assert shared_bytes(narrow, 100) / tensor_clocks(narrow, 8192) == 192.0
+
+
+def test_l2_stretches_no_default_tile_of_ampere_and_ada():
+    """128 × 128 tiles read 32 (A100) and 8 (4090) bytes per clock and multiprocessor of it."""
+    for arch, per_clock in ((80, 32), (89, 8)):
+        roofline, tile = BY_ARCH[arch], launch_policy.pick_gemm(8192, BF16, arch)
+        clocks = tensor_clocks(tile, roofline.tensor_per_clock)
+        assert l2_bytes(tile) / clocks == pytest.approx(per_clock, rel=0.01)
+        assert per_clock * roofline.multiprocessors * roofline.clock < roofline.l2
 
 
 def test_every_device_has_a_roofline():
