@@ -32,6 +32,7 @@ TESTED_IN = {
     "kernels/shrink_tiles.py": "kernels/test_kernels.py",
     "kernels/strip_tiles.py": "kernels/test_kernels.py",
     "kernels/strips.py": "kernels/test_kernels.py",
+    "kernels/surroundings.py": "kernels/test_launch_plans.py",
     "kernels/sync_layout.py": "kernels/test_stuck.py",
     "kernels/ticketed_gemm.py": "kernels/test_kernels.py",
     "kernels/tiles.py": "kernels/test_kernels.py",
