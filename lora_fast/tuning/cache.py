@@ -82,13 +82,16 @@ class Cache:
         return None if entry is None else entry["plan"]
 
     def wait_for(self, key: str, seconds: float) -> str | None:
-        """As `get`; the file is read again until another process has stored the key."""
+        """As `get`; the file is read again, once more at least, until another process has stored
+        the key."""
         deadline = time.monotonic() + seconds
-        found = self.get(key)
-        while found is None and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+        while (found := self.get(key)) is None:
+            is_last = time.monotonic() >= deadline
             self._plans = {**(self._plans or {}), **self._read()}
             found = self.get(key)
+            if is_last or found is not None:
+                break
+            time.sleep(_POLL_SECONDS)
         return found
 
     def is_writable(self) -> bool:

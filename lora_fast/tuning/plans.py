@@ -106,7 +106,8 @@ class Query(NamedTuple):
         """A few words for the terminal."""
         sizes = "+".join(map(str, self.N))
         passes = self.op.replace("_", " of a ")
-        return f"the {passes} of {self.K} → {sizes}, up to {self.M} rows, {_name(self.dtype)}"
+        rows = f"up to {self.M}" if self.M < MANY_ROWS else f"more than {_BUCKETS[-1]}"
+        return f"the {passes} of {self.K} → {sizes}, {rows} rows, {_name(self.dtype)}"
 
     @property
     def key(self) -> str:

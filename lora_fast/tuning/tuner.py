@@ -106,9 +106,11 @@ class Tuner:
         return fastest
 
     def _stored(self, cache: Cache, query: Query, *, waits: bool) -> str | None:
-        """The name in the file; a rank that is not the first waits a while for it."""
-        if timing.rank() == 0 or not waits:
-            return cache.get(query.key)
+        """The name in the file; a rank that is not the first waits a while for it, unless nobody
+        can write it."""
+        known = cache.get(query.key)
+        if known is not None or timing.rank() == 0 or not waits or not cache.is_writable():
+            return known
         started = time.monotonic()
         known = cache.wait_for(query.key, self._patience)
         self._patience = max(0.0, self._patience - (time.monotonic() - started))
@@ -165,7 +167,7 @@ class Tuner:
 
 def _say(line: str) -> None:
     """A line of progress: to the handlers of this logger, else to the terminal."""
-    if logger.isEnabledFor(logging.INFO):
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info(line)
     else:
         print(line, file=sys.stderr, flush=True)

@@ -52,6 +52,12 @@ def test_every_field_is_in_the_key():
     assert len({q.key for q in (PLAIN, *others)}) == len(others) + 1
 
 
+def test_the_terminal_is_told_which_rows_a_timing_stands_for():
+    said = "the backward of 4096 → 4096, {} rows, bfloat16"
+    assert PLAIN.summary == said.format("up to 2048")
+    assert PLAIN._replace(M=MANY_ROWS).summary == said.format("more than 2048")
+
+
 def test_a_query_describes_the_operands():
     x = torch.zeros(100, 72, dtype=BF16)
     weight = NF4Weight.from_dense(torch.randn(88, 72, dtype=BF16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import threading
 import time
 import warnings
@@ -88,6 +89,14 @@ def test_progress_goes_to_a_handler_if_there_is_one(monkeypatch, caplog, capsys)
     (line,) = caplog.messages
     assert line.startswith("lora_fast: timing 3 ways to compute the backward of 4096 → 4096, up to")
     assert capsys.readouterr().err == ""
+
+
+def test_without_a_handler_progress_goes_to_the_terminal(monkeypatch, capsys):
+    """A level alone shows nobody anything."""
+    monkeypatch.setattr(tuner.logger, "level", logging.INFO)
+    monkeypatch.setattr(tuner.logger, "hasHandlers", lambda: False)
+    tuner._say("a line")
+    assert capsys.readouterr().err == "a line\n"
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_choice_to_the_model(monkeypatch, tmp_path):

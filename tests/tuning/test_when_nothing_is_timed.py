@@ -152,6 +152,26 @@ def test_the_other_ranks_wait_a_while_in_all(monkeypatch):
     assert ours._patience == 0.0 and clock.ran == []
 
 
+def test_a_rank_without_patience_still_reads_what_the_first_has_stored(monkeypatch):
+    """It lost its patience over a shape that rank 0 never met."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(tuner, "_PATIENCE_SECONDS", 0.0)
+    clock = clock_for(HYBRID)
+    ours = Tuner(times=True, timer=clock)
+    assert ours.plan(PLAIN._replace(K=2048), CPU, clock.run) == HYBRID
+    Cache(versions("H100")).put(PLAIN.key, OTHER.name, {})
+    assert ours.plan(PLAIN, CPU, clock.run) == OTHER and clock.ran == []
+
+
+def test_nobody_waits_for_a_file_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_FAST_CACHE_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Cache, "wait_for", lambda *arguments: pytest.fail("waited"))
+    with pytest.warns(RuntimeWarning, match="nothing is timed"):
+        assert Tuner(times=True, timer=clock_for(OTHER)).plan(PLAIN, CPU, pytest.fail) == HYBRID
+
+
 def test_nobody_waits_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(Cache, "wait_for", lambda *arguments: pytest.fail("waited"))
