@@ -251,6 +251,16 @@ def test_what_did_not_fit_is_left_and_no_failure(
     assert "left: first" in capsys.readouterr().out
 
 
+def test_the_budget_includes_the_report(process: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever lends a machine for that long ends what still runs."""
+    budgets: list[float | None] = []
+    monkeypatch.setattr(Runner, "run", lambda self, steps, budget: budgets.append(budget))
+    call(monkeypatch, process, "--budget", "60")
+    call(monkeypatch, process)
+    assert budgets[1] is None
+    assert budgets[0] is not None and 40.0 < budgets[0] <= 60.0 - command_line._REPORT_SECONDS
+
+
 def test_results_of_another_device_or_of_a_rehearsal_are_not_mixed(
     process: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
