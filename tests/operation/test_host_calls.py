@@ -43,7 +43,11 @@ TRITON = {
     ("dense", True): (19, 3),
     ("nf4", False): (21, 3),
 }
-TRITON_BACKWARD = (6, 3)
+# Of a backward pass: of one layer, of q, k and v, of a gated MLP.
+TORCH_BACKWARD = {"dense": 32, "nf4": 35, "group": 57, "mlp": 131}
+TRITON_BACKWARD = {"dense": (6, 3), "nf4": (7, 3), "group": (8, 5), "mlp": (34, 4)}
+# Of q, k and v, and of a gated MLP.
+TRITON_TOGETHER = {"group": (61, 11), "mlp": (92, 4)}
 OF_A_GROUP = {True: 83, False: 78}
 # Of one row, on a CPU: each by itself.
 OF_THREE_ALONE = {True: 93, False: 84}
@@ -164,20 +168,47 @@ def test_triton_backend(kind: str, gradients: bool, as_users_run: None) -> None:
     assert log.names == ["ticketed_gemm"] * 3
 
 
+def steps_of(kind: str, rows: int, dtype: torch.dtype) -> tuple[Counter[str], Counter[str]]:
+    """Calls of the third forward and the third backward pass of a layer, a group or an MLP."""
+    if kind == "group":
+        called: Any = lora_fast.accelerate(stock_model().to(dtype)).get_base_model()
+    elif kind == "mlp":
+        called = lora_fast.accelerate(gated_models.stock_model().to(dtype))
+    else:
+        called = layer_of(kind)[0]
+    width = gated_models.H if kind == "mlp" else K
+    x = torch.zeros(rows, width, dtype=dtype, requires_grad=True)
+    for _ in range(3):
+        with counting() as forward:
+            y = called(x)
+        loss = y.float().sum()
+        with counting() as backward:
+            loss.backward()
+    assert lora_fast.report(called).all_fused
+    return forward, backward
+
+
+@pytest.mark.parametrize("kind", TORCH_BACKWARD)
+def test_torch_backward(kind: str, cpu_kind: str) -> None:
+    with lora_fast.set_backend("torch"):
+        _, found = steps_of(kind, 65, BF16)
+    assert found["lora_fast"] <= TORCH_BACKWARD[kind]
+
+
 @pytest.mark.offline
-def test_triton_backward(as_users_run: None) -> None:
+@pytest.mark.parametrize("kind", TRITON_BACKWARD)
+def test_triton_backward(kind: str, as_users_run: None) -> None:
     from bench.instruments import stub_driver
 
     with stub_driver.recording(90), lora_fast.set_backend("triton"):
-        layer, _ = layer_of("dense")
-        x = torch.zeros(1, 1, K, dtype=BF16, requires_grad=True)
-        for _ in range(3):
-            y = layer(x).sum()
-            with counting() as found:
-                y.backward()
-    most_of_layer, most_of_kernels = TRITON_BACKWARD
+        forward, found = steps_of(kind, 65, BF16)
+    most_of_layer, most_of_kernels = TRITON_BACKWARD[kind]
     assert found["lora_fast"] <= most_of_layer
     assert found["kernels"] <= most_of_kernels
+    if kind in TRITON_TOGETHER:
+        most_of_layer, most_of_kernels = TRITON_TOGETHER[kind]
+        assert forward["lora_fast"] <= most_of_layer
+        assert forward["kernels"] <= most_of_kernels
 
 
 @pytest.fixture
