@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 from lora_models import Mlp, lora_config, nf4_linear, quantised
@@ -28,6 +30,22 @@ def test_versions_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         (5, 0, 0),
         (2, 14, 0),
     ]
+
+
+def test_a_version_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading takes longer than the launches of a layer, and each call of experts asks."""
+    asked: list[str] = []
+
+    def read(name: str) -> str:
+        asked.append(name)
+        if len(asked) == 1:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr("importlib.metadata.version", read)
+    # One that is absent may be installed while Python runs.
+    assert [installed("read-once") for _ in range(4)] == [None, *[(1, 2, 3)] * 3]
+    assert len(asked) == 2
 
 
 def test_a_package_that_is_absent_has_no_version() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_runs import library_logging, run_cli
 
-from lora_fast import set_backend
+from lora_fast import features, set_backend
 from lora_fast.backends import choice, selection
 from lora_fast.backends.choice import uses_triton
 from lora_fast.backends.selection import backend_for
@@ -42,7 +42,7 @@ def test_auto_takes_triton_where_it_is_proven(monkeypatch, capability, hip, expe
 )  # fmt: skip
 def test_what_triton_miscompiles_is_not_run(monkeypatch, version, capability, expected):
     choice._kernels_run_on.cache_clear()
-    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr(features, "_version", lambda name: version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     with set_backend("auto"):
         assert uses_triton(torch.device("cuda", 0)) is expected
@@ -51,7 +51,7 @@ def test_what_triton_miscompiles_is_not_run(monkeypatch, version, capability, ex
 
 def test_what_triton_miscompiles_is_refused_where_it_was_chosen(monkeypatch):
     stub_driver = pytest.importorskip("bench.instruments.stub_driver")
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.9.0")
+    monkeypatch.setattr(features, "_version", lambda name: "3.9.0")
     with set_backend("triton"):
         for arch in (90, 120):
             with stub_driver.recording(arch):
