@@ -1,11 +1,11 @@
-"""Host time of a training step: an adapted layer over stock PEFT's, with a GPU that takes no time.
+"""Host time of a training step: adapted layers over stock PEFT's, with a GPU that takes no time.
 
 python -m bench.host [--rounds 201] [--json FILE]
 
 The Triton backend runs as on a GPU, up to a launcher that does nothing (stub_driver.py), and its
 step costs Python, PyTorch's dispatch and autograd. PEFT's step runs on the CPU in float32, on a
 layer of 16 columns, whose arithmetic takes no time either. What NF4 decodes is a ready tensor on
-both sides. One thread; CPU time, in interleaved rounds.
+both sides. One thread; CPU time, in interleaved rounds. Blocks of experts: host_experts.py.
 
 A step is forward and backward, to x, A and B. What a GPU adds to each launch on both sides, the
 driver's call, is left out.
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 import lora_fast
 
+from . import host_experts
 from .instruments import stub_driver
+from .instruments.launchless import Launchless
 from .instruments.paired import Ratio, Step, measure
 from .linear_cases import linear4bit
 
@@ -38,8 +40,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
 # Alternations of a few calls each: what else runs on the machine then slows both sides.
 ROUNDS, SAMPLE_SECONDS = 201, 0.001
-# Triton keeps compiled kernels by device, and they their launchers.
-_OTHER_DEVICES = 500
 
 
 @dataclass(frozen=True)
@@ -117,23 +117,6 @@ def step_of(model: Any, case: Case, dtype: torch.dtype) -> Step:
     return linear if case.layers == "linear" else qkv
 
 
-class _Launchless(stub_driver.StubDriver):
-    """The stub driver, whose launches are not even recorded."""
-
-    def __init__(self, arch: int) -> None:
-        super().__init__(stub_driver.Log(stub_driver.target_of(arch)))
-        self.index += _OTHER_DEVICES
-        self.launcher_cls = self._launcher
-
-    @staticmethod
-    def _launcher(source: Any, metadata: Any) -> Any:
-        return _nothing
-
-
-def _nothing(*arguments: Any) -> None:
-    pass
-
-
 @contextlib.contextmanager
 def launching_nothing(route: str) -> Iterator[None]:
     """The Triton backend by `route`, as if the tuner had chosen it, with ready decoded weights."""
@@ -159,7 +142,7 @@ def launching_nothing(route: str) -> Iterator[None]:
 
     triton_plans.forget()
     with (
-        stub_driver.standing_in(_Launchless(ARCH)),
+        stub_driver.standing_in(Launchless(ARCH)),
         mock.patch.object(autograd, "backend_for", lambda device: backend),
         mock.patch.object(triton_ops.TritonBackend, "_plan", plan),
         mock.patch.object(nf4_decode, "decode", decode),
@@ -202,8 +185,11 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     print(f"{'step':36} over PEFT (quartiles)  aim")
-    for case in cases():
-        ratio = compare(case, options.rounds)
+    for case in [*cases(), *host_experts.cases()]:
+        if isinstance(case, Case):
+            ratio = compare(case, options.rounds)
+        else:
+            ratio = host_experts.compare(case, options.rounds, SAMPLE_SECONDS)
         found[str(case)] = {**asdict(ratio), "aim": case.aim}
         print(f"{case!s:36} {ratio!s:22} {case.aim:.2f}", flush=True)
     if options.json is not None:

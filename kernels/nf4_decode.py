@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .environment import current_arch
-from .launch_plans import empty, launch
+from .launch_plans import called, empty, launch
 from .launch_policy import DECODE
 from .nf4_codes import load_absmax, load_codes, lookup_codes
 from .profile import augmented_name, augmented_work, decode_name, decode_work, shown_as
@@ -162,12 +162,19 @@ def augmented(packed, quant_state, dtype, B, scaling=1.0, *, gains=NO_GAINS, fir
 
 def above(packed, quant_state, dtype, A):
     """[W ; A ; 0] [E, N + P, K] in `dtype` of experts, for A [E, R, K]; P is R padded to 16."""
-    (E, N, K), R = quant_state.shape, A.shape[1]
-    more_rows = -(-R // 16) * 16
+    (E, N, K) = quant_state.shape
+    more_rows = -(-A.shape[1] // 16) * 16
     w = empty(packed, E, N + more_rows, K, dtype=dtype)
     _launch_wide(packed, quant_state, w, None, NO_GAINS, 1.0, 0, 0, N, more_rows)
-    w[:, N : N + R] = A
-    w[:, N + R :] = 0.0
+    called(_put_below, w, A, first=N)
+    return w
+
+
+def _put_below(w, A, first):
+    """A and zeros in the rows of w from `first` on."""
+    R = A.shape[1]
+    w[:, first : first + R] = A
+    w[:, first + R :] = 0.0
     return w
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .experts.nf4_experts import NF4Experts
 from .factors import Factors
 from .nf4 import NF4Weight
 
@@ -126,7 +127,7 @@ def check_of(tensors: Sequence[Tensor]) -> _Check | None:
     return check
 
 
-def parts_of(weight: NF4Weight) -> tuple[Tensor, ...]:
+def parts_of(weight: NF4Weight | NF4Experts) -> tuple[Tensor, ...]:
     """The tensors that an NF4 weight consists of."""
     state = weight.quant_state
     if not state.nested:

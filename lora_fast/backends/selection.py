@@ -41,9 +41,9 @@ def experts_for(x: Tensor, *projections: Projection) -> Any:
 @functools.cache
 def _triton_experts(name: BackendName) -> Any:
     check_driver(name)
-    from . import triton_experts
+    from . import triton_expert_plans
 
-    return triton_experts
+    return triton_expert_plans
 
 
 @functools.cache

@@ -10,6 +10,7 @@ the other. A 4-bit weight is decoded into a workspace [W | s · B | 0], or [W ; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, spans
 from ..kernels import environment, expert_product, expert_shrink, nf4_decode, shrink
 from ..kernels.expert_product import LowRank
+from ..kernels.launch_plans import called
 from . import triton_routes
 from .torch_low_rank import given
 
@@ -34,8 +36,14 @@ _grouped: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grou
 def readable(p: Projection) -> Projection:
     """With a B and a bias whose rows lie side by side: PEFT stores the experts' index last, and
     every tile of an expert would read the sectors of others; of a bias kernels know one stride."""
-    bias = None if p.bias is None else p.bias.contiguous()
-    return p._replace(B=None if p.B is None else p.B.contiguous(), bias=bias)
+    return p._replace(B=_contiguous(p.B), bias=_contiguous(p.bias))
+
+
+def _contiguous(factor: Tensor | None) -> Tensor | None:
+    if factor is None or factor.is_contiguous():
+        return factor
+    copied: Tensor = called(Tensor.contiguous, factor)
+    return copied
 
 
 def augments(p: Projection) -> bool:
@@ -48,9 +56,13 @@ def _augmented(p: Projection, dtype: torch.dtype) -> Tensor:
     weight, B = _in_nf4(p), given(p.B)
     packed = weight.packed, weight.quant_state, dtype
     if weight.transposed:
-        return nf4_decode.above(*packed, (B.float() * p.scaling).mT).mT
+        return nf4_decode.above(*packed, called(_scaled, B, scaling=p.scaling).mT).mT
     columns = shrink.padding_of(B.shape[2])
     return nf4_decode.augmented(*packed, B.flatten(0, 1), p.scaling, columns=columns)
+
+
+def _scaled(B: Tensor, scaling: float) -> Tensor:
+    return B.float() * scaling
 
 
 def turned(p: Projection, dtype: torch.dtype) -> Tensor:
@@ -60,7 +72,11 @@ def turned(p: Projection, dtype: torch.dtype) -> Tensor:
     if not weight.transposed:
         return nf4_decode.above(*packed, A).mT
     columns = shrink.padding_of(A.shape[1])
-    return nf4_decode.augmented(*packed, A.mT.flatten(0, 1), columns=columns)
+    return nf4_decode.augmented(*packed, called(_rows_of_transposes, A), columns=columns)
+
+
+def _rows_of_transposes(A: Tensor) -> Tensor:
+    return A.mT.reshape(-1, A.shape[1]).contiguous()
 
 
 def _in_nf4(p: Projection) -> NF4Experts:
@@ -125,19 +141,30 @@ def product(
 ) -> Tensor:
     """rows [P, K] W[e]ᵀ for W [E, L, K], with a low-rank part and a bias. Rows of no expert are
     zeros if there is either, or with `clears`; else nobody may read them."""
-    if rows.device.type == "cpu":
-        out = _one_by_one(rows, W, offsets)
-    elif _is_one_launch(rows, W):
-        out = _grouped(rows, W.mT, offs=offsets.int())
-    else:
-        made: Tensor = expert_product.product(rows, W, offsets, low_rank, bias)
-        return made
+    out: Tensor
+    multiply = base_product_of(rows, W)
+    if multiply is None:
+        out = expert_product.product(rows, W, offsets, low_rank, bias)
+        return out
+    out = called(multiply, rows, W, offsets)
     if clears or low_rank is not None or bias is not None:
         expert_product.add_(out, offsets, low_rank, bias)
     return out
 
 
-def _is_one_launch(rows: Tensor, W: Tensor) -> bool:
+def base_product_of(rows: Tensor, W: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What makes rows W[e]ᵀ of (rows, W, offsets) alone; None: a kernel with all of it."""
+    if rows.device.type == "cpu":
+        return _one_by_one
+    return _in_one_launch if is_one_launch(rows, W) else None
+
+
+def _in_one_launch(rows: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
+    out: Tensor = _grouped(rows, W.mT, offs=offsets.int())
+    return out
+
+
+def is_one_launch(rows: Tensor, W: Tensor) -> bool:
     """Whether torch's grouped product takes these operands, in one launch and without a copy of a W
     in another dtype."""
     if _grouped is None or not rows.dtype is W.dtype is torch.bfloat16 or rows.stride(-1) != 1:

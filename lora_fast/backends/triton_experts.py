@@ -32,6 +32,7 @@ from ..kernels import (
 )
 from ..kernels.expert_gate_tiles import ExpertMember, Glu
 from ..kernels.expert_product import LowRank
+from ..kernels.launch_plans import called, empty
 from . import triton_expert_products as products
 from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
 from .torch_gates import Gate, GluGate
@@ -64,7 +65,7 @@ def block_forward(
         found = found._replace(rows=None)
         h, S2 = _gated(u, found.S, offsets, first, second, gate)
         y = products.output(h, S2, second, offsets, widened=products.augments(second))
-        out = expert_scatter.scatter(y, found.back, offsets, x.shape[0], w.contiguous())
+        out = expert_scatter.scatter(y, found.back, offsets, x.shape[0], _contiguous(w))
     if needs is None:
         return out, None
     # A kernel of the gate adds the low rank to u once more in backward.
@@ -91,7 +92,7 @@ def block_backward(
     goes_on = needs.x or any(needs.first)
     with Launching(dout), without_autocast(dout):
         first, second = products.readable(first), products.readable(second)
-        w = w.contiguous()
+        w = _contiguous(w)
         vector = second.bias if needs.w else None
         dy = expert_shrink.gather(
             dout, routing.order, offsets, second.B, second.scaling, vector=vector, is_grad=True
@@ -183,9 +184,7 @@ def _gated(
 
 
 def _member(u: Tensor, S1: Tensor | None, first: Projection) -> ExpertMember:
-    # Every tile of rows reads B again, which PEFT stores with the index of the experts last.
-    B = None if first.B is None else first.B.contiguous()
-    return ExpertMember(u, S1, B, first.bias, first.scaling)
+    return ExpertMember(u, S1, first.B, first.bias, first.scaling)
 
 
 def _gate_gradients(
@@ -253,8 +252,8 @@ def _room(rows: Tensor, first: Projection, needs: BlockNeeds) -> _Room:
     (P, width), dtype = rows.shape, rows.dtype
     # In float16 dS has to be scaled before it becomes an operand.
     if not needs.x or not products.augments(first) or dtype is torch.float16:
-        return _Room(torch.empty_like(rows))
-    wide = rows.new_empty(P, width + shrink.padding_of(given(first.A).shape[1]))
+        return _Room(empty(rows, P, width))
+    wide = empty(rows, P, width + shrink.padding_of(given(first.A).shape[1]))
     return _Room(wide[:, :width], wide)
 
 
@@ -297,15 +296,21 @@ def _before_gate(
     if dS is None and (needs.x or of.A):
         dS = _shrunk(du, offsets, first.B, first.scaling)
     if needs.x and wide is not None:
-        behind = wide[:, du.shape[1] :]
-        behind[:, : given(dS).shape[1]] = given(dS)
-        behind[:, given(dS).shape[1] :] = 0.0
+        called(_put_behind, wide, given(dS), first=du.shape[1])
         dX = products.product(wide, products.turned(first, du.dtype), offsets)
     elif needs.x:
         dX = products.input_gradient(du, dS, first, offsets)
     wanted = of._replace(B=of.B and through.first_B is None)
     found = _factor_gradients(du, dS, x, S1, offsets, first, wanted, routing.order)
     return dX, found if through.first_B is None else found._replace(B=through.first_B)
+
+
+def _put_behind(wide: Tensor, S: Tensor, first: int) -> Tensor:
+    """S and zeros in the columns of wide from `first` on."""
+    behind, R = wide[:, first:], S.shape[1]
+    behind[:, :R] = S
+    behind[:, R:] = 0.0
+    return wide
 
 
 def _factor_gradients(
@@ -329,6 +334,10 @@ def _factor_gradients(
             given(x), dS, offsets, factor=p.A, is_A=True, order=order, gathers=order is not None
         )
     return ProjectionGradients(dbias, dA, dB)
+
+
+def _contiguous(w: Tensor) -> Tensor:
+    return w if w.is_contiguous() else called(Tensor.contiguous, w)
 
 
 def _transposed(A: Tensor | None) -> Tensor | None:

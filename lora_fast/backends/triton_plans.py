@@ -26,8 +26,8 @@ from .triton_ops import TritonBackend
 
 # Geometries whose plans are kept; a run with more of them begins anew.
 _MOST_PLANS = 4096
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
-_SEEN, _NO_PLAN, _NO_SEED = object(), object(), (0, 0)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+_SEEN, _NO_PLAN, NO_SEED = object(), object(), (0, 0)
 _of_gradients = Numbers()
 # By geometry, the gradients that are required, and whether cuBLAS may multiply.
 _plans: dict[Any, Any] = {}
@@ -48,20 +48,20 @@ class PlannedTritonBackend(TritonBackend):
         operands: list[Any]
         if numbered is not None:
             geometry, operands = numbered
-        elif plan is not None or type(x) not in _PLAIN_TENSORS or _has_decoded(fs):
+        elif plan is not None or type(x) not in PLAIN_TENSORS or _has_decoded(fs):
             launch_plans.give_up()
             return super().forward(x, fs, needs, plan)
         else:
             geometry = of_any((x,), fs)
             operands = [x, *tensors_of(fs)]
         key = (geometry, tuple(needs), self._cublas)
-        seed = _NO_SEED if fs[0][7][1] == 0.0 else _seed_words(fs[0])
+        seed = NO_SEED if fs[0][7][1] == 0.0 else _seed_words(fs[0])
         found: Any = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
             if result is not None:
                 return result
-        return self._recorded(key, operands, seed, super().forward, x, fs, needs)
+        return _recorded(key, operands, seed, super().forward, x, fs, needs)
 
     def backward(
         self,
@@ -89,13 +89,13 @@ class PlannedTritonBackend(TritonBackend):
         else:
             geometry, operands = of_any((*dYs, x, S, V), fs), [*dYs, x, S, V, *tensors_of(fs)]
         key = (geometry, tuple(needs), self._cublas)
-        seed = _NO_SEED if fs[0][7][1] == 0.0 else _seed_words(fs[0])
+        seed = NO_SEED if fs[0][7][1] == 0.0 else _seed_words(fs[0])
         found: Any = _plans.get(key)
         if type(found) is launch_plans.Plan:
             result = found.run(operands, seed)
             if result is not None:
                 return result
-        return self._recorded(key, operands, seed, super().backward, dYs, x, saved, fs, needs)
+        return _recorded(key, operands, seed, super().backward, dYs, x, saved, fs, needs)
 
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
@@ -136,30 +136,34 @@ class PlannedTritonBackend(TritonBackend):
         equal, seeds = tuple(map(words.index, words)), tuple(itertools.chain(*words))
         whole = (key, of_linears, of_any(given, fs), self._cublas, equal)
         operands = [*given, *tensors_of(fs)]
-        found: Any = _plans.get(whole)
-        if type(found) is launch_plans.Plan:
-            result = found.run(operands, seeds)
-            if result is not None:
-                return result
-        return self._recorded(whole, operands, seeds, compute)
+        return repeated(whole, operands, seeds, compute)
 
-    def _recorded(
-        self, key: Any, operands: list[Any], seed: Any, compute: Any, *arguments: Any
-    ) -> Any:
-        """compute(*arguments), of which the second call for a geometry is recorded."""
-        found = _plans.get(key)
-        # While a graph is captured the tuner times nothing, and takes what may not be its choice.
-        impossible = is_capturing(operands[0].device) or not launch_plans.are_possible()
-        if found is None or found is _NO_PLAN or impossible:
-            if found is None:
-                if len(_plans) >= _MOST_PLANS:
-                    _plans.clear()
-                _plans[key] = _SEEN
-            return compute(*arguments)
-        with launch_plans.Recorder(operands, seed) as recorder:
-            result = compute(*arguments)
-        _plans[key] = recorder.plan(result) or _NO_PLAN
-        return result
+
+def repeated(key: Any, operands: list[Any], seeds: tuple[int, ...], compute: Any) -> Any:
+    """compute(), or what a plan of it gives; the first operand is a tensor."""
+    found: Any = _plans.get(key)
+    if type(found) is launch_plans.Plan:
+        result = found.run(operands, seeds)
+        if result is not None:
+            return result
+    return _recorded(key, operands, seeds, compute)
+
+
+def _recorded(key: Any, operands: list[Any], seed: Any, compute: Any, *arguments: Any) -> Any:
+    """compute(*arguments), of which the second call for a geometry is recorded."""
+    found = _plans.get(key)
+    # While a graph is captured the tuner times nothing, and takes what may not be its choice.
+    impossible = is_capturing(operands[0].device) or not launch_plans.are_possible()
+    if found is None or found is _NO_PLAN or impossible:
+        if found is None:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            _plans[key] = _SEEN
+        return compute(*arguments)
+    with launch_plans.Recorder(operands, seed) as recorder:
+        result = compute(*arguments)
+    _plans[key] = recorder.plan(result) or _NO_PLAN
+    return result
 
 
 def forget() -> None:
@@ -169,7 +173,7 @@ def forget() -> None:
 
 def _is_plannable(tensors: Sequence[Tensor], linears: GatedLinears, fs: Sequence[Factors]) -> bool:
     """Whether a gated MLP runs in kernels of its own."""
-    plain = all(type(t) in _PLAIN_TENSORS for t in tensors)
+    plain = all(type(t) in PLAIN_TENSORS for t in tensors)
     return plain and not _has_decoded(fs) and takes(tensors[0], linears)
 
 
@@ -184,6 +188,6 @@ def _has_decoded(fs: Sequence[Factors]) -> bool:
 def _seed_words(f: Factors) -> tuple[int, int]:
     _, p, seed, _ = f.constants
     if p == 0.0 or not isinstance(seed, int):
-        return _NO_SEED
+        return NO_SEED
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checked_plans import leave_unchecked
 
-from bench import host
+from bench import host, host_experts
 
 pytestmark = pytest.mark.offline
 # What else runs on the machine only makes a median larger.
@@ -49,6 +49,21 @@ def test_a_step_takes_no_longer_than_pefts(
     while not medians or (min(medians) > most and len(medians) < ATTEMPTS):
         medians.append(host.compare(case).median)
     assert min(medians) <= most, medians
+
+
+@pytest.mark.parametrize("case", host_experts.cases(), ids=lambda c: str(c).replace(" ", "-"))
+def test_a_step_of_a_block_of_experts_takes_no_longer(
+    case: host_experts.ExpertCase,
+    one_thread: None,
+    allocating_as_users_do: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was 0.8 to 1.2 before launches were repeated and PEFT's version was read once."""
+    leave_unchecked(monkeypatch)
+    medians: list[Any] = []
+    while not medians or (min(medians) > case.aim and len(medians) < ATTEMPTS):
+        medians.append(host_experts.compare(case, 51, host.SAMPLE_SECONDS).median)
+    assert min(medians) <= case.aim, medians
 
 
 def test_every_case_runs_fused(allocating_as_users_do: None) -> None:

@@ -133,6 +133,8 @@ TESTED_IN = {
     "bench/expert_counts.py": "bench/test_experts.py",
     "bench/expert_graphs.py": "bench/test_experts.py",
     "bench/expert_plots.py": "bench/test_experts.py",
+    "bench/host_experts.py": "bench/test_host.py",
+    "bench/instruments/launchless.py": "bench/test_host.py",
     "bench/instruments/device_label.py": "bench/test_bench.py",
     "bench/instruments/paired.py": "bench/test_bench.py",
     "bench/instruments/gated_traffic.py": "bench/offline/test_traffic.py",

@@ -1,0 +1,119 @@
+"""Experts on the Triton backend, repeating launches that were made before: the functions of
+:mod:`triton_experts`, by the plans of :mod:`triton_plans`.
+
+Which rows an expert has is nothing that a plan knows: the offsets are in memory, as x is. A gate
+that is code of its module runs as it is written, since it may call anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..experts.nf4_experts import NF4Experts
+from ..experts.operands import Projection, Routing
+from ..geometry import of_any, parts_of
+from ..kernels import launch_plans
+from . import triton_experts
+from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
+from .torch_gates import Gate, GluForm, GluGate
+from .triton_plans import NO_SEED, PLAIN_TENSORS, repeated
+
+
+def block_forward(
+    x: Tensor,
+    w: Tensor,
+    routing: Routing,
+    first: Projection,
+    second: Projection,
+    gate: Gate,
+    needs: BlockNeeds | None,
+) -> tuple[Tensor, BlockSaved | None]:
+    """:func:`lora_fast.backends.torch_experts.block_forward`."""
+    compute = functools.partial(
+        triton_experts.block_forward, x, w, routing, first, second, gate, needs
+    )
+    if not isinstance(gate, GluGate):
+        return _as_written(compute)
+    tensors = (x, w, routing.order, routing.offsets)
+    return _repeated(("block", needs), gate.form, tensors, (first, second), compute)
+
+
+def block_backward(
+    dout: Tensor,
+    x: Tensor | None,
+    w: Tensor,
+    routing: Routing,
+    saved: BlockSaved,
+    first: Projection,
+    second: Projection,
+    gate: Gate,
+    needs: BlockNeeds,
+) -> tuple[Tensor | None, Tensor | None, ProjectionGradients, ProjectionGradients]:
+    """:func:`lora_fast.backends.torch_experts.block_backward`."""
+    compute = functools.partial(
+        triton_experts.block_backward, dout, x, w, routing, saved, first, second, gate, needs
+    )
+    if not isinstance(gate, GluGate):
+        return _as_written(compute)
+    tensors = (dout, x, w, routing.order, routing.offsets, *saved)
+    return _repeated(("block backward", needs), gate.form, tensors, (first, second), compute)
+
+
+def project_forward(
+    x: Tensor, offsets: Tensor, projection: Projection, needs: ProjectionNeeds
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`lora_fast.backends.torch_experts.project_forward`."""
+    compute = functools.partial(triton_experts.project_forward, x, offsets, projection, needs)
+    return _repeated(("project", needs), None, (x, offsets), (projection,), compute)
+
+
+def project_backward(
+    dY: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    offsets: Tensor,
+    projection: Projection,
+    needs: ProjectionNeeds,
+    *,
+    needs_x: bool,
+) -> tuple[Tensor | None, ProjectionGradients]:
+    """:func:`lora_fast.backends.torch_experts.project_backward`."""
+    compute = functools.partial(
+        triton_experts.project_backward, dY, x, S, offsets, projection, needs, needs_x=needs_x
+    )
+    key = ("project backward", needs, needs_x)
+    return _repeated(key, None, (dY, x, S, offsets), (projection,), compute)
+
+
+def _repeated(
+    key: Any,
+    form: GluForm | None,
+    tensors: Sequence[Tensor | None],
+    projections: Sequence[Projection],
+    compute: Callable[[], Any],
+) -> Any:
+    """compute(), or what a plan of it gives."""
+    operands, about = [*tensors], [key, form]
+    for weight, bias, A, B, scaling in projections:
+        about.append(scaling)
+        if isinstance(weight, NF4Experts):
+            state = weight.quant_state
+            second = state.state2.blocksize if state.nested else None
+            about += (weight.transposed, tuple(state.shape), state.blocksize, second)
+            operands += parts_of(weight)
+        else:
+            operands.append(weight)
+        operands += (bias, A, B)
+    for t in operands:
+        if t is not None and type(t) not in PLAIN_TENSORS:
+            return _as_written(compute)
+    return repeated((*about, of_any(operands, ())), operands, NO_SEED, compute)
+
+
+def _as_written(compute: Callable[[], Any]) -> Any:
+    launch_plans.give_up()
+    return compute()
