@@ -130,7 +130,7 @@ class PlannedTritonBackend(TritonBackend):
         if not _is_plannable(given, linears, fs):
             launch_plans.give_up()
             return compute()
-        of_linears = tuple(map(type, linears)), tuple(t is None for t in tensors)
+        of_linears = tuple(map(type, linears)), tuple([t is None for t in tensors])
         # A plan tells seeds apart by their values, so it is one of calls with the same equal ones.
         words = [_seed_words(f) for f in fs]
         equal, seeds = tuple(map(words.index, words)), tuple(itertools.chain(*words))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import pytest
 import torch
 from attentions import stock_model
 from checked_plans import launcher_of, leave_unchecked
+from expert_models import FUSES
 from lora_models import K, accelerated_copy, counted, lora_layers, peft_model
 
 import lora_fast
+from bench.expert_blocks import Block, build, step_of
 
 BF16 = torch.bfloat16
 PACKAGE = Path(lora_fast.__file__).parent
@@ -43,11 +45,18 @@ TRITON = {
     ("dense", True): (19, 3),
     ("nf4", False): (21, 3),
 }
-# Of a backward pass: of one layer, of q, k and v, of a gated MLP.
-TORCH_BACKWARD = {"dense": 32, "nf4": 35, "group": 57, "mlp": 131}
-TRITON_BACKWARD = {"dense": (6, 3), "nf4": (7, 3), "group": (8, 5), "mlp": (34, 4)}
-# Of q, k and v, and of a gated MLP.
-TRITON_TOGETHER = {"group": (61, 11), "mlp": (92, 4)}
+# Of a backward pass: of one layer, of q, k and v, of a gated MLP, of a block of experts.
+TORCH_BACKWARD = {"dense": 32, "nf4": 35, "group": 57, "mlp": 131, "experts": 672}
+TRITON_BACKWARD = {
+    "dense": (6, 3),
+    "nf4": (7, 3),
+    "group": (8, 5),
+    "mlp": (29, 4),
+    "experts": (80, 22),
+}
+# Forward, of those of several layers.
+TORCH_TOGETHER = {"experts": 396}
+TRITON_TOGETHER = {"group": (61, 11), "mlp": (92, 4), "experts": (172, 21)}
 OF_A_GROUP = {True: 83, False: 78}
 # Of one row, on a CPU: each by itself.
 OF_THREE_ALONE = {True: 93, False: 84}
@@ -169,7 +178,9 @@ def test_triton_backend(kind: str, gradients: bool, as_users_run: None) -> None:
 
 
 def steps_of(kind: str, rows: int, dtype: torch.dtype) -> tuple[Counter[str], Counter[str]]:
-    """Calls of the third forward and the third backward pass of a layer, a group or an MLP."""
+    """Calls of the third forward and the third backward pass of a layer or several."""
+    if kind == "experts":
+        return steps_of_experts()
     if kind == "group":
         called: Any = lora_fast.accelerate(stock_model().to(dtype)).get_base_model()
     elif kind == "mlp":
@@ -178,9 +189,24 @@ def steps_of(kind: str, rows: int, dtype: torch.dtype) -> tuple[Counter[str], Co
         called = layer_of(kind)[0]
     width = gated_models.H if kind == "mlp" else K
     x = torch.zeros(rows, width, dtype=dtype, requires_grad=True)
+    return counted_steps(called, lambda: called(x))
+
+
+def steps_of_experts() -> tuple[Counter[str], Counter[str]]:
+    """The same of a block of 8 experts, each of which has rows."""
+    if not FUSES:
+        pytest.skip("PEFT or transformers lacks what experts need")
+    block = Block("8 experts", 8, 2, 64, 32)
+    experts = build(block, BF16)["lora_fast"]
+    step, (_, index, _) = step_of(experts, block, 32, BF16)
+    assert index.unique().numel() == block.E
+    return counted_steps(experts, step)
+
+
+def counted_steps(called: Any, step: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
     for _ in range(3):
         with counting() as forward:
-            y = called(x)
+            y = step()
         loss = y.float().sum()
         with counting() as backward:
             loss.backward()
@@ -191,8 +217,9 @@ def steps_of(kind: str, rows: int, dtype: torch.dtype) -> tuple[Counter[str], Co
 @pytest.mark.parametrize("kind", TORCH_BACKWARD)
 def test_torch_backward(kind: str, cpu_kind: str) -> None:
     with lora_fast.set_backend("torch"):
-        _, found = steps_of(kind, 65, BF16)
+        forward, found = steps_of(kind, 65, BF16)
     assert found["lora_fast"] <= TORCH_BACKWARD[kind]
+    assert forward["lora_fast"] <= TORCH_TOGETHER.get(kind, forward["lora_fast"])
 
 
 @pytest.mark.offline
