@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.nn.modules import module as module_hooks
 
 from .. import four_bit
 from ..features import is_exporting
 from ..four_bit.decoding import CODES
+from ..replaced import CALL, DROPOUT, DROPPED, LINEAR, PRODUCT, modes, replaced
 from .linear import is_conv1d, weight_shape
 
 PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter)
@@ -124,17 +126,25 @@ def environment_obstacle() -> str | None:
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit tracing"
-    return "forward-mode autograd" if forward_ad._current_level >= 0 else None
+    if forward_ad._current_level >= 0:
+        return "forward-mode autograd"
+    return replaced()
 
 
 def is_eager() -> bool:
-    """Whether there is no :func:`environment_obstacle`, and no torch.compile: one question less."""
+    """Whether there is no :func:`environment_obstacle`, and no torch.compile, in one expression."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or module_hooks._has_any_global_hook()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
+        or nn.Linear.__call__ is not CALL
+        or nn.Linear.forward is not LINEAR
+        or functional.linear is not PRODUCT
+        or nn.Dropout.forward is not DROPOUT
+        or functional.dropout is not DROPPED
+        or (modes() and replaced() is not None)
     )
 
 
@@ -168,6 +178,10 @@ def _four_bit_obstacle(base: Any) -> str | None:
         return f"base layer is {state.quant_type}"
     if type(base.weight) not in (four_bit.weight_class, *PLAIN_TENSORS):
         return f"weight is {type(base.weight).__name__}"
+    if type(base).forward is not four_bit.forward or (
+        four_bit.library.matmul_4bit is not four_bit.product
+    ):
+        return "forward of Linear4bit replaced"
     return None
 
 

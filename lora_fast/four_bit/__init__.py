@@ -11,10 +11,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..replaced import own
+
 # Linear4bit and LinearNF4, whose forward is known here; empty until they have been found.
 classes: tuple[type[Any], ...] = ()
 # Params4bit.
 weight_class: type | None = None
+# The library, its layers' forward and the product in it, which somebody may replace.
+library: Any = None
+forward: Any = None
+product: Any = None
 
 
 def is_four_bit(layer: Any) -> bool:
@@ -24,11 +30,14 @@ def is_four_bit(layer: Any) -> bool:
 
 def find() -> tuple[type[Any], ...]:
     """:data:`classes`, if bitsandbytes is loaded by now."""
-    global classes, weight_class
+    global classes, weight_class, library, forward, product
     # None marks a package whose import is blocked.
     if sys.modules.get("bitsandbytes") is not None:
+        import bitsandbytes
         from bitsandbytes.nn import Linear4bit, LinearNF4, Params4bit
 
+        library, forward = bitsandbytes, own(Linear4bit.forward, "bitsandbytes")
+        product = own(bitsandbytes.matmul_4bit, "bitsandbytes")
         weight_class = Params4bit
         classes = (Linear4bit, LinearNF4)
     return classes

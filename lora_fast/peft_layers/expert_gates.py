@@ -12,13 +12,17 @@ from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import nn
+from torch.nn import functional
 
 from ..backends.torch_gates import GluForm
 from ..gated import ACTIVATIONS
 from ..gated_mlps.closed_code import PRIMITIVES, Unprovable, is_of_torch, reads_of
+from ..replaced import own
 
 _ABSENT: Any = object()
+_SILU, _GELU = own(functional.silu, "torch"), torch._C._nn.gelu
 
 
 class _Code(NamedTuple):
@@ -42,6 +46,8 @@ def form_of(module: Any) -> GluForm | None:
     function = getattr(type(module), "_apply_gate", None)
     if "_apply_gate" in module.__dict__ or not isinstance(function, FunctionType):
         return None
+    if functional.silu is not _SILU or functional.gelu is not _GELU:
+        return None  # replaced for everyone
     return _form(_code(module, function))
 
 

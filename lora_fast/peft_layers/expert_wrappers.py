@@ -41,7 +41,7 @@ class FusedParamWrapper(FusedForward, ParamWrapper):
 
     def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state: Any = None
-        found = environment_obstacle()
+        found = environment_obstacle() or self.replaced_forward()
         if found is None:
             state, found = self.active()
         if found is None and (kwargs or len(args) != 2):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import environment_obstacle
+from ..replaced import own
 
 
 class FusedForward:
@@ -21,11 +22,21 @@ class FusedForward:
     _lora_fast_calls: CallCounts
     # The group of layers that share their input, and the index of this one in it.
     _lora_fast_group: tuple[Any, int] | None = None
+    # PEFT's class, and its forward, which somebody may replace for all layers of that class.
+    _lora_fast_stock: ClassVar[Any] = None
+    _lora_fast_stock_forward: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Which comes after this mixin, whatever a wrapper puts before it.
+        stock: Any = cls.__mro__[cls.__mro__.index(FusedForward) + 1]
+        cls._lora_fast_stock = stock
+        cls._lora_fast_stock_forward = own(getattr(stock, "forward", None), "peft")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls = self._lora_fast_calls
         state: Any = None
-        found = environment_obstacle()
+        found = environment_obstacle() or self.replaced_forward()
         if found is None and (args or kwargs):
             found = self.arguments_obstacle(args, kwargs)
         elif found is None and self._lora_fast_group is not None and self._lora_fast_group[1]:
@@ -43,6 +54,13 @@ class FusedForward:
         y = self.fused(state, x)
         calls.add_fused()
         return y
+
+    def replaced_forward(self) -> str | None:
+        """Whether the forward of PEFT's class is not PEFT's any more."""
+        kind = type(self)
+        if kind._lora_fast_stock.forward is kind._lora_fast_stock_forward:
+            return None
+        return f"forward of {kind._lora_fast_stock.__name__} replaced"
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's, which writes W through ``.data``, while a fused forward may have saved W."""

@@ -52,7 +52,9 @@ class FusedLoRALayer(FusedForward):
     """The fused forward of ``lora.Linear`` and ``lora.bnb.Linear4bit``."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs:
+        kind = type(self)
+        is_stock = kind._lora_fast_stock.forward is kind._lora_fast_stock_forward
+        if is_stock and not args and not kwargs:
             grouped = self._lora_fast_group is not None
             y = plain_output_in_group(self, x) if grouped else plain_output(self, x)
             if y is not None:
@@ -123,6 +125,9 @@ class FusedLoRALayer(FusedForward):
     def operand(self, x: Tensor, casts: torch.dtype | None) -> Operand | str:
         """The layer as a part of the operation of a gated MLP, for an input like x; `casts` is the
         dtype of autocast. The reason why its own forward must run, if it must."""
+        kind = type(self)
+        if kind._lora_fast_stock.forward is not kind._lora_fast_stock_forward:
+            return self.replaced_forward() or ""
         plain = read_plain(self) if type(x) is Tensor else None
         if (
             plain is not None

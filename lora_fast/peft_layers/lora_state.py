@@ -15,6 +15,7 @@ from ..backends.torch_layer import joined
 from ..base_layer.linear import weight_of
 from ..base_layer.obstacles import module_obstacle, tensor_obstacle
 from ..functional import Member
+from ..replaced import own
 from .fused_forward import casts_input, rate_of, switched_off
 from .plain_lora import fingerprint_of, read_plain
 
@@ -22,6 +23,7 @@ from .plain_lora import fingerprint_of, read_plain
 ALORA = getattr(variants, "ALoraLinearVariant", None)
 MICA = getattr(variants, "MiCALinearVariant", None)
 KASA = getattr(variants, "KasaLinearVariant", None)
+_WEIGHT_NORM = own(DoraLinearLayer.get_weight_norm, "peft")
 
 
 class Adapter(NamedTuple):
@@ -125,6 +127,8 @@ def _magnitude(layer: Any, name: str, B: Any) -> tuple[Tensor | None, str | None
     variant = layer.lora_variant[name]
     if type(variant) is ALORA:
         return None, None if B.bias is None else "aLoRA with a bias of lora_B"
+    if DoraLinearLayer.get_weight_norm is not _WEIGHT_NORM:
+        return None, "norm of DoRA replaced"
     if type(variant) is not DoraLinearVariant:
         return None, f"variant {type(variant).__name__}"
     if B.bias is not None or getattr(layer, "fan_in_fan_out", False):

@@ -156,6 +156,8 @@ def _four_bit_weight(base: Any, W: Any) -> tuple[NF4Weight | None, torch.dtype |
         or state.quant_type not in CODES
         or not base.compute_type_is_set
         or base.compute_dtype is None
+        or type(base).forward is not four_bit.forward
+        or four_bit.library.matmul_4bit is not four_bit.product
     ):
         return None, None
     # A Params4bit answers every question in Python.
