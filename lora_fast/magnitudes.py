@@ -1,6 +1,8 @@
-"""Counts of parameters and sizes of memory in words: three digits and a unit."""
+"""Counts of parameters, sizes of memory and lists of names in a few words."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 _PARAMETERS = ("", "K", "M", "B", "T")
 _BYTES = ("B", "kB", "MB", "GB", "TB")
@@ -14,6 +16,12 @@ def short_count(count: int) -> str:
 def short_size(size: float) -> str:
     """``1.23 GB``: bytes in decimal units."""
     return _in_units(size, _BYTES)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """``layers.0.mlp.gate and 3 more``: names of layers, without the prefix of PEFT."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0].removeprefix("base_model.model.") + more
 
 
 def _in_units(value: float, units: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Which experts of a mixture train, and which are quantised: a line of the report."""
+"""Which experts of a mixture train and which are quantised; which layers have none for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from torch import nn
 
 from ..experts.quantisation import expert_modules, expert_parameters
 from ..experts.storage import packed_parameters
+from ..magnitudes import first_of
+
+# The layers of an expert in checkpoints. Where experts are parameters, PEFT takes these names in
+# target_modules for the parameters, whatever else of the model has them.
+_LAYERS_OF_EXPERTS = {
+    "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
+    "down_proj": ("down_proj", "w2"),
+}
 
 
 def about_experts(model: nn.Module, *, will_be_packed: bool = False) -> str | None:
@@ -27,7 +35,37 @@ def about_experts(model: nn.Module, *, will_be_packed: bool = False) -> str | No
     if will_be_packed:
         return f"{line}; all in 4 bits as lora-fast train loads them"
     line += f"; {packed or 'none'} in 4 bits"
-    return line + (f"; {bare} neither adapted nor quantised" if bare else "")
+    line += f"; {bare} neither adapted nor quantised" if bare else ""
+    left = len(_layers_beside_experts(model))
+    return line + (f"; no adapter on {left} linear layers that have their names" if left else "")
+
+
+def about_layers_beside_experts(model: nn.Module) -> str | None:
+    """One line on linear layers without an adapter because experts took their names: those of
+    shared experts, dense MLPs and gates of attention; None without any."""
+    left = _layers_beside_experts(model)
+    if not left:
+        return None
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in left}))
+    return (
+        f"{first_of(left)}: no adapter, though target_modules had their names: in a model of this "
+        f"type PEFT adapts parameters of the experts instead of layers called {names}"
+    )
+
+
+def _layers_beside_experts(model: Any) -> list[str]:
+    configs = (getattr(model, "peft_config", None) or {}).values()
+    # PEFT writes the name of the parameter alone; whoever writes it by hand says whose it is.
+    taken = {p for config in configs for p in getattr(config, "target_parameters", None) or ()}
+    names = {name for p in taken for name in _LAYERS_OF_EXPERTS.get(p, ())}
+    modules = dict(model.named_modules())
+    return [
+        name
+        for name, module in modules.items()
+        if name.rpartition(".")[2] in names
+        and isinstance(module, nn.Linear)
+        and not hasattr(modules[name.rpartition(".")[0]], "modules_to_save")
+    ]
 
 
 def _trained(model: nn.Module) -> dict[int, set[str]]:

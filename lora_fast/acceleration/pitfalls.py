@@ -5,17 +5,20 @@ Each finding is one line that says what happens, where, and what to do about it.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..experts.quantisation import expert_modules, expert_parameters
-from ..magnitudes import short_count, short_size
+from ..experts.routers import is_router
+from ..magnitudes import first_of, short_count, short_size
+from ..modules.weight_reads import multiplies_by_itself
+from .expert_summary import about_layers_beside_experts
 from .report import OPAQUE, adapted_layers, report
 
 # Part of a class's name, and the packages without which it runs step by step in PyTorch.
@@ -23,7 +26,6 @@ _LINEAR_ATTENTION = (
     (re.compile(r"Delta(Net|Attention)"), ("fla", "causal_conv1d")),
     (re.compile(r"Mamba\w*Mixer|Mamba2?Block"), ("mamba_ssm", "causal_conv1d")),
 )
-_ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate"})
 # Beginnings of reasons for a fallback, and what would fuse the layer.
 _REMEDIES = (
     ("adapters disabled", "enable_adapters()"),
@@ -51,8 +53,9 @@ def pitfalls(
     Experts neither adapted nor quantised · an adapter around the output layer, or the embedding
     whose weight it has, which a fused loss multiplies with as it is · float32 adapters under
     `autocast` · linear attention without its package · dropout that other libraries leave out ·
-    ``target_modules`` that match nothing, or a router · layers that fall back to PEFT, and what
-    would fuse them. `fused_loss`: whether the loss is one; None: not known.
+    ``target_modules`` that match nothing, or a router · layers whose names PEFT takes for those of
+    experts · an adapter on a layer that the model does not call · layers that fall back to PEFT,
+    and what would fuse them. `fused_loss`: whether the loss is one; None: not known.
     `packs_experts`: whether experts that are dense here will be in 4 bits.
     """
     finders = (
@@ -63,6 +66,8 @@ def pitfalls(
         _dropout(model),
         _targets(model),
         _routers(model),
+        _beside_experts(model),
+        _bypassed(model),
         _fallbacks(model),
     )
     return tuple(line for found in finders for line in found)
@@ -97,7 +102,7 @@ def _output_layer(model: Any, fused_loss: bool | None) -> Iterator[str]:
         if id(layer) in adapters and (role == "get_output_embeddings" or tied):
             when = "the fused loss" if fused_loss else "a fused loss (Liger, Cut Cross-Entropy)"
             yield (
-                f"{_first([adapters[id(layer)]])}: {when} multiplies with its weight alone, so "
+                f"{first_of([adapters[id(layer)]])}: {when} multiplies with its weight alone, so "
                 "that the adapter has no effect and no gradient; leave it out of target_modules"
             )
 
@@ -133,7 +138,7 @@ def _linear_attention(model: nn.Module) -> Iterator[str]:
     kinds = Counter(type(module).__name__ for module in model.modules())
     for pattern, packages in _LINEAR_ATTENTION:
         names = sorted(name for name in kinds if pattern.search(name))
-        absent = [p for p in packages if importlib.util.find_spec(p) is None]
+        absent = [p for p in packages if find_spec(p) is None]
         if names and absent:
             yield (
                 f"{', '.join(names)}: without {' and '.join(absent)} the recurrence runs step by "
@@ -173,17 +178,32 @@ def _is_target(name: str, target: str) -> bool:
 
 def _routers(model: nn.Module) -> Iterator[str]:
     modules = dict(model.named_modules())
-    found = []
-    for name, _ in adapted_layers(model):
-        parent, _, last = name.rpartition(".")
-        children = dict(modules[parent].named_children())
-        if last in _ROUTERS and any("expert" in child for child in children if child != last):
-            found.append(name)
+    found = [name for name, _ in adapted_layers(model) if is_router(name, modules)]
     if found:
         yield (
-            f"{_first(found)}: an adapter on a router changes which experts are chosen, and what "
-            'was balanced; PEFT\'s target_modules="all-linear" puts one there: to leave it out, '
-            f"write {_targets_without(model, found)}"
+            f"{first_of(found)}: an adapter on a router changes which experts are chosen or how "
+            'much they count, and what was balanced; PEFT\'s target_modules="all-linear" puts one '
+            f"there: to leave it out, write {_targets_without(model, found)}"
+        )
+
+
+def _beside_experts(model: nn.Module) -> Iterator[str]:
+    line = about_layers_beside_experts(model)
+    if line is not None:
+        yield line
+
+
+def _bypassed(model: nn.Module) -> Iterator[str]:
+    modules = dict(model.named_modules())
+    by_parent: dict[str, list[str]] = {}
+    for name, _ in adapted_layers(model):
+        parent, _, child = name.rpartition(".")
+        if multiplies_by_itself(modules[parent], child):
+            by_parent.setdefault(type(modules[parent]).__name__, []).append(name)
+    for kind, names in by_parent.items():
+        yield (
+            f"{first_of(names)}: {kind} uses its weight instead of calling it, in all of its code "
+            "or a part, where the adapter has no effect; leave it out of target_modules"
         )
 
 
@@ -213,9 +233,4 @@ def _fallbacks(model: nn.Module) -> Iterator[str]:
         remedy = next((what for start, what in _REMEDIES if reason.startswith(start)), None)
         if remedy is not None or "no fused path" not in reason:
             advice = f"; to fuse: {remedy}" if remedy else ""
-            yield f"{_first(names)}: PEFT's own forward runs, {reason}{advice}"
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return names[0].removeprefix("base_model.model.") + more
+            yield f"{first_of(names)}: PEFT's own forward runs, {reason}{advice}"

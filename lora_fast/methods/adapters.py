@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TrainingError, first_line
 from .base_model import Base
 from .options import MethodOptions
+from .targets import (
+    CLASSIFICATION_HEADS,
+    adapts_all_linear,
+    expert_parameters_of,
+    release_routers,
+    targets,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +28,6 @@ if TYPE_CHECKING:
 
     from ..modules.adapter_module import AdapterModule
 
-ALL_LINEAR = "all-linear"
-CLASSIFICATION_HEADS = ("classifier", "score")
 # AdaLoRA starts with half as many directions again (Zhang et al. 2023, section 4) and has reached
 # its budget when a fifth of the steps is left.
 ADALORA_SPARE = 0.5
@@ -67,7 +72,7 @@ def vera(base: Base, config: MethodOptions, steps: int) -> Any:
         VeraConfig,
         r=config.r,
         vera_dropout=config.dropout,
-        target_modules=_targets(base, config),
+        target_modules=targets(base, config),
         projection_prng_key=config.seed,
     )
 
@@ -115,7 +120,7 @@ def ia3(base: Base, config: MethodOptions, steps: int) -> Any:
         )
     options: dict[str, Any] = {}
     if config.target_modules is not None:
-        options = {"target_modules": _targets(base, config), "feedforward_modules": []}
+        options = {"target_modules": targets(base, config), "feedforward_modules": []}
     try:
         return _wrap(base, config, IA3Config, **options)
     except TrainingError as error:
@@ -144,7 +149,7 @@ def fourierft(base: Base, config: MethodOptions, steps: int) -> Any:
         scaling=FOURIER_SCALING * (width / 768) ** 2,
         init_weights=True,
         random_loc_seed=config.seed,
-        target_modules=_targets(base, config),
+        target_modules=targets(base, config),
     )
 
 
@@ -233,7 +238,7 @@ def own_layers(
     try:
         convert(
             base.model,
-            _targets(base, config),
+            targets(base, config),
             method=adapt,
             modules_to_save=[*heads, *base.new_modules],
         )
@@ -244,92 +249,16 @@ def own_layers(
     return _in_float32(base.model)
 
 
-def target_modules(model: nn.Module, wanted: str) -> str | list[str]:
-    """What PEFT takes as ``target_modules``, each name checked against the model.
-
-    Raises TrainingError: a name matches no module, or one that is not a linear layer.
-    """
-    if wanted == ALL_LINEAR:
-        return wanted
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    if not names:
-        raise TrainingError("--target-modules must be all-linear or a list of names, got none")
-    for name in names:
-        found = [m for key, m in model.named_modules() if f".{key}".endswith(f".{name}")]
-        if not found:
-            known = sorted(
-                {k.rpartition(".")[2] for k, m in model.named_modules() if _is_linear(m)}
-            )
-            raise TrainingError(
-                f"--target-modules: the model has no module {name!r}; it has {', '.join(known)}"
-            )
-        wrong = next((m for m in found if not _is_linear(m)), None)
-        if wrong is not None:
-            kind = type(wrong).__name__
-            raise TrainingError(f"--target-modules: {name!r} must be a linear layer, got {kind}")
-    return names
-
-
 def _lora_options(base: Base, config: MethodOptions) -> dict[str, Any]:
     options = {
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout or 0.0,
-        "target_modules": _targets(base, config),
+        "target_modules": targets(base, config),
     }
-    return {**options, "target_parameters": _experts(base)} if config.experts else options
-
-
-def _experts(base: Base) -> list[str]:
-    """What PEFT takes as ``target_parameters``: the weights of all experts.
-
-    Raises TrainingError: the model has none that are parameters.
-    """
-    from ..experts.quantisation import expert_modules, expert_parameters
-    from ..experts.storage import packed_parameters
-
-    found = {
-        f"{path.rpartition('.')[2]}.{name}"
-        for path, module in expert_modules(base.model)
-        for name in (*expert_parameters(module), *packed_parameters(module))
-    }
-    if not found:
-        raise TrainingError(f"--experts: {base.name} has no experts that are parameters")
-    return sorted(found)
-
-
-def _targets(base: Base, config: MethodOptions) -> str | list[str]:
-    wanted = config.target_modules or ALL_LINEAR
-    without_effect = bypassed(base.model) if wanted == ALL_LINEAR else []
-    if not without_effect:
-        return target_modules(base.model, wanted)
-    kept = {*without_effect, *CLASSIFICATION_HEADS}
-    output = base.model.get_output_embeddings()
-    linear = ((n, m) for n, m in base.model.named_modules() if _is_linear(m) and m is not output)
-    return sorted({name.rpartition(".")[2] for name, _ in linear} - kept)
-
-
-def about_bypassed(model: nn.Module) -> str | None:
-    """A line about what all-linear leaves out of `model`; None if it is nothing."""
-    names = bypassed(model)
-    if not names:
-        return None
-    multiplied = "the model multiplies with their weights itself"
-    return f"all-linear leaves out {', '.join(names)}: {multiplied}"
-
-
-def bypassed(model: nn.Module) -> list[str]:
-    """The names of linear layers that all-linear leaves out: the code of their parent
-    multiplies with their weights itself, so that an adapter around them would change nothing."""
-    from ..modules.weight_reads import multiplies_by_itself
-
-    found = {
-        name
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if _is_linear(layer) and multiplies_by_itself(parent, name)
-    }
-    return sorted(found)
+    if config.experts:
+        options["target_parameters"] = expert_parameters_of(base)
+    return options
 
 
 def _wrap(base: Base, config: MethodOptions, kind: Any, **options: Any) -> Any:
@@ -341,6 +270,8 @@ def _wrap(base: Base, config: MethodOptions, kind: Any, **options: Any) -> Any:
         model = get_peft_model(base.model, kind(**options))
     except (ValueError, TypeError) as error:
         raise TrainingError(f"cannot adapt {base.name}: {first_line(error)}") from error
+    if adapts_all_linear(config):
+        release_routers(model)
     return _in_float32(model)
 
 
@@ -358,10 +289,3 @@ def _in_float32(model: Any) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)

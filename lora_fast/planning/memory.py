@@ -259,10 +259,9 @@ def adapted(name: str, base: Any, settings: Settings) -> Any:
 
 def about_left_out(model: nn.Module, settings: Settings) -> tuple[str, ...]:
     """What to say of linear layers that a method for all of them leaves alone."""
-    from ..methods.adapters import about_bypassed
+    from ..methods.targets import about_left_out as about
 
-    about = about_bypassed(model) if settings.adapts_all_linear else None
-    return (about,) if about else ()
+    return tuple(about(model)) if settings.adapts_all_linear else ()
 
 
 class _NoTokenizer:

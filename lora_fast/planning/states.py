@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..four_bit import is_four_bit
 from ..four_bit.layout import plain_state
-from ..methods.adapters import CLASSIFICATION_HEADS
+from ..methods.targets import CLASSIFICATION_HEADS
 
 # bitsandbytes: optimizers keep smaller tensors in 32 bits, blocks share an absmax, and only larger
 # tensors are paged.

@@ -19,9 +19,9 @@ from ..experts.storage import packed_parameters
 from ..files.model_source import BUILTIN, check_hub, resolve_model
 from ..four_bit import is_four_bit
 from ..four_bit.layout import forbid_packing
-from ..methods.adapters import CLASSIFICATION_HEADS
 from ..methods.base_model import Base
 from ..methods.table import method_of
+from ..methods.targets import CLASSIFICATION_HEADS
 from ..optional_packages import needed
 from .config import TrainConfig, absolute
 

@@ -14,9 +14,9 @@ import lora_fast
 
 from ..acceleration.report import adapted_layers
 from ..magnitudes import short_count
-from ..methods.adapters import ALL_LINEAR, about_bypassed
 from ..methods.base_model import Base
 from ..methods.table import method_of
+from ..methods.targets import ALL_LINEAR, about_left_out
 from .config import TrainConfig
 from .data import LengthGroupedOrder
 from .effective_rank import summarise
@@ -65,8 +65,9 @@ def picture_title(setting: Experiment) -> str:
 def notes(setting: Experiment) -> list[str]:
     """What to say of the adapter before it trains."""
     everywhere = setting.config.target_modules == ALL_LINEAR
-    left_out = about_bypassed(setting.base.model) if everywhere else None
-    return [text for text in (_rank_note(setting), left_out) if text]
+    left_out = about_left_out(setting.model) if everywhere else []
+    rank = _rank_note(setting)
+    return [*([rank] if rank else []), *left_out]
 
 
 def _rank_note(setting: Experiment) -> str | None:

@@ -95,11 +95,17 @@ CASES: dict[str, tuple[str, Callable[[], Any], Callable[[], Any], dict[str, Any]
         {},
     ),
     "router": (
-        "0.gate: an adapter on a router changes which experts are chosen, and what was balanced; "
-        'PEFT\'s target_modules="all-linear" puts one there: to leave it out, write '
-        "target_modules=['0']",
+        "0.gate: an adapter on a router changes which experts are chosen or how much they count, "
+        'and what was balanced; PEFT\'s target_modules="all-linear" puts one there: to leave it '
+        "out, write target_modules=['0']",
         lambda: routed("gate", "experts.0"),
         lambda: routed("experts.0"),
+        {},
+    ),
+    "bypassed": (
+        "layers.0.mixer.x_proj and 1 more: MambaMixer uses its weight instead of calling it",
+        lambda: adapted("mamba", target_modules=["x_proj"]),
+        llama,
         {},
     ),
     "fallback": (
@@ -114,7 +120,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], Callable[[], Any], dict[str, Any]
 @pytest.mark.parametrize("name", CASES)
 def test_each_is_said_where_it_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words, provoking, innocent, options = CASES[name]
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(module, "find_spec", lambda package: None)
     said = pitfalls(provoking(), **options)
     assert sum(words in line for line in said) == 1, said
     assert pitfalls(innocent(), **options) == ()
@@ -129,6 +135,21 @@ def test_experts_are_adapted_or_quantised_or_named() -> None:
     both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     assert not any("experts" in line for line in pitfalls(moe(target_parameters=both)))
     assert not any("experts" in line for line in pitfalls(quantised()))
+
+
+@NEEDS_EXPERTS
+def test_layers_whose_names_went_to_experts_are_named() -> None:
+    """PEFT adapts the experts' parameters instead of the shared expert's three layers."""
+    if not EXPERTS_OF_PEFT.is_on():
+        return
+    said = pitfalls(adapted("qwen3_next", target_modules="all-linear"))
+    (line,) = [line for line in said if "had their names" in line]
+    assert line.startswith("model.layers.0.mlp.shared_expert.gate_proj and 5 more: no adapter")
+    assert "layers called down_proj, gate_proj, up_proj" in line
+    model = adapted("qwen3_next", target_modules="all-linear")
+    assert "no adapter on 6 linear layers that have their names" in str(lora_fast.report(model))
+    by_name = {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]}
+    assert not any("had their names" in line for line in pitfalls(adapted("qwen3_next", **by_name)))
 
 
 def test_nothing_is_said_of_a_loss_that_is_not_fused() -> None:

@@ -331,7 +331,19 @@ def test_undecorated_families_fall_back() -> None:
     assert_models_agree(results(fused), results(stock))
     report = lora_fast.report(fused)
     reason = "Llama4TextExperts is not decorated as transformers decorates experts"
-    assert {line.obstacle for line in report.layers} == {reason}
+    assert {line.obstacle for line in report.layers} == {reason} == set(report.fallback_calls)
+
+
+@needs_fused
+def test_a_router_is_not_reported_as_experts() -> None:
+    """``target_parameters`` of a router, as PEFT's "all-linear" has them in some families."""
+    base = expert_base("qwen3_moe", None)
+    stock = adapted(base, ["gate.weight"])
+    fused = lora_fast.accelerate(copy.deepcopy(stock))
+    assert_models_agree(results(fused), results(stock))
+    report = lora_fast.report(fused)
+    reason = "Qwen3MoeTopKRouter holds no experts"
+    assert {line.obstacle for line in report.layers} == {reason} == set(report.fallback_calls)
 
 
 @needs_fused
