@@ -23,6 +23,7 @@ from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
 from ..geometry import Numbered
 from ..nf4 import NF4Weight
 from . import compiled_groups, compiled_ops, recomputation
+from .batched_gradients import is_of_autograd, is_vmap_active
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 from .validation import check_dropout, check_operands, check_scaling
@@ -149,8 +150,11 @@ class AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # With create_graph=True: a derivative of what comes back raises.
+        otherwise = torch.is_grad_enabled() or is_vmap_active()
+        for dY in dYs:
+            otherwise = otherwise or (dY is not None and is_of_autograd(dY))
+        if otherwise:
+            # With create_graph=True: a derivative of what comes back raises. Or a batch of dYs.
             return _differentiable_once(ctx, *dYs)
         asked = ctx.needs_input_grad
         needs = _needs_of(asked)

@@ -25,6 +25,7 @@ from ..factors import Constants, Factors, Needs, needs_of_all, saved_input
 from ..gated import NO_NEEDS, Activation, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
 from . import autograd, recomputation
+from .batched_gradients import is_of_autograd, is_vmap_active
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 from .validation import check_gated
@@ -203,8 +204,10 @@ class GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        # With create_graph=True a derivative of these raises.
-        return (_differentiable_once if torch.is_grad_enabled() else _gradients)(ctx, dY)
+        if torch.is_grad_enabled() or is_vmap_active() or is_of_autograd(dY):
+            # As in autograd.py.
+            return _differentiable_once(ctx, dY)
+        return _gradients(ctx, dY)
 
 
 def _gradients(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:

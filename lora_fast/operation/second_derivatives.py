@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batched_gradients import Once, gradients_of_batch, is_of_autograd, is_vmap_active
+
 _REFUSED = (
     "lora_fast has no second derivative: a gradient that a fused layer computed with "
     "create_graph=True cannot be differentiated. Call lora_fast.decelerate(model) for this pass"
@@ -29,9 +31,14 @@ def differentiable_once(gradients: _Gradients, x: int | None = 0) -> _Gradients:
     """
 
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+        batched = is_vmap_active()
+        for dY in dYs:
+            batched = batched or (dY is not None and is_of_autograd(dY))
         if not torch.is_grad_enabled():
-            return gradients(ctx, *dYs)
-        read = _Once(ctx)
+            return gradients_of_batch(gradients, ctx, dYs) if batched else gradients(ctx, *dYs)
+        if batched:
+            raise RuntimeError(_REFUSED)
+        read = Once(ctx)
         with torch.no_grad():
             found = gradients(read, *dYs)
         saved = read.saved_tensors
@@ -49,20 +56,6 @@ def differentiable_once(gradients: _Gradients, x: int | None = 0) -> _Gradients:
         return tuple(results)
 
     return backward
-
-
-class _Once:
-    """The context of a Function whose saved tensors are unpacked once, as hooks expect."""
-
-    def __init__(self, ctx: Any) -> None:
-        object.__setattr__(self, "_ctx", ctx)
-        object.__setattr__(self, "saved_tensors", ctx.saved_tensors)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._ctx, name, value)
 
 
 class _Refusing(torch.autograd.Function):
