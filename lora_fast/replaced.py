@@ -41,6 +41,7 @@ def replaced() -> str | None:
         return "torch.nn.functional.linear replaced"
     if nn.Dropout.forward is not DROPOUT or functional.dropout is not DROPPED:
         return "dropout of PyTorch replaced"
-    found = map(torch._C._get_function_stack_at, range(modes()))
-    changes = any(type(mode).__module__ != _DEFAULT_DEVICE for mode in found)
-    return "a torch function mode" if changes else None
+    for i in range(modes()):
+        if type(torch._C._get_function_stack_at(i)).__module__ != _DEFAULT_DEVICE:
+            return "a torch function mode"
+    return None

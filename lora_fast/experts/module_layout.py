@@ -38,12 +38,12 @@ class Layout(NamedTuple):
 
 def layout_of(module: Any) -> tuple[Layout | None, str | None]:
     """The layout, or why a module does not compute that equation on parameters of its own."""
-    # PyTorch gives a parametrized module a class of its own.
-    kind = type(module).__name__.removeprefix("Parametrized")
-    if all(p.dim() < 3 for p in module.parameters()) and not packed_parameters(module):
-        return None, f"{kind} holds no experts"
     shared = _shared_forward()
     if shared is None or getattr(undecorated(type(module).forward), "__code__", None) is not shared:
+        # PyTorch gives a parametrized module a class of its own.
+        kind = type(module).__name__.removeprefix("Parametrized")
+        if all(p.dim() < 3 for p in module.parameters()) and not packed_parameters(module):
+            return None, f"{kind} holds no experts"
         return None, f"{kind} is not decorated as transformers decorates experts"
     if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
         return None, "transformers without flags of the experts' layout"

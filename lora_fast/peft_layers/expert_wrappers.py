@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from ..backends import torch_experts
 from ..backends.selection import experts_for
-from ..base_layer.obstacles import environment_obstacle, module_obstacle, tensor_obstacle
+from ..base_layer.obstacles import (
+    environment_obstacle,
+    is_eager,
+    module_obstacle,
+    tensor_obstacle,
+)
 from ..experts.nf4_experts import NF4Experts
 from ..features import EXPERTS_OF_PEFT, is_exporting
 from ..operation import expert_layers
@@ -41,7 +46,10 @@ class FusedParamWrapper(FusedForward, ParamWrapper):
 
     def called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state: Any = None
-        found = environment_obstacle() or self.replaced_forward()
+        kind, found = type(self), None
+        is_stock = kind._lora_fast_stock.forward is kind._lora_fast_stock_forward
+        if not (is_stock and is_eager()):
+            found = environment_obstacle() or self.replaced_forward()
         if found is None:
             state, found = self.active()
         if found is None and (kwargs or len(args) != 2):
