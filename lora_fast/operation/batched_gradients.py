@@ -40,14 +40,14 @@ def _of_each(
     if level is None:
         return gradients(ctx, *dYs)
     members = [dY is not None and is_of_autograd(dY) for dY in dYs]
-    whole: list[Any] = [
-        torch._remove_batch_dim(dY, level, 1, 0) if batched else dY  # type: ignore[attr-defined]
-        for dY, batched in zip(dYs, members, strict=True)
-    ]
+    whole: list[Any] = list(dYs)
+    for i, batched in enumerate(members):
+        if batched:
+            whole[i] = torch._remove_batch_dim(whole[i], level, 1, 0)
     size = next(len(dY) for dY, batched in zip(whole, members, strict=True) if batched)
     along = [0 if batched else None for batched in members]
     return tuple(
-        None if t is None else torch._add_batch_dim(t, 0, level)  # type: ignore[attr-defined]
+        None if t is None else torch._add_batch_dim(t, 0, level)
         for t in _stacked(gradients, ctx, whole, along, size)
     )
 
@@ -58,7 +58,7 @@ def _level_of(dYs: Sequence[Tensor | None]) -> int | None:
     if batch is None:
         return None
     for level in _LEVELS:
-        if not is_of_autograd(torch._remove_batch_dim(batch, level, 1, 0)):  # type: ignore[attr-defined]
+        if not is_of_autograd(torch._remove_batch_dim(batch, level, 1, 0)):
             return level
     raise RuntimeError(
         "lora_fast computes no batches of batches of gradients: call torch.autograd.grad in a "
