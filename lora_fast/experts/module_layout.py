@@ -45,7 +45,8 @@ def layout_of(module: Any) -> tuple[Layout | None, str | None]:
         if all(p.dim() < 3 for p in module.parameters()) and not packed_parameters(module):
             return None, f"{kind} holds no experts"
         return None, f"{kind} is not decorated as transformers decorates experts"
-    if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
+    # A generator takes longer.
+    if not all([isinstance(getattr(module, name, None), bool) for name in _FLAGS]):  # noqa: C419
         return None, "transformers without flags of the experts' layout"
     # Flags of later versions: before them there was nothing of the kind.
     if getattr(module, "has_post_expert_norm", False):

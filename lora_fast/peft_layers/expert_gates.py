@@ -52,8 +52,8 @@ def form_of(module: Any) -> GluForm | None:
 
 
 def _code(module: Any, function: FunctionType) -> _Code:
-    found = ((name, _attribute(module, name)) for name in function.__code__.co_names)
-    return _Code(function, type(module), tuple((n, v) for n, v in found if v is not _ABSENT))
+    found = [(name, _attribute(module, name)) for name in function.__code__.co_names]
+    return _Code(function, type(module), tuple([(n, v) for n, v in found if v is not _ABSENT]))
 
 
 def _attribute(module: Any, name: str) -> Any:
