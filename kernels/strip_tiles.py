@@ -36,23 +36,26 @@ class Side(NamedTuple):
 
 
 @triton.jit
-def side_of(block, side, others, widths):
+def side_of(block, side, others, widths, M):
     """The layer that a block of columns falls to, of `side` and those after it; where they have no
-    bias_ptr, that of `side` is any pointer."""
+    bias_ptr, that of `side` is any pointer. M >= 0."""
+    # Zero, which the compiler does not know. Of a choice between two parameters it would make one
+    # load from the chosen one's address, which constants are read from slowly.
+    zero = tl.multiple_of(M >> 31, 16)
     # Not len(others): Triton 3.6 fails on the length of a tuple that holds None.
     for i in tl.static_range(len(widths)):
         is_later = block >= others[i].first_block
         bias_ptr = side.bias_ptr
         if others[i].bias_ptr is not None:
-            bias_ptr = tl.where(is_later, others[i].bias_ptr, bias_ptr)
+            bias_ptr = tl.where(is_later, others[i].bias_ptr + zero, bias_ptr)
         side = Side(
-            tl.where(is_later, others[i].x_ptr, side.x_ptr),
-            tl.where(is_later, others[i].B_ptr, side.B_ptr),
-            tl.where(is_later, others[i].factor_ptr, side.factor_ptr),
+            tl.where(is_later, others[i].x_ptr + zero, side.x_ptr),
+            tl.where(is_later, others[i].B_ptr + zero, side.B_ptr),
+            tl.where(is_later, others[i].factor_ptr + zero, side.factor_ptr),
             bias_ptr,
-            tl.where(is_later, others[i].scaling, side.scaling),
-            tl.where(is_later, widths[i], side.L),
-            tl.where(is_later, others[i].stride_xm, side.stride_xm),
+            tl.where(is_later, others[i].scaling + zero, side.scaling),
+            tl.where(is_later, widths[i] + zero, side.L),
+            tl.where(is_later, others[i].stride_xm + zero, side.stride_xm),
             tl.where(is_later, others[i].first_r, side.first_r),
             tl.where(is_later, others[i].first_l, side.first_l),
             tl.where(is_later, others[i].first_block, side.first_block),

@@ -150,11 +150,11 @@ def strips(
         # Before 3.7, Triton has no functions that return None, in a tuple neither.
         if grads.bias is None:
             side = Side(x_ptr, B_ptr, grads.factor, x_ptr, scaling, L, stride_xm, 0, 0, 0)
-            side = side_of(block, side, others, widths)
+            side = side_of(block, side, others, widths, M)
             grads = Results(side.factor_ptr, None, None, None, None)
         else:
             side = Side(x_ptr, B_ptr, grads.factor, grads.bias, scaling, L, stride_xm, 0, 0, 0)
-            side = side_of(block, side, others, widths)
+            side = side_of(block, side, others, widths, M)
             grads = Results(side.factor_ptr, None, None, side.bias_ptr, None)
         x_ptr, B_ptr, scaling, stride_xm = side.x_ptr, side.B_ptr, side.scaling, side.stride_xm
         s_ptr += side.first_r

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from lora_fast.kernels.triton_version import VERSION
 from pins import is_pinned
@@ -23,12 +25,18 @@ def assert_fits(launch: stub_driver.Launch, arch: int) -> None:
     assert found.ctas_per_sm >= 1, f"{launch.name} does not fit: {found}"
 
 
+# Constants at an address in a register are read slowly.
+_INDIRECT = re.compile(r"ld\.param[^;]*\[%[^;]*;")
+
+
 def assert_products_run_on(launch: stub_driver.Launch, arch: int) -> None:
-    """Nothing generic between a fence and a product, and no wgmma that waits for another one.
+    """Nothing generic between a fence and a product, and no wgmma that waits for another one; every
+    parameter from an address that is known when it is compiled.
 
     Before 3.7 Triton fenced no product from what cp.async wrote (docs/kernels.md).
     """
     ptx = launch.kernel.text("ptx")
+    assert not _INDIRECT.findall(ptx), launch.name
     if VERSION >= (3, 7):
         assert async_products.unfenced(ptx) == [], launch.name
     if arch == 90:
