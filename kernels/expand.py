@@ -21,7 +21,18 @@ from .out_of_resources import OutOfResources, instead_of
 from .profile import expand_name, expand_work, shown_as
 from .scaling import tile_scale
 from .shrink_tiles import ShrunkPointers
-from .tiles import NO_GAINS, Matrix, Target, load_factor, load_tile, load_vector, store_tile
+from .tiles import (
+    NO_GAINS,
+    Matrix,
+    Target,
+    factor_unit,
+    in_units,
+    load_factor,
+    load_tile,
+    load_vector,
+    store_tile,
+    unit_of,
+)
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("M", "columns", "seed_low", "seed_high", "threshold")
@@ -43,11 +54,14 @@ class Member(NamedTuple):
 
 
 class ExpandTiles(NamedTuple):
-    """A constant of a launch: rows and columns of an output tile, columns of S in one step."""
+    """A constant of a launch: rows and columns of an output tile, columns of S in one step; of what
+    S's ranks and rows and the factors' rows are multiples."""
 
     BLOCK_M: int
     BLOCK_L: int
     BLOCK_R: int
+    UNIT: int
+    FACTOR_UNIT: int
 
 
 @triton.jit
@@ -57,10 +71,13 @@ def _add_member(
 ):  # fmt: skip
     """acc + u · S · outᵀ of one member; u is None where S is an operand as it is."""
     dtype = member.y_ptr.dtype.element_ty
-    s_mat = Matrix(shrunk.ptr + member.first_r, shrunk.stride, 1, M, member.R)
-    out_mat = Matrix(member.out_ptr, member.stride_out_l, member.stride_out_r, member.L, member.R)
+    R = in_units(member.R, TILES.UNIT)
+    S_ptr = shrunk.ptr + in_units(member.first_r, TILES.UNIT)
+    s_mat = Matrix(S_ptr, in_units(shrunk.stride, TILES.UNIT), 1, M, R)
+    stride_l = in_units(member.stride_out_l, TILES.FACTOR_UNIT)
+    out_mat = Matrix(member.out_ptr, stride_l, member.stride_out_r, member.L, R)
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
-    for r in tl.range(0, member.R, BLOCK_R, num_stages=1):
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         S = load_tile(s_mat, offs_m, offs_r)
         factor = load_factor(out_mat, gains, member.scaling, offs_l, offs_r, not IS_GRAD, dtype)
@@ -200,7 +217,10 @@ def _launch(config, ys, S, largest, tile_rows, layers, *, gains, dropout, is_gra
             dropout.keep_scale, seed, seed_low, seed_high, threshold,
             M, columns, tile_rows, S.stride(0),
             IS_GRAD=is_grad, DROPOUT=dropout.p > 0.0,
-            TILES=ExpandTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
+            TILES=ExpandTiles(
+                config.BLOCK_M, config.BLOCK_L, BLOCK_R, unit_of(S.stride(0), *ranks),
+                factor_unit(*[layer.factor for layer in layers]),
+            ),
             TARGET=Target(precision_of(dtype)),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

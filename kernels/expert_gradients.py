@@ -21,18 +21,21 @@ from .launch_policy import rank_block, settles_products
 from .out_of_resources import OutOfResources, instead_of
 from .profile import expert_gradients_name, expert_gradients_work, shown_as
 from .scaling import scaled_columns
-from .tiles import Matrix, Target, load_tile, settled, store_tile
+from .tiles import Matrix, Target, factor_unit, in_units, load_tile, settled, store_tile, unit_of
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("tokens",)
 
 
 class GradientTiles(NamedTuple):
-    """A constant of a launch: rows, columns of X and columns of S in a tile."""
+    """A constant of a launch: rows, columns of X and columns of S in a tile; of what the rank and
+    the rows of S, and the rows of T, are multiples."""
 
     BLOCK_M: int
     BLOCK_L: int
     BLOCK_R: int
+    UNIT: int
+    FACTOR_UNIT: int
 
 
 @triton.jit
@@ -97,6 +100,9 @@ def expert_gradients(
     """Program (block of columns, expert, chunk of the rank)."""
     NEEDS_T: tl.constexpr = T_ptr is not None
     SUMS: tl.constexpr = sums_ptr is not None
+    R, stride_sm = in_units(R, TILES.UNIT), in_units(stride_sm, TILES.UNIT)
+    stride_te = in_units(stride_te, TILES.FACTOR_UNIT)
+    stride_tl = in_units(stride_tl, TILES.FACTOR_UNIT)
     expert, chunk = tl.program_id(1), tl.program_id(2)
     start, stop = expert_rows(expert, offsets_ptr)
     offs_l = tl.program_id(0) * TILES.BLOCK_L + tl.arange(0, TILES.BLOCK_L)
@@ -148,7 +154,11 @@ def _launch(config, x, S, offsets, scaling, T, dbias, order, w, gathers):
             x, None if T is None else S, order, w, offsets, T, dbias, scaling, tokens,
             max(1, places // max(1, tokens)) if gathers else 1, L, R, *x.stride(),
             0 if T is None else S.stride(0), *((0, 0, 0) if T is None else T.stride()),
-            GATHERS=gathers, TILES=GradientTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
+            GATHERS=gathers,
+            TILES=GradientTiles(
+                config.BLOCK_M, config.BLOCK_L, BLOCK_R,
+                *((1, 1) if T is None else (unit_of(R, S.stride(0)), factor_unit(T))),
+            ),
             TARGET=Target(precision_of(x.dtype), SETTLES=settles_products(x.dtype, arch)),
             num_warps=config.num_warps,
             # As in strips: a pipelined tile that is summed and multiplied loses its wait.

@@ -21,7 +21,16 @@ from .launch_policy import expand_block
 from .out_of_resources import OutOfResources, instead_of
 from .profile import expert_product_name, expert_product_work, shown_as
 from .scaling import largest_finite, power_of_two
-from .tiles import Matrix, Target, load_tile, load_vector, store_tile
+from .tiles import (
+    Matrix,
+    Target,
+    factor_unit,
+    in_units,
+    load_tile,
+    load_vector,
+    store_tile,
+    unit_of,
+)
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("M",)
@@ -29,13 +38,15 @@ _VARYING = ("M",)
 
 class ProductTiles(NamedTuple):
     """A constant of a launch: rows and columns of an output tile, columns of X and of S in one
-    step, experts."""
+    step, experts; of what the rank and the rows of S, and the rows of F, are multiples."""
 
     BLOCK_M: int
     BLOCK_L: int
     BLOCK_K: int
     BLOCK_R: int
     BLOCK_E: int
+    UNIT: int
+    FACTOR_UNIT: int
 
 
 @triton.jit
@@ -81,6 +92,9 @@ def expert_product(
 ):  # fmt: skip
     """A tile BLOCK_M × BLOCK_L of the output; those of the same rows follow each other."""
     dtype = out_ptr.dtype.element_ty
+    R, stride_sm = in_units(R, TILES.UNIT), in_units(stride_sm, TILES.UNIT)
+    stride_fe = in_units(stride_fe, TILES.FACTOR_UNIT)
+    stride_fl = in_units(stride_fl, TILES.FACTOR_UNIT)
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     BLOCK_L: tl.constexpr = TILES.BLOCK_L
     program, column = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -153,7 +167,8 @@ def _launch(config, x, W, offsets, low_rank, bias, out):
             0 if S is None else S.stride(0), *((0, 0, 0) if F is None else F.stride()),
             0 if bias is None else bias.stride(0),
             TILES=ProductTiles(
-                config.BLOCK_M, config.BLOCK_L, step, BLOCK_R, experts_block(experts)
+                config.BLOCK_M, config.BLOCK_L, step, BLOCK_R, experts_block(experts),
+                *((1, 1) if S is None else (unit_of(R, S.stride(0)), factor_unit(F))),
             ),
             TARGET=Target(precision_of(out.dtype)),
             num_warps=config.num_warps, num_stages=config.num_stages,

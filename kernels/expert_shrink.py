@@ -24,19 +24,31 @@ from .out_of_resources import OutOfResources, instead_of
 from .profile import expert_shrink_name, expert_shrink_work, shown_as
 from .scaling import scaled_columns
 from .shrink import padding_of
-from .tiles import Matrix, Target, load_tile, load_vector, store_tile
+from .tiles import (
+    Matrix,
+    Target,
+    factor_unit,
+    in_units,
+    load_tile,
+    load_vector,
+    store_tile,
+    unit_of,
+)
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("M", "tokens")
 
 
 class GatherTiles(NamedTuple):
-    """A constant of a launch: rows, columns of X in one step, columns of S, experts."""
+    """A constant of a launch: rows, columns of X in one step, columns of S, experts; of what the
+    rank, and the rows of F, are multiples."""
 
     BLOCK_M: int
     BLOCK_K: int
     BLOCK_R: int
     BLOCK_E: int
+    UNIT: int
+    FACTOR_UNIT: int
 
 
 class Gathered(NamedTuple):
@@ -87,6 +99,9 @@ def expert_shrink(
 ):  # fmt: skip
     """Program (tile of an expert's rows, chunk of the rank); the first chunk does all but S."""
     HAS_S: tl.constexpr = F_ptr is not None
+    R = in_units(R, TILES.UNIT)
+    stride_fe = in_units(stride_fe, TILES.FACTOR_UNIT)
+    stride_fk = in_units(stride_fk, TILES.FACTOR_UNIT)
     tile = expert_tile(tl.program_id(0), offsets_ptr, experts, M, TILES.BLOCK_M, TILES.BLOCK_E)
     chunk = tl.program_id(1)
     if tile.first < tile.stop:
@@ -169,7 +184,10 @@ def _launch(config, x, order, offsets, F, scaling, vector, found, widens, is_gra
             0 if vector is None else vector.stride(0),
             0 if found.rows is None else found.rows.stride(0),
             IS_GRAD=is_grad, WIDENS=widens,
-            TILES=GatherTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R, experts_block(experts)),
+            TILES=GatherTiles(
+                config.BLOCK_M, config.BLOCK_L, BLOCK_R, experts_block(experts),
+                *((1, 1) if F is None else (unit_of(R), factor_unit(F))),
+            ),
             TARGET=Target(precision_of(x.dtype), SETTLES=settles_products(x.dtype, current_arch())),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 from .gated_policy import pick_sums
 from .launch_plans import empty, launch
 from .profile import expert_sums_name, expert_sums_work, shown_as
-from .tiles import Matrix, load_tile, store_tile
+from .tiles import Matrix, in_units, load_tile, store_tile, unit_of
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("P", "count")
@@ -22,9 +22,10 @@ _VARYING = ("P", "count")
 def expert_sums(
     dS_parts_ptr, dw_parts_ptr, dots_ptr, order_ptr, offsets_ptr, dS_ptr, dw_ptr, experts, count, P,
     R,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows."""
+    """A tile of rows; UNIT: of what the rank is a multiple."""
+    R = in_units(R, UNIT)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.load(offsets_ptr + experts - 1).to(tl.int32)
     if dS_ptr is not None:
@@ -62,7 +63,7 @@ def sums(offsets, order, dS_parts=None, dw_parts=None, dots=None, *, dtype=None,
         launch(
             expert_sums, (-(-P // config.BLOCK_M),),
             dS_parts, dw_parts, dots, order, offsets, dS, dw, offsets.shape[0], count, P, R,
-            BLOCK_M=config.BLOCK_M, BLOCK_R=config.BLOCK_L,
+            BLOCK_M=config.BLOCK_M, BLOCK_R=config.BLOCK_L, UNIT=unit_of(R),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return dS, dw

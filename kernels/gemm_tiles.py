@@ -16,7 +16,15 @@ from .nf4_tile import load_nf4_tile, packed_pointers
 from .scaling import tile_scale
 from .shrink_tiles import load_spans, times_gain
 from .sync_layout import FLAGS, leave
-from .tiles import Matrix, load_factor, load_tile, load_vector, store_tile, tile_pointers
+from .tiles import (
+    Matrix,
+    in_units,
+    load_factor,
+    load_tile,
+    load_vector,
+    store_tile,
+    tile_pointers,
+)
 
 # Rounds of waiting before a launch is aborted: each goes to the L2 cache and back, so it takes
 # seconds, and what producers do takes less than a millisecond.
@@ -151,14 +159,16 @@ def _add_low_rank(
     BLOCK_E: tl.constexpr = TILES.BLOCK_E
     dtype = members[0].x_ptr.dtype.element_ty
     for i in tl.static_range(len(num_partials)):
-        R = members[i].R
+        R = in_units(members[i].R, TILES.UNIT)
         first_r, stop_r = 0, R
         if spans.ptr is not None:
             start, stop = load_spans(spans, offs_m, M, R)
             first_r = tl.min(start, 0) // BLOCK_E * BLOCK_E
             stop_r = tl.max(stop, 0)
-        s_mat = Matrix(shrunk.ptr + members[i].first_r, shrunk.stride, 1, M, R)
-        out_mat = Matrix(members[i].out_ptr, members[i].stride_out_l, members[i].stride_out_r, N, R)
+        S_ptr = shrunk.ptr + in_units(members[i].first_r, TILES.UNIT)
+        s_mat = Matrix(S_ptr, in_units(shrunk.stride, TILES.UNIT), 1, M, R)
+        stride_l = in_units(members[i].stride_out_l, 1 if IS_GRAD else TILES.FACTOR_UNIT)
+        out_mat = Matrix(members[i].out_ptr, stride_l, members[i].stride_out_r, N, R)
         for r in tl.range(first_r, stop_r, BLOCK_E, num_stages=1):
             offs_r = r + tl.arange(0, BLOCK_E)
             S = load_tile(s_mat, offs_m, offs_r)

@@ -81,7 +81,7 @@ class Choices(NamedTuple):
     """The configurations of an architecture for 16-bit numbers; None: as `plain`.
 
     The tile of ticketed_gemm for many rows is `plain`, or one of a `ragged_rank`, which is no
-    multiple of 16; with a `gain` g, which scales W or stores V beside y; or one where dropout masks
+    multiple of 8; with a `gain` g, which scales W or stores V beside y; or one where dropout masks
     the low-rank part of dX. A tuner may try `others` beside plain, and where their tiles fill
     `multiprocessors` twice `wide` ones, or with a gain `wide_gain` and for dX `wide_masks_dX`.
     `strips` is for ranks up to 32; one launch of strips aims for `strip_ctas`.
@@ -243,7 +243,7 @@ def pick_gemm(
         return row.masks_dX or row.plain
     if has_gain:
         return row.gain or row.plain
-    return row.ragged_rank or row.plain if R % 16 else row.plain
+    return row.ragged_rank or row.plain if R % 8 else row.plain
 
 
 def other_gemms(
@@ -355,8 +355,8 @@ def rank_block(R: int) -> int:
 def expand_block(R: int, dtype: torch.dtype) -> int:
     """Columns of the rank in one step of S · outᵀ, for S in `dtype`.
 
-    Few where elements do not load in vectors or multiply on the FMA pipes: either way each takes
-    registers of its own.
+    Few where the rank pads a wider step, where elements load one by one, or where they multiply on
+    the FMA pipes: each then takes registers of its own.
     """
     return 16 if dtype == torch.float32 or R % 16 else rank_block(R)
 

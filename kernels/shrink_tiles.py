@@ -14,7 +14,16 @@ import triton.language as tl
 from .dropout import drop, seed_of
 from .scaling import largest_finite, scaled_columns
 from .sync_layout import FLAGS
-from .tiles import Matrix, load_factor, load_tile, load_vector, settled, store_tile, sum_partials
+from .tiles import (
+    Matrix,
+    in_units,
+    load_factor,
+    load_tile,
+    load_vector,
+    settled,
+    store_tile,
+    sum_partials,
+)
 
 
 class ShrunkPointers(NamedTuple):
@@ -73,16 +82,20 @@ def load_spans(spans, offs_m, M, R):
 @triton.jit
 def _shrink_tile(
     member, factors, ranks, gains, words, offs_m, offs_r, M,
-    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, TARGET: tl.constexpr,
+    IS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, TILES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """S[m, r] = X[m, :] · in[:, r] in float32, with dropout on X or g on the factor; of several
     `factors`, column r is that of the layer which it falls to."""
+    BLOCK_S: tl.constexpr = TILES.BLOCK_S
+    BLOCK_K: tl.constexpr = TILES.BLOCK_K
+    BLOCK_R: tl.constexpr = TILES.BLOCK_R
     dtype = member.x_ptr.dtype.element_ty
     SCALES: tl.constexpr = IS_GRAD and dtype == tl.float16
     x_mat = Matrix(member.x_ptr, member.stride_xm, member.stride_xk, M, member.K)
-    in_mat = Matrix(member.in_ptr, member.stride_in_l, member.stride_in_r, member.K, member.R_made)
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    R = in_units(member.R_made, TILES.UNIT)
+    stride_l = in_units(member.stride_in_l, TILES.FACTOR_UNIT if IS_GRAD else 1)
+    in_mat = Matrix(member.in_ptr, stride_l, member.stride_in_r, member.K, R)
+    acc = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
     if factors is not None:
         rows = rows_of(factors, ranks, offs_r, member.stride_in_r)
     if DROPOUT:
@@ -91,7 +104,7 @@ def _shrink_tile(
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         x = load_tile(x_mat, offs_m, offs_k)
         if factors is not None:
-            factor = load_rows(rows, offs_k, offs_r, member.stride_in_l, member.K, member.R_made)
+            factor = load_rows(rows, offs_k, offs_r, member.stride_in_l, member.K, R)
             factor = factor.to(dtype)
         else:
             factor = load_factor(
@@ -125,7 +138,7 @@ def _store_chunk(
     SUMS_PARTIALS: tl.constexpr = member.partials_ptr is not None
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
     BLOCK_S: tl.constexpr = TILES.BLOCK_S
-    R = member.R_made
+    R = in_units(member.R_made, TILES.UNIT)
     offs_r = first_r + tl.arange(0, BLOCK_R)
     wanted = True
     if spans.ptr is not None:
@@ -140,12 +153,13 @@ def _store_chunk(
         else:
             S = _shrink_tile(
                 member, factors, ranks, gains, words, offs_m, offs_r, M,
-                IS_GRAD, DROPOUT and not IS_GRAD, BLOCK_S, TILES.BLOCK_K, BLOCK_R, TARGET,
+                IS_GRAD, DROPOUT and not IS_GRAD, TILES, TARGET,
             )  # fmt: skip
     if spans.ptr is not None:
         columns = offs_r[None, :]
         S = tl.where((columns >= start[:, None]) & (columns < stop[:, None]), S, 0.0)
-    s_mat = Matrix(shrunk.ptr + member.first_r, shrunk.stride, 1, M, R)
+    S_ptr = shrunk.ptr + in_units(member.first_r, TILES.UNIT)
+    s_mat = Matrix(S_ptr, in_units(shrunk.stride, TILES.UNIT), 1, M, R)
     store_tile(s_mat, S, offs_m, offs_r)
     if shrunk.largest is not None:
         row = tl.cast(row_tile, tl.int64) * shrunk.stride

@@ -11,11 +11,14 @@ from .tiles import load_factor, load_tile, load_vector, settled, store_tile
 
 
 class StripTiles(NamedTuple):
-    """A constant of a launch: rows, columns of X and columns of S in a tile."""
+    """A constant of a launch: rows, columns of X and columns of S in a tile; of what the rank and
+    the rows of S, and the rows of B and its gradient, are multiples."""
 
     BLOCK_M: int
     BLOCK_L: int
     BLOCK_R: int
+    UNIT: int
+    FACTOR_UNIT: int
 
 
 class Side(NamedTuple):

@@ -38,7 +38,17 @@ from .profile import shown_as, strips_name, strips_work
 from .scaling import Shrunk
 from .strip_tiles import Side, StripTiles, side_of, walk_rows
 from .sync_layout import ARRIVALS, BLOCKS
-from .tiles import NO_GAINS, Matrix, Target, load_tile, load_vector, store_tile
+from .tiles import (
+    NO_GAINS,
+    Matrix,
+    Target,
+    factor_unit,
+    in_units,
+    load_tile,
+    load_vector,
+    store_tile,
+    unit_of,
+)
 from .workspace import sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
@@ -80,7 +90,7 @@ def _store_factor_gradients(
     IS_EXPAND: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """dB (or dA), db and this block's part of dd, from the partial T of every range."""
-    # Narrow tiles: with a rank that is no multiple of 16 every element takes an address of its own.
+    # Narrow tiles: with an odd rank every element takes an address of its own.
     BLOCK_L: tl.constexpr = TILES.BLOCK_L
     CHUNK: tl.constexpr = TILES.BLOCK_R if BLOCK_L * TILES.BLOCK_R <= 2048 else 16
     L, R = B_mat.size_0, B_mat.size_1
@@ -144,6 +154,9 @@ def strips(
     """
     NEEDS_T: tl.constexpr = partials.T is not None
     SUMS: tl.constexpr = partials.sums is not None
+    R, stride_sm = in_units(R, TILES.UNIT), in_units(stride_sm, TILES.UNIT)
+    stride_bl = in_units(stride_bl, TILES.FACTOR_UNIT)
+    stride_gl = in_units(stride_gl, TILES.FACTOR_UNIT)
     block, range_index, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_l, columns = block * TILES.BLOCK_L, L
     if widths is not None:
@@ -157,7 +170,7 @@ def strips(
             side = side_of(block, side, others, widths, M)
             grads = Results(side.factor_ptr, None, None, side.bias_ptr, None)
         x_ptr, B_ptr, scaling, stride_xm = side.x_ptr, side.B_ptr, side.scaling, side.stride_xm
-        s_ptr += side.first_r
+        s_ptr += in_units(side.first_r, TILES.UNIT)
         T_ptr, sums_ptr = partials.T, partials.sums
         T_ptr += tl.cast(side.first_l, tl.int64) * R
         if SUMS:
@@ -353,7 +366,10 @@ def _launch(
             *x.stride(), 0 if S is None else S.stride(0), *_strides(V), *_strides(B),
             *_strides(grads.factor),
             IS_EXPAND=is_expand, DROPOUT=dropout.p > 0.0,
-            TILES=StripTiles(config.BLOCK_M, config.BLOCK_L, BLOCK_R),
+            TILES=StripTiles(
+                config.BLOCK_M, config.BLOCK_L, BLOCK_R, unit_of(R, *_strides(S)[:1]),
+                factor_unit(*[factor for factor in (B, grads.factor) if factor is not None]),
+            ),
             TARGET=Target(
                 precision_of(x.dtype), drops_pairs(x.dtype, arch), settles_products(x.dtype, arch)
             ),

@@ -44,7 +44,7 @@ from .profile import gemm_name, gemm_work, shown_as
 from .scaling import Shrunk, new_gradient
 from .shrink_tiles import ShrunkPointers, Spans, produce
 from .sync_layout import FLAGS, TICKET, leave
-from .tiles import NO_GAINS, Target
+from .tiles import NO_GAINS, Target, factor_unit, unit_of
 from .workspace import debug_options, sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
@@ -91,7 +91,8 @@ class Member(NamedTuple):
 
 class GemmTiles(NamedTuple):
     """A constant of a launch: how much of each dimension a tile of y takes (M, N; K and E in one
-    step) and a tile of S (S, R; K in one step)."""
+    step) and a tile of S (S, R; K in one step); of what the ranks and the rows of S, and the rows
+    of B, are multiples."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -101,6 +102,8 @@ class GemmTiles(NamedTuple):
     BLOCK_S: int
     GROUP_M: int
     MASK_PARTS: int
+    UNIT: int
+    FACTOR_UNIT: int
 
 
 @triton.jit
@@ -217,7 +220,7 @@ def forward(
     V = empty(y, *y.shape) if saves_V else None
     if config is None:
         # With g, V may be stored beside y.
-        R = 0 if S is None else S.shape[1]
+        R = 0 if S is None else math.gcd(S.shape[1], S.stride(0))
         config = pick_gemm(x.shape[0], x.dtype, current_arch(), has_gain=gains.g is not None, R=R)
     _launch(
         config, [layer], y=y, V=V, shrunk=Shrunk(S), bias=bias, gains=gains, dropout=dropout,
@@ -237,7 +240,7 @@ def grad_input(
     dY, weight = layers[0][:2]
     ranks = [layer.A.shape[0] for layer in layers if layer.A is not None]
     if config is None:
-        # One rank that is no multiple of 16 is enough. With g, W is scaled on its way.
+        # One rank that is no multiple of 8 is enough. With g, W is scaled on its way.
         picks = {
             "has_gain": gains.g is not None,
             "masks_dX": dropout.p > 0.0,
@@ -301,6 +304,7 @@ def _launch(
             TILES=GemmTiles(
                 config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, BLOCK_R, BLOCK_E, config.BLOCK_S,
                 config.GROUP_M, config.MASK_PARTS,
+                *_units(S, layers, members),
             ),
             TARGET=Target(
                 PRECISION=precision_of(x.dtype), PAIRS=drops_pairs(x.dtype, arch),
@@ -317,6 +321,15 @@ def _launch(
             instead_of(config), layers, y=y, V=V, shrunk=shrunk, bias=bias, gains=gains,
             dropout=dropout, rank_spans=rank_spans, is_grad=is_grad, others=others,
         )  # fmt: skip
+
+
+def _units(S, layers, members):
+    """UNIT and FACTOR_UNIT of a launch."""
+    if S is None:
+        return 1, 1
+    ranks = [n for member in members for n in (member.R, member.R_made, member.first_r)]
+    factors = [layer.B for layer in layers if layer.B is not None]
+    return unit_of(S.stride(0), *ranks), factor_unit(*factors)
 
 
 def _member(layer, first_r, config, is_grad):

@@ -8,6 +8,7 @@ itself puts together. Numbers that vary are not launched in one: Triton compiles
 and every multiple of 16 within a tuple, which a seed must not be.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -47,6 +48,34 @@ class Target(NamedTuple):
     SETTLES: bool = False
     SHUFFLES: bool = False
     MMA_SYNC: bool = False
+
+
+def unit_of(*numbers):
+    """The largest power of two up to 8 of which all numbers are multiples; 1 if they are of 16,
+    which the compiler sees by itself."""
+    unit = math.gcd(16, *numbers)
+    return 1 if unit == 16 else unit
+
+
+def factor_unit(*factors):
+    """unit_of where the rows of factors [L, R] or [E, L, R] start; 1 if the elements of a row are
+    no neighbours, as in Aᵀ."""
+    strides = [factor.stride() for factor in factors]
+    if any(stride[-1] != 1 for stride in strides):
+        return 1
+    return unit_of(*[n for stride in strides for n in stride[:-1]])
+
+
+@triton.jit
+def in_units(number, UNIT: tl.constexpr):
+    """A number as one that the compiler sees to be a multiple of UNIT, as it is.
+
+    Of an argument it sees multiples of 16 alone: of other ranks it would load and store the rows of
+    S and B by the element, with an address for each.
+    """
+    if UNIT > 1:
+        number = number // UNIT * UNIT
+    return number
 
 
 @triton.jit

@@ -91,8 +91,8 @@ def _is_set(value: Any) -> bool:
 _GEMM_ARGUMENTS = names(
     "num_partials factors ranks s_ptr largest_ptr y_ptr sync_ptr keep_scale seed_ptr seed_low "
     "seed_high threshold M N num_chunks rows_per_sample stride_sm stride_ym IS_GRAD "
-    "DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS PRECISION "
-    "SHUFFLES MMA_SYNC PAIRS SETTLES "
+    "DROPOUT EVEN_K BLOCK_M BLOCK_N BLOCK_K BLOCK_R BLOCK_E BLOCK_S GROUP_M MASK_PARTS UNIT "
+    "FACTOR_UNIT PRECISION SHUFFLES MMA_SYNC PAIRS SETTLES "
     # the same X and W once more, where they have descriptors
     "x_desc_0 w_desc_0 x_desc_1 w_desc_1 x_desc_2 w_desc_2 "
     # of each member
@@ -184,7 +184,7 @@ _STRIP_ARGUMENTS = names(
     "scaling keep_scale "
     "seed_ptr seed_low seed_high threshold M L R rows_per_range num_ranges tile_rows stride_xm "
     "stride_xl stride_sm stride_vm stride_vl stride_bl stride_br stride_gl stride_gr IS_EXPAND "
-    "DROPOUT PAIRS SETTLES BLOCK_M BLOCK_L BLOCK_R PRECISION"
+    "DROPOUT PAIRS SETTLES BLOCK_M BLOCK_L BLOCK_R UNIT FACTOR_UNIT PRECISION"
 )
 
 
@@ -225,7 +225,8 @@ def _strips(v: Values, grid: tuple[int, int, int]) -> list[Pass]:
 _EXPAND_ARGUMENTS = names(
     "ranks s_ptr largest_ptr keep_scale seed_ptr seed_low seed_high threshold M columns tile_rows "
     "stride_sm "
-    "IS_GRAD DROPOUT BLOCK_M BLOCK_L BLOCK_R PRECISION PAIRS SETTLES SHUFFLES MMA_SYNC "
+    "IS_GRAD DROPOUT BLOCK_M BLOCK_L BLOCK_R UNIT FACTOR_UNIT PRECISION PAIRS SETTLES SHUFFLES "
+    "MMA_SYNC "
     # of each member
     "out_ptr y_ptr bias_ptr scaling L R first_r stride_out_l stride_out_r"
 )

@@ -23,7 +23,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @dataclass(frozen=True)
 class Case:
     """counts: the rows of each expert; `beyond` more belong to none. The rows are those of tokens
-    with k choices each; K in, N out."""
+    with k choices each; K in, N out. The rows of B are in one piece, or as PEFT stores them."""
 
     counts: tuple[int, ...] = (9, 0, 40, 1, 18)
     beyond: int = 0
@@ -33,6 +33,7 @@ class Case:
     R: int = 8
     dtype: torch.dtype = BF16
     adapter: torch.dtype = FP32
+    whole_rows: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,6 +53,7 @@ CASES = {
     "eight choices, rank 100": replace(PLAIN, counts=(33, 31), k=8, R=100),
     "rank 256": replace(PLAIN, counts=(3, 17, 20), R=256, adapter=BF16),
     "float16": replace(PLAIN, dtype=FP16, R=20),
+    "rows of B": replace(PLAIN, K=51, N=93, R=12, whole_rows=True),
     "float32": replace(PLAIN, dtype=FP32, K=40, N=50, R=20),
     "no rows": replace(PLAIN, counts=(0, 0, 0)),
 }
@@ -71,9 +73,11 @@ class Problem:
         self.x = self._draw(case.tokens, K)
         self.dY = self._draw(case.tokens, N)
         self.W = self._draw(E, N, K) / 8
-        # As PEFT stores B: the experts fastest.
         self.A = self._draw(E, R, K, dtype=case.adapter) / 4
+        # As PEFT stores B: the experts fastest.
         self.B = self._draw(N, R, E, dtype=case.adapter).permute(2, 0, 1) / 4
+        if case.whole_rows:
+            self.B = self.B.contiguous()
         self.bias = self._draw(E, N, dtype=case.adapter)
         self.w = self._draw(case.tokens, case.k, dtype=FP32)
         self.S = self._draw(case.rows, R)
@@ -185,6 +189,9 @@ def test_compiled_code(ptx_executor: Executor) -> None:
     ("arch", "case"),
     [
         pytest.param(90, replace(SMALL, dtype=FP16, R=5), id="float16, ragged"),
+        pytest.param(80, replace(SMALL, R=4, K=51, N=93, whole_rows=True), id="rank 4"),
+        pytest.param(90, replace(SMALL, R=24, K=51, N=93, whole_rows=True), id="rank 24"),
+        pytest.param(100, replace(SMALL, R=8, whole_rows=True), id="rank 8"),
         pytest.param(80, CASES["float32"], id="float32", marks=pytest.mark.exhaustive),
         pytest.param(100, CASES["rank 256"], id="rank 256", marks=pytest.mark.exhaustive),
     ],

@@ -52,6 +52,9 @@ CASES = [
 MORE_CASES = [
     replace(RAGGED, R=1),
     replace(RAGGED, R=8),
+    replace(RAGGED, R=12, K=75, N=131, factors=GAINS),
+    replace(RAGGED, R=24, p=0.3),
+    replace(RAGGED, R=4, dtype=FP16, adapter_dtype=None),
     replace(RAGGED, R=100),
     replace(RAGGED, dtype=FP16, adapter_dtype=None, nf4=True, nested=False),
     replace(RAGGED, dtype=FP32, adapter_dtype=None, M=35, R=100, dY_layout="transposed"),
@@ -130,8 +133,9 @@ SCHEDULES = {
 
 
 def _schedules():
-    """One CTA at a time for both cases, any order for the second; the rest is exhaustive."""
-    for i, case in enumerate((replace(ALIGNED, M=200), replace(RAGGED, R=100))):
+    """One CTA at a time for all cases, any order for the second; the rest is exhaustive."""
+    cases = (replace(ALIGNED, M=200), replace(RAGGED, R=100), replace(RAGGED, R=8))
+    for i, case in enumerate(cases):
         for name, options in SCHEDULES.items():
             chosen = name == "reverse-resident1" or (i == 1 and name.startswith("random"))
             marks = () if chosen else pytest.mark.exhaustive

@@ -63,6 +63,7 @@ def test_unlike_members_in_the_kernels(options):
     ("dtype", "adapter", "nf4", "M", "K", "R"),
     [
         (BF16, FP32, False, 96, 128, 8),
+        (BF16, FP32, False, 37, 70, 4),
         (FP16, FP16, True, 37, 70, None),
     ],
 )
