@@ -81,7 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(message)
         elif message:
-            print(one_line(f"error: {' '.join(message.split())}"), file=sys.stderr)
+            line = " ".join(message.split())
+            if line.startswith("Got unexpected extra argument"):
+                line += ": a value follows its option, as in --out FOLDER; see --help"
+            print(one_line(f"error: {line}"), file=sys.stderr)
         status = getattr(error, "exit_code", EXIT_ERROR)
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -52,6 +52,13 @@ def check_hub(name: str) -> None:
         ) from error
 
 
+def is_offline() -> bool:
+    """Whether the user keeps Hugging Face off the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def cached_folder(name: str) -> Path | None:
     """The folder with the files of a model: `name` itself, or its place in the hub's cache."""
     path = Path(name)

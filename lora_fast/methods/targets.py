@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..acceleration.expert_summary import about_layers_beside_experts
 from ..errors import TrainingError
-from ..experts.routers import is_router, routers
 from ..magnitudes import first_of
 from .base_model import Base
 from .options import MethodOptions
@@ -31,6 +29,8 @@ def targets(base: Base, config: MethodOptions) -> str | list[str]:
     """
     if config.target_modules is not None and not adapts_all_linear(config):
         return _checked(base.model, config.target_modules)
+    from ..experts.routers import is_router
+
     modules = dict(base.model.named_modules())
     linear = [name for name, module in modules.items() if _is_linear(module)]
     routing = {name for name in linear if is_router(name, modules)}
@@ -84,13 +84,17 @@ def expert_parameters_of(base: Base) -> list[str]:
         for name in (*expert_parameters(module), *packed_parameters(module))
     }
     if not found:
-        raise TrainingError(f"--experts: {base.name} has no experts that are parameters")
+        raise TrainingError(
+            f"--experts: {base.name} has no experts that are parameters; leave it out"
+        )
     return sorted(found)
 
 
 def release_routers(model: Any) -> None:
     """Take the adapters off the routers that are no linear layers: for "all-linear", and for names
     of the layers of experts, PEFT adapts their weights in some families."""
+    from ..experts.routers import is_router
+
     config = next(iter(model.peft_config.values()))
     modules = dict(model.named_modules())
     for name, layer in modules.items():
@@ -102,6 +106,9 @@ def release_routers(model: Any) -> None:
 
 def about_left_out(model: nn.Module) -> list[str]:
     """Lines about what all-linear leaves out of the adapted `model`."""
+    from ..acceleration.expert_summary import about_layers_beside_experts
+    from ..experts.routers import routers
+
     found = []
     if names := bypassed(model):
         multiplied = "the model multiplies with their weights itself"

@@ -143,7 +143,9 @@ class TrainConfig(MethodOptions):
                 raise ValueError(f"unknown options {sorted(unknown)}")
             return cls(**stored)
         except FileNotFoundError:
-            raise TrainingError(f"nothing to resume: {folder} holds no run") from None
+            raise TrainingError(
+                f"nothing to resume: {folder} holds no run; name its folder with --out"
+            ) from None
         except (OSError, ValueError, TypeError, AttributeError, TrainingError) as error:
             raise TrainingError(f"cannot resume: {path} is unreadable ({error})") from error
 

@@ -44,7 +44,7 @@ def load_rows(config: TrainConfig) -> Rows:
     read = classification_row if config.task == "classification" else causal_row
     train, notes = read_jsonl(Path(config.data), read), list[str]()
     if config.eval_data is not None:
-        held_out = read_jsonl(Path(config.eval_data), read)
+        held_out = read_jsonl(Path(config.eval_data), read, "--eval-data")
     else:
         count = len(train)
         train, held_out = split_rows(train, config.seed, config.data)

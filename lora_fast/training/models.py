@@ -16,7 +16,7 @@ from ..errors import TrainingError, first_line
 from ..experts.loading import packing_on_load
 from ..experts.quantisation import expert_modules, quantize_experts
 from ..experts.storage import packed_parameters
-from ..files.model_source import BUILTIN, check_hub, resolve_model
+from ..files.model_source import BUILTIN, cached_folder, check_hub, is_offline, resolve_model
 from ..four_bit import is_four_bit
 from ..four_bit.layout import forbid_packing
 from ..methods.base_model import Base
@@ -156,13 +156,20 @@ def _quantise_experts(name: str, model: Any) -> None:
 def _check_readable(name: str) -> None:
     from transformers import AutoConfig
 
+    if Path(name).is_file():
+        raise TrainingError(f"--model must be a folder or a hub id, got the file {name}")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise TrainingError(f"cannot load the model {name}: no such folder")
+        raise TrainingError(f"--model {name} cannot be loaded: no such folder")
+    if cached_folder(name) is None and is_offline():
+        raise TrainingError(
+            f"--model {name} cannot be loaded: neither a folder nor in the hub's cache, and "
+            "Hugging Face is offline (HF_HUB_OFFLINE)"
+        )
     try:
         check_hub(name)
         AutoConfig.from_pretrained(name)
     except Exception as error:  # unreadable files surface as many kinds of error
-        raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error
+        raise TrainingError(f"--model {name} cannot be loaded: {first_line(error)}") from error
 
 
 def _load(
@@ -179,7 +186,7 @@ def _load(
         with packing_on_load() if config.quantize == "nf4" else nullcontext():
             model, info = auto.from_pretrained(absolute(name), output_loading_info=True, **options)
     except Exception as error:  # unreadable files surface as many kinds of error
-        raise TrainingError(f"cannot load the model {name}: {first_line(error)}") from error
+        raise TrainingError(f"--model {name} cannot be loaded: {first_line(error)}") from error
     forbid_packing(model)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     missing = {key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]}

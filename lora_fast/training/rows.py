@@ -31,8 +31,8 @@ class Row(dict[str, Any]):
 Read = Callable[[dict[str, Any]], Row]
 
 
-def read_jsonl(path: Path, read: Read) -> list[Row]:
-    """``read(object)`` for every non-blank line of a jsonl file.
+def read_jsonl(path: Path, read: Read, option: str = "--data") -> list[Row]:
+    """``read(object)`` for every non-blank line of the jsonl file that `option` names.
 
     Raises TrainingError: the file cannot be read, or a line is malformed (the message has its
     number).
@@ -47,19 +47,21 @@ def read_jsonl(path: Path, read: Read) -> list[Row]:
                 try:
                     row = read(_json_object(line))
                 except ValueError as error:
-                    raise TrainingError(f"{where}: {first_line(error)}") from error
+                    raise TrainingError(f"{option} {where}: {first_line(error)}") from error
                 row.where = where
                 rows.append(row)
     except FileNotFoundError:
-        raise TrainingError(f"{path}: no such file") from None
+        raise TrainingError(f"{option} {path}: no such file") from None
+    except IsADirectoryError:
+        raise TrainingError(f"{option} must be a jsonl file, got the folder {path}") from None
     except UnicodeDecodeError as error:
         raise TrainingError(
-            f"{path}: not UTF-8 text ({first_line(error)}): save the file as UTF-8"
+            f"{option} {path}: not UTF-8 text ({first_line(error)}): save the file as UTF-8"
         ) from error
     except OSError as error:
-        raise TrainingError(f"{path}: {error.strerror}") from error
+        raise TrainingError(f"{option} {path}: {error.strerror}") from error
     if not rows:
-        raise TrainingError(f"{path}: holds no examples")
+        raise TrainingError(f"{option} {path}: holds no examples")
     return rows
 
 
@@ -167,7 +169,8 @@ def _text(row: dict[str, Any], name: str, *, or_else: str | None = None) -> str:
 
 def _label(row: dict[str, Any]) -> str | int:
     if "label" not in row:
-        raise ValueError(f"has no 'label', got {sorted(row)}")
+        hint = "; --task causal-lm learns from text alone" if "text" in row else ""
+        raise ValueError(f"has no 'label', got {sorted(row)}{hint}")
     label = row["label"]
     if not isinstance(label, str | int):
         raise ValueError(f"'label' must be a string or an integer, got {_shown(label)}")

@@ -103,6 +103,10 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--r", "four"], "Invalid value for '--r'"),
         (["train", "--stepz", "4"], "No such option: --stepz"),
         (["trane"], "No such command 'trane'"),
+        (
+            ["train", "--resume", "out"],
+            "Got unexpected extra argument(s) (out): a value follows its",
+        ),
     ],
 )
 def test_wrong_usage(
@@ -116,11 +120,14 @@ def test_wrong_usage(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
-        (["--data", "broken.jsonl"], "broken.jsonl, line 2: not JSON"),
-        (["--data", "unlabelled.jsonl"], "unlabelled.jsonl, line 1: has no 'label'"),
-        (["--model", "./absent"], "cannot load the model ./absent: no such folder"),
-        (["--model", "unreadable"], "cannot load the model unreadable: "),
+        (["--data", "absent.jsonl"], "--data absent.jsonl: no such file"),
+        (["--data", "broken.jsonl"], "--data broken.jsonl, line 2: not JSON"),
+        (
+            ["--data", "unlabelled.jsonl"],
+            "--data unlabelled.jsonl, line 1: has no 'label', got ['text']; --task causal-lm",
+        ),
+        (["--model", "./absent"], "--model ./absent cannot be loaded: no such folder"),
+        (["--model", "unreadable"], "--model unreadable cannot be loaded: "),
         (
             ["--target-modules", "query,q_proj"],
             "--target-modules: the model has no module 'q_proj'",
@@ -131,7 +138,10 @@ def test_wrong_usage(
         (["--optim", "paged_adamw_8bit"], "--optim paged_adamw_8bit needs a GPU"),
         (["--lr", "1e30"], "the loss is "),
         (["--max-length", "1000"], "--max-length must be at most 48"),
-        (["--resume"], "nothing to resume: out holds no run"),
+        (["--resume"], "nothing to resume: out holds no run; name its folder with --out"),
+        (["--data", "."], "--data must be a jsonl file, got the folder ."),
+        (["--eval-data", "absent.jsonl"], "--eval-data absent.jsonl: no such file"),
+        (["--model", "broken.jsonl"], "--model must be a folder or a hub id, got the file"),
         (["--task", "causal-lm", "--model", "builtin"], "--task causal-lm needs --model"),
     ],
 )
@@ -202,7 +212,7 @@ def test_a_traceback_on_request_only(capsys: pytest.CaptureFixture[str], tiny: l
     assert run_cli("train", *tiny, "--data", "absent", "--debug") == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.endswith("error: absent: no such file\n")
+    assert error.endswith("error: --data absent: no such file\n")
 
 
 def test_what_was_not_foreseen_is_named() -> None:

@@ -139,7 +139,7 @@ def test_a_comparison_killed_before_its_first_method_can_be_replaced(tiny: list[
     [
         (["--methods", "qlora"], "--methods must be among lora, rslora"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["--data", "absent.jsonl"], "--data absent.jsonl: no such file"),
     ],
 )
 def test_bad_input_gives_one_line(
