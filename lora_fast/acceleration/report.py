@@ -244,12 +244,14 @@ def _route(layer: Any, base: Any, together: int, is_folded: bool) -> str:
         N, K = weight_shape(base)
     of_layer = N, _rank(layer), hasattr(weight, "quant_state")
     for direction, is_forward in (("forward", True), ("backward", False)):
+        # Where a recomputed forward pass has left W decoded, backward is that of a dense weight.
+        alike = {of_layer} if is_forward else {of_layer, (*of_layer[:2], False)}
         routes = {
             query.M: plan.route
             for query, plan in sorted(met, key=lambda pair: pair[0].M)
             if query.is_forward == is_forward
             and (query.K, len(query.N)) == (K, together)
-            and of_layer in zip(query.N, query.R, map(_is_packed, query.weights), strict=True)
+            and not alike.isdisjoint(_layers_of(query))
         }
         if len(set(routes.values())) == 1:
             found.append(f"{direction} {next(iter(routes.values()))}")
@@ -268,8 +270,10 @@ def _rank(layer: Any) -> int:
     return sum(getattr(each, "weight", each).shape[0] for each in ranks)
 
 
-def _is_packed(weight: Any) -> bool:
-    return isinstance(weight, tuple)
+def _layers_of(query: Any) -> list[tuple[int, int, bool]]:
+    """N, R and whether the weight is packed, of every layer."""
+    packed = [isinstance(weight, tuple) for weight in query.weights]
+    return list(zip(query.N, query.R, packed, strict=True))
 
 
 def _rows(M: int) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..factors import Factors, Gradients, Needs, Saved
+from ..four_bit.decoded import Decoded, bytes_saved
 from ..gated import Activation, GatedGradients, GatedLinears, GatedNeeds, GatedSaved
 from ..geometry import Geometry, Numbered, Numbers, of_any, tensors_of
 from ..kernels import launch_plans
@@ -48,9 +50,11 @@ class PlannedTritonBackend(TritonBackend):
         operands: list[Any]
         if numbered is not None:
             geometry, operands = numbered
-        elif plan is not None or type(x) not in PLAIN_TENSORS or _has_decoded(fs):
+        elif plan is not None or type(x) not in PLAIN_TENSORS:
             launch_plans.give_up()
             return super().forward(x, fs, needs, plan)
+        elif _remembering(fs):
+            return self.forward_remembering(x, fs, needs)
         else:
             geometry = of_any((x,), fs)
             operands = [x, *tensors_of(fs)]
@@ -63,6 +67,40 @@ class PlannedTritonBackend(TritonBackend):
                 return result
         return _recorded(key, operands, seed, super().forward, x, fs, needs)
 
+    def forward_remembering(
+        self,
+        x: Tensor,
+        fs: Sequence[Factors],
+        needs: Sequence[Needs],
+        numbered: Numbered | None = None,
+    ) -> tuple[list[Tensor], Saved]:
+        """`forward` of NF4 weights some of which remember W, by a plan that gives W as well."""
+        geometry: Geometry
+        operands: list[Any]
+        fs = _with_room(x, fs)
+        remembering = _remembering(fs)
+        if not remembering:
+            return self.forward(x, fs, needs, None, numbered)
+        if numbered is not None:
+            geometry, operands = numbered
+        else:
+            geometry, operands = of_any((x,), fs), [x, *tensors_of(fs)]
+        key = (geometry, tuple(needs), self._cublas, remembering)
+        seed = NO_SEED if fs[0][7][1] == 0.0 else _seed_words(fs[0])
+        found: Any = _plans.get(key)
+        result = found.run(operands, seed) if type(found) is launch_plans.Plan else None
+        if result is None:
+            compute = super().forward
+
+            def with_weights() -> Any:
+                collecting = _collecting(fs)
+                return compute(x, collecting, needs), _weights_of(collecting)
+
+            result = _recorded(key, operands, seed, with_weights)
+        outputs, weights = result
+        _offer(fs, weights)
+        return outputs
+
     def backward(
         self,
         dYs: Sequence[Tensor],
@@ -73,9 +111,11 @@ class PlannedTritonBackend(TritonBackend):
         plan: Plan | None = None,
         number: int | None = None,
     ) -> list[Gradients]:
-        if plan is not None or type(dYs[0]) is not Tensor or _has_decoded(fs):
+        if plan is not None or type(dYs[0]) is not Tensor:
             launch_plans.give_up()
             return super().backward(dYs, x, saved, fs, needs, plan)
+        if _remembering(fs):
+            fs = _with_dense(fs)
         geometry: Geometry
         operands: list[Any]
         S, V = saved
@@ -100,10 +140,23 @@ class PlannedTritonBackend(TritonBackend):
     def gated_forward(
         self, x: Tensor | None, linears: GatedLinears, activation: Activation, needs: GatedNeeds
     ) -> tuple[Tensor, GatedSaved]:
-        compute = functools.partial(super().gated_forward, x, linears, activation, needs)
         kept = (x, *(f for f in linears[:2] if isinstance(f, Tensor)))
-        key = ("forward", activation, needs)
-        return self._repeated(key, kept, linears, compute)
+        remembering = _remembering(linears)
+        if remembering:
+            linears = GatedLinears(*_with_room(next(t for t in kept if t is not None), linears))
+            remembering = _remembering(linears)
+        collecting = GatedLinears(*_collecting(linears)) if remembering else linears
+        compute = functools.partial(super().gated_forward, x, collecting, activation, needs)
+        if not remembering:
+            return self._repeated(("forward", activation, needs), kept, linears, compute)
+
+        def with_weights() -> Any:
+            return compute(), _weights_of(collecting)
+
+        key = ("forward", activation, needs, remembering)
+        outputs, weights = self._repeated(key, kept, collecting, with_weights)
+        _offer(linears, weights)
+        return outputs
 
     def gated_backward(
         self,
@@ -116,6 +169,8 @@ class PlannedTritonBackend(TritonBackend):
         *,
         in_place: bool,
     ) -> GatedGradients:
+        if _remembering(linears):
+            linears = GatedLinears(*_with_dense(linears))
         arguments = (dY, x, saved, linears, activation, needs)
         compute = functools.partial(super().gated_backward, *arguments, in_place=in_place)
         key = ("backward", activation, needs, in_place)
@@ -127,7 +182,7 @@ class PlannedTritonBackend(TritonBackend):
         """compute() of a gated MLP, or what a plan of it gives."""
         fs = [f for f in linears if isinstance(f, Factors)]
         given = [t for t in tensors if t is not None]
-        if not _is_plannable(given, linears, fs):
+        if not _is_plannable(given, linears):
             launch_plans.give_up()
             return compute()
         of_linears = tuple(map(type, linears)), tuple([t is None for t in tensors])
@@ -171,18 +226,74 @@ def forget() -> None:
     _plans.clear()
 
 
-def _is_plannable(tensors: Sequence[Tensor], linears: GatedLinears, fs: Sequence[Factors]) -> bool:
+def _is_plannable(tensors: Sequence[Tensor], linears: GatedLinears) -> bool:
     """Whether a gated MLP runs in kernels of its own."""
-    plain = all(type(t) in PLAIN_TENSORS for t in tensors)
-    return plain and not _has_decoded(fs) and takes(tensors[0], linears)
+    return all(type(t) in PLAIN_TENSORS for t in tensors) and takes(tensors[0], linears)
 
 
-def _has_decoded(fs: Sequence[Factors]) -> bool:
-    """Whether W of an NF4 weight may be there already: that differs from call to call."""
-    for f in fs:  # noqa: SIM110 - a generator takes longer
-        if isinstance(f[0], NF4Weight) and f[0].decoded is not None:
-            return True
-    return False
+class _Collected(Decoded):
+    """W for a caller who decides whether it is saved."""
+
+    def offer(self, W: Tensor) -> None:
+        self.dense = W
+
+
+def _remembering(layers: Sequence[Any]) -> tuple[bool, ...]:
+    """Of each layer whether its NF4 weight remembers W, or is to; nothing if none does."""
+    for f in layers:
+        # A comprehension, or a call for each, takes longer.
+        if type(f) is Factors and type(f[0]) is NF4Weight and f[0].decoded is not None:
+            return tuple(map(_remembers, layers))
+    return ()
+
+
+def _remembers(f: Any) -> bool:
+    return type(f) is Factors and type(f[0]) is NF4Weight and f[0].decoded is not None
+
+
+def _with_room(x: Tensor, layers: Sequence[Any]) -> list[Any]:
+    """The layers, of which as many remember W as may be saved, in the dtype of x."""
+    count, found = 0, []
+    for f, remembers in zip(layers, _remembering(layers), strict=True):
+        if remembers:
+            N, K = f.weight.shape
+            more = N * K * x.element_size()
+            if bytes_saved.has_room(count + more):
+                count += more
+            else:
+                f = f._replace(weight=replace(f.weight, decoded=None))
+        found.append(f)
+    return found
+
+
+def _collecting(layers: Sequence[Any]) -> list[Any]:
+    """The layers, of which those that remember W give it to this call."""
+    return [
+        f._replace(weight=replace(f.weight, decoded=_Collected())) if remembers else f
+        for f, remembers in zip(layers, _remembering(layers), strict=True)
+    ]
+
+
+def _weights_of(layers: Sequence[Any]) -> list[Tensor | None]:
+    """W where it is remembered."""
+    return [
+        f.weight.decoded.dense if remembers else None
+        for f, remembers in zip(layers, _remembering(layers), strict=True)
+    ]
+
+
+def _offer(layers: Sequence[Any], weights: Sequence[Tensor | None]) -> None:
+    for f, W in zip(layers, weights, strict=True):
+        if W is not None:
+            f.weight.decoded.offer(W)
+
+
+def _with_dense(layers: Sequence[Any]) -> list[Any]:
+    """The layers with W in place of an NF4 weight that remembers it: then they are dense ones."""
+    return [
+        f if W is None else f._replace(weight=W)
+        for f, W in zip(layers, _weights_of(layers), strict=True)
+    ]
 
 
 def _seed_words(f: Factors) -> tuple[int, int]:

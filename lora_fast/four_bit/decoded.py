@@ -42,11 +42,14 @@ class _Bytes:
     def limit(self) -> int:
         return self.largest_block if self.told is None else self.told
 
+    def has_room(self, count: int) -> bool:
+        return self.saved + count <= self.limit
+
     def take(self, W: Tensor) -> bool:
         """Whether W may be saved; it counts until its memory is released."""
         count = W.numel() * W.element_size()
         with self._lock:
-            if self.saved + count > self.limit:
+            if not self.has_room(count):
                 return False
             self.saved += count
         # Of the storage, not of a tensor: checkpointing saves another tensor of the same memory.

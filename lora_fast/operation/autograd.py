@@ -121,12 +121,15 @@ class AdaptedLinears(torch.autograd.Function):
                 keeps_weights = recomputation.is_checkpointed_or_recomputed()
                 break
         if keeps_weights:
-            read_by, numbered = recomputation.remembering(fs), None
+            read_by = recomputation.remembering(fs)
         if numbered is None or backend.name == "torch":
             ys, (S, V) = backend.forward(x, read_by, needs)
         else:
             planned: Any = backend
-            ys, (S, V) = planned.forward(x, fs, needs, None, numbered)
+            if read_by is fs:
+                ys, (S, V) = planned.forward(x, fs, needs, None, numbered)
+            else:
+                ys, (S, V) = planned.forward_remembering(x, read_by, needs, numbered)
         need = needs[0] if len(needs) == 1 else _any_of(needs)
         read = saved_input(x, constants, need, copies=backend.copies_input)
         # A number stays with the constants.

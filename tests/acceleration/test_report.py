@@ -194,6 +194,31 @@ def test_the_route_is_that_of_the_operations_so_far(monkeypatch: pytest.MonkeyPa
     assert routes()[0] in str(lora_fast.report(model))
 
 
+def test_a_backward_pass_of_a_decoded_weight_is_that_of_its_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuning = pytest.importorskip("lora_fast.tuning.tuner")
+    from tuner_queries import NF4
+
+    from lora_fast.tuning import plans
+
+    monkeypatch.setattr(report_module, "uses_triton", lambda device: True)
+    model = accelerated_copy(peft_model("nf4"))
+    (layer,) = lora_layers(model)
+    base, R = layer.base_layer, layer.r["default"]
+    query = NF4._replace(op=plans.FORWARD, K=base.in_features, N=(base.out_features,), R=(R,))
+    dense = query._replace(weights=(torch.bfloat16,))
+    met = [
+        (query, plans.AUGMENTED),
+        (dense._replace(op=plans.BACKWARD), plans.HYBRID),
+        # Of a dense layer.
+        (dense, plans.FUSED),
+    ]
+    monkeypatch.setattr(tuning.tuner, "chosen", lambda: met)
+    (line,) = lora_fast.report(model).layers
+    assert line.route == "forward augmented; backward hybrid"
+
+
 def test_prediction_holds_for_every_state() -> None:
     """What the report predicts is what the next call with a fitting input does."""
     model = accelerated_copy(peft_model(lora_dropout=0.5))

@@ -35,7 +35,6 @@ TESTED_IN = {
     "kernels/surroundings.py": "kernels/test_launch_plans.py",
     "kernels/sync_layout.py": "kernels/test_stuck.py",
     "kernels/ticketed_gemm.py": "kernels/test_kernels.py",
-    "lora_fast/backends/triton_plans.py": "kernels/test_launch_plans.py",
     "lora_fast/factors.py": "test_functional.py",
     "lora_fast/gated.py": "operation/test_gated_mlp.py",
     "lora_fast/peft_layers/plain_groups.py": "peft_layers/test_shared_input.py",
