@@ -12,15 +12,17 @@ import triton.language as tl
 from .environment import precision_of
 from .launch_policy import pick_row_norms
 from .profile import norms_name, norms_work, shown_as
-from .tiles import Matrix, load_tile
+from .tiles import Matrix, in_units, load_tile, unit_of
 
 
 @triton.jit(**shown_as(norms_name, norms_work))
 def row_norms(
     w_ptr, A_ptr, B_ptr, norms_ptr, scaling, N, K, R, stride_wn, stride_wk,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The norms of BLOCK_N rows."""
+    """The norms of BLOCK_N rows; UNIT: of what the rank is a multiple."""
+    R = in_units(R, UNIT)
     dtype = w_ptr.dtype.element_ty
     w_mat = Matrix(w_ptr, stride_wn, stride_wk, N, K)
     A_mat, B_mat = Matrix(A_ptr, K, 1, R, K), Matrix(B_ptr, R, 1, N, R)
@@ -49,7 +51,7 @@ def norms_of(W, A, B, scaling):
     row_norms[(triton.cdiv(N, config.BLOCK_N),)](
         W, A, B, norms, scaling, N, K, R, *W.stride(),
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
-        PRECISION=precision_of(W.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        PRECISION=precision_of(W.dtype), UNIT=unit_of(R), num_warps=config.num_warps,
+        num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return norms

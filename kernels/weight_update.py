@@ -13,21 +13,33 @@ import triton.language as tl
 
 from .launch_policy import UPDATE
 from .profile import shown_as, update_name, update_work
-from .tiles import Matrix, load_factor, load_tile, load_vector, store_tile
+from .tiles import (
+    Matrix,
+    factor_unit,
+    in_units,
+    load_factor,
+    load_tile,
+    load_vector,
+    store_tile,
+    unit_of,
+)
 
 
 @triton.jit(**shown_as(update_name, update_work))
 def weight_update(
     w_ptr, out_ptr, A_ptr, B_ptr, gains, scaling, N, K, R,
     stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UNIT: tl.constexpr,
+    FACTOR_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_N, BLOCK_K] of out; without A and B only the gain."""
+    """One tile [BLOCK_N, BLOCK_K] of out; without A and B only the gain. UNIT and FACTOR_UNIT: of
+    what the rank and the rows of B are multiples."""
     blocks_k = tl.cdiv(K, BLOCK_K)
     offs_n = (tl.program_id(0) // blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = (tl.program_id(0) % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if A_ptr is not None:
+        R, stride_bn = in_units(R, UNIT), in_units(stride_bn, FACTOR_UNIT)
         A_mat = Matrix(A_ptr, stride_ar, stride_ak, R, K)
         B_mat = Matrix(B_ptr, stride_bn, stride_br, N, R)
         for r in range(0, R, BLOCK_R):
@@ -52,6 +64,7 @@ def update(W, out, A, B, gains, scaling):
     weight_update[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(K, config.BLOCK_K),)](
         W, out, A, B, gains, scaling, N, K, R,
         *W.stride(), *out.stride(), *strides_A, *strides_B,
-        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
+        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, UNIT=unit_of(R),
+        FACTOR_UNIT=1 if B is None else factor_unit(B),
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

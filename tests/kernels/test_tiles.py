@@ -16,12 +16,14 @@ from lora_fast.kernels import (
     expert_product,
     expert_shrink,
     expert_sums,
+    row_norms,
     scaling,
     strips,
     ticketed_gemm,
+    weight_update,
 )
 from lora_fast.kernels.expert_product import LowRank
-from lora_fast.kernels.tiles import factor_unit, unit_of
+from lora_fast.kernels.tiles import NO_GAINS, factor_unit, unit_of
 from offline_launches import meta
 
 from bench.instruments import stub_driver
@@ -106,7 +108,19 @@ def _experts(R: int, dtype: torch.dtype) -> None:
     expert_sums.sums(offsets, order, meta(4, M, R), dtype=dtype)
 
 
-KERNELS = {"expand": _expand, "strips": _strips, "gemm": _gemm, "experts": _experts}
+def _weights(R: int, dtype: torch.dtype) -> None:
+    W, A, B = meta(N, K, dtype=dtype), meta(R, K), meta(N, R)
+    row_norms.norms_of(W, A, B, 2.0)
+    weight_update.update(W, W, A, B, NO_GAINS, 2.0)
+
+
+KERNELS = {
+    "expand": _expand,
+    "strips": _strips,
+    "gemm": _gemm,
+    "experts": _experts,
+    "weights": _weights,
+}
 
 
 def _cases():

@@ -44,6 +44,7 @@ CASES = [
     Case(R=1, adapter_dtype=BF16, layout="transposed"),
     Case(R=0, vectors="g", layout="sliced", dtype=FP16),
     Case(R=8, dtype=FP32, adapter_dtype=FP16, in_place=False, vectors="bd"),
+    Case(R=12, adapter_dtype=BF16),
 ]
 
 
