@@ -15,7 +15,7 @@ _SECONDS, _LEAST, _MOST = 0.1, 3, 25
 
 
 class Measured(NamedTuple):
-    """The median of some calls, and the seconds that all of them took."""
+    """The median of some calls, and the seconds of device time that all of them took."""
 
     milliseconds: float
     seconds: float
@@ -28,7 +28,8 @@ Timer = Callable[[Callable[[], Any], float], Measured]
 def on_device(call: Callable[[], Any], seconds: float) -> Measured:
     """Device time of a call on the current device and stream, with a cold L2.
 
-    The first call compiles and is not counted; as few calls follow as fit into `seconds`, but one.
+    The first call compiles, so that it counts as long as the second; as few calls follow as fit
+    into `seconds` with it, but one.
     """
     call()
     evicted = _l2_sized()
@@ -44,10 +45,11 @@ def on_device(call: Callable[[], Any], seconds: float) -> Measured:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-        spent = time.perf_counter() - started
-        if spent + times[-1] / 1e3 > seconds or (len(times) >= _LEAST and spent > _SECONDS):
+        first, spent = times[0] / 1e3, time.perf_counter() - started
+        is_enough = len(times) >= _LEAST and spent > _SECONDS
+        if is_enough or first + spent + times[-1] / 1e3 > seconds:
             break
-    return Measured(statistics.median(times), time.perf_counter() - started)
+    return Measured(statistics.median(times), first + time.perf_counter() - started)
 
 
 def _l2_sized() -> torch.Tensor | None:

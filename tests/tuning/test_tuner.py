@@ -73,6 +73,14 @@ def test_no_more_device_time_than_the_budget():
     assert clock.left == [2.0, 0.5] and clock.ran == list(PLANS[:2])
 
 
+def test_a_plan_that_would_exceed_the_budget_is_not_begun():
+    clock = clock_for(PLANS[0])
+    clock.times = dict.fromkeys(PLANS, 400.0)
+    clock.seconds = 0.8
+    Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run)
+    assert clock.left == pytest.approx([2.0, 1.2]) and clock.ran == list(PLANS[:2])
+
+
 def test_a_timing_of_less_than_a_second_says_nothing(capsys):
     clock = clock_for(OTHER)
     Tuner(times=True, timer=clock).plan(PLAIN, CPU, clock.run)
