@@ -13,7 +13,7 @@ from ..magnitudes import first_of
 
 # The layers of an expert in checkpoints. Where experts are parameters, PEFT takes these names in
 # target_modules for the parameters, whatever else of the model has them.
-_LAYERS_OF_EXPERTS = {
+LAYERS_OF_EXPERTS = {
     "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
     "down_proj": ("down_proj", "w2"),
 }
@@ -57,7 +57,7 @@ def _layers_beside_experts(model: Any) -> list[str]:
     configs = (getattr(model, "peft_config", None) or {}).values()
     # PEFT writes the name of the parameter alone; whoever writes it by hand says whose it is.
     taken = {p for config in configs for p in getattr(config, "target_parameters", None) or ()}
-    names = {name for p in taken for name in _LAYERS_OF_EXPERTS.get(p, ())}
+    names = {name for p in taken for name in LAYERS_OF_EXPERTS.get(p, ())}
     modules = dict(model.named_modules())
     return [
         name

@@ -115,12 +115,7 @@ def diagnose(
         except ValueError as error:
             problems.append(str(error))
     target = parse_arch(arch) if arch else _arch_of(capability)
-    checks: tuple[KernelCheck, ...] = ()
-    if kernels and _is_there("triton"):
-        checks = tuple(compile_kernels(target, lambda layer: told(f"Compiling: {layer}")))
-    problems += [
-        f"{c.layer} does not compile for sm_{target}: {c.error}" for c in checks if c.error
-    ]
+    # What may be named wrongly comes before what takes a minute.
     layers: tuple[LayerPath, ...] = ()
     warnings: tuple[str, ...] = ()
     experts: str | None = None
@@ -132,6 +127,12 @@ def diagnose(
             model, adapter or config, method, quantize, target_modules,
             autocast=AUTOCAST[autocast], has_weights=adapter is not None,
         )  # fmt: skip
+    checks: tuple[KernelCheck, ...] = ()
+    if kernels and _is_there("triton"):
+        checks = tuple(compile_kernels(target, lambda layer: told(f"Compiling: {layer}")))
+    problems += [
+        f"{c.layer} does not compile for sm_{target}: {c.error}" for c in checks if c.error
+    ]
     return Diagnosis(
         version=__version__,
         python=platform.python_version(),

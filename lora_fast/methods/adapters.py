@@ -15,6 +15,7 @@ from .base_model import Base
 from .options import MethodOptions
 from .targets import (
     CLASSIFICATION_HEADS,
+    about_adapted_experts,
     adapts_all_linear,
     expert_parameters_of,
     release_routers,
@@ -269,7 +270,8 @@ def _wrap(base: Base, config: MethodOptions, kind: Any, **options: Any) -> Any:
     try:
         model = get_peft_model(base.model, kind(**options))
     except (ValueError, TypeError) as error:
-        raise TrainingError(f"cannot adapt {base.name}: {first_line(error)}") from error
+        hint = about_adapted_experts(base) if "ParamWrapper" in str(error) else ""
+        raise TrainingError(f"cannot adapt {base.name}: {first_line(error)}{hint}") from error
     if adapts_all_linear(config):
         release_routers(model)
     return _in_float32(model)

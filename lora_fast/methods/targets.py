@@ -122,6 +122,21 @@ def about_left_out(model: nn.Module) -> list[str]:
     return found if beside is None else [*found, beside]
 
 
+def about_adapted_experts(base: Base) -> str:
+    """What to do where PEFT refuses an adapter on experts, which take no dropout and no DoRA."""
+    from ..acceleration.expert_summary import LAYERS_OF_EXPERTS
+
+    taken = {name for names in LAYERS_OF_EXPERTS.values() for name in names}
+    output = base.model.get_output_embeddings()
+    linear = {  # PEFT has wrapped some of them by now
+        name.removesuffix(".base_layer").rpartition(".")[2]: None
+        for name, module in base.model.named_modules()
+        if _is_linear(module) and module is not output and ".lora_" not in name
+    }
+    names = ",".join(name for name in linear if name not in taken)
+    return f" It adapts experts here; to leave them out: --target-modules {names}, no --experts"
+
+
 def bypassed(model: nn.Module) -> list[str]:
     """The names of linear layers that all-linear leaves out: the code of their parent
     multiplies with their weights itself, so that an adapter around them would change nothing."""

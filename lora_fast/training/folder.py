@@ -285,7 +285,14 @@ def _made(out: Path | None) -> tuple[Path, list[Path]]:
     """The folder, and which of it and its parents were created, innermost first."""
     if out is not None:
         absent = [path for path in (out, *out.parents) if not path.exists()]
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise TrainingError(
+                f"--out must be where a folder can be made, got {out}: {error.strerror}"
+            ) from error
         return out, absent
     while True:
         out = RUNS / str(max(_numbers(), default=0) + 1)

@@ -180,10 +180,10 @@ def test_a_folder_that_cannot_be_written(
     capsys: pytest.CaptureFixture[str], tiny: list[str]
 ) -> None:
     Path("file").write_text("")
-    for out in ("file", "file/below"):
+    for out in ("file", "file/below", "/proc/below"):
         code, error = failure(capsys, "train", *tiny, "--out", out)
         assert code == 2
-        assert error.startswith("error: cannot write file")
+        assert error.startswith(f"error: --out must be where a folder can be made, got {out}: ")
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "artefacts"])

@@ -12,6 +12,7 @@ from model_families import EXPERTS_ARE_PARAMETERS, inputs, tiny_model
 from peft import PeftModel
 
 from lora_fast.acceleration.report import adapted_layers
+from lora_fast.errors import TrainingError
 from lora_fast.experts.routers import is_router
 from lora_fast.methods.base_model import Base
 from lora_fast.methods.options import MethodOptions
@@ -62,6 +63,18 @@ def test_the_adapter_without_routers_loads_in_stock_peft(tmp_path: Path) -> None
     loaded = PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path)
     assert layers_of(loaded).keys() == layers_of(model).keys()
     assert torch.equal(loaded(**inputs()).logits, model.eval()(**inputs()).logits)
+
+
+@pytest.mark.parametrize(("method", "options"), [("dora", {}), ("lora", {"dropout": 0.1})])
+def test_what_peft_refuses_on_experts_says_what_to_train_instead(
+    method: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(TrainingError, match="cannot adapt qwen3_moe") as caught:
+        trained("qwen3_moe", method, **options)
+    names = re.findall(r"--target-modules (\S+),", str(caught.value))
+    assert names == ["q_proj,k_proj,v_proj,o_proj"]
+    model = trained("qwen3_moe", method, **options, target_modules=names[0])
+    assert {n.rpartition(".")[2] for n in layers_of(model)} == set(names[0].split(","))
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
