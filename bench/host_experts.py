@@ -30,27 +30,36 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class ExpertCase:
-    """A block of experts by the kind of its weights."""
+    """A block of experts by the kind of its weights, and whether its gate is code of its module,
+    which kernels do not know."""
 
     weight: str
     dtype: torch.dtype
+    own_gate: bool = False
     aim = 0.85
 
     def __str__(self) -> str:
-        return f"experts p0 {self.weight} {str(self.dtype).removeprefix('torch.')}"
+        gate = " own gate" if self.own_gate else ""
+        return f"experts{gate} p0 {self.weight} {str(self.dtype).removeprefix('torch.')}"
 
 
 def cases() -> list[ExpertCase]:
-    return [ExpertCase(weight, dtype) for weight in ("dense", "nf4") for dtype in (BF16, FP32)]
+    plain = [ExpertCase(weight, dtype) for weight in ("dense", "nf4") for dtype in (BF16, FP32)]
+    return [*plain, ExpertCase("dense", FP32, own_gate=True)]
 
 
 def models_of(case: ExpertCase) -> dict[str, Any]:
     """Stock PEFT's block in float32, and ours in the dtype of the case, in training."""
     quantised = case.weight == "nf4"
-    return {
+    models: dict[str, Any] = {
         "peft": build(BLOCK, FP32, quantised=quantised)["peft"].train(),
         "ours": build(BLOCK, case.dtype, quantised=quantised)["lora_fast"].train(),
     }
+    for model in models.values() if case.own_gate else ():
+        # As somebody who replaces it in one module.
+        module = model.get_base_layer()
+        module._apply_gate = module._apply_gate
+    return models
 
 
 def step(experts: nn.Module, dtype: torch.dtype) -> Step:

@@ -2,7 +2,7 @@
 :mod:`triton_experts`, by the plans of :mod:`triton_plans`.
 
 Which rows an expert has is nothing that a plan knows: the offsets are in memory, as x is. A gate
-that is code of its module runs as it is written, since it may call anything.
+that is code of its module, which may call anything, runs between plans.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing
 from ..geometry import of_any, parts_of
 from ..kernels import launch_plans
-from . import triton_experts
+from . import triton_experts, triton_own_gates
 from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
-from .torch_gates import Gate, GluForm, GluGate
+from .torch_gates import Gate, GluGate
 from .triton_plans import NO_SEED, PLAIN_TENSORS, repeated
 
 
@@ -33,13 +33,15 @@ def block_forward(
     needs: BlockNeeds | None,
 ) -> tuple[Tensor, BlockSaved | None]:
     """:func:`lora_fast.backends.torch_experts.block_forward`."""
+    if not isinstance(gate, GluGate):
+        return triton_own_gates.block_forward(
+            x, w, routing, first, second, gate, needs, run=_repeated
+        )
     compute = functools.partial(
         triton_experts.block_forward, x, w, routing, first, second, gate, needs
     )
-    if not isinstance(gate, GluGate):
-        return _as_written(compute)
     tensors = (x, w, routing.order, routing.offsets)
-    return _repeated(("block", needs), gate.form, tensors, (first, second), compute)
+    return _repeated(("block", gate.form, needs), tensors, (first, second), compute)
 
 
 def block_backward(
@@ -54,13 +56,15 @@ def block_backward(
     needs: BlockNeeds,
 ) -> tuple[Tensor | None, Tensor | None, ProjectionGradients, ProjectionGradients]:
     """:func:`lora_fast.backends.torch_experts.block_backward`."""
+    if not isinstance(gate, GluGate):
+        return triton_own_gates.block_backward(
+            dout, x, w, routing, saved, first, second, gate, needs, run=_repeated
+        )
     compute = functools.partial(
         triton_experts.block_backward, dout, x, w, routing, saved, first, second, gate, needs
     )
-    if not isinstance(gate, GluGate):
-        return _as_written(compute)
     tensors = (dout, x, w, routing.order, routing.offsets, *saved)
-    return _repeated(("block backward", needs), gate.form, tensors, (first, second), compute)
+    return _repeated(("block backward", gate.form, needs), tensors, (first, second), compute)
 
 
 def project_forward(
@@ -68,7 +72,7 @@ def project_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`lora_fast.backends.torch_experts.project_forward`."""
     compute = functools.partial(triton_experts.project_forward, x, offsets, projection, needs)
-    return _repeated(("project", needs), None, (x, offsets), (projection,), compute)
+    return _repeated(("project", needs), (x, offsets), (projection,), compute)
 
 
 def project_backward(
@@ -86,18 +90,17 @@ def project_backward(
         triton_experts.project_backward, dY, x, S, offsets, projection, needs, needs_x=needs_x
     )
     key = ("project backward", needs, needs_x)
-    return _repeated(key, None, (dY, x, S, offsets), (projection,), compute)
+    return _repeated(key, (dY, x, S, offsets), (projection,), compute)
 
 
 def _repeated(
     key: Any,
-    form: GluForm | None,
     tensors: Sequence[Tensor | None],
     projections: Sequence[Projection],
     compute: Callable[[], Any],
 ) -> Any:
     """compute(), or what a plan of it gives."""
-    operands, about = [*tensors], [key, form]
+    operands, about = [*tensors], [key]
     for weight, bias, A, B, scaling in projections:
         about.append(scaling)
         if isinstance(weight, NF4Experts):
@@ -110,10 +113,6 @@ def _repeated(
         operands += (bias, A, B)
     for t in operands:
         if t is not None and type(t) not in PLAIN_TENSORS:
-            return _as_written(compute)
+            launch_plans.give_up()
+            return compute()
     return repeated((*about, of_any(operands, ())), operands, NO_SEED, compute)
-
-
-def _as_written(compute: Callable[[], Any]) -> Any:
-    launch_plans.give_up()
-    return compute()

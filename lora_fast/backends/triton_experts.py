@@ -11,7 +11,7 @@ of :mod:`triton_expert_products`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from ..kernels import (
     expert_gate_forward,
     expert_gate_gradients,
     expert_gradients,
-    expert_product,
     expert_scatter,
     expert_shrink,
     expert_sums,
@@ -31,11 +30,10 @@ from ..kernels import (
     shrink,
 )
 from ..kernels.expert_gate_tiles import ExpertMember, Glu
-from ..kernels.expert_product import LowRank
 from ..kernels.launch_plans import called, empty
 from . import triton_expert_products as products
 from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
-from .torch_gates import Gate, GluGate
+from .torch_gates import GluGate
 from .torch_low_rank import given
 from .torch_ops import without_autocast
 from .triton_operands import Launching
@@ -47,30 +45,27 @@ def block_forward(
     routing: Routing,
     first: Projection,
     second: Projection,
-    gate: Gate,
+    gate: GluGate,
     needs: BlockNeeds | None,
 ) -> tuple[Tensor, BlockSaved | None]:
     """:func:`lora_fast.backends.torch_experts.block_forward`."""
     offsets = routing.offsets
     with Launching(x), without_autocast(x):
         first, second = products.readable(first), products.readable(second)
-        in_gate, widens = isinstance(gate, GluGate), products.augments(first)
-        found = expert_shrink.gather(
-            x, routing.order, offsets, _transposed(first.A), widens=widens and not in_gate
-        )
-        if in_gate:  # its kernel adds the low rank and the bias
-            u = products.product(found.rows, products.dense(first, x.dtype), offsets)
-        else:
-            u = products.output(found.rows, found.S, first, offsets, widened=widens)
+        found = expert_shrink.gather(x, routing.order, offsets, transposed(first.A))
+        # The kernel of the gate adds the low rank and the bias.
+        u = products.product(found.rows, products.dense(first, x.dtype), offsets)
         found = found._replace(rows=None)
-        h, S2 = _gated(u, found.S, offsets, first, second, gate)
+        h, S2 = expert_gate_forward.activate(
+            _member(u, found.S, first), offsets, Glu(*gate.form), second.A,
+            widens=products.augments(second),
+        )  # fmt: skip
         y = products.output(h, S2, second, offsets, widened=products.augments(second))
-        out = expert_scatter.scatter(y, found.back, offsets, x.shape[0], _contiguous(w))
+        out = expert_scatter.scatter(y, found.back, offsets, x.shape[0], contiguous(w))
     if needs is None:
         return out, None
     # A kernel of the gate adds the low rank to u once more in backward.
-    S1 = found.S if needs.first.B or isinstance(gate, GluGate) else None
-    return out, BlockSaved(u, S1, S2 if needs.second.B else None)
+    return out, BlockSaved(u, found.S, S2 if needs.second.B else None)
 
 
 def block_backward(
@@ -81,38 +76,50 @@ def block_backward(
     saved: BlockSaved,
     first: Projection,
     second: Projection,
-    gate: Gate,
+    gate: GluGate,
     needs: BlockNeeds,
 ) -> tuple[Tensor | None, Tensor | None, ProjectionGradients, ProjectionGradients]:
     """:func:`lora_fast.backends.torch_experts.block_backward`."""
     offsets, tokens = routing.offsets, dout.shape[0]
-    sorted_by: dict[str, Any] = {"order": routing.order, "gathers": True}
-    dx = dw = None
+    dx = dw = dA2 = None
     of_first = ProjectionGradients()
     goes_on = needs.x or any(needs.first)
     with Launching(dout), without_autocast(dout):
-        first, second = products.readable(first), products.readable(second)
-        w = _contiguous(w)
-        vector = second.bias if needs.w else None
-        dy = expert_shrink.gather(
-            dout, routing.order, offsets, second.B, second.scaling, vector=vector, is_grad=True
-        )
-        dB2, dbias2 = expert_gradients.gradients(
-            dout, saved.S2, offsets, scaling=second.scaling, w=w, **sorted_by,
-            factor=second.B if needs.second.B else None,
-            bias=second.bias if needs.second.bias else None,
-        )  # fmt: skip
-        dA2 = None
+        first, second, w = products.readable(first), products.readable(second), contiguous(w)
+        dy, dB2, dbias2 = gathered(dout, w, routing, saved.S2, second, needs)
         if goes_on or needs.w or needs.second.A:
             v = products.input_gradient(dy.rows, None, second, offsets)
             dy = dy._replace(rows=None)
             through = _gate_gradients(v, dy, w, routing, saved, first, second, gate, needs)
             dA2, dw = through.second_A, through.dw
         if goes_on:
-            dX, of_first = _before_gate(through, x, routing, saved.S1, first, needs)
+            dX, of_first = before_gate(through, x, routing, saved.S1, first, needs)
             if dX is not None:
                 dx = expert_scatter.scatter(dX, dy.back, offsets, tokens)
     return dx, dw, of_first, ProjectionGradients(dbias2, dA2, dB2)
+
+
+def gathered(
+    dout: Tensor,
+    w: Tensor,
+    routing: Routing,
+    S2: Tensor | None,
+    second: Projection,
+    needs: BlockNeeds,
+) -> tuple[expert_shrink.Gathered, Tensor | None, Tensor | None]:
+    """The rows of dout by expert with their dS2, dB2 and dbias2; w is contiguous, and `second`
+    readable."""
+    order, offsets = routing.order, routing.offsets
+    dy = expert_shrink.gather(
+        dout, order, offsets, second.B, second.scaling,
+        vector=second.bias if needs.w else None, is_grad=True,
+    )  # fmt: skip
+    dB2, dbias2 = expert_gradients.gradients(
+        dout, S2, offsets, scaling=second.scaling, w=w, order=order, gathers=True,
+        factor=second.B if needs.second.B else None,
+        bias=second.bias if needs.second.bias else None,
+    )  # fmt: skip
+    return dy, dB2, dbias2
 
 
 def project_forward(
@@ -147,7 +154,7 @@ def project_backward(
     return dX, found
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     """du [P, P1], and the memory [P, P1 + padding] in whose first columns it lies, where dS1 beside
     it makes dx one product."""
 
@@ -155,32 +162,15 @@ class _Room(NamedTuple):
     wide: Tensor | None = None
 
 
-class _Through(NamedTuple):
+class Through(NamedTuple):
     """The gradients around the gate: du, and dw [T, k], dS1, dB1 and dA2, or None where
     they were not asked for, or the launch does not make them."""
 
-    du: _Room
+    du: Room
     dw: Tensor | None = None
     dS1: Tensor | None = None
     first_B: Tensor | None = None
     second_A: Tensor | None = None
-
-
-def _gated(
-    u: Tensor, S1: Tensor | None, offsets: Tensor, first: Projection, second: Projection, gate: Gate
-) -> tuple[Tensor, Tensor | None]:
-    """h [P, I], or [h | S2 | 0] for a weight that takes it so, and S2. u [P, P1] is the base
-    product, or for a gate that its module computes the whole one."""
-    if isinstance(gate, GluGate):
-        h, S2 = expert_gate_forward.activate(
-            _member(u, S1, first),
-            offsets,
-            Glu(*gate.form),
-            second.A,
-            widens=products.augments(second),
-        )
-        return h, S2
-    return products.beside(gate.forward(u), offsets, second)
 
 
 def _member(u: Tensor, S1: Tensor | None, first: Projection) -> ExpertMember:
@@ -195,30 +185,15 @@ def _gate_gradients(
     saved: BlockSaved,
     first: Projection,
     second: Projection,
-    gate: Gate,
+    gate: GluGate,
     needs: BlockNeeds,
-) -> _Through:
+) -> Through:
     """The gradients around the gate for v [P, I], the base product dy W2, and dS2 [P, R]."""
-    if isinstance(gate, GluGate):
-        glu = Glu(*gate.form)
-        ranks = [0 if p.A is None else p.A.shape[1] for p in (first, second)]
-        arch = environment.current_arch()
-        fits = gated_policy.fits_experts(v.dtype, ranks, arch, plain=glu.is_plain)
-        through = _by_strips if fits else _by_tiles
-        return through(v, dy, w, routing, saved, first, second, glu, needs)
-    offsets, dw, dA = routing.offsets, None, None
-    if dy.S is not None:
-        expert_product.add_(v, offsets, LowRank(dy.S, given(second.A).mT))
-    h, vjp = gate.rebuilt(saved.rows)
-    if needs.w:
-        parts = torch.linalg.vecdot(v.float(), h.float()).unsqueeze(0)
-        _, dw = expert_sums.sums(offsets, routing.order, None, parts, dy.dots, w=w)
-    if needs.second.A:
-        dA, _ = expert_gradients.gradients(
-            h, dy.S, offsets, factor=second.A, is_A=True, order=routing.order, w=w
-        )
-    of_rows = w.view(-1)[routing.order].float().unsqueeze(1)
-    return _Through(_Room(vjp((v * of_rows).to(h.dtype))), dw, second_A=dA)
+    glu = Glu(*gate.form)
+    ranks = [0 if p.A is None else p.A.shape[1] for p in (first, second)]
+    fits = gated_policy.fits_experts(v.dtype, ranks, environment.current_arch(), plain=glu.is_plain)
+    by = _by_strips if fits else _by_tiles
+    return by(v, dy, w, routing, saved, first, second, glu, needs)
 
 
 def _by_strips(
@@ -231,7 +206,7 @@ def _by_strips(
     second: Projection,
     glu: Glu,
     needs: BlockNeeds,
-) -> _Through:
+) -> Through:
     """All of them in one launch, and one that adds the parts of its programs."""
     room = _room(saved.rows, first, needs)
     wants_dS = first.A is not None and (needs.x or needs.first.A)
@@ -245,16 +220,16 @@ def _by_strips(
         dS1, dw = expert_sums.sums(
             routing.offsets, routing.order, found.dS, found.dw, dy.dots, dtype=v.dtype, w=w
         )
-    return _Through(room, dw, dS1, found.B, found.A)
+    return Through(room, dw, dS1, found.B, found.A)
 
 
-def _room(rows: Tensor, first: Projection, needs: BlockNeeds) -> _Room:
+def _room(rows: Tensor, first: Projection, needs: BlockNeeds) -> Room:
     (P, width), dtype = rows.shape, rows.dtype
     # In float16 dS has to be scaled before it becomes an operand.
     if not needs.x or not products.augments(first) or dtype is torch.float16:
-        return _Room(empty(rows, P, width))
+        return Room(empty(rows, P, width))
     wide = empty(rows, P, width + shrink.padding_of(given(first.A).shape[1]))
-    return _Room(wide[:, :width], wide)
+    return Room(wide[:, :width], wide)
 
 
 def _by_tiles(
@@ -267,7 +242,7 @@ def _by_tiles(
     second: Projection,
     glu: Glu,
     needs: BlockNeeds,
-) -> _Through:
+) -> Through:
     """du and dw in one launch, which leaves w h in the memory of v."""
     offsets, order, dw, dA = routing.offsets, routing.order, None, None
     room = _room(saved.rows, first, needs)
@@ -279,11 +254,11 @@ def _by_tiles(
         _, dw = expert_sums.sums(offsets, order, None, parts, dy.dots, w=w)
     if needs.second.A:
         dA, _ = expert_gradients.gradients(v, dy.S, offsets, factor=second.A, is_A=True)
-    return _Through(room, dw, second_A=dA)
+    return Through(room, dw, second_A=dA)
 
 
-def _before_gate(
-    through: _Through,
+def before_gate(
+    through: Through,
     x: Tensor | None,
     routing: Routing,
     S1: Tensor | None,
@@ -336,11 +311,11 @@ def _factor_gradients(
     return ProjectionGradients(dbias, dA, dB)
 
 
-def _contiguous(w: Tensor) -> Tensor:
+def contiguous(w: Tensor) -> Tensor:
     return w if w.is_contiguous() else called(Tensor.contiguous, w)
 
 
-def _transposed(A: Tensor | None) -> Tensor | None:
+def transposed(A: Tensor | None) -> Tensor | None:
     return None if A is None else A.mT
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checked_plans import leave_unchecked
-from expert_checks import E, fused, operands, run
+from expert_checks import GATES, E, fused, operands, run
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -17,7 +17,7 @@ from bench.instruments import stub_driver
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast.backends import triton_expert_plans, triton_expert_products, triton_plans
 from lora_fast.experts.nf4_experts import NF4Experts
-from lora_fast.functional import adapted_experts
+from lora_fast.functional import adapted_experts, adapted_linear
 from lora_fast.nf4 import NF4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -63,6 +63,9 @@ CASES: dict[str, tuple[Callable[..., Tensor], torch.dtype, dict[str, Any]]] = {
     "nf4": (fused("silu"), BF16, {"nf4": False, "inner": 32}),
     "nf4, transposed": (fused("silu"), FP32, {"nf4": True, "inner": 32}),
     "nf4, transposed, strips": (fused("silu"), BF16, {"nf4": True, "inner": 32}),
+    "own": (fused("own"), FP32, {}),
+    "own, float16": (fused("own"), FP16, {"bias": False}),
+    "own, nf4, transposed": (fused("own"), BF16, {"nf4": True, "inner": 32}),
     "one projection": (project, BF16, {}),
     "one projection, nf4": (project, BF16, {"nf4": False, "inner": 32}),
     "one projection, nf4, transposed": (project, BF16, {"nf4": True, "inner": 32}),
@@ -175,11 +178,29 @@ def test_another_geometry_has_no_plan_yet(launches: Any, bound: list[str], chang
 
 
 @pytest.mark.offline
-def test_a_gate_of_a_module_runs_as_it_is_written(launches: Any, bound: list[str]) -> None:
-    """Whatever it calls, operations of ours among them, is part of no plan."""
-    for seed in range(4):
-        run(fused("own"), values_of(seed), FP32)
-    assert len(bound) == len(launches) > 0
+def test_a_gate_of_a_module_runs_between_plans(
+    launches: Any, bound: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it calls, operations of ours among them, is part of no plan of the block."""
+    calls: list[Tensor] = []
+    weight = torch.ones(2 * SIZES["inner"], 2 * SIZES["inner"])
+
+    def gate(rows: Tensor) -> Tensor:
+        calls.append(rows)
+        factors = (torch.ones(4, rows.shape[1]), torch.ones(rows.shape[1], 4))
+        rows = adapted_linear(rows, weight, A=factors[0], B=factors[1])
+        first, second = rows.chunk(2, dim=-1)
+        return first * second
+
+    monkeypatch.setitem(GATES, "own", ({"activation": gate}, *GATES["own"][1:]))
+    before = []
+    for seed in range(5):
+        run(fused("own"), values_of(seed), FP32, trained("own"))
+        before.append((len(calls), len(bound), len(launches)))
+    each = before[0][2]
+    assert [n for n, _, _ in before] == [2, 4, 6, 8, 10]  # once in forward, once in backward
+    assert [n for _, _, n in before] == [each * i for i in range(1, 6)]
+    assert before[-1][1] == before[2][1] < 3 * each
 
 
 @pytest.mark.offline

@@ -65,6 +65,7 @@ TESTED_IN = {
     "lora_fast/backends/triton_expert_products.py": "backends/test_triton_experts.py",
     "lora_fast/backends/triton_gradients.py": "backends/test_routes.py",
     "lora_fast/backends/triton_operands.py": "backends/test_routes.py",
+    "lora_fast/backends/triton_own_gates.py": "backends/test_triton_expert_plans.py",
     "lora_fast/backends/triton_ops.py": "backends/test_routes.py",
     "lora_fast/base_layer/call_counts.py": "acceleration/test_report.py",
     "lora_fast/base_layer/obstacles.py": "base_layer/test_linear.py",
