@@ -333,3 +333,28 @@ def test_a_checkpointed_group_is_recomputed_together() -> None:
     graph, counter = compiled(model)
     assert_equal(model, graph, torch.randn(3, K))
     assert operators(counter) == TOGETHER
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_graph_takes_the_routes_of_eager_mode(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with one graph for many rows and few: cuBLAS multiplies with W, or one launch
+    does all."""
+    from bench.instruments import stub_driver
+    from lora_fast.backends import selection, triton_plans
+
+    backend = triton_plans.PlannedTritonBackend(cublas=True)
+    monkeypatch.setattr(selection, "_triton", lambda name: backend)
+    model = lora_fast.accelerate(stock_model(kind, lora_dropout=0.1)).train()
+    graph, counter = compiled(model, dynamic=True)
+    launched = []
+    for call in (model, graph):
+        with stub_driver.recording(90) as log, lora_fast.set_backend("triton"):
+            for rows in (80, 200, 30):
+                call(torch.randn(rows, K, requires_grad=True)).sum().backward()
+        launched.append(log.names)
+    assert operators(counter) == TOGETHER
+    assert launched[0] == launched[1]
+    many = ["shrink", "expand"] if kind == "dense" else ["shrink", *3 * ["nf4_decode_augmented"]]
+    few = ["ticketed_gemm"] * 3 + ["strips", "ticketed_gemm", "strips"]
+    assert launched[1][: len(many)] == many and launched[1][-len(few) :] == few
