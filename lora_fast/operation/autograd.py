@@ -136,12 +136,16 @@ class AdaptedLinears(torch.autograd.Function):
         seed: Any = constants[2]
         seed = None if type(seed) is int or not isinstance(seed, Tensor) else seed
         weights = recomputation.saved_weights(read_by, x) if keeps_weights else ()
-        kept: Any = tensors
-        for i, each in enumerate(needs):
-            if not each.bias and tensors[i * _PER_LAYER + 1] is not None:
+        kept: list[Any] = [*tensors]
+        for i, t in enumerate(tensors):
+            if t is None:
+                continue
+            if i % _PER_LAYER == 1 and not needs[i // _PER_LAYER].bias:
                 # Nobody reads a frozen bias again, which may be an inference tensor.
-                kept = [*kept]
-                kept[i * _PER_LAYER + 1] = None
+                kept[i] = None
+            elif t.is_leaf:
+                # What it is now: backward would read what is assigned to its .data until then.
+                kept[i] = t.detach()
         ctx.save_for_backward(read, S, V, seed, *kept, *weights)
         others = [(f[0] if type(f[0]) is NF4Weight else None, f[7]) for f in fs]
         if seed is not None:

@@ -69,7 +69,11 @@ class AdaptedExperts(torch.autograd.Function):
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
         ctx.way = experts_for(x, projection)
         y, S = ctx.way.project_forward(x, offsets, projection, needs)
-        ctx.save_for_backward(x if needs.A else None, S, offsets, *tensors)
+        kept = [*tensors]
+        for i, t in enumerate(tensors):
+            if t is not None and t.is_leaf:
+                kept[i] = t.detach()  # see autograd.py
+        ctx.save_for_backward(x if needs.A else None, S, offsets, *kept)
         ctx.unsaved = _unsaved(projection)
         return y
 
@@ -104,7 +108,11 @@ class ExpertsBlock(torch.autograd.Function):
         out, saved = ctx.way.block_forward(x, w, routing, first, second, gate, needs)
         assert saved is not None
         read = x if needs.first.A else None
-        ctx.save_for_backward(read, w, *routing[:3], *saved, *tensors)
+        kept = [*tensors]
+        for i, t in enumerate(tensors):
+            if t is not None and t.is_leaf:
+                kept[i] = t.detach()
+        ctx.save_for_backward(read, w, *routing[:3], *saved, *kept)
         ctx.unsaved, ctx.gate = (_unsaved(first), _unsaved(second)), gate
         ctx.complete = routing.complete
         return out

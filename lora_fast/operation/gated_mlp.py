@@ -191,9 +191,11 @@ class GatedMLP(torch.autograd.Function):
         seeds = [f.constants.dropout_seed if isinstance(f, Factors) else None for f in linears]
         drawn = [seed if isinstance(seed, Tensor) else None for seed in seeds]
         kept = [*tensors[2:]]
-        for i, need in enumerate(needs):
-            if not need.bias:
-                kept[_PER_LAYER * i + 1] = None  # see autograd.py
+        for i, t in enumerate(kept):  # see autograd.py
+            if t is not None and i % _PER_LAYER == 1 and not needs[i // _PER_LAYER].bias:
+                kept[i] = None
+            elif t is not None and t.is_leaf:
+                kept[i] = t.detach()
         ctx.save_for_backward(read, *saved, *drawn, *kept, *weights)
         ctx.others = [_unsaved(f) for f in linears]
         ctx.backend, ctx.activation, ctx.is_fused = backend, activation, linears.is_fused

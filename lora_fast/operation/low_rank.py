@@ -61,6 +61,9 @@ class _AddLowRank(torch.autograd.Function):
         ctx.constants = f.constants if word is None else f.constants._replace(dropout_seed=0)
         read = saved_input(x, f.constants, needs, copies=backend.copies_input)
         bias, *others = tensors
+        for i, t in enumerate(others):
+            if t is not None and t.is_leaf:
+                others[i] = t.detach()  # see autograd.py
         ctx.save_for_backward(read, saved.S, word, bias if needs.bias else None, *others)
         ctx.backend, ctx.dtypes = backend, (x.dtype, out.dtype if y is None else y.dtype)
         return out

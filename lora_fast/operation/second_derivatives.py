@@ -47,7 +47,10 @@ def differentiable_once(gradients: _Gradients, x: int | None = 0) -> _Gradients:
         # Without x, or with a copy of it, nothing leads back to where it came from.
         if reads_x and (saved[0] is None or not saved[0].requires_grad):
             raise RuntimeError(_REFUSED)
-        sources = [t for t in (*dYs, *saved) if isinstance(t, Tensor) and t.requires_grad]
+        # Parameters are saved without the way back to them (autograd.py).
+        leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions)
+        read_from = (*dYs, *saved, *leaves)
+        sources = [t for t in read_from if isinstance(t, Tensor) and t.requires_grad]
         places = [i for i, t in enumerate(found) if t is not None]
         made = _Refusing.apply(len(places), *(found[i] for i in places), *sources)
         results: list[Tensor | None] = [None] * len(found)
