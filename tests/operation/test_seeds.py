@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import attentions
+import gated_models
 import pytest
 import torch
 from equation import FACTORS, Case, Operands, fused, make
@@ -197,6 +199,37 @@ def test_every_launch_that_drops_reads_the_seed(monkeypatch: pytest.MonkeyPatch)
     # dB and the parts of dS are made of dY, which is not dropped.
     assert [seed is None for seed in read] == [False, True, False, False]
     assert all(seed is None for (_, p), seed in seeds.items() if not p)
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("cublas", [True, False])
+@pytest.mark.parametrize("kind", ["group", "mlp"])
+def test_a_captured_step_reads_its_seeds_though_launches_were_recorded_before(
+    kind: str, cublas: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with make_graphed_callables, which warms up first: no launch repeats a number."""
+    from lora_fast.backends import selection, triton_plans
+
+    backend = triton_plans.PlannedTritonBackend(cublas=cublas)
+    monkeypatch.setattr(selection, "_triton", lambda name: backend)
+    models = attentions if kind == "group" else gated_models
+    model = lora_fast.accelerate(models.stock_model("nf4", lora_dropout=0.1)).train()
+    width = attentions.K if kind == "group" else gated_models.H
+
+    def seeds() -> tuple[list[str], list[str]]:
+        """The launches that are given a number, and those that read a word."""
+        with stub_driver.recording(90) as log, lora_fast.set_backend("triton"):
+            model.get_base_model()(torch.randn(80, width, requires_grad=True)).sum().backward()
+        given = [(launch.name, launch.arguments) for launch in log.launches]
+        numbers = [name for name, arguments in given if arguments.get("seed_low")]
+        return numbers, [name for name, arguments in given if arguments.get("seed_ptr") is not None]
+
+    numbers, words = [seeds() for _ in range(3)][-1]
+    assert len(numbers) > 3 and words == []
+    for module in (torch_dropout, triton_plans):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    for _ in range(2):
+        assert seeds() == ([], numbers)
 
 
 @pytest.mark.offline
