@@ -178,6 +178,18 @@ def test_another_geometry_has_no_plan_yet(launches: Any, bound: list[str], chang
 
 
 @pytest.mark.offline
+def test_a_square_weight_that_is_stored_transposed_has_another_plan(
+    launches: Any, bound: list[str]
+) -> None:
+    """Nothing else of it differs: as many bytes, of the same shape."""
+    sizes = {"bias": False, "hidden": 64, "inner": 32}
+    for transposed in (False, False, False, True):
+        before = len(bound)
+        run(project, values_of(nf4=transposed, **sizes), BF16, ("x", "first.A", "first.B"))
+    assert len(bound) > before
+
+
+@pytest.mark.offline
 def test_a_gate_of_a_module_runs_between_plans(
     launches: Any, bound: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
