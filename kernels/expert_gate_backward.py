@@ -39,11 +39,11 @@ from .expert_gate_tiles import (
 from .expert_tiles import expert_rows, of_expert
 from .gated_backward import plus_product, three_zeros
 from .gated_policy import pick_expert_backward
-from .gated_tiles import GatedTiles, are_eights, in_eights
+from .gated_tiles import GatedTiles, are_eights
 from .launch_plans import empty, launch
 from .launch_policy import rank_block, settles_products
 from .profile import expert_gate_backward_name, expert_gate_backward_work, shown_as
-from .tiles import Matrix, Target, load_tile, store_tile
+from .tiles import Matrix, Target, in_units, load_tile, store_tile
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("P",)
@@ -235,11 +235,12 @@ def expert_gate_backward(
 ):  # fmt: skip
     """Program (block of PARTS tiles of columns, expert)."""
     if TILES.EIGHTS:
-        gate = expert_branch_in_eights(gate, TILES.EIGHTS)
-        up = expert_branch_in_eights(up, TILES.EIGHTS)
+        gate = expert_branch_in_eights(gate)
+        up = expert_branch_in_eights(up)
+    UNIT: tl.constexpr = 8 if TILES.EIGHTS else 1
     down = ExpertDown(
         down.v_ptr, down.dS_ptr, down.A_ptr, down.w_ptr, down.order_ptr,
-        in_eights(down.R, TILES.EIGHTS), down.stride_v, in_eights(down.stride_dS, TILES.EIGHTS),
+        in_units(down.R, UNIT), down.stride_v, in_units(down.stride_dS, UNIT),
         down.stride_ae, down.stride_ar, down.stride_al,
     )  # fmt: skip
     block, expert = tl.program_id(0), tl.program_id(1)

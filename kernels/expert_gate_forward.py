@@ -25,14 +25,14 @@ from .expert_gate_tiles import (
 from .expert_tiles import expert_tile, experts_block, of_expert, programs
 from .gated_forward import add_to_parts
 from .gated_policy import pick_expert_forward, tiles_each
-from .gated_tiles import GatedTiles, are_eights, in_eights, steps_of
+from .gated_tiles import GatedTiles, are_eights, steps_of
 from .launch_plans import empty, launch
 from .launch_policy import rank_block, settles_products
 from .out_of_resources import OutOfResources, instead_of
 from .profile import expert_gate_forward_name, expert_gate_forward_work, shown_as
 from .shrink import padding_of
 from .sync_layout import ARRIVALS
-from .tiles import Matrix, Target, load_tile, settled, store_tile
+from .tiles import Matrix, Target, in_units, load_tile, settled, store_tile
 from .workspace import sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
@@ -104,9 +104,9 @@ def expert_gate_forward(
 ):  # fmt: skip
     """Program (range of so many tiles of columns, tile of rows); wide_ptr: the end of h's rows."""
     if TILES.EIGHTS:
-        gate = expert_branch_in_eights(gate, TILES.EIGHTS)
-        up = expert_branch_in_eights(up, TILES.EIGHTS)
-        R = in_eights(R, TILES.EIGHTS)
+        gate = expert_branch_in_eights(gate)
+        up = expert_branch_in_eights(up)
+        R = in_units(R, 8)
     part, program = tl.program_id(0), tl.program_id(1)
     tile = expert_tile(program, offsets_ptr, experts, P, TILES.BLOCK_M, BLOCK_E)
     expert, last_m = tile.index, tile.stop

@@ -18,6 +18,7 @@ from .expert_gate_forward import member_rank
 from .expert_gate_tiles import (
     acted,
     branches_of,
+    expert_branch_in_eights,
     load_bases,
     load_weights,
     shifted,
@@ -27,12 +28,12 @@ from .expert_gate_tiles import (
 )
 from .expert_tiles import expert_tile, experts_block, of_expert, programs
 from .gated_policy import pick_expert_gradients, tiles_each
-from .gated_tiles import GatedTiles, steps_of
+from .gated_tiles import GatedTiles, are_eights, steps_of
 from .launch_plans import empty, launch
 from .out_of_resources import OutOfResources, instead_of
 from .profile import expert_gate_gradients_name, expert_gate_gradients_work, shown_as
 from .scaling import largest_finite, power_of_two
-from .tiles import Matrix, Target, load_tile, store_tile
+from .tiles import Matrix, Target, in_units, load_tile, store_tile
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
 _VARYING = ("P", "tiles")
@@ -139,6 +140,13 @@ def expert_gate_gradients(
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Program (range of so many tiles of columns, tile of rows)."""
+    if TILES.EIGHTS:
+        gate = expert_branch_in_eights(gate)
+        up = expert_branch_in_eights(up)
+        down = DownRows(
+            down.dS_ptr, down.A_ptr, down.w_ptr, down.order_ptr, in_units(down.R, 8),
+            in_units(down.stride_dS, 8), down.stride_ae, down.stride_ar, down.stride_al,
+        )  # fmt: skip
     part = tl.program_id(0)
     tile = expert_tile(tl.program_id(1), offsets_ptr, experts, P, TILES.BLOCK_M, BLOCK_E)
     expert, last_m = tile.index, tile.stop
@@ -176,14 +184,16 @@ def gradients(
     each = tiles_each(config, count, L)
     ranges = -(-L // (config.BLOCK_L * each))
     step = steps_of([member_rank(member), R], dtype)
+    branches = branches_of(member, glu)
+    eights = are_eights(branches, down.R, down.stride_dS)
     dw = empty(v, ranges, P, dtype=torch.float32) if needs_w else None
     try:
         launch(
             expert_gate_gradients, (ranges, count),
-            *branches_of(member, glu), down, offsets, v, *glu.halves(out, 1), dw, P, L, E, each,
+            *branches, down, offsets, v, *glu.halves(out, 1), dw, P, L, E, each,
             v.stride(0), out.stride(0),
             STORES_h=stores_h, BLOCK_E=experts_block(E), GLU=glu,
-            TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, step[0], *step),
+            TILES=GatedTiles(config.BLOCK_M, config.BLOCK_L, step[0], *step, eights),
             TARGET=Target(precision_of(dtype)),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

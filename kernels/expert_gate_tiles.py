@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .activations import activated
 from .expert_tiles import of_expert
-from .gated_tiles import Branch, in_eights, load_Q, plus_low_rank
-from .tiles import Matrix, load_tile, store_tile
+from .gated_tiles import Branch, load_Q, plus_low_rank
+from .tiles import Matrix, in_units, load_tile, store_tile
 
 
 class Glu(NamedTuple):
@@ -73,12 +73,12 @@ class ExpertBranch(NamedTuple):
 
 
 @triton.jit
-def expert_branch_in_eights(branch, EIGHTS: tl.constexpr):
-    """An ExpertBranch whose rank and rows the compiler sees to be multiples of 8, if they are."""
+def expert_branch_in_eights(branch):
+    """An ExpertBranch whose rank and rows the compiler sees to be multiples of 8, as they are."""
     return ExpertBranch(
         branch.base_ptr, branch.s_ptr, branch.B_ptr, branch.bias_ptr, branch.scaling,
-        in_eights(branch.R, EIGHTS), branch.stride_base, in_eights(branch.stride_s, EIGHTS),
-        branch.stride_be, in_eights(branch.stride_bl, EIGHTS), branch.stride_br,
+        in_units(branch.R, 8), branch.stride_base, in_units(branch.stride_s, 8),
+        branch.stride_be, in_units(branch.stride_bl, 8), branch.stride_br,
         branch.stride_bias_e, branch.stride_bias_l,
     )  # fmt: skip
 

@@ -263,9 +263,9 @@ def gated_backward(
     """Program (block of PARTS tiles of columns, range of rows)."""
     block, range_index = tl.program_id(0), tl.program_id(1)
     if TILES.EIGHTS:
-        gate = branch_in_eights(gate, TILES.EIGHTS)
-        up = branch_in_eights(up, TILES.EIGHTS)
-        down = down_in_eights(down, TILES.EIGHTS)
+        gate = branch_in_eights(gate)
+        up = branch_in_eights(up)
+        down = down_in_eights(down)
     BLOCK_R: tl.constexpr = TILES.BLOCK_R
     first_m = range_index * rows_per_range
     last_m = tl.minimum(first_m + rows_per_range, M)

@@ -22,7 +22,6 @@ from .gated_tiles import (
     are_eights,
     branch_in_eights,
     branch_of,
-    in_eights,
     load_branch,
     steps_of,
 )
@@ -32,7 +31,7 @@ from .out_of_resources import OutOfResources, instead_of
 from .profile import gated_forward_name, gated_forward_work, shown_as
 from .shrink import padding_of
 from .sync_layout import ARRIVALS
-from .tiles import Matrix, Target, load_tile, settled, store_tile, sum_partials
+from .tiles import Matrix, Target, in_units, load_tile, settled, store_tile, sum_partials
 from .workspace import sync_words
 
 # Arguments that change from call to call: a new value must not mean a new compilation.
@@ -123,9 +122,9 @@ def gated_forward(
     """Program (range of so many tiles of columns, block of rows); wide_ptr: the end of h's rows."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     if TILES.EIGHTS:
-        gate = branch_in_eights(gate, TILES.EIGHTS)
-        up = branch_in_eights(up, TILES.EIGHTS)
-        R = in_eights(R, TILES.EIGHTS)
+        gate = branch_in_eights(gate)
+        up = branch_in_eights(up)
+        R = in_units(R, 8)
     part, block_m = tl.program_id(0), tl.program_id(1)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first_tile = part * tiles

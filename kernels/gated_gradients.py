@@ -87,9 +87,9 @@ def gated_gradients(
 ):  # fmt: skip
     """One tile; those of the same rows follow each other."""
     if TILES.EIGHTS:
-        gate = branch_in_eights(gate, TILES.EIGHTS)
-        up = branch_in_eights(up, TILES.EIGHTS)
-        down = down_in_eights(down, TILES.EIGHTS)
+        gate = branch_in_eights(gate)
+        up = branch_in_eights(up)
+        down = down_in_eights(down)
     block_m, block_l = tl.program_id(0) // columns, tl.program_id(0) % columns
     first_l = block_l * TILES.BLOCK_L
     offs_m = block_m * TILES.BLOCK_M + tl.arange(0, TILES.BLOCK_M)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .launch_policy import expand_block
-from .tiles import Matrix, load_tile
+from .tiles import Matrix, in_units, load_tile
 from .triton_version import VERSION
 
 
@@ -63,41 +63,30 @@ class GatedTiles(NamedTuple):
 
 
 @triton.jit
-def in_eights(number, EIGHTS: tl.constexpr):
-    """A number as one that the compiler sees to be a multiple of 8, if it is.
-
-    Of an argument it sees multiples of 16 alone, and loads rows of other ranks by the element.
-    """
-    if EIGHTS:
-        number = number // 8 * 8
-    return number
-
-
-@triton.jit
-def branch_in_eights(branch, EIGHTS: tl.constexpr):
-    """A Branch whose rank and rows the compiler sees to be multiples of 8, if they are."""
+def branch_in_eights(branch):
+    """A Branch whose rank and rows the compiler sees to be multiples of 8, as they are."""
     return Branch(
         branch.base_ptr,
         branch.s_ptr,
         branch.B_ptr,
         branch.scaling,
-        in_eights(branch.R, EIGHTS),
+        in_units(branch.R, 8),
         branch.stride_base,
-        in_eights(branch.stride_s, EIGHTS),
-        in_eights(branch.stride_bl, EIGHTS),
+        in_units(branch.stride_s, 8),
+        in_units(branch.stride_bl, 8),
         branch.stride_br,
     )
 
 
 @triton.jit
-def down_in_eights(down, EIGHTS: tl.constexpr):
+def down_in_eights(down):
     """A Down alike."""
     return Down(
         down.dS_ptr,
         down.largest_ptr,
         down.A_ptr,
-        in_eights(down.R, EIGHTS),
-        in_eights(down.stride_dS, EIGHTS),
+        in_units(down.R, 8),
+        in_units(down.stride_dS, 8),
         down.stride_ar,
         down.stride_al,
     )

@@ -301,6 +301,7 @@ COMPILED = {
     "plain": replace(PLAIN, rows=(65, 0, 3), I=136),
     "clamped, interleaved": replace(PLAIN, rows=(2, 66), I=72, glu=CLAMPED, bias=True),
     "tiles": replace(PLAIN, rows=(0, 65), I=72, ranks=(16, 16), dtype=FP16),
+    "eights": replace(PLAIN, rows=(3, 35), I=37, ranks=(8, 24), dtype=FP16),
 }
 
 

@@ -49,6 +49,7 @@ CASES = {
     "clamped-r64": replace(CLAMPED, R=64),
     "r64": replace(PLAIN, R=64),
     "r8": replace(PLAIN, R=8),
+    "float16-r8": replace(PLAIN, R=8, dtype=torch.float16),
     "float16-r100": replace(PLAIN, R=100, dtype=torch.float16, bias=True),
     "float32": replace(CLAMPED, dtype=torch.float32),
     "gelu": replace(PLAIN, glu=Glu("gelu"), bias=True),
