@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checked_plans import leave_unchecked
+from checked_plans import bound_launches
 from expert_checks import GATES, E, fused, operands, run
 from torch import Tensor
 
@@ -93,18 +93,7 @@ def launches() -> Iterator[Any]:
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch, launches: Any) -> list[str]:
     """The kernels whose launches went through Triton's binder."""
-    from triton.runtime.jit import JITFunction
-
-    found: list[str] = []
-    bind = JITFunction.run
-
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(self.__name__)
-        return bind(self, *args, **kwargs)
-
-    monkeypatch.setattr(JITFunction, "run", recorded)
-    leave_unchecked(monkeypatch)
-    return found
+    return bound_launches(monkeypatch)
 
 
 @pytest.mark.offline

@@ -9,7 +9,7 @@ import attentions
 import gated_models
 import pytest
 import torch
-from checked_plans import leave_unchecked
+from checked_plans import bound_launches
 from lora_models import K
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -36,18 +36,7 @@ def launches(with_cublas: None) -> Iterator[Any]:
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch, launches: Any) -> list[str]:
     """The kernels whose launches went through Triton's binder."""
-    from triton.runtime.jit import JITFunction
-
-    found: list[str] = []
-    run = JITFunction.run
-
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(self.__name__)
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(JITFunction, "run", recorded)
-    leave_unchecked(monkeypatch)
-    return found
+    return bound_launches(monkeypatch)
 
 
 def third_of(launches: Any) -> list[str]:

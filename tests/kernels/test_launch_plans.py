@@ -9,7 +9,7 @@ from typing import Any
 import gated_checks
 import pytest
 import torch
-from checked_plans import leave_unchecked
+from checked_plans import bound_launches
 from torch import Tensor
 
 import lora_fast
@@ -33,18 +33,7 @@ def launches() -> Iterator[Any]:
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch, launches: Any) -> list[str]:
     """The kernels whose launches went through Triton's binder."""
-    from triton.runtime.jit import JITFunction
-
-    found: list[str] = []
-    run = JITFunction.run
-
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(self.__name__)
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(JITFunction, "run", recorded)
-    leave_unchecked(monkeypatch)
-    return found
+    return bound_launches(monkeypatch)
 
 
 def factors(dtype: torch.dtype = BF16) -> dict[str, Any]:

@@ -39,6 +39,22 @@ def leave_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_plans, "address", plan_memory.address)
 
 
+def bound_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels whose launches go through Triton's binder from now on; plans are unchecked."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[str] = []
+    bind = JITFunction.run
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.__name__)
+        return bind(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", recorded)
+    leave_unchecked(monkeypatch)
+    return found
+
+
 def launcher_of(kernel: Any, compiled: Any, constants: dict[str, Any]) -> Callable[..., None]:
     """The launcher itself."""
     launcher: Callable[..., None] = compiled.run
