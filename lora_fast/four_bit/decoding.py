@@ -1,11 +1,11 @@
-"""4-bit weights decoded on a CPU, by the formula that defines them.
+"""4-bit weights decoded by the formula that defines them.
 
     W[i] = round(code[nibble_i] · absmax[i // blocksize])        i over the flattened weight [N, K]
 
 Byte i holds element 2i in its high nibble and 2i + 1 in its low one; code · absmax is a float32
-product, rounded once to the wanted dtype. One lookup gives both codes of a byte. bitsandbytes' CPU
-kernels are not used: with AVX512 they count blocks from the start of every row, which decodes
-another weight if K is no multiple of the block size.
+product, rounded once to the wanted dtype. On a CPU one lookup gives both codes of a byte, and
+bitsandbytes' kernels are not used: with AVX512 they count blocks from the start of every row, which
+decodes another weight if K is no multiple of the block size. On other devices they compute this.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ def decode(
     dtype: torch.dtype,
     shape: Sequence[int],
 ) -> Tensor:
-    """The dense weight of `shape` in `dtype`, of NF4 or FP4, on the CPU: packed is uint8,
-    absmax float32, one for each block of the flattened weight. float64 is the exact image of the
-    float32 product."""
+    """The dense weight of `shape` in `dtype`, of NF4 or FP4, on the device of `packed`, which is
+    uint8; absmax is float32, one for each block of the flattened weight. float64 is the exact image
+    of the float32 product."""
+    if packed.device.type != "cpu":
+        return _by_bitsandbytes(packed, absmax, blocksize, quant_type, dtype, shape)
     elements = math.prod(shape)
     pairs = _pairs(quant_type)
     out = torch.empty(elements, dtype=dtype, device="cpu")

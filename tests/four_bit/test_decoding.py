@@ -1,4 +1,4 @@
-"""Decoding on a CPU against the formula written out, bit for bit."""
+"""Decoding against the formula written out, bit for bit, and on other devices by bitsandbytes."""
 
 from __future__ import annotations
 
