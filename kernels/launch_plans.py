@@ -160,6 +160,7 @@ class Recorder:
         self._constants: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._shapes: dict[str, Any] = {}
+        self._exact: set[str] = set()
         self._used: set[str] = set()
         self._words, self._multiplies, self.gives_up = 0, False, False
         for i, operand in enumerate(operands):
@@ -307,6 +308,8 @@ class Recorder:
             known = next((k for k in exact if k.is_laid_out_as(tensor)), known)
         self._used.add(known.name)
         if exact and (not exactly or known.is_laid_out_as(tensor)):
+            if exactly:
+                self._exact.add(known.name)
             return known.name
         if exact and shapes and self._takes_over(known, tensor):
             return known.name
@@ -319,11 +322,15 @@ class Recorder:
         return f"view({known.name}, {', '.join(where)}, {offset})"
 
     def _takes_over(self, known, tensor):
-        """Whether the allocation may have the shape of a result that is all of it."""
+        """Whether the allocation may have the shape of a result that is all of it: launches take
+        its memory alone, while PyTorch's functions, and other results, may need its own shape."""
         whole = tensor.is_contiguous() and tensor.numel() == known.shape.numel()
-        if known.name not in self._shapes or not whole or known.dtype != tensor.dtype:
+        free = known.name in self._shapes and known.name not in self._exact
+        if not free or not whole or known.dtype != tensor.dtype:
             return False
-        self._shapes[known.name] = tensor.shape
+        self._shapes[known.name] = known.shape = tensor.shape
+        known.stride = tensor.stride()
+        self._exact.add(known.name)
         return True
 
     def _constant(self, value):

@@ -36,6 +36,15 @@ def bound(monkeypatch: pytest.MonkeyPatch, launches: Any) -> list[str]:
     return bound_launches(monkeypatch)
 
 
+@pytest.fixture
+def with_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch multiplies with W, as on a GPU, where there are more than a few rows."""
+    from lora_fast.backends import selection, triton_plans
+
+    backend = triton_plans.PlannedTritonBackend(cublas=True)
+    monkeypatch.setattr(selection, "_triton", lambda name: backend)
+
+
 def factors(dtype: torch.dtype = BF16) -> dict[str, Any]:
     made = {"A": torch.zeros(R, K), "B": torch.zeros(N, R)}
     trained = {name: t.requires_grad_() for name, t in made.items()}
@@ -244,10 +253,12 @@ def group(x: Tensor, dYs: list[Tensor], p: float = 0.0) -> tuple[Tensor, ...]:
     return torch.autograd.grad(ys, [x, *(member.A for member in members)], dYs)
 
 
-@pytest.mark.parametrize("rows", [M, 80])
-def test_a_group_is_repeated(launches: Any, bound: list[str], rows: int) -> None:
-    x = torch.zeros(rows, K, dtype=BF16, requires_grad=True)
-    dYs = [torch.zeros(rows, n, dtype=BF16) for n in (N, 16, 32)]
+@pytest.mark.parametrize("lead", [(M,), (80,), (2, 40)], ids=str)
+def test_a_group_is_repeated(
+    with_cublas: None, launches: Any, bound: list[str], lead: tuple[int, ...]
+) -> None:
+    x = torch.zeros(*lead, K, dtype=BF16, requires_grad=True)
+    dYs = [torch.zeros(*lead, n, dtype=BF16) for n in (N, 16, 32)]
     for _ in range(3):
         group(x, dYs, 0.1)
     assert len(bound) == 2 * len(launches) // 3
@@ -299,9 +310,14 @@ def test_gradients_that_were_one_tensor_may_be_several(launches: Any, bound: lis
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_repeated_results_have_the_same_bits(p: float) -> None:
-    """Executed: of other tensors than the plan was made with, as often as wanted."""
+@pytest.mark.parametrize(
+    ("lead", "p"), [((M,), 0.0), ((M,), 0.3), ((2, 40), 0.0), ((1, 2, 40), 0.3)], ids=str
+)
+def test_repeated_results_have_the_same_bits(
+    with_cublas: None, lead: tuple[int, ...], p: float
+) -> None:
+    """Executed: of other tensors than the plan was made with, as often as wanted. Of many rows,
+    PyTorch adds a product to what a launch made as a matrix."""
     from lora_fast.backends import triton_plans
     from tests import ptx_executor
 
@@ -312,10 +328,10 @@ def test_repeated_results_have_the_same_bits(p: float) -> None:
             "B": torch.randn(N, R, requires_grad=True),
             "weight": torch.randn(N, K).to(BF16),
         }
-        x = torch.randn(M, K).to(BF16).requires_grad_()
+        x = torch.randn(*lead, K).to(BF16).requires_grad_()
         y = adapted_linear(x, **given, dropout_p=p, dropout_seed=seed if p else None)
         wanted = [x, given["A"], given["B"]]
-        return [y.detach(), *torch.autograd.grad(y, wanted, torch.randn(M, N).to(BF16))]
+        return [y.detach(), *torch.autograd.grad(y, wanted, torch.randn(y.shape).to(BF16))]
 
     with ptx_executor.installed(90), lora_fast.set_backend("triton"):
         plain = []
