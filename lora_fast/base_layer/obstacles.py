@@ -122,12 +122,11 @@ def environment_obstacle() -> str | None:
         return "torch.func transform"
     if module_hooks._has_any_global_hook():
         return "global module hooks"
-    if compiling:
-        return None
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit tracing"
-    if forward_ad._current_level >= 0:
-        return "forward-mode autograd"
+    if not compiling:
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit tracing"
+        if forward_ad._current_level >= 0:
+            return "forward-mode autograd"
     return replaced()
 
 
