@@ -27,16 +27,16 @@ def _arch_of(active: Any, device: int) -> int | None:
 
 def precision_of(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: IEEE products for float32 unless torch's user allowed TF32."""
-    if dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if multiplies_in_tf32(dtype) else "ieee"
+
+
+def multiplies_in_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` are TF32's, ours and those of cuBLAS."""
+    return dtype == torch.float32 and tf32_setting() in ("tf32", True)
 
 
 def tf32_setting() -> str | bool:
-    """What :func:`precision_of` float32 depends on, not by torch.backends, which takes µs."""
+    """What :func:`multiplies_in_tf32` depends on, not by torch.backends, which takes µs."""
     if _FP32_PRECISION is not None:
         return _FP32_PRECISION("cuda", "matmul")
     return torch.backends.cuda.matmul.allow_tf32

@@ -75,7 +75,9 @@ def seconds(plan: Plan, q: Query, arch: int | None, e: float | None = None) -> f
     """Modelled time of a plan; `e` in place of the one that is known."""
     works = counts.works(plan, q, arch)
     roofline = roofline_of(arch)
-    at = roofline.float32_seconds if q.dtype == torch.float32 else roofline.seconds
+    at = roofline.seconds
+    if q.dtype == torch.float32:
+        at = roofline.tf32_seconds if q.tf32 else roofline.float32_seconds
     device = sum(
         at(work, _e_of(work, q, arch, e)) + work.launches * LAUNCH_SECONDS for work in works
     )
@@ -93,7 +95,7 @@ def host_seconds(works: list[counts.Work]) -> float:
 def _e_of(work: counts.Work, q: Query, arch: int | None, e: float | None) -> float:
     if work.tile is None:
         return 1.0
-    if q.dtype == torch.float32:
+    if q.dtype == torch.float32 and not q.tf32:
         return _IEEE_SHARE
     if e is None:
         direction = "forward" if q.is_forward else "dX"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..factors import Factors, Needs
 from ..kernels import launch_policy
+from ..kernels.environment import multiplies_in_tf32
 from ..kernels.launch_policy import GemmConfig
 from ..nf4 import NF4Weight
 from .product_speed import tile_name
@@ -69,7 +70,8 @@ class Query(NamedTuple):
 
     weights: the dtype of a dense weight, or NF4's (blocksize, nested); switches: which of SWITCHES
     are on; needs: gradients that the backward pass makes, one Needs for each layer (forward: only
-    whether V is saved); cublas: whether cuBLAS may be used.
+    whether V is saved); cublas: whether cuBLAS may be used; tf32: whether products of
+    float32 are TF32's.
     """
 
     op: str
@@ -83,6 +85,7 @@ class Query(NamedTuple):
     switches: tuple[bool, ...]
     needs: tuple[Needs, ...]
     cublas: bool
+    tf32: bool = False
 
     @property
     def is_forward(self) -> bool:
@@ -107,29 +110,36 @@ class Query(NamedTuple):
         sizes = "+".join(map(str, self.N))
         passes = self.op.replace("_", " of a ")
         rows = f"up to {self.M}" if self.M < MANY_ROWS else f"more than {_BUCKETS[-1]}"
-        return f"the {passes} of {self.K} → {sizes}, {rows} rows, {_name(self.dtype)}"
+        return f"the {passes} of {self.K} → {sizes}, {rows} rows, {self._products}"
+
+    @property
+    def _products(self) -> str:
+        return _name(self.dtype) + "-tf32" * self.tf32
 
     @property
     def key(self) -> str:
         """The query as text, the key of the cache."""
+        return " ".join(self.words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Its fields as text, in an order of their own."""
         needs = "+".join(
             ",".join(name for name, wanted in zip(Needs._fields, need, strict=True) if wanted)
             for need in self.needs
         )
-        return " ".join(
-            [
-                self.op,
-                f"M{self.M}",
-                f"K{self.K}",
-                "N" + "+".join(map(str, self.N)),
-                "R" + "+".join(map(str, self.R)),
-                _name(self.dtype),
-                "adapter:" + _name(self.adapter),
-                "weight:" + "+".join(_name(weight) for weight in self.weights),
-                "with:" + ",".join(name for name in SWITCHES if self.has(name)),
-                "needs:" + needs,
-                "any" if self.cublas else "triton",
-            ]
+        return (
+            self.op,
+            f"M{self.M}",
+            f"K{self.K}",
+            "N" + "+".join(map(str, self.N)),
+            "R" + "+".join(map(str, self.R)),
+            self._products,
+            "adapter:" + _name(self.adapter),
+            "weight:" + "+".join(_name(weight) for weight in self.weights),
+            "with:" + ",".join(name for name in SWITCHES if self.has(name)),
+            "needs:" + needs,
+            "any" if self.cublas else "triton",
         )
 
 
@@ -155,6 +165,7 @@ def query(
         switches,
         tuple(needs),
         cublas,
+        multiplies_in_tf32(rows.dtype),
     )
 
 
@@ -188,9 +199,11 @@ def _routes(q: Query, arch: int | None) -> tuple[bool | None, ...]:
 
 def _kind(weight: Tensor | NF4Weight) -> torch.dtype | tuple[int, bool]:
     """What the time depends on; the kernels read the tables of NF4 and FP4 alike."""
-    if isinstance(weight, NF4Weight):
-        return weight.blocksize, weight.nested
-    return weight.dtype
+    if not isinstance(weight, NF4Weight):
+        return weight.dtype
+    # One that a recomputed forward pass has left decoded is multiplied like a dense one.
+    W = None if weight.decoded is None else weight.decoded.dense
+    return (weight.blocksize, weight.nested) if W is None else W.dtype
 
 
 def _name(what: torch.dtype | tuple[int, bool] | None) -> str:

@@ -73,6 +73,10 @@ class Roofline:
         """The same on float32 numbers with IEEE products, which no tensor core makes."""
         return self._seconds(operation, self.float32_flops * self.attained_flops, e)
 
+    def tf32_seconds(self, operation: Operation, e: float = 1.0) -> float:
+        """The same on float32 numbers in TF32, at half of the peak of 16 bits."""
+        return self._seconds(operation, 0.5 * self.flops * self.attained_flops, e)
+
     def _seconds(self, operation: Operation, flops: float, e: float) -> float:
         moved = operation.bytes / self.copied
         exposed = EXPOSED_C * operation.added_to / self.copied

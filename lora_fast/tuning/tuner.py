@@ -71,9 +71,17 @@ class Tuner:
         """The cache files in use, and how many plans each holds."""
         return {cache.path: len(cache) for cache in self._caches.values()}
 
-    def chosen(self) -> list[tuple[Query, Plan]]:
-        """The queries that were met so far, and their plans."""
-        return [(query, plan) for (_, query, _), plan in self._chosen.items()]
+    def chosen(self, device: torch.device) -> list[tuple[Query, Plan]]:
+        """The queries that were met so far on `device`, and their plans, with the setting of
+        torch.use_deterministic_algorithms as it is."""
+        if not self._chosen:
+            return []
+        place, deterministic = place_of(device), torch.are_deterministic_algorithms_enabled()
+        return [
+            (query, plan)
+            for (at, query, was_deterministic), plan in self._chosen.items()
+            if (at, was_deterministic) == (place, deterministic)
+        ]
 
     def _decide(
         self,

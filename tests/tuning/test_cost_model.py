@@ -178,6 +178,14 @@ def test_float32_tiles_reach_half_of_cublas():
     assert 1.7 < fused / hybrid < 2.0
 
 
+def test_tf32_is_multiplied_by_tensor_cores():
+    """At half of the rate of 16 bits, and our tiles at the same e."""
+    asked = PLAIN._replace(op=FORWARD, M=8192, dtype=FP32, weights=(FP32,), adapter=FP32)
+    ieee, tf32 = (cost_model.seconds(FUSED, asked._replace(tf32=on), 90) for on in (False, True))
+    sixteen_bits = cost_model.seconds(FUSED, PLAIN._replace(op=FORWARD, M=8192), 90)
+    assert sixteen_bits < tf32 < 0.5 * ieee
+
+
 def test_torch_is_not_asked_about_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("asked about CUDA"))
     cost_model.pick(PLAIN, 90)

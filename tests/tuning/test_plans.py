@@ -11,8 +11,10 @@ from lora_fast.kernels import launch_policy
 
 from lora_fast import NF4Weight
 from lora_fast.factors import Constants, Factors, Needs
+from lora_fast.four_bit.decoded import Decoded
 from lora_fast.tuning.plans import (
     AUGMENTED,
+    BACKWARD,
     BACKWARD_GROUP,
     FORWARD,
     FUSED,
@@ -48,6 +50,8 @@ def test_every_field_is_in_the_key():
         *(PLAIN._replace(switches=tuple(i == j for j in range(6))) for i in range(6)),
         *(PLAIN._replace(needs=(TRAINED._replace(**{name: True}),)) for name in ("bias", "g")),
         PLAIN._replace(cublas=False),
+        PLAIN._replace(dtype=FP32),
+        PLAIN._replace(dtype=FP32, tf32=True),
     ]
     assert len({q.key for q in (PLAIN, *others)}) == len(others) + 1
 
@@ -72,6 +76,49 @@ def test_a_query_describes_the_operands():
     ]
     frozen = query(FORWARD, x, [Factors(x)], [Needs()], cublas=False)
     assert (frozen.R, frozen.adapter, frozen.weights) == ((0,), None, (BF16,))
+
+
+@pytest.fixture
+def restored_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("restored_precision")
+def test_whether_tf32_multiplies_is_part_of_a_query_in_float32():
+    """A plan that was timed with TF32 says nothing about IEEE products, and the reverse."""
+
+    def asked(dtype=FP32):
+        x = torch.zeros(100, 72, dtype=dtype)
+        return query(FORWARD, x, [Factors(x)], [Needs()], cublas=True)
+
+    matmul = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("highest")
+    ieee = asked()
+    settings = [
+        lambda: setattr(matmul, "allow_tf32", True),
+        lambda: torch.set_float32_matmul_precision("high"),
+    ]
+    if hasattr(matmul, "fp32_precision"):
+        settings.append(lambda: setattr(matmul, "fp32_precision", "tf32"))
+    for allow in settings:
+        torch.set_float32_matmul_precision("highest")
+        assert asked() == ieee
+        allow()
+        assert asked() == ieee._replace(tf32=True) and asked().key != ieee.key
+        assert not asked(BF16).tf32
+
+
+def test_a_weight_that_was_left_decoded_is_a_dense_one():
+    """A recomputed forward pass leaves it to backward, which does not decode it."""
+    x = torch.zeros(100, 72, dtype=BF16)
+    weight = NF4Weight.from_dense(torch.randn(88, 72, dtype=BF16))
+    weight.decoded = Decoded()
+    for W, kind in ((None, (64, True)), (torch.zeros(88, 72, dtype=BF16), BF16)):
+        weight.decoded.dense = W
+        asked = query(BACKWARD, x, [Factors(weight)], [Needs(x=True)], cublas=True)
+        assert asked.weights == (kind,)
 
 
 def test_a_dense_layer_has_tiles_and_cublas():
