@@ -19,7 +19,8 @@ from ..experts.routers import is_router
 from ..magnitudes import first_of, short_count, short_size
 from ..modules.weight_reads import multiplies_by_itself
 from .expert_summary import about_layers_beside_experts
-from .report import OPAQUE, adapted_layers, report
+from .report import adapted_layers, report
+from .routes import OPAQUE
 
 # Part of a class's name, and the packages without which it runs step by step in PyTorch.
 _LINEAR_ATTENTION = (

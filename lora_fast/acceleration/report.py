@@ -10,19 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from ..backends.choice import get_backend, uses_triton
 from ..base_layer.call_counts import CallCounts
-from ..base_layer.linear import describe, is_conv1d, weight_shape
+from ..base_layer.linear import describe
 from ..base_layer.obstacles import environment_obstacle, runs_own_forward
 from ..features import switched_off
 from ..gated_mlps.status import statuses
 from ..modules.adapter_module import AdapterModule
 from .expert_summary import about_experts
-
-# The route of a layer whose base computes its output by itself.
-OPAQUE = "opaque base"
-# The same with decode_int8, where its weight is in 8 bits.
-DECODED = f"{OPAQUE}, decoded"
+from .routes import route_of
 
 
 @dataclass(frozen=True)
@@ -35,9 +30,9 @@ class LayerReport:
     that did not appear as one fallback call. ``counted`` is False for a layer of PEFT's own class,
     whose calls cannot be observed.
     ``route``: how its operations are computed (guide): torch, fused, hybrid or augmented; of
-    those met so far, where each is chosen. ``folded``: the activation's kernels of a gated MLP
-    carry its low rank. ``opaque base``: the base computes its output by itself, and the low rank is
-    added to it.
+    those met so far, where each is chosen, with what tells them apart where they differ.
+    ``folded``: the activation's kernels of a gated MLP carry its low rank. ``opaque base``: the
+    base computes its output by itself, and the low rank is added to it.
     ``siblings``: names of the layers that share its input and are computed with it; ``alone``: what
     prevents that, or prevented it in a graph of torch.compile, None for a layer that shares its
     input with no other.
@@ -220,65 +215,10 @@ def _layer_report(
         fallback_calls=calls.by_reason(),
         compiled=calls.compiled,
         counted=hasattr(layer, "_lora_fast_calls"),
-        route=_opaque_route(layer) or _route(layer, base, 1 + len(siblings), is_folded),
+        route=route_of(layer, base, together=1 + len(siblings), is_folded=is_folded),
         siblings=siblings,
         alone=alone,
     )
-
-
-def _route(layer: Any, base: Any, together: int, is_folded: bool) -> str:
-    """The routes of a layer's operations, forward and backward, by rows where they differ;
-    `together` layers are computed at once."""
-    weight = getattr(base, "weight", None)
-    if weight is None or not uses_triton(weight.device):
-        return "torch"
-    if is_folded:
-        return "folded"
-    if get_backend() == "triton":
-        return "fused"
-    tuner = sys.modules.get("lora_fast.tuning.tuner")
-    met = [] if tuner is None else tuner.tuner.chosen()
-    found = []
-    N, K = (getattr(base, name, None) for name in ("out_features", "in_features"))
-    if is_conv1d(base):
-        N, K = weight_shape(base)
-    of_layer = N, _rank(layer), hasattr(weight, "quant_state")
-    for direction, is_forward in (("forward", True), ("backward", False)):
-        # Where a recomputed forward pass has left W decoded, backward is that of a dense weight.
-        alike = {of_layer} if is_forward else {of_layer, (*of_layer[:2], False)}
-        routes = {
-            query.M: plan.route
-            for query, plan in sorted(met, key=lambda pair: pair[0].M)
-            if query.is_forward == is_forward
-            and (query.K, len(query.N)) == (K, together)
-            and not alike.isdisjoint(_layers_of(query))
-        }
-        if len(set(routes.values())) == 1:
-            found.append(f"{direction} {next(iter(routes.values()))}")
-        elif routes:
-            by_rows = ", ".join(f"{route} ({_rows(M)})" for M, route in routes.items())
-            found.append(f"{direction} {by_rows}")
-    return "; ".join(found) or "chosen at its first call"
-
-
-def _rank(layer: Any) -> int:
-    """R of the adapters that take part, 0 without A."""
-    factors = getattr(layer, "lora_A", getattr(layer, "vera_lambda_d", {}))
-    if not hasattr(factors, "keys"):  # of a module of our own
-        return layer.r if hasattr(layer, "r") else 0
-    ranks = (factors[name] for name in layer.active_adapters if name in factors)
-    return sum(getattr(each, "weight", each).shape[0] for each in ranks)
-
-
-def _layers_of(query: Any) -> list[tuple[int, int, bool]]:
-    """N, R and whether the weight is packed, of every layer."""
-    packed = [isinstance(weight, tuple) for weight in query.weights]
-    return list(zip(query.N, query.R, packed, strict=True))
-
-
-def _rows(M: int) -> str:
-    """A bucket of rows in words; the last one has no end."""
-    return f"M ≤ {M}" if M <= 2048 else "more"
 
 
 def _obstacle(layer: Any) -> str | None:
@@ -293,19 +233,6 @@ def _obstacle(layer: Any) -> str | None:
     if not runs_own_forward(layer):
         return "forward of the layer replaced"
     return "not accelerated"
-
-
-def _opaque_route(layer: Any) -> str | None:
-    """The route of a layer on an opaque base, None for any other."""
-    if "lora_fast.peft_layers" not in sys.modules:
-        return None
-    from .. import peft_layers
-    from ..base_layer.int8 import DecodedInt8
-
-    state = layer.active()[0] if isinstance(layer, peft_layers.FusedForward) else None
-    if getattr(state, "opaque", None) is None:
-        return None
-    return DECODED if isinstance(state.base, DecodedInt8) else OPAQUE  # type: ignore[union-attr]
 
 
 def _siblings(layer: Any, parent: nn.Module) -> tuple[tuple[str, ...], str | None]:

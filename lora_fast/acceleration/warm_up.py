@@ -13,7 +13,8 @@ from ..base_layer.linear import weight_shape
 from ..gated_mlps.fused_mlp import FusedMLP
 from ..gated_mlps.operands import linears_of
 from ..modules.adapter_module import AdapterModule
-from .report import OPAQUE, adapted_layers, report
+from .report import adapted_layers, report
+from .routes import OPAQUE
 
 Progress = Callable[[int, int, str], None]
 

@@ -24,7 +24,7 @@ from torch import nn
 
 import lora_fast
 from lora_fast import Report
-from lora_fast.acceleration import report as report_module
+from lora_fast.acceleration import routes
 
 
 def test_predicts_before_the_first_call_and_counts_after() -> None:
@@ -155,70 +155,6 @@ def test_prints_as_a_table() -> None:
     ]
 
 
-def test_the_route_is_that_of_the_operations_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tensors on a CPU, as if it were a GPU."""
-    tuning = pytest.importorskip("lora_fast.tuning.tuner")
-    from tuner_queries import PLAIN
-
-    from lora_fast.tuning import plans
-
-    model = accelerated_copy(peft_model(model=Mlp()))
-
-    def routes() -> list[str]:
-        return [layer.route for layer in lora_fast.report(model).layers]
-
-    assert routes() == ["torch"] * 2
-    with lora_fast.set_backend("triton"):
-        assert routes() == ["fused"] * 2
-    monkeypatch.setattr(report_module, "uses_triton", lambda device: True)
-    assert routes() == ["chosen at its first call"] * 2
-    fc1, fc2 = (layer.base_layer for layer in lora_layers(model))
-    N, R = fc1.out_features, lora_layers(model)[0].r["default"]
-    query = PLAIN._replace(op=plans.FORWARD, K=fc1.in_features, N=(N,), R=(R,))
-    met = [
-        (query, plans.AUGMENTED),
-        (query._replace(op=plans.BACKWARD), plans.HYBRID),
-        (query._replace(M=8192), plans.HYBRID),
-        (query._replace(M=64), plans.FUSED),
-        # Of other layers: another width, rank or kind of weight, or in a group.
-        (query._replace(N=(N + 1,)), plans.FUSED),
-        (query._replace(R=(R + 1,)), plans.FUSED),
-        (query._replace(weights=((64, True),)), plans.FUSED),
-        (query._replace(N=(N, 8), R=(R, R), weights=query.weights * 2), plans.FUSED),
-    ]
-    monkeypatch.setattr(tuning.tuner, "chosen", lambda: met)
-    assert routes()[0] == (
-        "forward fused (M ≤ 64), augmented (M ≤ 2048), hybrid (more); backward hybrid"
-    )
-    assert fc2.in_features == fc1.in_features or routes()[1] == "chosen at its first call"
-    assert routes()[0] in str(lora_fast.report(model))
-
-
-def test_a_backward_pass_of_a_decoded_weight_is_that_of_its_layer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tuning = pytest.importorskip("lora_fast.tuning.tuner")
-    from tuner_queries import NF4
-
-    from lora_fast.tuning import plans
-
-    monkeypatch.setattr(report_module, "uses_triton", lambda device: True)
-    model = accelerated_copy(peft_model("nf4"))
-    (layer,) = lora_layers(model)
-    base, R = layer.base_layer, layer.r["default"]
-    query = NF4._replace(op=plans.FORWARD, K=base.in_features, N=(base.out_features,), R=(R,))
-    dense = query._replace(weights=(torch.bfloat16,))
-    met = [
-        (query, plans.AUGMENTED),
-        (dense._replace(op=plans.BACKWARD), plans.HYBRID),
-        # Of a dense layer.
-        (dense, plans.FUSED),
-    ]
-    monkeypatch.setattr(tuning.tuner, "chosen", lambda: met)
-    (line,) = lora_fast.report(model).layers
-    assert line.route == "forward augmented; backward hybrid"
-
-
 def test_prediction_holds_for_every_state() -> None:
     """What the report predicts is what the next call with a fitting input does."""
     model = accelerated_copy(peft_model(lora_dropout=0.5))
@@ -259,7 +195,7 @@ assert lora_fast.report(model).fused_calls == 1
 
 def test_the_layers_of_a_gated_mlp_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = accelerated_copy(stock_gated_model())
-    monkeypatch.setattr(report_module, "uses_triton", lambda device: True)
+    monkeypatch.setattr(routes, "uses_triton", lambda device: True)
     assert [layer.route for layer in lora_fast.report(model).layers] == ["folded"] * 3
     layer_of(model, "up_proj").register_forward_hook(lambda module, args, y: y)
     assert {layer.route for layer in lora_fast.report(model).layers} == {"chosen at its first call"}
