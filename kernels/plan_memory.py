@@ -32,9 +32,23 @@ def view():
     return getattr(_INDUCTORS, "_reinterpret_tensor", as_strided)
 
 
+class Part:
+    """An address that tells in whose memory it lies: drivers that run kernels on the CPU let them
+    reach the memory of tensors among the arguments, and no other."""
+
+    __slots__ = ("_pointer", "base")
+
+    def __init__(self, base, pointer):
+        self.base, self._pointer = base, pointer
+
+    def data_ptr(self):
+        return self._pointer
+
+
 def address(tensor, start, shape, strides):
     """What a launch takes for a part of a tensor's memory, `start` bytes from its first one."""
-    return tensor.data_ptr() + start
+    pointer = tensor.data_ptr() + start
+    return pointer if tensor.is_cuda else Part(tensor, pointer)
 
 
 def described(fields, base):

@@ -9,7 +9,7 @@ from typing import Any
 import gated_checks
 import pytest
 import torch
-from checked_plans import bound_launches
+from checked_plans import bound_launches, leave_unchecked
 from torch import Tensor
 
 import lora_fast
@@ -272,10 +272,10 @@ def test_a_part_of_a_tensor_goes_to_the_launcher_as_an_address(
 
     asked: list[tuple[int, int]] = []
 
-    def noting(tensor: Tensor, start: int, shape: Any, strides: Any) -> int:
+    def noting(tensor: Tensor, start: int, shape: Any, strides: Any) -> Any:
         part = tensor.view(-1)[start // tensor.element_size() :]
-        found: int = plan_memory.address(tensor, start, shape, strides)
-        asked.append((found, part.data_ptr()))
+        found = plan_memory.address(tensor, start, shape, strides)
+        asked.append((found.data_ptr(), part.data_ptr()))
         return found
 
     monkeypatch.setattr(launch_plans, "address", noting)
@@ -285,8 +285,22 @@ def test_a_part_of_a_tensor_goes_to_the_launcher_as_an_address(
     assert len(asked) == 2
     assert all(found == there for found, there in asked)
     last = [launch.arguments for launch in launches[2 * len(launches) // 3 :]]
-    given = {a for arguments in last for a in arguments.values() if type(a) is int}
+    given = {a.data_ptr() for of in last for a in of.values() if hasattr(a, "data_ptr")}
     assert given.issuperset(found for found, _ in asked)
+
+
+@pytest.mark.compiled
+def test_a_part_of_a_tensor_lies_in_memory_that_a_launch_is_given(
+    with_cublas: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An executor on the CPU refuses accesses to memory of which no argument tells."""
+    from tests import ptx_executor
+
+    leave_unchecked(monkeypatch)
+    x = torch.zeros(80, K, dtype=BF16, requires_grad=True)
+    with ptx_executor.installed(90), lora_fast.set_backend("triton"):
+        for _ in range(3):
+            group(x, [torch.zeros(80, n, dtype=BF16) for n in (N, 16, 32)])
 
 
 def test_gradients_that_were_one_tensor_may_be_several(launches: Any, bound: list[str]) -> None:
