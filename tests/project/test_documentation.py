@@ -65,6 +65,13 @@ def test_the_readme_leads_to_every_page_of_docs() -> None:
     assert {name for name in NAMES if name.startswith("docs/")} <= linked
 
 
+def test_the_page_of_benchmarks_has_every_command() -> None:
+    page = (ROOT / "bench" / "README.md").read_text()
+    files = [f for f in (ROOT / "bench").glob("*.py") if "__main__" in f.read_text()]
+    assert len(files) >= 10
+    assert [f.stem for f in files if f"python -m bench.{f.stem}" not in page] == []
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_commands_exist(page: str) -> None:
     from lora_fast.cli.app import app
