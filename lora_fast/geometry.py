@@ -1,8 +1,8 @@
-"""The geometry of a call's operands: a value by which may be kept what depends on nothing else.
+"""The geometry of a call's operands: a key for what depends on nothing else.
 
 Equal geometries mean that x and the factors of every layer agree in dtype, shape, strides, device
-and in whether their memory starts at a multiple of 16 bytes, and in scaling and the rate of
-dropout. It says nothing of what is in that memory, nor whose it is.
+and whether their memory starts at a multiple of 16 bytes, and in scaling and the rate of dropout.
+It says nothing about what is in that memory, nor whose it is.
 
 Nearly all calls are of plain layers (A, B and perhaps a bias, without spans; a seed is a number).
 Their geometries are numbered (:class:`Numbers`), and found again by what torch.compile's guards

@@ -1,7 +1,7 @@
 """Pictures of a GPU day: decoder layers, linears, the two NF4 routes, measured against modelled.
 
-Each is as wide as a page. Bars lie, begin at zero and have the names of their cases beside them; a
-panel holds one kind of cases, and the legend stands below all panels.
+Each is as wide as a page. Bars are horizontal, start at zero and have the names of their cases
+beside them; a panel shows one kind of case, and the legend is below all panels.
 """
 
 from __future__ import annotations

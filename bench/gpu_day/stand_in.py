@@ -1,7 +1,7 @@
 """Stand-ins for torch.cuda on a machine without a GPU: a rehearsal runs the code of the real day.
 
-Tensors are on the CPU, and questions about times, memory or graphs get meaningless answers: every
-time is one millisecond. A stand-in accepts exactly what torch's own function accepts.
+Tensors are on the CPU, and queries of times, memory or graphs return meaningless values: every time
+is one millisecond. A stand-in accepts exactly the arguments of torch's own function.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import stub_driver
 
-# Triton keeps compiled kernels by device, and they their launchers.
+# Triton caches compiled kernels by device, and each of them keeps its launcher.
 _OTHER_DEVICES = 500
 
 

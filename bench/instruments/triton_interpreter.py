@@ -5,7 +5,7 @@ to numpy as they are, so that ``tl.dot``, ``+``, ``*``, comparisons, reductions 
 to integers compute on the patterns; float32 → bfloat16 cuts the mantissa off instead of rounding to
 nearest even. ``install()`` replaces those operations by: decode to float32, compute, round once.
 
-Three more differences to compiled code are removed, because they hide mistakes:
+Three more differences from compiled code are removed, because they hide mistakes:
 
 - lanes that a masked ``tl.load`` without ``other`` leaves out read as NaN (integers: 0x5A bytes),
   as they are undefined on a GPU; upstream gives zeros;
@@ -13,12 +13,12 @@ Three more differences to compiled code are removed, because they hide mistakes:
   float; a bool argument is an int1 scalar, where upstream raises;
 - ``atomic_add`` on bfloat16 raises instead of adding bit patterns.
 
-And what Triton before 3.7 gets wrong with NumPy 2.4: a tensor of one element as a bound of a range.
-And time: upstream goes through all of triton.language at every call of a device function, which
-takes longer than what most of them compute; once a launch is enough.
+Two more changes: a tensor of one element may be the bound of a range, which fails in Triton before
+3.7 with NumPy 2.4; and triton.language is patched once a launch, where upstream goes through all of
+it at every call of a device function, which takes longer than what most of them compute.
 
-The replaced methods are internals of a few Triton series. For others ``install()`` raises, for
-someone to read the new interpreter and to extend ``SUPPORTED`` or to delete what is superfluous.
+The replaced methods are internals of a few Triton series. For others ``install()`` raises, so that
+someone reads the new interpreter and extends ``SUPPORTED`` or deletes what is superfluous.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     y = x Wᵀ + bias          W = CB ⊙ SCB / 127
 
-In the place of bitsandbytes' own product, which rounds x to 8 bits as well and takes columns with
-outliers out. So the numbers change: they are those of a dense layer with the weight W.
+It replaces bitsandbytes' own product, which also rounds x to 8 bits and multiplies columns with
+outliers separately. So the results change: they are those of a dense layer with the weight W.
 """
 
 from __future__ import annotations

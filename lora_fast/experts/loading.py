@@ -1,10 +1,10 @@
 """Quantising experts while a model is loaded, a parameter at a time.
 
-transformers makes a model on the meta device and then sets one parameter after the other, each made
-of its part of the checkpoint: the experts' parameters are quantised as they are set. Loading in
-threads, which reads ahead of that, is off meanwhile. Where a checkpoint holds each expert apart,
-transformers reads all of them, stacks them and joins gate and up; here each goes to its place in
-the parameter as it is read.
+transformers makes a model on the meta device and then sets one parameter after the other from its
+part of the checkpoint: the experts' parameters are quantised as they are set. Loading in threads
+would read ahead of that and is off meanwhile. Where a checkpoint holds each expert apart,
+transformers reads all of them, stacks them and joins gate and up; here each is written to its place
+in the parameter as it is read.
 """
 
 from __future__ import annotations

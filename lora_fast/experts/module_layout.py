@@ -1,9 +1,9 @@
 """How a module of experts stores them, read from its attributes: never from a model's name.
 
 transformers decorates the modules that compute out_t = Σ_j w_tj · down_e(gate(gate_up_e(x_t))) with
-``use_experts_implementation``, which leaves them flags: ``is_transposed`` ([E, K, N] instead of
+``use_experts_implementation``, which sets flags on them: ``is_transposed`` ([E, K, N] instead of
 [E, N, K]), ``has_bias``, ``has_gate`` (``gate_up_proj`` or ``up_proj``) and others. Their gate is
-``_apply_gate``, whose order of rows (halves, or interleaved) is its own affair.
+``_apply_gate``, which alone knows the order of its rows (halves, or interleaved).
 """
 
 from __future__ import annotations

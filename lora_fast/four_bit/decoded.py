@@ -2,8 +2,8 @@
 
 Activation checkpointing runs the forward of a segment again when its backward is due. Both need W,
 so an NF4 weight that the recomputed forward decodes is saved for that backward, in the node of the
-graph and no longer: nothing is cached. Saved at any time are at most `limit()` bytes of a process,
-by default those of the block of a model that has most, which is what a recomputed block needs.
+graph and no longer: nothing is cached. A process saves at most `bytes_saved.limit` bytes at a time,
+by default those of the largest block of a model, which is what one recomputed block needs.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Decoded:
 
 
 def provide_for(model: nn.Module) -> None:
-    """Allow as many decoded bytes as the block of `model` that has most: an element of a ModuleList
-    (a decoder layer), or all of a model without one."""
+    """Allow as many decoded bytes as the largest block of `model` has: an element of a ModuleList
+    (a decoder layer), or a whole model without one."""
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     most = max(_decoded_bytes(block) for block in blocks or [model])
     bytes_saved.largest_block = max(bytes_saved.largest_block, most)
