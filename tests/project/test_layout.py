@@ -1,4 +1,4 @@
-"""The rooms of the house: imports point one way, and few rooms may know Triton.
+"""The rooms of the house: imports point one way, few rooms may know Triton, nothing is left over.
 
 Read as text, so that an import within a function or for a type checker counts like any other.
 """
@@ -6,6 +6,7 @@ Read as text, so that an import within a function or for a type checker counts l
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -142,6 +143,27 @@ def test_neither_kernels_nor_library_know_bench_or_tests() -> None:
     assert all(name.startswith("bench") for name in importers("bench.instruments"))
     for path in MODULES.values():
         assert not _imports_package(path, "tests"), path
+
+
+def private(path: Path) -> Iterator[tuple[str, int]]:
+    """Private functions and classes of a file, and how often the rest of the file names them."""
+    text = path.read_text()
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.decorator_list:
+            continue
+        if re.match("_[a-zA-Z]", node.name):
+            named = re.compile(rf"\b{node.name}\b")
+            own = ast.get_source_segment(text, node) or ""
+            yield node.name, len(named.findall(text)) - len(named.findall(own))
+
+
+def test_no_private_function_is_left_that_nobody_calls(tmp_path: Path) -> None:
+    """One that has lost its only call may be a branch that got lost."""
+    lost = tmp_path / "lost.py"
+    lost.write_text("def _used(): ...\ndef _lost(n): return _lost(n - 1)\nx = _used()\n")
+    assert list(private(lost)) == [("_used", 1), ("_lost", 0)]
+    for path in MODULES.values():
+        assert [name for name, uses in private(path) if uses == 0] == [], path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: p.stem)
