@@ -247,10 +247,11 @@ def test_a_tensor_that_nobody_noted_means_no_plan(launches: Any, bound: list[str
 def group(x: Tensor, dYs: list[Tensor], p: float = 0.0) -> tuple[Tensor, ...]:
     members = []
     for n in (N, 16, 32):
-        A = torch.randn(R, K, requires_grad=True)
-        members.append(Member(torch.zeros(n, K, dtype=BF16), None, A, torch.randn(n, R), 1.0))
+        A, B = torch.randn(R, K, requires_grad=True), torch.randn(n, R, requires_grad=True)
+        members.append(Member(torch.zeros(n, K, dtype=BF16), None, A, B, 1.0))
     ys = adapted_linears(x, members, dropout_p=p, dropout_seed=3 if p else None)
-    return torch.autograd.grad(ys, [x, *(member.A for member in members)], dYs)
+    factors = [factor for member in members for factor in (member.A, member.B)]
+    return torch.autograd.grad(ys, [x, *factors], dYs)
 
 
 @pytest.mark.parametrize("lead", [(M,), (80,), (2, 40)], ids=str)
@@ -282,7 +283,7 @@ def test_a_part_of_a_tensor_goes_to_the_launcher_as_an_address(
     x = torch.zeros(80, K, dtype=BF16, requires_grad=True)
     for _ in range(3):
         group(x, [torch.zeros(80, n, dtype=BF16) for n in (N, 16, 32)])
-    assert len(asked) == 2
+    assert len(asked) == 4
     assert all(found == there for found, there in asked)
     last = [launch.arguments for launch in launches[2 * len(launches) // 3 :]]
     given = {a.data_ptr() for of in last for a in of.values() if hasattr(a, "data_ptr")}
