@@ -24,12 +24,14 @@ from ..geometry import Numbered
 from ..nf4 import NF4Weight
 from . import compiled_groups, compiled_ops, recomputation
 from .batched_gradients import is_of_autograd, is_vmap_active
+from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 from .validation import check_dropout, check_operands, check_scaling
 
-# Tensors of one layer among the arguments of apply(): all that may need a gradient except x.
-_PER_LAYER = len(Needs._fields) - 1
+# Tensors of one layer among the arguments of apply(): all that may need a gradient except x; of
+# plain layers (geometry.py), which have no b, d and g, the first.
+_PER_LAYER, _PER_PLAIN_LAYER = len(Needs._fields) - 1, 4
 _NOTHING = Needs()
 _NONE = (None,) * _PER_LAYER
 # A named tuple, without its own function.
@@ -95,15 +97,17 @@ def run(
             return backend.forward(x, layers, needs)[0]
         planned: Any = backend
         return planned.forward(x, layers, needs, None, numbered)[0]
+    count = _PER_LAYER if numbered is None else _PER_PLAIN_LAYER
     tensors: list[Any] = []
     for f in layers:
-        tensors += (None, *f[1:_PER_LAYER]) if type(f[0]) is NF4Weight else f[:_PER_LAYER]
+        tensors += (None, *f[1:count]) if type(f[0]) is NF4Weight else f[:count]
     return (apply or _apply)(x, layers, backend, numbered, *tensors)
 
 
 class AdaptedLinears(torch.autograd.Function):
     """apply(x, fs, backend, numbered, weight_1, bias_1, A_1, B_1, b_1, d_1, g_1, weight_2, …) → y_1
-    …: x [..., K] is in the compute dtype, all else in its own; the tensors are those of fs."""
+    …: x [..., K] is in the compute dtype, all else in its own; the tensors are those of fs, with
+    `numbered` without b, d and g."""
 
     @staticmethod
     def forward(
@@ -114,7 +118,7 @@ class AdaptedLinears(torch.autograd.Function):
         numbered: Numbered | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        needs = _needs_of(ctx.needs_input_grad)
+        needs, unread = _needs_of(ctx.needs_input_grad, len(fs))
         constants, read_by, keeps_weights = fs[0][7], fs, False
         for f in fs:
             if type(f[0]) is NF4Weight and needs[0].x:
@@ -131,26 +135,20 @@ class AdaptedLinears(torch.autograd.Function):
             else:
                 ys, (S, V) = planned.forward_remembering(x, read_by, needs, numbered)
         need = needs[0] if len(needs) == 1 else _any_of(needs)
-        read = saved_input(x, constants, need, copies=backend.copies_input)
+        read: Tensor | None = x
+        if backend.copies_input or not (need.A or need.weight):
+            read = saved_input(x, constants, need, copies=backend.copies_input)
         # A number stays with the constants.
         seed: Any = constants[2]
         seed = None if type(seed) is int or not isinstance(seed, Tensor) else seed
         weights = recomputation.saved_weights(read_by, x) if keeps_weights else ()
-        kept: list[Any] = [*tensors]
-        for i, t in enumerate(tensors):
-            if t is None:
-                continue
-            if i % _PER_LAYER == 1 and not needs[i // _PER_LAYER].bias:
-                # Nobody reads a frozen bias again, which may be an inference tensor.
-                kept[i] = None
-            elif t.is_leaf:
-                # What it is now: backward would read what is assigned to its .data until then.
-                kept[i] = t.detach()
-        ctx.save_for_backward(read, S, V, seed, *kept, *weights)
-        others = [(f[0] if type(f[0]) is NF4Weight else None, f[7]) for f in fs]
-        if seed is not None:
-            others = [(packed, c._replace(dropout_seed=0)) for packed, c in others]
-        ctx.call = backend, others, keeps_weights, None if numbered is None else numbered[0]
+        ctx.save_for_backward(read, S, V, seed, *as_they_are(tensors, unread), *weights)
+        others = []
+        for f in fs:
+            c = f[7] if seed is None else f[7]._replace(dropout_seed=0)
+            others.append((f[0] if type(f[0]) is NF4Weight else None, c))
+        number = None if numbered is None else numbered[0]
+        ctx.call = needs, backend, others, keeps_weights, number
         if len(fs) > 1:
             ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -163,21 +161,21 @@ class AdaptedLinears(torch.autograd.Function):
         if otherwise:
             # With create_graph=True: a derivative of what comes back raises. Or a batch of dYs.
             return _differentiable_once(ctx, *dYs)
-        asked = ctx.needs_input_grad
-        needs = _needs_of(asked)
-        backend, others, keeps_weights, number = ctx.call
+        needs, backend, others, keeps_weights, number = ctx.call
         x, S, V, seed, *tensors = ctx.saved_tensors
+        count = _PER_LAYER if number is None else _PER_PLAIN_LAYER
         fs, start = [], 0
         for packed, constants in others:
+            of_layer = [*tensors[start : start + count], *_NONE[count:], constants]
+            start += count
+            if packed is not None:
+                of_layer[0] = packed
             if seed is not None:
-                constants = constants._replace(dropout_seed=seed)
-            W, bias, A, B, b, d, g = tensors[start : start + _PER_LAYER]
-            start += _PER_LAYER
-            W = W if packed is None else packed
-            fs.append(_new(Factors, (W, bias, A, B, b, d, g, constants)))
+                of_layer[7] = constants._replace(dropout_seed=seed)
+            fs.append(_new(Factors, of_layer))
         rows: Any = dYs if len(dYs) == 1 else _complete(dYs, fs)
         if not rows:
-            return (None,) * len(asked)
+            return (None,) * len(ctx.needs_input_grad)
         if keeps_weights:
             fs = recomputation.with_saved(fs, tensors[start:])
         saved = _new(Saved, (S, V))
@@ -188,12 +186,15 @@ class AdaptedLinears(torch.autograd.Function):
         found: list[Tensor | None] = [grads[0][0], None, None, None]
         for dY, grad in zip(dYs, grads, strict=True):
             # A layer whose output is unused gets no gradients, as if it were alone.
-            found += _NONE if dY is None else grad[1:]
+            found += _NONE[:count] if dY is None else grad[1 : count + 1]
         return tuple(found)
 
 
-# Without the search of all arguments for dead wrappers of torch.func.
+# Without the search of all arguments for dead wrappers of torch.func; and back without the method
+# that chooses between backward and vjp.
 _apply = super(torch.autograd.Function, AdaptedLinears).apply
+_node: Any = AdaptedLinears
+_node._backward_cls.apply = AdaptedLinears.backward
 _differentiable_once = differentiable_once(AdaptedLinears.backward)
 
 
@@ -220,11 +221,16 @@ def is_recording() -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _needs_of(needs_input_grad: tuple[bool, ...]) -> tuple[Needs, ...]:
-    """The gradients of every layer, by the arguments of apply() that need one."""
+def _needs_of(
+    needs_input_grad: tuple[bool, ...], layers: int
+) -> tuple[tuple[Needs, ...], tuple[int, ...]]:
+    """The gradients of every layer, by the arguments of apply() that need one, and which of its
+    tensors no gradient reads: frozen biases."""
     needs_x, _, _, _, *rest = needs_input_grad
-    layers = range(0, len(rest), _PER_LAYER)
-    return tuple(Needs(needs_x, *rest[i : i + _PER_LAYER]) for i in layers)
+    count = len(rest) // layers
+    starts = range(0, len(rest), count)
+    needs = tuple(Needs(needs_x, *rest[i : i + count]) for i in starts)
+    return needs, tuple(i + 1 for i in starts if not rest[i + 1])
 
 
 _any_of = functools.lru_cache(maxsize=256)(needs_of_all)

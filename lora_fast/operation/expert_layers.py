@@ -17,6 +17,7 @@ from ..backends.torch_experts import BlockNeeds, BlockSaved, ProjectionNeeds
 from ..backends.torch_gates import Gate
 from ..experts.operands import Projection, Routing, sort_by_expert
 from .autograd import is_recording
+from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
 
 # The tensors of a projection among the arguments of apply(): weight, bias, A, B.
@@ -69,11 +70,7 @@ class AdaptedExperts(torch.autograd.Function):
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
         ctx.way = experts_for(x, projection)
         y, S = ctx.way.project_forward(x, offsets, projection, needs)
-        kept = [*tensors]
-        for i, t in enumerate(tensors):
-            if t is not None and t.is_leaf:
-                kept[i] = t.detach()  # see autograd.py
-        ctx.save_for_backward(x if needs.A else None, S, offsets, *kept)
+        ctx.save_for_backward(x if needs.A else None, S, offsets, *as_they_are(tensors))
         ctx.unsaved = _unsaved(projection)
         return y
 
@@ -108,11 +105,7 @@ class ExpertsBlock(torch.autograd.Function):
         out, saved = ctx.way.block_forward(x, w, routing, first, second, gate, needs)
         assert saved is not None
         read = x if needs.first.A else None
-        kept = [*tensors]
-        for i, t in enumerate(tensors):
-            if t is not None and t.is_leaf:
-                kept[i] = t.detach()
-        ctx.save_for_backward(read, w, *routing[:3], *saved, *kept)
+        ctx.save_for_backward(read, w, *routing[:3], *saved, *as_they_are(tensors))
         ctx.unsaved, ctx.gate = (_unsaved(first), _unsaved(second)), gate
         ctx.complete = routing.complete
         return out

@@ -26,6 +26,7 @@ from ..gated import NO_NEEDS, Activation, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
 from . import autograd, recomputation
 from .batched_gradients import is_of_autograd, is_vmap_active
+from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 from .validation import check_gated
@@ -180,7 +181,8 @@ class GatedMLP(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         reads_x = tuple(isinstance(f, Factors) for f in linears[:2])
-        ctx.needs = needs = _needs_of(ctx.needs_input_grad, reads_x)
+        needs, unread = _needs_of(ctx.needs_input_grad, reads_x)
+        ctx.needs = needs
         ctx.decoded = _decoded_again(linears, needs)
         read_by: list[Any] = list(linears)
         for i in ctx.decoded:
@@ -188,15 +190,12 @@ class GatedMLP(torch.autograd.Function):
         y, saved = backend.gated_forward(x, GatedLinears(*read_by), activation, needs)
         weights = recomputation.saved_weights([read_by[i] for i in ctx.decoded], y)
         read = None if x is None else _saved_input(x, linears, needs, backend)
-        seeds = [f.constants.dropout_seed if isinstance(f, Factors) else None for f in linears]
-        drawn = [seed if isinstance(seed, Tensor) else None for seed in seeds]
-        kept = [*tensors[2:]]
-        for i, t in enumerate(kept):  # see autograd.py
-            if t is not None and i % _PER_LAYER == 1 and not needs[i // _PER_LAYER].bias:
-                kept[i] = None
-            elif t is not None and t.is_leaf:
-                kept[i] = t.detach()
-        ctx.save_for_backward(read, *saved, *drawn, *kept, *weights)
+        drawn: list[Tensor | None] = [None, None, None]
+        for i, f in enumerate(linears):
+            if isinstance(f, Factors) and isinstance(f.constants.dropout_seed, Tensor):
+                drawn[i] = f.constants.dropout_seed
+        of_layers = as_they_are(tensors[2:], unread)
+        ctx.save_for_backward(read, *saved, *drawn, *of_layers, *weights)
         ctx.others = [_unsaved(f) for f in linears]
         ctx.backend, ctx.activation, ctx.is_fused = backend, activation, linears.is_fused
         # What hooks hand in again, and whether they keep it, nobody knows.
@@ -256,8 +255,11 @@ def _is_last_reader(ctx: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _needs_of(needs_input_grad: tuple[bool, ...], reads_x: tuple[bool, ...]) -> GatedNeeds:
-    """The gradients of every layer, by the arguments of apply() that need one."""
+def _needs_of(
+    needs_input_grad: tuple[bool, ...], reads_x: tuple[bool, ...]
+) -> tuple[GatedNeeds, tuple[int, ...]]:
+    """The gradients of every layer, by the arguments of apply() that need one, and which of the
+    layers' tensors no gradient reads: frozen biases."""
     needs_x, _, _, _, *rest = needs_input_grad
     found, of_h = [], False
     for i in range(3):
@@ -265,7 +267,7 @@ def _needs_of(needs_input_grad: tuple[bool, ...], reads_x: tuple[bool, ...]) -> 
         of_input = of_h if i == 2 else needs_x if reads_x[i] else rest[i]
         found.append(Needs(x=of_input, bias=bias, A=A, B=B))
         of_h = of_h or any(found[-1])
-    return GatedNeeds(*found)
+    return GatedNeeds(*found), tuple(_PER_LAYER * i + 1 for i in range(3) if not found[i].bias)
 
 
 def _decoded_again(linears: GatedLinears, needs: GatedNeeds) -> list[int]:

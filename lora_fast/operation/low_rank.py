@@ -19,6 +19,7 @@ from ..backends.protocol import Backend
 from ..backends.selection import backend_for
 from ..factors import NO_WEIGHT, Factors, Needs, Saved, saved_input
 from .autograd import is_recording
+from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 
@@ -60,11 +61,8 @@ class _AddLowRank(torch.autograd.Function):
         word = seed if isinstance(seed, Tensor) else None
         ctx.constants = f.constants if word is None else f.constants._replace(dropout_seed=0)
         read = saved_input(x, f.constants, needs, copies=backend.copies_input)
-        bias, *others = tensors
-        for i, t in enumerate(others):
-            if t is not None and t.is_leaf:
-                others[i] = t.detach()  # see autograd.py
-        ctx.save_for_backward(read, saved.S, word, bias if needs.bias else None, *others)
+        of_layer = as_they_are(tensors, () if needs.bias else (0,))
+        ctx.save_for_backward(read, saved.S, word, *of_layer)
         ctx.backend, ctx.dtypes = backend, (x.dtype, out.dtype if y is None else y.dtype)
         return out
 

@@ -47,7 +47,7 @@ def differentiable_once(gradients: _Gradients, x: int | None = 0) -> _Gradients:
         # Without x, or with a copy of it, nothing leads back to where it came from.
         if reads_x and (saved[0] is None or not saved[0].requires_grad):
             raise RuntimeError(_REFUSED)
-        # Parameters are saved without the way back to them (autograd.py).
+        # Parameters are saved without the way back to them (saved_leaves.py).
         leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions)
         read_from = (*dYs, *saved, *leaves)
         sources = [t for t in read_from if isinstance(t, Tensor) and t.requires_grad]

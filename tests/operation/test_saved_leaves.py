@@ -15,6 +15,8 @@ from lora_models import K, accelerated_copy, lora_layers, peft_model
 from opaque_bases import opaque_model
 from torch import Tensor, nn
 
+from lora_fast.operation.saved_leaves import as_they_are
+
 Pair = tuple[nn.Module, nn.Module, Tensor]
 
 
@@ -86,3 +88,17 @@ def test_weights_written_in_place_are_an_error() -> None:
         lora_layers(fused)[0].lora_A["default"].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_what_is_saved() -> None:
+    leaf, unread = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    made = leaf * 2
+    saved, nothing, none, same = as_they_are([leaf, unread, None, made], [1])
+    assert nothing is none is None
+    assert same is made
+    assert saved is not None and not saved.requires_grad
+    with torch.no_grad():
+        leaf.mul_(3)
+    assert saved.tolist() == [3.0, 3.0] and saved._version == leaf._version
+    leaf.data = torch.zeros(2)
+    assert saved.tolist() == [3.0, 3.0]
