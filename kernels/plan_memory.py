@@ -8,6 +8,7 @@ an address, for which Triton's launcher needs no tensor.
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_new = object.__new__
 _INDUCTORS = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 
 
@@ -53,8 +54,10 @@ def address(tensor, start, shape, strides):
 
 def described(fields, base):
     """A tensor descriptor as one before, of other memory."""
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields, base=base)
+    descriptor = _new(TensorDescriptor)
+    own = descriptor.__dict__
+    own.update(fields)
+    own["base"] = base
     return descriptor
 
 

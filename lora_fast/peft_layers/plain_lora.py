@@ -195,18 +195,21 @@ def fingerprint_of(plain: Plain) -> tuple[Any, ...] | None:
     None for inference tensors, which have no version counter."""
     f, dtype = plain
     W, bias, A, B, _, _, _, constants = f
-    found: list[Any] = [constants, dtype]
-    t: Any
+    assert A is not None and B is not None
     try:
-        for t in (A, B) if bias is None else (A, B, bias):
-            found += (id(t), t.data_ptr(), t.requires_grad, t._version)
+        # Without a loop, which takes half as long again.
+        of_factors: tuple[Any, ...] = (
+            constants, dtype,
+            id(A), A.data_ptr(), A.requires_grad, A._version,
+            id(B), B.data_ptr(), B.requires_grad, B._version,
+        )  # fmt: skip
+        if bias is not None:
+            of_factors += (id(bias), bias.data_ptr(), bias.requires_grad, bias._version)
         if isinstance(W, Tensor):
-            found += (id(W), W.data_ptr(), W.requires_grad, W._version)
-        else:
-            found += (id(W.quant_state), W.packed.data_ptr(), W.packed._version)
+            return of_factors, id(W), W.data_ptr(), W.requires_grad, W._version
+        return of_factors, id(W.quant_state), W.packed.data_ptr(), W.packed._version
     except RuntimeError:  # raised by _version
         return None
-    return tuple(found)
 
 
 def geometry_if_fitting(

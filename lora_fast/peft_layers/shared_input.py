@@ -82,7 +82,7 @@ class Kept:
         """y for the first layer to return, with whose graph the outputs are released."""
         if not y.requires_grad:
             return y
-        y = _with_node_of_its_own(y, y.shape)
+        y = _with_node_of_its_own(y, [*y.shape])
         node: Any = y.grad_fn
         alive = node.metadata[GROUP] = _Alive()
         self._is_alive = weakref.ref(alive, self._forget)
