@@ -37,19 +37,20 @@ class Part:
     """An address that tells in whose memory it lies: drivers that run kernels on the CPU let them
     reach the memory of tensors among the arguments, and no other."""
 
-    __slots__ = ("_pointer", "base")
-
-    def __init__(self, base, pointer):
-        self.base, self._pointer = base, pointer
+    __slots__ = ("base", "pointer")
 
     def data_ptr(self):
-        return self._pointer
+        return self.pointer
 
 
 def address(tensor, start, shape, strides):
     """What a launch takes for a part of a tensor's memory, `start` bytes from its first one."""
     pointer = tensor.data_ptr() + start
-    return pointer if tensor.is_cuda else Part(tensor, pointer)
+    if tensor.is_cuda:
+        return pointer
+    part = _new(Part)
+    part.base, part.pointer = tensor, pointer
+    return part
 
 
 def described(fields, base):
