@@ -254,6 +254,14 @@ def typical_executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
         yield machine
 
 
+@pytest.fixture(params=[PARAMS[0], PARAMS[4]])
+def interpreter_or_gpu(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """For what compiling does not change, or other tests show of compiled code: the launches of a
+    step (test_offline.py), the same bits from run to run (in several schedules)."""
+    with started(request.param()) as machine:
+        yield machine
+
+
 @pytest.fixture(params=[pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90, 100)])
 def sm(request: pytest.FixtureRequest) -> Iterator[int]:
     """A compute capability that compiled kernels of a test are executed for."""

@@ -51,14 +51,16 @@ def test_the_mask_is_made_of_philox(executor):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_as_many_are_dropped_as_asked_for(typical_executor, p):
-    mask = dropout_mask(64, 1024, Dropout(p, 3), typical_executor.device).cpu().double()
+def test_as_many_are_dropped_as_asked_for(interpreter_or_gpu, p):
+    """Of the mask that `test_the_mask_is_made_of_philox` has on every machine."""
+    mask = dropout_mask(64, 1024, Dropout(p, 3), interpreter_or_gpu.device).cpu().double()
     spread = (p * (1 - p)) ** 0.5
     assert abs(mask.mean() - (1 - p)) < 4 * spread / mask.numel() ** 0.5
     for one, other in ((mask[:, ::2], mask[:, 1::2]), (mask[::2], mask[1::2])):
         correlation = ((one - one.mean()) * (other - other.mean())).mean() / spread**2
         assert abs(correlation) < 4 / one.numel() ** 0.5
-    assert not mask.equal(dropout_mask(64, 1024, Dropout(p, 4), typical_executor.device).double())
+    other = dropout_mask(64, 1024, Dropout(p, 4), interpreter_or_gpu.device)
+    assert not mask.equal(other.cpu().double())
 
 
 @pytest.mark.parametrize(

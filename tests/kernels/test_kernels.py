@@ -110,16 +110,16 @@ def test_small_factors_in_float16(typical_executor):
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
-def test_launches(executor, nf4):
-    operands = make(replace(RAGGED, M=64, nf4=nf4), executor.device)
-    with executor.counting_launches() as names:
+def test_launches(interpreter_or_gpu, nf4):
+    operands = make(replace(RAGGED, M=64, nf4=nf4), interpreter_or_gpu.device)
+    with interpreter_or_gpu.counting_launches() as names:
         fused(operands)
     forward, backward = LAUNCHES
     assert names == [*forward, *backward]
 
 
-def test_two_runs_give_the_same_bits(executor):
-    operands = make(replace(ALIGNED, M=300, R=80, factors=GAINS), executor.device)
+def test_two_runs_give_the_same_bits(interpreter_or_gpu):
+    operands = make(replace(ALIGNED, M=300, R=80, factors=GAINS), interpreter_or_gpu.device)
     first, second = fused(operands), fused(operands)
     for name in first:
         assert_same_bits(first[name], second[name], name=name)

@@ -37,9 +37,9 @@ def test_equals_the_formula(executor, dtype, nested):
         assert_same_bits(decode(weight, dtype), expected, name=f"{blocksize} {shape}")
 
 
-def test_one_launch(executor):
-    weight = NF4Weight.from_dense(torch.randn(64, 64, device=executor.device))
-    with executor.counting_launches() as names:
+def test_one_launch(interpreter_or_gpu):
+    weight = NF4Weight.from_dense(torch.randn(64, 64, device=interpreter_or_gpu.device))
+    with interpreter_or_gpu.counting_launches() as names:
         decode(weight, torch.bfloat16)
     assert names == ["nf4_decode"]
 

@@ -183,9 +183,9 @@ def test_a_row_that_is_not_finite_changes_no_other(interpreted, case, value):
     assert_same_bits(found[others], expected[others], name="dx")
 
 
-def test_scaling_takes_no_launch(typical_executor):
-    operands = make(PLAIN, typical_executor.device)
-    with typical_executor.counting_launches() as names:
+def test_scaling_takes_no_launch(interpreter_or_gpu):
+    operands = make(PLAIN, interpreter_or_gpu.device)
+    with interpreter_or_gpu.counting_launches() as names:
         fused(operands)
     assert names == ["ticketed_gemm", "strips", "ticketed_gemm", "strips"]
 

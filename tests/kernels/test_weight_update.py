@@ -125,9 +125,9 @@ def test_a_delta_that_nearly_cancels(executor):
     assert error.norm() < 1e-3 * exact.norm()
 
 
-def test_two_runs_give_the_same_bits(typical_executor):
+def test_two_runs_give_the_same_bits(interpreter_or_gpu):
     case = Case(R=40, vectors="bdg")
-    first, second = (updated(make(case, typical_executor.device), case) for _ in range(2))
+    first, second = (updated(make(case, interpreter_or_gpu.device), case) for _ in range(2))
     assert_same_bits(first, second, name="out")
 
 

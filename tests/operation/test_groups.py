@@ -105,9 +105,9 @@ def test_every_schedule_gives_the_same_bits(ptx_executor):
 
 
 @pytest.mark.parametrize(("R", "sides"), [(None, 3), (8, 1)], ids=["own ranks", "equal ranks"])
-def test_launches(typical_executor, R, sides):
-    x, members, dYs = make(BF16, FP32, False, device=typical_executor.device, R=R)
-    with typical_executor.counting_launches() as names:
+def test_launches(interpreter_or_gpu, R, sides):
+    x, members, dYs = make(BF16, FP32, False, device=interpreter_or_gpu.device, R=R)
+    with interpreter_or_gpu.counting_launches() as names:
         results_of(adapted_linears, x, members, dYs, lambda t: t)
     assert names[:3] == ["ticketed_gemm"] * 3, "one launch a layer forward, the first shrinks"
     assert names[3:-2] == ["strips"] * sides, "one for all layers that are alike"
