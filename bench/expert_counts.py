@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from .expert_blocks import Block, R, build, check_fused, experts_of, step_of
 from .expert_graphs import MODELS, ModelledExperts
 from .instruments import stub_driver
-from .offline.operations import OperationCounter, SavedBytes
+from .instruments.saved_tensors import SavedTensors
+from .offline.operations import OperationCounter
 
 TORCH, KERNELS = "lora_fast torch", "lora_fast"
 CONTESTANTS = ("frozen", "peft", *MODELS, TORCH, KERNELS)
@@ -122,11 +123,11 @@ def _step(experts: nn.Module, block: Block, tokens: int, counter: OperationCount
     """The bytes that a step saves for backward."""
     forward, inputs = step_of(experts, block, tokens, torch.bfloat16)
     dY = torch.empty(tokens, block.H, dtype=torch.bfloat16)
-    with SavedBytes([*experts.parameters(), *inputs]) as saved, counter:
+    with SavedTensors([*experts.parameters(), *inputs]) as saved, counter:
         out = forward()
     with counter:
         out.backward(dY)
-    return saved.total
+    return saved.bytes
 
 
 def _built(block: Block, contestant: str) -> nn.Module:

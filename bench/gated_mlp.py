@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .instruments import paired
 from .instruments.device_label import label
+from .instruments.saved_tensors import SavedTensors
 
 H, WIDTH, TOKENS, R = 512, 1408, 2048, 16
 CONTESTANTS = ("frozen", "peft", "lora_fast", "lora_fast unfused", "peft fp32", "lora_fast fp32")
@@ -64,19 +65,9 @@ def step_of(model: nn.Module, dtype: torch.dtype, tokens: int = TOKENS) -> paire
 
 def saved_bytes(model: nn.Module, dtype: torch.dtype, tokens: int = TOKENS) -> int:
     """Of storages that a forward pass saves for backward, each once, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(torch.randn(tokens, H).to(dtype).requires_grad_())
-    del y
-    return sum(found.values())
+    with SavedTensors(model.parameters()) as saved:
+        model(torch.randn(tokens, H).to(dtype).requires_grad_())
+    return saved.bytes
 
 
 def run(dtype: torch.dtype, p: float, rounds: int, seconds: float, tokens: int) -> dict[str, Any]:

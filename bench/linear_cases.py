@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .instruments.paired import Step
+from .instruments.saved_tensors import SavedTensors
 
 DIRECTIONS = ("forward", "forward+backward")
 
@@ -93,20 +94,9 @@ class Layer:
     def saved_bytes(self) -> int:
         """Bytes that one forward pass saves for backward, without parameters and x itself."""
         own = [self.x, *self.module.parameters(), *self.module.buffers(), *_quant_tensors(self)]
-        known = {tensor.untyped_storage().data_ptr() for tensor in own}
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = self.forward()
-        total = sum(saved.values())
-        del y
-        return total
+        with SavedTensors(own) as saved:
+            self.forward()
+        return saved.bytes
 
 
 def build(case: Case, device: torch.device) -> dict[str, Layer]:

@@ -21,9 +21,10 @@ import torch
 from lora_fast.kernels.launch_policy import GemmConfig
 
 from bench.instruments import stub_driver, traffic
+from bench.instruments.saved_tensors import SavedTensors
 
 from . import issue, layers, lorafusion_graph, unsloth_graph
-from .operations import Operation, OperationCounter, SavedBytes, Step, dropout_as_on_cuda
+from .operations import Operation, OperationCounter, Step, dropout_as_on_cuda
 
 STOCK = ("frozen", "peft", "peft fp32")
 
@@ -135,12 +136,12 @@ def _counted(
     x.requires_grad_()
     trained = [p for p in model.parameters() if p.requires_grad]
     with counter:
-        with SavedBytes(layers.constants(model)) as saved:
+        with SavedTensors(layers.constants(model)) as saved:
             y = model(x)
         forward = len(counter.operations)
         if log is not None:
             log.launches.append(_BACKWARD_STARTS)
-        saved_bytes = saved.total
+        saved_bytes = saved.bytes
         torch.autograd.grad(y, [x, *trained], torch.empty_like(y))
     operations = counter.operations
     return Step(operations[:forward], operations[forward:], saved_bytes)

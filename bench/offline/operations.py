@@ -184,29 +184,3 @@ def dropout_as_on_cuda() -> Iterator[None]:
 
     with mock.patch("torch.nn.functional.dropout", dropout):
         yield
-
-
-class SavedBytes:
-    """Bytes of distinct storages that autograd saves inside ``with``, except those in ``known``."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._storages: dict[int, Any] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
-
-    @property
-    def total(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages.values())
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._storages[storage._cdata] = storage
-        return tensor
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._hooks.__exit__(*details)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from bench.instruments import stub_driver
+from bench.instruments.saved_tensors import SavedTensors
 
 from . import contestants, layers
 from .contestants import Case
-from .operations import OperationCounter, SavedBytes
+from .operations import OperationCounter
 
 CASE = Case(layers.SHAPES[1], 8192, 16, "dense", 0.0)
 HEADS, HEAD_DIM = 32, 128
@@ -51,12 +52,12 @@ def _counted(who: str) -> int:
         lora_fast.set_backend("triton"),
         stub_driver.recording(90),
         OperationCounter(compute=False),
-        SavedBytes(constants) as saved,
+        SavedTensors(constants) as saved,
     ):
         layer(x, position_embeddings=angles, attention_mask=None)
     if who == "lora_fast" and not lora_fast.report(layer).all_fused:
         raise RuntimeError(f"not every adapted linear ran fused:\n{lora_fast.report(layer)}")
-    return saved.total
+    return saved.bytes
 
 
 def _layer(adapters: str) -> nn.Module:

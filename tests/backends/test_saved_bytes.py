@@ -6,13 +6,15 @@ for each token; parameters and vectors are not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from lora_models import K, N, accelerated_copy, counted, method_model, peft_model
 from machines import interpreter, started
-from torch import Tensor
+
+from bench.instruments.saved_tensors import SavedTensors
 
 M, R = 64, {"vera": 37, "adalora": 6}
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -48,22 +50,10 @@ def build(method: str, kind: str, p: float) -> torch.nn.Module:
 
 def saved(model: torch.nn.Module) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor with M rows that is saved, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    parameters = {t.untyped_storage().data_ptr() for t in tensors}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     x = torch.randn(M, K).to(BF16).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with SavedTensors([*model.parameters(), *model.buffers()]) as saved:
         model(x)
-    return [
-        (tuple(t.shape), t.dtype)
-        for pointer, t in kept.items()
-        if pointer not in parameters and t.numel() >= M
-    ]
+    return [(shape, dtype) for shape, dtype in saved.shapes if math.prod(shape) >= M]
 
 
 def expected(method: str, letters: str, p: float) -> list[object]:

@@ -14,6 +14,8 @@ from machines import Executor, started
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.instruments.saved_tensors import SavedTensors
+
 pytest.importorskip("triton")
 import lora_fast
 from bench.instruments import stub_driver
@@ -281,21 +283,13 @@ def test_what_is_saved(interpreter: Executor) -> None:
     expert."""
     x, index, w, first, second = _some(bias=False)
     trained = [x, w, first["A"], first["B"], second["A"], second["B"]]
-    known = {t.requires_grad_().untyped_storage().data_ptr() for t in trained}
-    known |= {f["weight"].untyped_storage().data_ptr() for f in (first, second)}
-    saved: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in known:
-            saved[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    for t in trained:
+        t.requires_grad_()
+    with SavedTensors([*trained, first["weight"], second["weight"]]) as saved:
         block(x, index, w, first, second)
     places, R = index.numel(), first["A"].shape[1]
-    floats = sum(t.untyped_storage().nbytes() for t in saved.values() if t.is_floating_point())
-    assert floats == 4 * places * (2 * INNER + 2 * R)
-    assert sum(t.numel() for t in saved.values() if not t.is_floating_point()) == 2 * places + E
+    assert saved.elements(floating=True) == places * (2 * INNER + 2 * R)
+    assert saved.elements(floating=False) == 2 * places + E
 
 
 @pytest.mark.offline
@@ -352,29 +346,15 @@ def test_what_a_layer_of_qwen3_makes_and_saves(stored: torch.dtype) -> None:
     x, w = made(tokens, hidden).requires_grad_(), made(tokens, k, dtype=FP32).requires_grad_()
     index = made(tokens, k, dtype=torch.int64)
     layers = projection(2 * inner, hidden), projection(hidden, inner)
-    saved: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
+    known = [x, w, *(t for p in layers for t in p if isinstance(t, Tensor))]
     with stub_driver.recording(90), lora_fast.set_backend("triton"), _Made() as found:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with SavedTensors(known) as saved:
             out = expert_layers.block(x, index, w, *layers, gate_of("silu"))
         out.backward(made(tokens, hidden))
     rows = tokens * k
     assert max(found.elements) == rows * hidden < experts * 2 * inner * hidden
-    # Parameters are saved as other tensors of their memory.
-    known = [t.untyped_storage() for p in layers for t in p if isinstance(t, torch.Tensor)]
-    of_layers = {storage._cdata for storage in known}
-    kept = [
-        t
-        for t in saved
-        if t.untyped_storage()._cdata not in of_layers and t.shape not in (x.shape, w.shape)
-    ]
-    floats = sum(t.numel() for t in kept if t.is_floating_point())
-    assert floats == rows * (2 * inner + 2 * R)
-    assert sum(t.numel() for t in kept if not t.is_floating_point()) == 2 * rows + experts
+    assert saved.elements(floating=True) == rows * (2 * inner + 2 * R)
+    assert saved.elements(floating=False) == 2 * rows + experts
 
 
 def test_compiled_code(typical_executor: Executor) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from bench.instruments.accuracy import ORDER_DIFFERENCE, assert_agree, assert_same_bits
+from bench.instruments.saved_tensors import SavedTensors
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Families, and how many gated MLPs of two layers have an adapter.
@@ -102,19 +103,10 @@ def test_saved_bytes(family: str) -> None:
     model = get_peft_model(Model(mlp).to(BF16), lora, autocast_adapter_dtype=False).to(BF16)
     lora_fast.accelerate(model)
     x = torch.randn(1, 64, 512, dtype=BF16, requires_grad=True)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with SavedTensors(model.parameters()) as saved:
         model(x).sum().backward()
-    held = sum(size for at, size in saved.items() if at not in parameters)
-    assert held <= MOST_SAVED * 2 * (512 + 2 * 1408) * 64
-    assert held >= 2 * (512 + 2 * 1408) * 64
+    assert saved.bytes <= MOST_SAVED * 2 * (512 + 2 * 1408) * 64
+    assert saved.bytes >= 2 * (512 + 2 * 1408) * 64
     assert counts(model) == (1, {})
 
 

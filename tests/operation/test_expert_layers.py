@@ -14,6 +14,7 @@ from bench.instruments.accuracy import (
     assert_same_bits,
     orders,
 )
+from bench.instruments.saved_tensors import SavedTensors
 from lora_fast import reference
 from lora_fast.backends import torch_grouped
 from lora_fast.backends.torch_gates import GluForm
@@ -99,21 +100,11 @@ def test_what_is_saved() -> None:
     trained = [x, w, first["A"], first["B"], second["A"], second["B"]]
     for t in trained:
         t.requires_grad_()
-    known = {t.untyped_storage().data_ptr() for t in trained}
-    known |= {f["weight"].untyped_storage().data_ptr() for f in (first, second)}
-    saved: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in known:
-            saved[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with SavedTensors([*trained, first["weight"], second["weight"]]) as saved:
         block(x, index, w, first, second)
     places = index.numel()
-    floats = sum(t.numel() for t in saved.values() if t.is_floating_point())
-    assert floats == places * (2 * INNER + 2 * R)
-    assert sum(t.numel() for t in saved.values() if not t.is_floating_point()) == 2 * places + E
+    assert saved.elements(floating=True) == places * (2 * INNER + 2 * R)
+    assert saved.elements(floating=False) == 2 * places + E
 
 
 @pytest.fixture

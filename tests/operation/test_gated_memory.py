@@ -8,6 +8,7 @@ from gated_checks import BF16, MEMBERS, MLP, eager, exact, make
 from gated_checks import fused as fused_mlp
 
 from bench.instruments.accuracy import assert_accurate, orders
+from bench.instruments.saved_tensors import SavedTensors
 from lora_fast import set_backend
 from lora_fast.backends import torch_gated_rows
 from lora_fast.gated import ACTIVATIONS
@@ -24,22 +25,13 @@ def saved_bytes(M, H, width, **changes):
     """Storages, each once, without parameters; and what x, gate, up and the S take."""
     mlp = MLP(BF16, M=M, H=H, intermediate=width, ranks=(8, 8, 8), **changes)
     o = make(mlp)
-    parameters = {t.untyped_storage().data_ptr() for n, t in o.leaves.items() if n != "x"}
-    for weight in o.weights.values():
-        parameters.add(getattr(weight, "packed", weight).untyped_storage().data_ptr())
-    saved = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    parameters = [t for n, t in o.leaves.items() if n != "x"]
+    parameters += [getattr(weight, "packed", weight) for weight in o.weights.values()]
+    with SavedTensors(parameters) as saved:
         y = fused_mlp(o, o.leaves)
     assert y.requires_grad
     elements = H + 2 * width + 8 * len(mlp.members)
-    return sum(saved.values()), M * 2 * elements
+    return saved.bytes, M * 2 * elements
 
 
 @pytest.mark.parametrize(("changes", "most"), BYTES.values(), ids=list(BYTES))

@@ -8,6 +8,7 @@ from group_checks import BF16, FP16, FP32, check, make, results_of
 from machines import interpreter, started
 
 from bench.instruments.accuracy import assert_same_bits
+from bench.instruments.saved_tensors import SavedTensors
 from lora_fast.functional import adapted_linears
 
 ALL = ("x", "bias", "A", "B")
@@ -130,14 +131,9 @@ def test_the_fused_route_takes_one_launch_a_layer_and_no_copy_of_A(monkeypatch, 
 
 def test_saved_are_x_and_the_S_of_all():
     x, members, _ = make(BF16, FP32, False)
-    parameters = {t.data_ptr() for m in members for t in m if isinstance(t, torch.Tensor)}
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
-    ):
+    with SavedTensors([t for m in members for t in m if isinstance(t, torch.Tensor)]) as saved:
         adapted_linears(x, members)
-    shapes = sorted(tuple(t.shape) for p, t in kept.items() if p not in parameters)
-    assert shapes == [(37, 29), (37, 64)]
+    assert sorted(shape for shape, _ in saved.shapes) == [(37, 29), (37, 64)]
 
 
 def test_an_output_that_leads_nowhere_leaves_no_gradient():

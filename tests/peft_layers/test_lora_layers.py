@@ -23,6 +23,7 @@ from lora_models import (
 from torch import Tensor, nn
 
 from bench.instruments.accuracy import assert_all_accurate, orders
+from bench.instruments.saved_tensors import SavedTensors
 from lora_fast import reference
 from lora_fast.backends.selection import backend_for
 from lora_fast.backends.torch_ops import TorchBackend
@@ -347,19 +348,10 @@ def test_saves_x_and_the_shrink_only() -> None:
     """bfloat16 base with float32 adapters: no float32 copy of x, no product of A and B."""
     for kind in KINDS:
         fused = accelerated_copy(peft_model(kind, BF16, F32, compute_dtype=BF16))
-        parameters = {t.untyped_storage().data_ptr() for t in fused.parameters()}
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         x = torch.randn(64, K, dtype=BF16, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with SavedTensors(fused.parameters()) as saved:
             fused(x)
-        extra = sum(size for pointer, size in saved.items() if pointer not in parameters)
-        assert extra == x.nbytes + 64 * 5 * 2, kind
+        assert saved.bytes == x.nbytes + 64 * 5 * 2, kind
 
 
 def test_result_dtype_under_cuda_autocast() -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 pytest.importorskip("peft")
 
 
+from bench.instruments.saved_tensors import SavedTensors
 from bench.offline import __main__ as command
 from bench.offline import (
     band,
@@ -32,7 +33,6 @@ from bench.offline.contestants import Case
 from bench.offline.operations import (
     Operation,
     OperationCounter,
-    SavedBytes,
     Step,
     dropout_as_on_cuda,
 )
@@ -94,19 +94,11 @@ def test_uncomputed_results_have_the_shape_and_touch_nothing() -> None:
 
 def test_dropout_is_counted_as_on_cuda() -> None:
     x = meta(64, 64).requires_grad_()
-    with dropout_as_on_cuda(), SavedBytes([]) as saved:
+    with dropout_as_on_cuda(), SavedTensors([]) as saved:
         (operation,) = counted(lambda: torch.nn.functional.dropout(x, 0.1))
     assert operation.name == "aten::native_dropout"
-    assert saved.total == 64 * 64
+    assert saved.bytes == 64 * 64
     assert torch.nn.functional.dropout.__name__ == "dropout"
-
-
-def test_saved_bytes_count_a_storage_once_and_parameters_never() -> None:
-    x, w = torch.ones(8, 4, requires_grad=True), torch.ones(4, 4, requires_grad=True)
-    with SavedBytes([w]) as saved:
-        _y = (x @ w) * x.exp() + (x @ w.T)
-    # x (once), x @ w and exp(x), which both exp and the product save
-    assert saved.total == 3 * x.nbytes
 
 
 def test_peft_is_counted_from_its_own_operations() -> None:
