@@ -69,7 +69,7 @@ class _Next(nn.Module):
 
     def __init__(self, first: _First, place: int) -> None:
         super().__init__()
-        self._first, self._place = [first], place  # in a list: it is no child
+        self._first, self._place = [first], place  # in a list, so that it is not a child
 
     def forward(self, x: Tensor) -> Tensor:
         return self._first[0].results[self._place]

@@ -1,7 +1,7 @@
 """The steps whose kernels are listed, so that every shipped configuration is among them.
 
 Each is recorded from the library's own launchers: accelerated PEFT layers, or the Triton backend
-where a plan of the tuner's or a factor that PEFT has no layer for is wanted.
+where a plan of the tuner or a factor that no layer of PEFT has is wanted.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ..operation.low_rank import add_low_rank
 from .int8 import DecodedInt8
 from .obstacles import COMPUTE_DTYPES, PLAIN_TENSORS, module_obstacle, tensor_obstacle
 
-# Classes whose forward returns memory that nothing else reads, neither later nor in backward.
+# Classes whose forward returns memory that nothing else reads, later or in backward.
 _FRESH_OUTPUTS = frozenset(
     {
         ("bitsandbytes.nn.modules", "Linear4bit"),

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .quantisation import check_options, check_weight, packed_like
 from .storage import store_packed
 
-# Parameters in place of others on the meta device that are no part of a checkpoint lack it.
+# Absent on parameters that replace meta ones and are not part of a checkpoint.
 _LOADED = "_is_hf_initialized"
 _READS_AHEAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 

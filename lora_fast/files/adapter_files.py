@@ -83,7 +83,7 @@ def adapt(skeleton: nn.Module, config: Any, folder: Path) -> Any:
         )
     try:
         return get_peft_model(skeleton, config)
-    except Exception as error:  # for example target_modules that are no regular expression
+    except Exception as error:  # for example target_modules that are not a regular expression
         raise ValueError(f"{folder / CONFIG} must fit the base model: {error}") from error
 
 

@@ -45,7 +45,7 @@ def check_hub(name: str) -> None:
     except (errors.HfHubHTTPError, errors.FileMetadataError):
         return
     except (errors.OfflineModeIsEnabled, errors.HFValidationError):
-        return  # not asked: offline by the user's wish, or `name` is no valid name
+        return  # not asked: offline by the user's wish, or `name` is not a valid name
     except Exception as error:  # the HTTP client differs between versions
         raise ConnectionError(
             f"it is not in the cache, and the hub does not answer ({error})"

@@ -5,7 +5,7 @@
 Byte i holds element 2i in its high nibble and 2i + 1 in its low one; code · absmax is a float32
 product, rounded once to the wanted dtype. On a CPU one lookup gives both codes of a byte, and
 bitsandbytes' kernels are not used: with AVX512 they count blocks from the start of every row, which
-decodes another weight if K is no multiple of the block size. On other devices they compute this.
+decodes another weight if K is not a multiple of the block size. Elsewhere they compute this.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ _NOTE: dict[str, Any] = {
 
 
 def _say(axes: Any, place: int, text: str) -> None:
-    """A row that has no number has words."""
+    """A row without numbers has words instead."""
     where = axes.get_yaxis_transform()
     style = {"va": "center", "fontsize": 7.5, "color": GREY, "bbox": _ON_WHITE}
     axes.text(0.02, place, text, transform=where, **style)
