@@ -253,16 +253,16 @@ def _remembers(f: Any) -> bool:
 
 def _with_room(x: Tensor, layers: Sequence[Any]) -> list[Any]:
     """The layers, of which as many remember W as may be saved, in the dtype of x."""
-    count, found = 0, []
-    for f, remembers in zip(layers, _remembering(layers), strict=True):
-        if remembers:
-            N, K = f.weight.shape
-            more = N * K * x.element_size()
-            if bytes_saved.has_room(count + more):
-                count += more
-            else:
-                f = f._replace(weight=replace(f.weight, decoded=None))
-        found.append(f)
+    count, found = 0, [*layers]
+    for i, f in enumerate(layers):
+        if not _remembers(f):
+            continue
+        N, K = f.weight.quant_state.shape
+        more = N * K * x.element_size()
+        if bytes_saved.has_room(count + more):
+            count += more
+        else:
+            found[i] = f._replace(weight=replace(f.weight, decoded=None))
     return found
 
 
@@ -290,10 +290,11 @@ def _offer(layers: Sequence[Any], weights: Sequence[Tensor | None]) -> None:
 
 def _with_dense(layers: Sequence[Any]) -> list[Any]:
     """The layers with W in place of an NF4 weight that remembers it: then they are dense ones."""
-    return [
-        f if W is None else f._replace(weight=W)
-        for f, W in zip(layers, _weights_of(layers), strict=True)
-    ]
+    found = [*layers]
+    for i, f in enumerate(layers):
+        if _remembers(f) and f.weight.decoded.dense is not None:
+            found[i] = Factors(f.weight.decoded.dense, *f[1:])
+    return found
 
 
 def _seed_words(f: Factors) -> tuple[int, int]:

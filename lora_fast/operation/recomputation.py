@@ -43,7 +43,7 @@ def saved_weights(fs: Sequence[Factors], x: Tensor) -> list[Tensor]:
 
 def _saved(weight: NF4Weight, x: Tensor) -> Tensor:
     W = None if weight.decoded is None else weight.decoded.dense
-    return x.new_empty(()).expand(weight.shape) if W is None or W.dtype != x.dtype else W
+    return x.new_empty_strided(weight.shape, (0, 0)) if W is None or W.dtype != x.dtype else W
 
 
 def with_saved(fs: Sequence[Factors], saved: Sequence[Tensor]) -> list[Factors]:
@@ -61,4 +61,4 @@ def with_saved(fs: Sequence[Factors], saved: Sequence[Tensor]) -> list[Factors]:
 def _with(f: Factors, decoded: Decoded) -> Factors:
     if not isinstance(f.weight, NF4Weight):
         return f
-    return f._replace(weight=NF4Weight(f.weight.packed, f.weight.quant_state, decoded))
+    return Factors(NF4Weight(f.weight.packed, f.weight.quant_state, decoded), *f[1:])
