@@ -31,6 +31,7 @@ HELD = [
     (host.Case("linear", 0.0, "nf4", "fused", torch.bfloat16), 0.85),
     (host.Case("qkv", 0.1, "nf4", "fused", torch.float32), 0.85),
     (host.Case("linear", 0.1, "nf4", "augmented", torch.float32), 1.0),
+    (host.Case("qkv", 0.1, "nf4", "augmented", torch.float32, checkpointed=True), 1.0),
 ]
 
 
