@@ -16,7 +16,9 @@ from machines import interpreter, started
 
 from bench.instruments.saved_tensors import SavedTensors
 
-M, R = 64, {"vera": 37, "adalora": 6}
+from lora_fast.backends.torch_few_rows import FEW_ROWS
+
+M, R = FEW_ROWS + 1, {"vera": 37, "adalora": 6}
 BF16, FP32 = torch.bfloat16, torch.float32
 # method: (how it is built, what it saves); x, S and V are in the compute dtype
 METHODS = {
