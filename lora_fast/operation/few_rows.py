@@ -16,6 +16,7 @@ from ..backends.torch_few_rows import FewSaved, covers, gradients
 from ..backends.torch_few_rows import output as computed
 from ..factors import Factors
 from .batched_gradients import is_of_autograd, is_vmap_active
+from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
 
 # A named tuple, without its own function.
@@ -44,9 +45,7 @@ class FewRows(torch.autograd.Function):
     ) -> Tensor:
         y, saved = computed(x, f, seed, ctx.needs_input_grad[:3])
         x_read, S, mask, *parameters = saved
-        # What a parameter is now: backward would read what is assigned to its .data until then.
-        W, A_read, B_read = [t.detach() if t is not None and t.is_leaf else t for t in parameters]
-        ctx.save_for_backward(x_read, S, mask, W, A_read, B_read)
+        ctx.save_for_backward(x_read, S, mask, *as_they_are(parameters))
         ctx.call = f[7], A.dtype
         return y
 
@@ -58,6 +57,8 @@ class FewRows(torch.autograd.Function):
         return dX, dA, dB, None, None
 
 
-# Without the search of all arguments for dead wrappers of torch.func.
+# As in autograd.py.
 _apply = super(torch.autograd.Function, FewRows).apply
+_node: Any = FewRows
+_node._backward_cls.apply = FewRows.backward
 _differentiable_once = differentiable_once(FewRows.backward)
