@@ -25,6 +25,8 @@ FEW_ROWS = 64
 # Up to so many rows, bfloat16 products with A and B take oneDNN's start, which is longer than
 # the same products in float32 and the conversions.
 _NARROW_ROWS = 32
+# For autograd, so that callers may write to y; without a frame of Python.
+_not_a_view = torch.ops.aten._unsafe_view.default._op
 _ADAPTER_DTYPES = frozenset((torch.float32, torch.bfloat16))
 
 
@@ -91,7 +93,8 @@ def output(
         # The product with W last: its sum is rounded once.
         y = torch.mm(S, b.t()) if bias is None else torch.addmm(bias.to(narrow), S, b.t())
         y = (y if dtype is narrow else y.to(dtype)).addmm_(rows, W.t())
-    y = y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+    if len(shape) != 2:
+        y = _not_a_view(y, (*shape[:-1], y.shape[1]))
     return y, FewSaved(
         (x if mask is None else read) if needs_A else None,
         S if needs_B else None,
