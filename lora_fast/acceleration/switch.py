@@ -11,6 +11,7 @@ from torch import nn
 
 from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import runs_own_forward
+from ..experts.storage import decoded_bytes
 from ..four_bit.decoded import provide_for
 from ..four_bit.layout import resume_packing, suspend_packing
 from ..gated_mlps.switch import fuse, release
@@ -74,7 +75,7 @@ def accelerate(
     else:
         _cover_mlps(model, fuse_mlp)
     suspend_packing(model)
-    provide_for(model)
+    provide_for(model, decoded_bytes)
     return model
 
 

@@ -158,7 +158,11 @@ def _product(a: Tensor, b: Tensor, routing: Routing) -> Tensor:
 
 def _dense(p: Projection, dtype: torch.dtype) -> Tensor:
     weight = p.weight
-    return weight.dequantize(dtype) if isinstance(weight, NF4Experts) else weight.to(dtype)
+    if not isinstance(weight, NF4Experts):
+        return weight.to(dtype)
+    if weight.decoded is None:
+        return weight.dequantize(dtype)
+    return weight.decoded.once(dtype, lambda: weight.dequantize(dtype))
 
 
 def _aligned(factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ that is code of its module, which may call anything, runs between plans.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing
+from ..four_bit.decoded import bytes_saved
 from ..geometry import of_any, parts_of
 from ..kernels import launch_plans
 from . import triton_experts, triton_own_gates
 from .torch_experts import BlockNeeds, BlockSaved, ProjectionGradients, ProjectionNeeds
 from .torch_gates import Gate, GluGate
+from .torch_low_rank import given
 from .triton_plans import NO_SEED, PLAIN_TENSORS, repeated
 
 
@@ -99,7 +102,45 @@ def _repeated(
     projections: Sequence[Projection],
     compute: Callable[[], Any],
 ) -> Any:
-    """compute(), or what a plan of it gives."""
+    """compute(), or what a plan of it gives; with the W of weights that are to remember it."""
+    remembering = _remembering(projections, tensors)
+    if remembering:
+        outputs, weights = _planned(
+            (key, remembering), tensors, projections,
+            lambda: (compute(), [_remembered(p) for p in projections]),
+        )  # fmt: skip
+        for p, W in zip(projections, weights, strict=True):
+            if W is not None:
+                p.weight.decoded.offer(W)
+        return outputs
+    return _planned(key, tensors, projections, compute)
+
+
+def _remembering(
+    projections: Sequence[Projection], tensors: Sequence[Tensor | None]
+) -> tuple[bool, ...]:
+    """Of each projection whether W is to be remembered and may be saved; nothing if none is."""
+    count, found = 0, []
+    for p in projections:
+        more = 0
+        if isinstance(p.weight, NF4Experts) and p.weight.decoded is not None:
+            more = math.prod(p.weight.shape) * given(tensors[0]).element_size()
+        found.append(more > 0 and bytes_saved.has_room(count + more))
+        count += more if found[-1] else 0
+    return tuple(found) if any(found) else ()
+
+
+def _remembered(p: Projection) -> Tensor | None:
+    is_packed = isinstance(p.weight, NF4Experts) and p.weight.decoded is not None
+    return p.weight.decoded.dense if is_packed else None  # type: ignore[union-attr]
+
+
+def _planned(
+    key: Any,
+    tensors: Sequence[Tensor | None],
+    projections: Sequence[Projection],
+    compute: Callable[[], Any],
+) -> Any:
     operands, about = [*tensors], [key]
     for weight, bias, A, B, scaling in projections:
         about.append(scaling)

@@ -56,9 +56,13 @@ def _augmented(p: Projection, dtype: torch.dtype) -> Tensor:
     weight, B = _in_nf4(p), given(p.B)
     packed = weight.packed, weight.quant_state, dtype
     if weight.transposed:
-        return nf4_decode.above(*packed, called(_scaled, B, scaling=p.scaling).mT).mT
-    columns = shrink.padding_of(B.shape[2])
-    return nf4_decode.augmented(*packed, B.flatten(0, 1), p.scaling, columns=columns)
+        wide = nf4_decode.above(*packed, called(_scaled, B, scaling=p.scaling).mT).mT
+    else:
+        columns = shrink.padding_of(B.shape[2])
+        wide = nf4_decode.augmented(*packed, B.flatten(0, 1), p.scaling, columns=columns)
+    if weight.decoded is not None:
+        weight.decoded.offer(wide[:, :, : weight.shape[2]])
+    return wide
 
 
 def _scaled(B: Tensor, scaling: float) -> Tensor:
@@ -127,7 +131,10 @@ def dense(p: Projection, dtype: torch.dtype) -> Tensor:
     if not isinstance(weight, NF4Experts):
         return weight
     W: Tensor = nf4_decode.decode(weight.packed, weight.quant_state, dtype)
-    return W.mT if weight.transposed else W
+    W = W.mT if weight.transposed else W
+    if weight.decoded is not None:
+        weight.decoded.offer(W)
+    return W
 
 
 def product(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..four_bit.decoded import Decoded
 from ..four_bit.decoding import absmax_of, decode
 
 
@@ -20,12 +21,14 @@ class NF4Experts:
     """A frozen NF4 weight [E, N, K] of experts: a view of bitsandbytes' storage, without a copy.
 
     packed: the quantised bytes, flat uint8. quant_state: bitsandbytes' own description of them,
-    whose shape is that of the parameter: [E, N, K], or [E, K, N] if it is ``transposed``.
+    whose shape is that of the parameter: [E, N, K], or [E, K, N] if it is ``transposed``. decoded:
+    where a backend leaves the W [E, N, K] that it has decoded, if anywhere.
     """
 
     packed: Tensor
     quant_state: Any
     transposed: bool = False
+    decoded: Decoded | None = None
 
     quant_type = "nf4"
 
@@ -70,8 +73,8 @@ class NF4Experts:
 
 
 class DecodedByExpert:
-    """Decodes one expert at a time; the absmax values of all, 1 / blocksize of the elements, are
-    decoded once."""
+    """Decodes one expert at a time, into its part of W [E, N, K] where that is remembered; the
+    absmax values of all, 1 / blocksize of the elements, are decoded once."""
 
     def __init__(self, weight: NF4Experts, dtype: torch.dtype) -> None:
         state = weight.quant_state
@@ -80,8 +83,22 @@ class DecodedByExpert:
         self._absmax = absmax_of(state).view(E, -1).unbind()
         self._blocksize, self._dtype = int(state.blocksize), dtype
         self._shape, self._transposed = tuple(state.shape[1:]), weight.transposed
+        self._remembered = _remembered(weight, dtype)
 
     def __getitem__(self, expert: int) -> Tensor:
         packed, absmax = self._bytes[expert], self._absmax[expert]
         dense = decode(packed, absmax, self._blocksize, "nf4", self._dtype, self._shape)
-        return dense.T if self._transposed else dense
+        dense = dense.T if self._transposed else dense
+        return dense if self._remembered is None else self._remembered[expert].copy_(dense)
+
+
+def _remembered(weight: NF4Experts, dtype: torch.dtype) -> Tensor | None:
+    """Memory of W [E, N, K] as it is stored, of which experts without rows leave theirs unwritten;
+    None if W is not to be remembered, or may not be."""
+    if weight.decoded is None:
+        return None
+    weight.decoded.offer(weight.packed.new_empty(weight.quant_state.shape, dtype=dtype))
+    W = weight.decoded.dense
+    if W is not None and weight.transposed:
+        W = weight.decoded.dense = W.transpose(1, 2)
+    return W

@@ -16,6 +16,7 @@ too.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -45,6 +46,12 @@ def packed_experts(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
 def packed_parameters(module: nn.Module) -> list[str]:
     """The names of the 4-bit parameters of a module."""
     return [name for name in states_of(module) if module._parameters.get(name) is not None]
+
+
+def decoded_bytes(module: nn.Module) -> int:
+    """What the 4-bit parameters of a module take once they are decoded."""
+    states = [state for name, state in states_of(module).items() if name in module._parameters]
+    return sum(math.prod(state.shape) * state.dtype.itemsize for state in states)
 
 
 def store_packed(module: nn.Module, name: str, packed: Tensor, state: Any) -> None:

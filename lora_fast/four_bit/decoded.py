@@ -84,18 +84,20 @@ class Decoded:
             self.dense = W
 
 
-def provide_for(model: nn.Module) -> None:
+def provide_for(
+    model: nn.Module, bytes_of_others: Callable[[nn.Module], int] | None = None
+) -> None:
     """Allow as many decoded bytes as the largest block of `model` has: an element of a ModuleList
-    (a decoder layer), or a whole model without one."""
+    (a decoder layer), or a whole model without one. `bytes_of_others`: those of a module that is
+    no 4-bit layer."""
+    others = bytes_of_others or (lambda module: 0)
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
-    most = max(_decoded_bytes(block) for block in blocks or [model])
+    most = max(sum(_bytes_of(m) or others(m) for m in each.modules()) for each in blocks or [model])
     bytes_saved.largest_block = max(bytes_saved.largest_block, most)
 
 
-def _decoded_bytes(block: nn.Module) -> int:
-    return sum(_bytes_of(layer) for layer in block.modules() if is_four_bit(layer))
-
-
 def _bytes_of(layer: Any) -> int:
+    if not is_four_bit(layer):
+        return 0
     dtype = layer.compute_dtype or torch.bfloat16
     return layer.in_features * layer.out_features * dtype.itemsize

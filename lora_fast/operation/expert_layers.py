@@ -2,7 +2,7 @@
 
 Saved for backward, beside parameters: x [T, H], the rows before the gate [T · k, P], S of both
 projections, and the routing; h, the experts' outputs and everything else is rebuilt. An NF4 weight
-stays packed and is decoded again, an expert at a time.
+stays packed and is decoded again, except where checkpointing recomputes (:mod:`recomputation`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 from ..backends.selection import experts_for
 from ..backends.torch_experts import BlockNeeds, BlockSaved, ProjectionNeeds
 from ..backends.torch_gates import Gate
+from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing, sort_by_expert
+from . import recomputation
 from .autograd import is_recording
 from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
@@ -69,8 +71,12 @@ class AdaptedExperts(torch.autograd.Function):
     ) -> Tensor:
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
         ctx.way = experts_for(x, projection)
-        y, S = ctx.way.project_forward(x, offsets, projection, needs)
-        ctx.save_for_backward(x if needs.A else None, S, offsets, *as_they_are(tensors))
+        ctx.decoded = _decoded_again((projection, ctx.needs_input_grad[0]))
+        (read_by,) = _remembering(ctx.decoded, projection)
+        y, S = ctx.way.project_forward(x, offsets, read_by, needs)
+        weights = recomputation.saved_weights([read_by] * len(ctx.decoded), x)
+        read = x if needs.A else None
+        ctx.save_for_backward(read, S, offsets, *as_they_are(tensors), *weights)
         ctx.unsaved = _unsaved(projection)
         return y
 
@@ -79,8 +85,10 @@ class AdaptedExperts(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, S, offsets, *tensors = ctx.saved_tensors
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
+        projections = [_restored(ctx.unsaved, tensors)]
+        (projection,) = _with_saved(ctx.decoded, projections, tensors)
         dX, found = ctx.way.project_backward(
-            dY, x, S, offsets, _restored(ctx.unsaved, tensors), needs,
+            dY, x, S, offsets, projection, needs,
             needs_x=ctx.needs_input_grad[0],
         )  # fmt: skip
         return dX, None, None, None, *found
@@ -102,10 +110,16 @@ class ExpertsBlock(torch.autograd.Function):
     ) -> Tensor:
         needs = _block_needs(ctx.needs_input_grad)
         ctx.way = experts_for(x, first, second)
-        out, saved = ctx.way.block_forward(x, w, routing, first, second, gate, needs)
+        goes_on = needs.x or any(needs.first)
+        ctx.decoded = _decoded_again(
+            (first, needs.x), (second, goes_on or needs.w or needs.second.A)
+        )
+        read_by = _remembering(ctx.decoded, first, second)
+        out, saved = ctx.way.block_forward(x, w, routing, *read_by, gate, needs)
         assert saved is not None
+        weights = recomputation.saved_weights([read_by[i] for i in ctx.decoded], x)
         read = x if needs.first.A else None
-        ctx.save_for_backward(read, w, *routing[:3], *saved, *as_they_are(tensors))
+        ctx.save_for_backward(read, w, *routing[:3], *saved, *as_they_are(tensors), *weights)
         ctx.unsaved, ctx.gate = (_unsaved(first), _unsaved(second)), gate
         ctx.complete = routing.complete
         return out
@@ -114,8 +128,11 @@ class ExpertsBlock(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, w, order, token, offsets, rows, S1, S2, *tensors = ctx.saved_tensors
-        first = _restored(ctx.unsaved[0], tensors[:_PER_PROJECTION])
-        second = _restored(ctx.unsaved[1], tensors[_PER_PROJECTION:])
+        projections = [
+            _restored(unsaved, tensors[_PER_PROJECTION * i :])
+            for i, unsaved in enumerate(ctx.unsaved)
+        ]
+        first, second = _with_saved(ctx.decoded, projections, tensors)
         dx, dw, of_first, of_second = ctx.way.block_backward(
             dout, x, w, Routing(order, token, offsets, ctx.complete), BlockSaved(rows, S1, S2),
             first, second, ctx.gate, _block_needs(ctx.needs_input_grad),
@@ -135,9 +152,31 @@ def _unsaved(projection: Projection) -> tuple[Any, float]:
     return None if isinstance(weight, Tensor) else weight, projection.scaling
 
 
+def _decoded_again(*asked: tuple[Projection, bool]) -> list[int]:
+    """The projections whose NF4 weight a recomputed forward pass decodes for its backward pass, of
+    those with whether backward multiplies with W."""
+    found = [i for i, (p, reads) in enumerate(asked) if reads and isinstance(p.weight, NF4Experts)]
+    return found if found and recomputation.is_checkpointed_or_recomputed() else []
+
+
+def _remembering(decoded: list[int], *projections: Projection) -> list[Projection]:
+    found = [*projections]
+    for i in decoded:
+        (found[i],) = recomputation.remembering([found[i]])
+    return found
+
+
+def _with_saved(decoded: list[int], projections: list[Projection], tensors: Any) -> Any:
+    """The projections with the W that were saved, behind the tensors of all."""
+    found, weights = [*projections], tensors[_PER_PROJECTION * len(projections) :]
+    for i, W in zip(decoded, weights, strict=True):
+        (found[i],) = recomputation.with_saved([found[i]], [W])
+    return found
+
+
 def _restored(unsaved: tuple[Any, float], tensors: Any) -> Projection:
     packed, scaling = unsaved
-    weight, bias, A, B = tensors
+    weight, bias, A, B = tensors[:_PER_PROJECTION]
     return Projection(packed if weight is None else weight, bias, A, B, scaling)
 
 

@@ -9,14 +9,18 @@ of memory, which checkpointing drops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..experts.nf4_experts import NF4Experts
 from ..factors import Factors
 from ..four_bit.decoded import Decoded
 from ..nf4 import NF4Weight
+
+_PACKED = (NF4Weight, NF4Experts)
 
 
 def is_checkpointed_or_recomputed() -> bool:
@@ -28,37 +32,43 @@ def is_checkpointed_or_recomputed() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def remembering(fs: Sequence[Factors]) -> Sequence[Factors]:
-    """The factors with NF4 weights that remember W, if this forward pass runs in a backward
-    pass."""
+def remembering(fs: Sequence[Any]) -> Sequence[Any]:
+    """The factors of layers or experts with NF4 weights that remember W, if this forward pass runs
+    in a backward pass."""
     if torch._C._current_graph_task_id() == -1:
         return fs
     return [_with(f, Decoded()) for f in fs]
 
 
-def saved_weights(fs: Sequence[Factors], x: Tensor) -> list[Tensor]:
-    """Of every NF4 weight what is saved: W [N, K], or a placeholder of its shape."""
-    return [_saved(f.weight, x) for f in fs if isinstance(f.weight, NF4Weight)]
+def saved_weights(fs: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Of every NF4 weight what is saved: W [N, K] or [E, N, K], or a placeholder of its shape."""
+    return [_saved(f.weight, x) for f in fs if isinstance(f.weight, _PACKED)]
 
 
-def _saved(weight: NF4Weight, x: Tensor) -> Tensor:
+def _saved(weight: NF4Weight | NF4Experts, x: Tensor) -> Tensor:
     W = None if weight.decoded is None else weight.decoded.dense
-    return x.new_empty_strided(weight.shape, (0, 0)) if W is None or W.dtype != x.dtype else W
+    if W is None or W.dtype != x.dtype:
+        return x.new_empty_strided(weight.shape, (0,) * len(weight.shape))
+    return W
 
 
-def with_saved(fs: Sequence[Factors], saved: Sequence[Tensor]) -> list[Factors]:
-    """The factors with the weights W that were saved."""
+def with_saved(fs: Sequence[Any], saved: Sequence[Tensor]) -> list[Any]:
+    """The factors with the weights W that were saved; of experts W in place of theirs."""
     remaining, found = iter(saved), []
     for f in fs:
-        if isinstance(f.weight, NF4Weight):
+        if isinstance(f.weight, _PACKED):
             W = next(remaining)
-            if W.stride() != (0, 0):
-                f = _with(f, Decoded(W))
+            if any(W.stride()):
+                is_layer = isinstance(f.weight, NF4Weight)
+                f = _with(f, Decoded(W)) if is_layer else f._replace(weight=W)
         found.append(f)
     return found
 
 
-def _with(f: Factors, decoded: Decoded) -> Factors:
-    if not isinstance(f.weight, NF4Weight):
-        return f
-    return Factors(NF4Weight(f.weight.packed, f.weight.quant_state, decoded), *f[1:])
+def _with(f: Any, decoded: Decoded) -> Any:
+    weight = f.weight
+    if isinstance(weight, NF4Weight):
+        return Factors(NF4Weight(weight.packed, weight.quant_state, decoded), *f[1:])
+    if isinstance(weight, NF4Experts):
+        return f._replace(weight=replace(weight, decoded=decoded))
+    return f

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from checked_plans import bound_launches
 from expert_checks import GATES, E, fused, operands, run
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 import lora_fast
@@ -17,6 +19,7 @@ from bench.instruments import stub_driver
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast.backends import triton_expert_plans, triton_expert_products, triton_plans
 from lora_fast.experts.nf4_experts import NF4Experts
+from lora_fast.four_bit import decoded
 from lora_fast.functional import adapted_experts, adapted_linear
 from lora_fast.nf4 import NF4Weight
 
@@ -52,6 +55,11 @@ def project(x: Tensor, index: Tensor, w: Tensor, first: Any, second: Any) -> Ten
     return adapted_experts(x, first.pop("weight"), offsets, first.pop("bias"), **first)
 
 
+def checkpointed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Recomputed, with the weights left decoded for backward."""
+    return functools.partial(checkpoint, call, use_reentrant=False)
+
+
 # By what differs in the launches: (call, dtype, operands).
 CASES: dict[str, tuple[Callable[..., Tensor], torch.dtype, dict[str, Any]]] = {
     "strips": (fused("silu"), BF16, {}),
@@ -63,9 +71,16 @@ CASES: dict[str, tuple[Callable[..., Tensor], torch.dtype, dict[str, Any]]] = {
     "nf4": (fused("silu"), BF16, {"nf4": False, "inner": 32}),
     "nf4, transposed": (fused("silu"), FP32, {"nf4": True, "inner": 32}),
     "nf4, transposed, strips": (fused("silu"), BF16, {"nf4": True, "inner": 32}),
+    "nf4, checkpointed": (checkpointed(fused("silu")), BF16, {"nf4": False, "inner": 32}),
+    "nf4, transposed, checkpointed": (
+        checkpointed(fused("silu")),
+        BF16,
+        {"nf4": True, "inner": 32},
+    ),
     "own": (fused("own"), FP32, {}),
     "own, float16": (fused("own"), FP16, {"bias": False}),
     "own, nf4, transposed": (fused("own"), BF16, {"nf4": True, "inner": 32}),
+    "own, nf4, checkpointed": (checkpointed(fused("own")), BF16, {"nf4": False, "inner": 32}),
     "one projection": (project, BF16, {}),
     "one projection, nf4": (project, BF16, {"nf4": False, "inner": 32}),
     "one projection, nf4, transposed": (project, BF16, {"nf4": True, "inner": 32}),
@@ -85,7 +100,8 @@ def results(case: str, seed: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def launches() -> Iterator[Any]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(decoded.bytes_saved, "told", 1 << 30)
     with stub_driver.recording(90) as log, lora_fast.set_backend("triton"):
         yield log.launches
 
