@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import graph
 from torch.nn import functional
 
 from ..factors import Factors, Gradients, Needs, Saved
@@ -101,15 +102,19 @@ def activation_gradient(
 ) -> Tensor:
     """dActed ⊙ act'(gate), in `out` if it is given."""
     aten: Any = torch.ops.aten
-    out = torch.empty_like(dActed) if out is None else out
-    if activation == "silu":
-        return aten.silu_backward.grad_input(dActed, gate, grad_input=out)
-    if activation in _APPROXIMATION:
-        approximate = _APPROXIMATION[activation]
-        return aten.gelu_backward.grad_input(dActed, gate, approximate=approximate, grad_input=out)
+    if activation == "relu2":
+        return torch.mul(torch.relu(gate).mul_(2.0), dActed, out=out)
+    operator, options = aten.silu_backward, {}
     if activation == "relu":
-        return aten.threshold_backward.grad_input(dActed, gate, 0, grad_input=out)
-    return torch.mul(torch.relu(gate).mul_(2.0), dActed, out=out)
+        operator, options = aten.threshold_backward, {"threshold": 0}
+    elif activation in _APPROXIMATION:
+        operator, options = aten.gelu_backward, {"approximate": _APPROXIMATION[activation]}
+    if graph._allow_mutation_on_saved_tensors_enabled:
+        # PyTorch then knows no operator that calls its result anything but `out`.
+        found = operator.default(dActed, gate, **options)
+        return found if out is None else out.copy_(found)
+    out = torch.empty_like(dActed) if out is None else out
+    return operator.grad_input(dActed, gate, **options, grad_input=out)
 
 
 def outputs(

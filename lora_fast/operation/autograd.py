@@ -135,6 +135,8 @@ class AdaptedLinears(torch.autograd.Function):
         read: Tensor | None = x
         if backend.copies_input or not (need.A or need.weight):
             read = saved_input(x, constants, need, copies=backend.copies_input)
+        if read is not None and read.is_leaf and read.dim() != 2:
+            read = read.detach()  # as x_as_it_is does
         # A number stays with the constants.
         seed: Any = constants[2]
         seed = None if type(seed) is int or not isinstance(seed, Tensor) else seed

@@ -19,7 +19,7 @@ from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing, sort_by_expert
 from . import recomputation
 from .autograd import is_recording
-from .saved_leaves import as_they_are
+from .saved_leaves import as_they_are, x_as_it_is
 from .second_derivatives import differentiable_once
 
 # The tensors of a projection among the arguments of apply(): weight, bias, A, B.
@@ -75,7 +75,7 @@ class AdaptedExperts(torch.autograd.Function):
         (read_by,) = _remembering(ctx.decoded, projection)
         y, S = ctx.way.project_forward(x, offsets, read_by, needs)
         weights = recomputation.saved_weights([read_by] * len(ctx.decoded), x)
-        read = x if needs.A else None
+        read = x_as_it_is(x if needs.A else None)
         ctx.save_for_backward(read, S, offsets, *as_they_are(tensors), *weights)
         ctx.unsaved = _unsaved(projection)
         return y
@@ -118,7 +118,7 @@ class ExpertsBlock(torch.autograd.Function):
         out, saved = ctx.way.block_forward(x, w, routing, *read_by, gate, needs)
         assert saved is not None
         weights = recomputation.saved_weights([read_by[i] for i in ctx.decoded], x)
-        read = x if needs.first.A else None
+        read = x_as_it_is(x if needs.first.A else None)
         ctx.save_for_backward(read, w, *routing[:3], *saved, *as_they_are(tensors), *weights)
         ctx.unsaved, ctx.gate = (_unsaved(first), _unsaved(second)), gate
         ctx.complete = routing.complete

@@ -26,7 +26,7 @@ from ..gated import NO_NEEDS, Activation, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
 from . import autograd, recomputation
 from .batched_gradients import is_of_autograd, is_vmap_active
-from .saved_leaves import as_they_are
+from .saved_leaves import as_they_are, x_as_it_is
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 from .validation import check_gated
@@ -195,7 +195,7 @@ class GatedMLP(torch.autograd.Function):
             if isinstance(f, Factors) and isinstance(f.constants.dropout_seed, Tensor):
                 drawn[i] = f.constants.dropout_seed
         of_layers = as_they_are(tensors[2:], unread)
-        ctx.save_for_backward(read, *saved, *drawn, *of_layers, *weights)
+        ctx.save_for_backward(x_as_it_is(read), *saved, *drawn, *of_layers, *weights)
         ctx.others = [_unsaved(f) for f in linears]
         ctx.backend, ctx.activation, ctx.is_fused = backend, activation, linears.is_fused
         # What hooks hand in again, and whether they keep it, nobody knows.

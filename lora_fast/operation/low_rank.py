@@ -19,7 +19,7 @@ from ..backends.protocol import Backend
 from ..backends.selection import backend_for
 from ..factors import NO_WEIGHT, Factors, Needs, Saved, saved_input
 from .autograd import is_recording
-from .saved_leaves import as_they_are
+from .saved_leaves import as_they_are, x_as_it_is
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
 
@@ -62,7 +62,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx.constants = f.constants if word is None else f.constants._replace(dropout_seed=0)
         read = saved_input(x, f.constants, needs, copies=backend.copies_input)
         of_layer = as_they_are(tensors, () if needs.bias else (0,))
-        ctx.save_for_backward(read, saved.S, word, *of_layer)
+        ctx.save_for_backward(x_as_it_is(read), saved.S, word, *of_layer)
         ctx.backend, ctx.dtypes = backend, (x.dtype, out.dtype if y is None else y.dtype)
         return out
 

@@ -69,6 +69,42 @@ def test_gradients_are_those_of_the_forward_pass(name: str, which: str) -> None:
     assert all(layer._lora_fast_calls.fused for layer in _layers(fused))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_so_are_those_of_an_x_whose_data_is_replaced(name: str) -> None:
+    """Of a leaf, which autograd saves as it is found in backward. PEFT saves a view of it."""
+    stock, fused, x = MODELS[name]()
+    found = []
+    for model in (fused, stock):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y = y[0] if isinstance(y, tuple) else y
+        leaf.data = torch.ones_like(x)
+        trained = [leaf, *(p for p in model.parameters() if p.requires_grad)]
+        found.append(list(torch.autograd.grad(y.square().sum(), trained, allow_unused=True)))
+    torch.testing.assert_close(*found)
+    assert all(layer._lora_fast_calls.fused for layer in _layers(fused))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_saved_may_be_changed_where_pytorch_allows_it(name: str) -> None:
+    stock, fused, x = MODELS[name]()
+    found = []
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        for model in (fused, stock):
+            leaf = x.clone().requires_grad_()
+            read = leaf * 1.0
+            y = model(read)
+            y = y[0] if isinstance(y, tuple) else y
+            trained = [p for p in model.parameters() if p.requires_grad]
+            with torch.no_grad():
+                for t in (read, *trained):
+                    t.mul_(2.0)
+            loss = y.square().sum()
+            found.append(list(torch.autograd.grad(loss, [leaf, *trained], allow_unused=True)))
+    torch.testing.assert_close(*found)
+    assert all(layer._lora_fast_calls.fused for layer in _layers(fused))
+
+
 def test_a_base_that_computes_by_itself() -> None:
     stock = opaque_model("hooks")
     fused = accelerated_copy(stock)
