@@ -104,7 +104,8 @@ def activation_gradient(
     aten: Any = torch.ops.aten
     if activation == "relu2":
         return torch.mul(torch.relu(gate).mul_(2.0), dActed, out=out)
-    operator, options = aten.silu_backward, {}
+    operator: Any = aten.silu_backward
+    options: dict[str, Any] = {}
     if activation == "relu":
         operator, options = aten.threshold_backward, {"threshold": 0}
     elif activation in _APPROXIMATION:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing
-from ..four_bit.decoded import bytes_saved
+from ..four_bit.decoded import Decoded, bytes_saved
 from ..geometry import of_any, parts_of
 from ..kernels import launch_plans
 from . import triton_experts, triton_own_gates
@@ -110,8 +110,9 @@ def _repeated(
             lambda: (compute(), [_remembered(p) for p in projections]),
         )  # fmt: skip
         for p, W in zip(projections, weights, strict=True):
-            if W is not None:
-                p.weight.decoded.offer(W)
+            decoded = _memory_of(p)
+            if decoded is not None and W is not None:
+                decoded.offer(W)
         return outputs
     return _planned(key, tensors, projections, compute)
 
@@ -122,17 +123,21 @@ def _remembering(
     """Of each projection whether W is to be remembered and may be saved; nothing if none is."""
     count, found = 0, []
     for p in projections:
-        more = 0
-        if isinstance(p.weight, NF4Experts) and p.weight.decoded is not None:
-            more = math.prod(p.weight.shape) * given(tensors[0]).element_size()
-        found.append(more > 0 and bytes_saved.has_room(count + more))
-        count += more if found[-1] else 0
+        more = math.prod(p.weight.shape) * given(tensors[0]).element_size()
+        remembers = _memory_of(p) is not None and bytes_saved.has_room(count + more)
+        found.append(remembers)
+        count += more if remembers else 0
     return tuple(found) if any(found) else ()
 
 
+def _memory_of(p: Projection) -> Decoded | None:
+    """Where W is to be remembered, if anywhere."""
+    return p.weight.decoded if isinstance(p.weight, NF4Experts) else None
+
+
 def _remembered(p: Projection) -> Tensor | None:
-    is_packed = isinstance(p.weight, NF4Experts) and p.weight.decoded is not None
-    return p.weight.decoded.dense if is_packed else None  # type: ignore[union-attr]
+    decoded = _memory_of(p)
+    return None if decoded is None else decoded.dense
 
 
 def _planned(
