@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attentions
 import bitsandbytes as bnb
 import expert_models
 import gated_models
@@ -24,12 +25,14 @@ from lora_models import (
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import lora_fast
 from lora_fast.peft_layers.expert_gates import form_of
+from lora_fast.peft_layers.fused_forward import CAST
 from lora_fast.replaced import own, replaced
 
 Surroundings = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -66,6 +69,7 @@ REPLACED: dict[str, tuple[Surroundings, str, dict[str, Any]]] = {
     "dropout of PyTorch replaced": (_doubled(functional, "dropout"), "dense", DROPS),
     "a torch function mode": (_DoubledProduct, "dense", {}),
     "forward of Linear replaced": (_doubled(peft_layer.Linear, "forward"), "dense", {}),
+    "cast of the input of Linear replaced": (_doubled(BaseTunerLayer, CAST), "dense", {}),
     "norm of DoRA replaced": (
         _doubled(DoraLinearLayer, "get_weight_norm"),
         "dense",
@@ -118,6 +122,24 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["layer", "group", "MLP"])
+def test_a_layer_whose_cast_of_the_input_is_replaced_calls_it(name: str) -> None:
+    stock, width = {
+        "layer": (peft_model(), K),
+        "group": (attentions.stock_model(), K),
+        "MLP": (gated_models.stock_model(), gated_models.H),
+    }[name]
+    fused = accelerated_copy(stock)
+    x = torch.randn(5, width)
+    run(fused, x)
+    for model in (stock, fused):
+        last = lora_layers(model)[-1]
+        cast = last._cast_input_dtype
+        last._cast_input_dtype = functools.partial(lambda cast, *given: 2 * cast(*given), cast)
+    assert_equal_runs(run(fused, x), run(stock, x))
+    assert lora_layers(fused)[-1]._lora_fast_calls.by_reason()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -11,6 +11,9 @@ from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import environment_obstacle
 from ..replaced import own
 
+# The method of PEFT's layers that casts x to the dtype of an adapter.
+CAST = "_cast_input_dtype"
+
 
 class FusedForward:
     """Mixin before a PEFT layer class: the fused forward, or PEFT's own if there is an obstacle.
@@ -22,9 +25,11 @@ class FusedForward:
     _lora_fast_calls: CallCounts
     # The group of layers that share their input, and the index of this one in it.
     _lora_fast_group: tuple[Any, int] | None = None
-    # PEFT's class, and its forward, which somebody may replace for all layers of that class.
+    # PEFT's class, its forward, and its cast of x, which somebody may replace for all layers of
+    # that class.
     _lora_fast_stock: ClassVar[Any] = None
     _lora_fast_stock_forward: ClassVar[Any] = None
+    _lora_fast_stock_cast: ClassVar[Any] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -32,6 +37,7 @@ class FusedForward:
         stock: Any = cls.__mro__[cls.__mro__.index(FusedForward) + 1]
         cls._lora_fast_stock = stock
         cls._lora_fast_stock_forward = own(getattr(stock, "forward", None), "peft")
+        cls._lora_fast_stock_cast = own(getattr(stock, CAST, None), "peft")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls = self._lora_fast_calls
@@ -56,11 +62,13 @@ class FusedForward:
         return y
 
     def replaced_forward(self) -> str | None:
-        """Whether the forward of PEFT's class is not PEFT's any more."""
+        """Whether the forward of PEFT's class, or its cast of x, is not PEFT's any more."""
         kind = type(self)
-        if kind._lora_fast_stock.forward is kind._lora_fast_stock_forward:
-            return None
-        return f"forward of {kind._lora_fast_stock.__name__} replaced"
+        if kind._lora_fast_stock.forward is not kind._lora_fast_stock_forward:
+            return f"forward of {kind._lora_fast_stock.__name__} replaced"
+        if getattr(kind, CAST, None) is not kind._lora_fast_stock_cast or CAST in self.__dict__:
+            return f"cast of the input of {kind._lora_fast_stock.__name__} replaced"
+        return None
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's, which writes W through ``.data``, while a fused forward may have saved W."""

@@ -53,7 +53,10 @@ class FusedLoRALayer(FusedForward):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = type(self)
-        is_stock = kind._lora_fast_stock.forward is kind._lora_fast_stock_forward
+        is_stock = (
+            kind._lora_fast_stock.forward is kind._lora_fast_stock_forward
+            and kind._cast_input_dtype is kind._lora_fast_stock_cast
+        )
         if is_stock and not args and not kwargs:
             grouped = self._lora_fast_group is not None
             y = plain_output_in_group(self, x) if grouped else plain_output(self, x)
@@ -125,9 +128,9 @@ class FusedLoRALayer(FusedForward):
     def operand(self, x: Tensor, casts: torch.dtype | None) -> Operand | str:
         """The layer as a part of the operation of a gated MLP, for an input like x; `casts` is the
         dtype of autocast. The reason why its own forward must run, if it must."""
-        kind = type(self)
-        if kind._lora_fast_stock.forward is not kind._lora_fast_stock_forward:
-            return self.replaced_forward() or ""
+        found = self.replaced_forward()
+        if found is not None:
+            return found
         plain = read_plain(self) if type(x) is Tensor else None
         if (
             plain is not None

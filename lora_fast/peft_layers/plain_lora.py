@@ -24,6 +24,7 @@ from ..four_bit.decoding import CODES
 from ..geometry import Numbered, Numbers
 from ..nf4 import NF4Weight
 from ..operation.autograd import run
+from .fused_forward import CAST
 
 _COMPUTE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 TENSORS = frozenset((Tensor, nn.Parameter))
@@ -93,6 +94,7 @@ def read_plain(layer: Any) -> Plain | None:
     if (
         A is None
         or layer._disable_adapters
+        or CAST in layer.__dict__
         or layer.merged_adapters
         or name in layer.lora_variant
         or type(scaling) is not float
