@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends.selection import backend_for
 from ..nf4 import NF4Weight
 from ..operation import compiled_ops
+from ..operation.selective import as_one
 
 
 @torch.no_grad()
@@ -22,9 +23,13 @@ def row_norms(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float |
     W as the norms.
     """
     if not torch.compiler.is_compiling():
-        backend = backend_for(weight.device)
-        return backend.row_norms(weight, A.detach(), B.detach(), float(scaling))
+        return _by_backend(weight, A.detach(), B.detach(), float(scaling))
     if isinstance(scaling, Tensor):
         # Reading its value would wait for the device.
         B, scaling = B * scaling, 1.0
     return compiled_ops.row_norms(weight, A.detach(), B.detach(), float(scaling))
+
+
+@as_one
+def _by_backend(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return backend_for(weight.device).row_norms(weight, A, B, scaling)

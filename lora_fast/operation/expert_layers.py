@@ -21,11 +21,13 @@ from . import recomputation
 from .autograd import is_recording
 from .saved_leaves import as_they_are, x_as_it_is
 from .second_derivatives import differentiable_once
+from .selective import as_one
 
 # The tensors of a projection among the arguments of apply(): weight, bias, A, B.
 _PER_PROJECTION = 4
 
 
+@as_one
 def project(x: Tensor, offsets: Tensor, projection: Projection) -> Tensor:
     """y [T, N] of x [T, K] in the compute dtype, its rows sorted by expert; all checked before."""
     if not is_recording():
@@ -34,6 +36,7 @@ def project(x: Tensor, offsets: Tensor, projection: Projection) -> Tensor:
     return AdaptedExperts.apply(x, offsets, projection, *_tensors(projection))
 
 
+@as_one
 def block(
     x: Tensor,
     top_k_index: Tensor,

@@ -29,6 +29,7 @@ from .batched_gradients import is_of_autograd, is_vmap_active
 from .saved_leaves import as_they_are, x_as_it_is
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
+from .selective import as_one
 from .validation import check_gated
 
 Seed = int | Tensor | None
@@ -117,6 +118,7 @@ def _composed(
     return h if down is None else _alone(h, down, dropout_seeds[1])
 
 
+@as_one
 def run(
     x: Tensor,
     linears: GatedLinears,

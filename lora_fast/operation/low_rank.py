@@ -22,10 +22,12 @@ from .autograd import is_recording
 from .saved_leaves import as_they_are, x_as_it_is
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
+from .selective import as_one
 
 _NOTHING = Needs()
 
 
+@as_one
 def add_low_rank(y: Tensor | None, x: Tensor, f: Factors, *, in_place: bool = False) -> Tensor:
     """The equation above for x [..., K] in the compute dtype, differentiable; without y the part
     that is added to it, in the dtype of x.
