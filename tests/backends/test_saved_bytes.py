@@ -15,7 +15,6 @@ from lora_models import K, N, accelerated_copy, counted, method_model, peft_mode
 from machines import interpreter, started
 
 from bench.instruments.saved_tensors import SavedTensors
-
 from lora_fast.backends.torch_few_rows import FEW_ROWS
 
 M, R = FEW_ROWS + 1, {"vera": 37, "adalora": 6}
