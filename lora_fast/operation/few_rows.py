@@ -16,7 +16,7 @@ from ..backends.torch_few_rows import FewSaved, covers, gradients
 from ..backends.torch_few_rows import output as computed
 from ..factors import Factors
 from .batched_gradients import is_of_autograd, is_vmap_active
-from .saved_leaves import as_they_are
+from .saved_leaves import as_they_are, x_as_it_is
 from .second_derivatives import differentiable_once
 
 # A named tuple, without its own function.
@@ -45,7 +45,7 @@ class FewRows(torch.autograd.Function):
     ) -> Tensor:
         y, saved = computed(x, f, seed, ctx.needs_input_grad[:3])
         x_read, S, mask, *parameters = saved
-        ctx.save_for_backward(x_read, S, mask, *as_they_are(parameters))
+        ctx.save_for_backward(x_as_it_is(x_read), S, mask, *as_they_are(parameters))
         ctx.call = f[7], A.dtype
         return y
 
