@@ -9,7 +9,7 @@ y = g ⊙ V + bias.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners import lora
@@ -50,6 +50,8 @@ _VARIANT_ARGUMENTS = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
 
 class FusedLoRALayer(FusedForward):
     """The fused forward of ``lora.Linear`` and ``lora.bnb.Linear4bit``."""
+
+    _cast_input_dtype: ClassVar[Any]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = type(self)

@@ -16,7 +16,7 @@ from ..base_layer.linear import weight_of
 from ..base_layer.obstacles import module_obstacle, tensor_obstacle
 from ..functional import Member
 from ..replaced import own
-from .fused_forward import casts_input, rate_of, switched_off
+from .fused_forward import CAST, casts_input, rate_of, switched_off
 from .plain_lora import fingerprint_of, read_plain
 
 # Variants that PEFT has from 0.18, 0.20 and 0.21 on. MiCA is LoRA with a frozen B, KaSA has a d.
@@ -60,6 +60,8 @@ def read_adapters(layer: Any, names: Iterable[str]) -> tuple[list[Adapter], str 
     # Bypasses the modules' attribute lookups, which are slow Python code.
     modules = layer._modules
     found = switched_off(layer)
+    if found is None and CAST in layer.__dict__:
+        found = "cast of the input replaced"  # which a sibling must know, too
     if found is not None:
         return adapters, found
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
