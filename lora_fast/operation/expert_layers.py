@@ -19,9 +19,9 @@ from ..experts.nf4_experts import NF4Experts
 from ..experts.operands import Projection, Routing, sort_by_expert
 from . import recomputation
 from .autograd import is_recording
-from .saved_leaves import as_they_are, x_as_it_is
+from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
-from .selective import as_one
+from .selective import are_modes_active, as_one, is_observed, unobserved
 
 # The tensors of a projection among the arguments of apply(): weight, bias, A, B.
 _PER_PROJECTION = 4
@@ -36,7 +36,6 @@ def project(x: Tensor, offsets: Tensor, projection: Projection) -> Tensor:
     return AdaptedExperts.apply(x, offsets, projection, *_tensors(projection))
 
 
-@as_one
 def block(
     x: Tensor,
     top_k_index: Tensor,
@@ -49,6 +48,9 @@ def block(
 ) -> Tensor:
     """out [T, H] of x [T, H] in the compute dtype, all checked before. `complete`: every index is
     known to name an expert."""
+    if are_modes_active() and is_observed():
+        with unobserved():
+            return block(x, top_k_index, w, first, second, gate, complete=complete)
     routing = sort_by_expert(top_k_index, first.weight.shape[0], complete=complete)
     if not is_recording():
         way = experts_for(x, first, second)
@@ -78,7 +80,7 @@ class AdaptedExperts(torch.autograd.Function):
         (read_by,) = _remembering(ctx.decoded, projection)
         y, S = ctx.way.project_forward(x, offsets, read_by, needs)
         weights = recomputation.saved_weights([read_by] * len(ctx.decoded), x)
-        read = x_as_it_is(x if needs.A else None)
+        read = x if needs.A else None
         ctx.save_for_backward(read, S, offsets, *as_they_are(tensors), *weights)
         ctx.unsaved = _unsaved(projection)
         return y
@@ -88,8 +90,9 @@ class AdaptedExperts(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, S, offsets, *tensors = ctx.saved_tensors
         needs = ProjectionNeeds(*ctx.needs_input_grad[4:])
-        projections = [_restored(ctx.unsaved, tensors)]
-        (projection,) = _with_saved(ctx.decoded, projections, tensors)
+        projection = _restored(ctx.unsaved, tensors)
+        if ctx.decoded:
+            (projection,) = _with_saved(ctx.decoded, [projection], tensors)
         dX, found = ctx.way.project_backward(
             dY, x, S, offsets, projection, needs,
             needs_x=ctx.needs_input_grad[0],
@@ -113,15 +116,18 @@ class ExpertsBlock(torch.autograd.Function):
     ) -> Tensor:
         needs = _block_needs(ctx.needs_input_grad)
         ctx.way = experts_for(x, first, second)
-        goes_on = needs.x or any(needs.first)
-        ctx.decoded = _decoded_again(
-            (first, needs.x), (second, goes_on or needs.w or needs.second.A)
-        )
-        read_by = _remembering(ctx.decoded, first, second)
+        read_by, weights = [first, second], []
+        ctx.decoded = []
+        if type(first.weight) is NF4Experts or type(second.weight) is NF4Experts:
+            goes_on = needs.x or any(needs.first)
+            reads_second = goes_on or needs.w or needs.second.A
+            ctx.decoded = _decoded_again((first, needs.x), (second, reads_second))
+            read_by = _remembering(ctx.decoded, first, second)
         out, saved = ctx.way.block_forward(x, w, routing, *read_by, gate, needs)
         assert saved is not None
-        weights = recomputation.saved_weights([read_by[i] for i in ctx.decoded], x)
-        read = x_as_it_is(x if needs.first.A else None)
+        if ctx.decoded:
+            weights = recomputation.saved_weights([read_by[i] for i in ctx.decoded], x)
+        read = x if needs.first.A else None
         ctx.save_for_backward(read, w, *routing[:3], *saved, *as_they_are(tensors), *weights)
         ctx.unsaved, ctx.gate = (_unsaved(first), _unsaved(second)), gate
         ctx.complete = routing.complete
@@ -131,11 +137,10 @@ class ExpertsBlock(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, w, order, token, offsets, rows, S1, S2, *tensors = ctx.saved_tensors
-        projections = [
-            _restored(unsaved, tensors[_PER_PROJECTION * i :])
-            for i, unsaved in enumerate(ctx.unsaved)
-        ]
-        first, second = _with_saved(ctx.decoded, projections, tensors)
+        first = _restored(ctx.unsaved[0], tensors)
+        second = _restored(ctx.unsaved[1], tensors[_PER_PROJECTION:])
+        if ctx.decoded:
+            first, second = _with_saved(ctx.decoded, [first, second], tensors)
         dx, dw, of_first, of_second = ctx.way.block_backward(
             dout, x, w, Routing(order, token, offsets, ctx.complete), BlockSaved(rows, S1, S2),
             first, second, ctx.gate, _block_needs(ctx.needs_input_grad),

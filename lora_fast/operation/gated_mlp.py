@@ -26,10 +26,10 @@ from ..gated import NO_NEEDS, Activation, GatedLinears, GatedNeeds, GatedSaved
 from ..nf4 import NF4Weight
 from . import autograd, recomputation
 from .batched_gradients import is_of_autograd, is_vmap_active
-from .saved_leaves import as_they_are, x_as_it_is
+from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
 from .seeds import draw_seed
-from .selective import as_one
+from .selective import are_modes_active, is_observed, unobserved
 from .validation import check_gated
 
 Seed = int | Tensor | None
@@ -118,7 +118,6 @@ def _composed(
     return h if down is None else _alone(h, down, dropout_seeds[1])
 
 
-@as_one
 def run(
     x: Tensor,
     linears: GatedLinears,
@@ -127,6 +126,9 @@ def run(
 ) -> Tensor:
     """:func:`compute` for operands that are known to fit together, of layers that are part of the
     operation, x in the compute dtype, outside of torch.func and torch.compile."""
+    if are_modes_active() and is_observed():
+        with unobserved():
+            return run(x, linears, activation, dropout_seeds)
     linears, backend = _with_seeds(x, linears, dropout_seeds), backend_for(x.device)
     read = x if linears.read_x else None
     if not autograd.is_recording():
@@ -197,7 +199,9 @@ class GatedMLP(torch.autograd.Function):
             if isinstance(f, Factors) and isinstance(f.constants.dropout_seed, Tensor):
                 drawn[i] = f.constants.dropout_seed
         of_layers = as_they_are(tensors[2:], unread)
-        ctx.save_for_backward(x_as_it_is(read), *saved, *drawn, *of_layers, *weights)
+        if read is not None and read.is_leaf and read.dim() != 2:
+            read = read.detach()  # as x_as_it_is does
+        ctx.save_for_backward(read, *saved, *drawn, *of_layers, *weights)
         ctx.others = [_unsaved(f) for f in linears]
         ctx.backend, ctx.activation, ctx.is_fused = backend, activation, linears.is_fused
         # What hooks hand in again, and whether they keep it, nobody knows.

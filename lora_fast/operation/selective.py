@@ -43,7 +43,7 @@ def as_one(operation: Operation) -> Operation:
 
     @functools.wraps(operation)
     def called(*args: Any, **options: Any) -> Any:
-        if not is_observed():
+        if not (are_modes_active() and is_observed()):
             return operation(*args, **options)
         with unobserved():
             return operation(*args, **options)

@@ -130,9 +130,12 @@ class FusedLoRALayer(FusedForward):
     def operand(self, x: Tensor, casts: torch.dtype | None) -> Operand | str:
         """The layer as a part of the operation of a gated MLP, for an input like x; `casts` is the
         dtype of autocast. The reason why its own forward must run, if it must."""
-        found = self.replaced_forward()
-        if found is not None:
-            return found
+        kind = type(self)
+        if (
+            kind._lora_fast_stock.forward is not kind._lora_fast_stock_forward
+            or kind._cast_input_dtype is not kind._lora_fast_stock_cast
+        ):
+            return self.replaced_forward() or ""
         plain = read_plain(self) if type(x) is Tensor else None
         if (
             plain is not None
