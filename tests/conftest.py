@@ -23,7 +23,6 @@ from imports import needs
 from machines import MACHINES, NATIVE_DTYPES, Executor, multiplying, started
 from pins import PINS, is_pinned
 
-from lora_fast.backends import choice, torch_few_rows
 from tests import ptx_executor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -114,21 +113,6 @@ def _seeds() -> None:
     torch.manual_seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _many_rows() -> Iterator[None]:
-    """Layers together from two rows on, so that the small inputs of tests take the way of many."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "ALONE_ROWS", 1)
-        yield
-
-
-@pytest.fixture
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> int:
-    """As outside of tests: the rows up to which layers on a CPU are computed one by one."""
-    monkeypatch.setattr(choice, "ALONE_ROWS", torch_few_rows.FEW_ROWS)
-    return torch_few_rows.FEW_ROWS
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,6 @@ from bench.instruments.accuracy import (
     assert_same_bits,
 )
 from lora_fast import NF4Weight, functional, set_backend
-from lora_fast.backends.torch_few_rows import FEW_ROWS
 from lora_fast.backends.torch_ops import TorchBackend
 from lora_fast.operation.seeds import draw_seed
 
@@ -154,7 +153,7 @@ def saved_tensors(case: Case) -> list[torch.Tensor]:
 def test_saves_what_the_method_needs_and_nothing_else(method, factors, trains, expected, nf4, p):
     case = replace(
         BASE, dtype=BF16, adapter_dtype=FP32, nf4=nf4, factors=factors, trains=trains,
-        p=p if "A" in factors else 0.0, M=FEW_ROWS + 1,
+        p=p if "A" in factors else 0.0,
     )  # fmt: skip
     shapes = {"S": (case.M, case.R), "V": (case.M, case.N)}
     named = [f"{shapes[n]} torch.bfloat16" if n in shapes else n for n in expected]

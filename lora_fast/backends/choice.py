@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..features import MISCOMPILED, is_miscompiled
-from .torch_few_rows import FEW_ROWS
 
 BackendName = Literal["auto", "triton", "torch"]
 
@@ -42,8 +41,6 @@ def _checked(name: str, origin: str) -> BackendName:
 _default: BackendName = _checked(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND")
 _defaults: list[tuple[object, BackendName]] = [(None, _default)]
 _lock = threading.Lock()
-# Rows up to which layers that read the same x, and those of a gated MLP, are computed one by one.
-ALONE_ROWS = FEW_ROWS
 _KEY = "lora_fast_backend"
 # Before torch 2.12 torch releases a reference to thread-local objects that it never took: the
 # object would be freed while others still use it.
@@ -180,12 +177,12 @@ def uses_triton(device: torch.device, backend: BackendName | None = None) -> boo
     return backend == "triton"
 
 
-def is_few_rows_on_a_cpu(x: Any) -> bool:
-    """Whether layers that read x are computed one by one: few rows take less time so, and what is
-    saved of them is little."""
-    if not isinstance(x, Tensor) or not x.is_cpu or not x.dim():
+def is_one_row_on_a_cpu(x: Any) -> bool:
+    """Whether layers that read x are computed one by one: there is nothing to share but the reading
+    of one row, and little to save."""
+    if not isinstance(x, Tensor) or not x.is_cpu or x.shape[-1:] != (x.numel(),):
         return False
-    return x.numel() <= ALONE_ROWS * x.shape[-1] and not uses_triton(x.device)
+    return not uses_triton(x.device)
 
 
 def check_driver(backend: BackendName | None = None) -> None:

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .torch_products import scaled_product
 
-# Elements of a mask up to which torch draws it on a CPU, and up to which one after the other.
-_FEW_ELEMENTS, _ONE_BY_ONE = 1 << 17, 1 << 11
 # Elements of drop(x) at a time on a CPU: two mebibytes in float32.
 _BLOCK_ELEMENTS = 1 << 19
 # Elements of a mask at a time while a CUDA graph is captured: 128 MiB of random words.
@@ -50,10 +48,6 @@ def dropout_mask(
         seed = int(seed)
     rarer = min(p, 1.0 - p)
     drops = p <= 0.5
-    if device.type == "cpu" and count <= _FEW_ELEMENTS:
-        # Of the seed the generator reads 32 bits.
-        few = torch.Generator().manual_seed((seed ^ seed >> 32) & 0xFFFFFFFF)
-        return _mask_of_few(count, p, few).view(M, K)
     mask = torch.full((count,), drops, dtype=torch.bool, device=device)
     host = np.random.Generator(np.random.SFC64(seed))
     draws = int(host.poisson(-math.log1p(-rarer) * count))
@@ -65,31 +59,6 @@ def dropout_mask(
         hits = torch.randint(max(1, count), (draws,), device=device, generator=generator)
         mask.index_fill_(0, hits, not drops)
     return mask.view(M, K)
-
-
-def fresh_mask(M: int, K: int, p: float) -> Tensor:
-    """Boolean [M, K] on the CPU as :func:`dropout_mask`, of no seed: for who saves the mask."""
-    if M * K > _FEW_ELEMENTS:
-        return dropout_mask(int(torch.randint(2**62, ())), M, K, p, "cpu")
-    return _mask_of_few(M * K, p, None).view(M, K)
-
-
-def _mask_of_few(count: int, p: float, host: torch.Generator | None) -> Tensor:
-    """Boolean [count] as above, by torch's generator: NumPy's takes longer to start, and its code
-    evicts other code from the cache."""
-    rarer, drops = min(p, 1.0 - p), p <= 0.5
-    if count <= _ONE_BY_ONE:
-        mask = torch.empty(count, dtype=torch.bool)
-        return mask.bernoulli_(1.0 - p, generator=host)
-    mean = torch.tensor(-math.log1p(-rarer) * count)
-    draws = int(torch.poisson(mean, generator=host))
-    mask = torch.full((count,), drops, dtype=torch.bool)
-    return mask.index_fill_(0, torch.randint(count, (draws,), generator=host), not drops)
-
-
-def keep_scale(p: float) -> float:
-    """The factor of what dropout keeps."""
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def _mask_of_word(seed: Tensor, count: int, p: float) -> Tensor:
@@ -122,7 +91,7 @@ class Dropout:
 
     @property
     def keep_scale(self) -> float:
-        return keep_scale(self.p)
+        return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         """drop(x) Aᵀ [M, R] for x [M, K] and A [R, K]."""

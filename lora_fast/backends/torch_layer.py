@@ -16,7 +16,7 @@ from ..factors import Factors
 from ..nf4 import NF4Weight
 from . import torch_low_rank as low_rank
 from .torch_low_rank import given
-from .torch_products import linear
+from .torch_products import linear, working_dtype
 
 _UNCHANGED = nullcontext()
 
@@ -76,3 +76,33 @@ def stacked(fs: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, list[int
             factors.append(f.A if f.A.dtype is dtype else f.A.to(dtype))
             ranks.append(f.A.shape[0])
     return torch.cat(factors), ranks
+
+
+def row_on_a_cpu(x: Tensor, f: Factors) -> Tensor | None:
+    """y of one row of x in operations that autograd records by itself, as PEFT's layer would; None
+    for what takes more than those, or fewer otherwise.
+
+    They take less of the host's time than one operation with Python in its backward pass, and of
+    one row there is nothing to save. A and B are float32, which few rows are multiplied in.
+    """
+    weight, bias, A, B, b, d, g, constants = f
+    if (
+        A is None
+        or A.dtype is not torch.float32
+        or B is None
+        or B.dtype is not torch.float32
+        or not (b is d is g is None)
+        or isinstance(weight, NF4Weight)
+        or weight.dtype is not x.dtype
+        or (bias is not None and bias.dtype is not x.dtype)
+        or constants.dropout_p > 0.0
+        or constants.rank_spans is not None
+        or type(constants.scaling) is not float
+        or torch.is_autocast_enabled("cpu")
+        or working_dtype(x) is not x.dtype
+    ):
+        return None
+    product = torch.nn.functional.linear
+    wide = x if x.dtype is torch.float32 else x.to(torch.float32)
+    y = torch.add(product(x, weight, bias), product(product(wide, A), B), alpha=constants.scaling)
+    return y if y.dtype is x.dtype else y.to(x.dtype)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.choice import is_few_rows_on_a_cpu
+from ..backends.choice import is_one_row_on_a_cpu
 from ..base_layer.call_counts import CallCounts
 from ..base_layer.obstacles import environment_obstacle, is_eager
 from ..factors import Factors
@@ -69,7 +69,7 @@ class FusedMLP:
             if torch.compiler.is_compiling():
                 y: Tensor | str = "layers are operators"
             elif len(args) == 1 and not kwargs:
-                if state.liger is None and is_few_rows_on_a_cpu(args[0]):
+                if state.liger is None and is_one_row_on_a_cpu(args[0]):
                     return super().forward(*args)  # type: ignore[misc]
                 y = output(module, state, args[0])
             else:

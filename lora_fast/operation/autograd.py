@@ -18,10 +18,11 @@ from torch.autograd import forward_ad
 
 from ..backends.protocol import Backend
 from ..backends.selection import backend_for
+from ..backends.torch_layer import row_on_a_cpu
 from ..factors import Factors, Needs, Saved, needs_of_all, saved_input
 from ..geometry import Numbered
 from ..nf4 import NF4Weight
-from . import compiled_groups, compiled_ops, few_rows, recomputation
+from . import compiled_groups, compiled_ops, recomputation
 from .batched_gradients import is_of_autograd, is_vmap_active
 from .saved_leaves import as_they_are
 from .second_derivatives import differentiable_once
@@ -83,15 +84,17 @@ def run(
     if are_modes_active() and is_observed():
         with unobserved():
             return run(x, layers, dropout_seed, numbered, apply)
-    backend = backend_for(x.device)
-    if len(layers) == 1 and x.is_cpu and apply is None and backend.name == "torch":
-        f = layers[0]
-        if few_rows.covers(x, f):
-            return [few_rows.output(x, f, dropout_seed, records=is_recording())]
     if layers[0].constants.dropout_p > 0.0:
         layers = _with_seed(x, layers, dropout_seed)
         if isinstance(layers[0].constants.dropout_seed, Tensor):
             numbered = None
+    backend = backend_for(x.device)
+    if len(layers) == 1 and x.numel() == x.shape[-1] and x.is_cpu and apply is None:
+        A = layers[0][2]
+        if A is not None and A.dtype is torch.float32 and backend.name == "torch":
+            y = row_on_a_cpu(x, layers[0])
+            if y is not None:
+                return [y]
     if not is_recording():
         needs = (_NOTHING,) * len(layers)
         if numbered is None or backend.name == "torch":

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends.choice import is_few_rows_on_a_cpu
+from ..backends.choice import is_one_row_on_a_cpu
 from ..base_layer.obstacles import is_eager
 from ..operation.autograd import run
 from .compiled_siblings import GROUP
@@ -37,7 +37,7 @@ def plain_output_in_group(layer: Any, x: Any) -> Tensor | None:
     if kept is not None and kept.first < index and kept.x() is x:
         kept_y = kept_output(layer, x, sys._getframe(1))  # type: ignore[arg-type]
         return plain_output(layer, x) if kept_y is None else kept_y
-    if index + 1 == len(group.names) or is_few_rows_on_a_cpu(x):
+    if index + 1 == len(group.names) or is_one_row_on_a_cpu(x):
         return plain_output(layer, x)
     plain = read_plain(layer)
     if plain is None or type(x) not in TENSORS or x.is_inference() or runs_hooks(layer):

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends.choice import is_few_rows_on_a_cpu
+from ..backends.choice import is_one_row_on_a_cpu
 from ..base_layer.linear import adapted_together, four_bit_dtype
 from ..base_layer.obstacles import runs_own_forward
 from ..four_bit import is_four_bit
@@ -235,7 +235,7 @@ def output_with_siblings(layer: Any, state: State, x: Tensor) -> Tensor | None:
     if kept is not None and kept.first < index and kept.outputs and kept.x() is x:
         return None  # the first sibling could not have computed this one
     # One row as in the short way, which a recomputed forward pass may take.
-    is_alone = index + 1 == len(group.names) or is_few_rows_on_a_cpu(x)
+    is_alone = index + 1 == len(group.names) or is_one_row_on_a_cpu(x)
     if is_alone or not is_plain(state) or x.is_inference():
         return None
     parent = None if runs_hooks(layer) else group.parent_of(index, layer)

@@ -15,7 +15,6 @@ from torch import nn
 import lora_fast
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast.acceleration.warm_up import units, warm_up
-from lora_fast.backends import torch_few_rows
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PROJECTIONS = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -111,7 +110,6 @@ def test_nothing_of_the_model_changes(kind, training):
 
 
 def test_siblings_run_as_a_group(monkeypatch):
-    monkeypatch.setattr(torch_few_rows, "FEW_ROWS", 0)  # which no backend's operations compute
     calls = watch(monkeypatch)
     warm_up(_model(), 65)
     # With a gradient of x and without one, then without any.

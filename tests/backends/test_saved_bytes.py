@@ -15,9 +15,8 @@ from lora_models import K, N, accelerated_copy, counted, method_model, peft_mode
 from machines import interpreter, started
 
 from bench.instruments.saved_tensors import SavedTensors
-from lora_fast.backends.torch_few_rows import FEW_ROWS
 
-M, R = FEW_ROWS + 1, {"vera": 37, "adalora": 6}
+M, R = 64, {"vera": 37, "adalora": 6}
 BF16, FP32 = torch.bfloat16, torch.float32
 # method: (how it is built, what it saves); x, S and V are in the compute dtype
 METHODS = {

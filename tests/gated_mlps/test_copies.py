@@ -26,7 +26,6 @@ from lora_models import (
 
 import lora_fast
 from bench.instruments.accuracy import ORDER_DIFFERENCE, assert_agree, assert_same_bits
-from lora_fast.backends.torch_few_rows import FEW_ROWS
 
 
 def pickled(model: Any) -> Any:
@@ -86,7 +85,7 @@ def test_a_merged_and_unloaded_model_needs_nothing_of_ours() -> None:
 
 def _in_child(data: bytes, results: Any) -> None:
     model = pickle.loads(data)
-    y = model(torch.ones(FEW_ROWS + 1, H))
+    y = model(torch.ones(2, H))
     results.put((y.detach().tolist(), counts(model)))
 
 
@@ -99,4 +98,4 @@ def test_a_spawned_copy_runs_fused() -> None:
     y, found = results.get(timeout=120)
     process.join()
     assert found == (1, {})
-    assert_same_bits(torch.tensor(y), fused(torch.ones(FEW_ROWS + 1, H)).detach(), name="y")
+    assert_same_bits(torch.tensor(y), fused(torch.ones(2, H)).detach(), name="y")

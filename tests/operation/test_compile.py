@@ -21,13 +21,6 @@ from torch.utils.checkpoint import (
 import lora_fast
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast import DoRALinear, LoRALinear, VeRALinear, functional
-from lora_fast.backends import torch_few_rows
-
-
-@pytest.fixture(autouse=True)
-def _few_rows_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operators compute few rows on a CPU as many, of which they have the bits of eager mode."""
-    monkeypatch.setattr(torch_few_rows, "FEW_ROWS", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,7 @@ def test_weights_written_in_place_are_an_error() -> None:
     _, fused, x = MODELS["layer"]()
     y = fused(x)
     with torch.no_grad():
-        lora_layers(fused)[0].lora_B["default"].weight.mul_(2)
+        lora_layers(fused)[0].lora_A["default"].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

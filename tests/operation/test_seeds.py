@@ -20,8 +20,7 @@ import lora_fast
 from bench.instruments import stub_driver
 from bench.instruments.accuracy import assert_same_bits
 from lora_fast import functional
-from lora_fast.backends import torch_dropout, torch_few_rows
-from lora_fast.backends.torch_few_rows import FEW_ROWS
+from lora_fast.backends import torch_dropout
 from lora_fast.operation.seeds import draw_seed
 
 SEED = (0xDEADBEEF << 31) | 0x89ABCDEF
@@ -126,10 +125,7 @@ def test_a_captured_step_has_one_mask_and_the_next_another(typical_executor: Exe
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_the_torch_backend_draws_a_captured_mask_on_the_device(
-    reentrant: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_few_rows, "FEW_ROWS", 0)  # which are of CPUs
+def test_the_torch_backend_draws_a_captured_mask_on_the_device(reentrant: bool) -> None:
     with lora_fast.set_backend("torch"):
         check_masks(torch.device("cpu"), reentrant)
 
@@ -175,8 +171,7 @@ def test_a_mask_of_splitmix64() -> None:
 
 
 def test_a_seed_that_changes_before_backward_is_noticed() -> None:
-    many = replace(DROPPING, M=FEW_ROWS + 1)
-    o = with_seed(make(many), in_memory(torch.device("cpu")))
+    o = with_seed(make(DROPPING), in_memory(torch.device("cpu")))
     t, seed = o.tensors, torch.tensor([SEED])
     y = functional.adapted_linear(
         t["x"], o.weight, A=t["A"], B=t["B"], dropout_p=0.4, dropout_seed=seed

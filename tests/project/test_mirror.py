@@ -54,7 +54,6 @@ TESTED_IN = {
     "lora_fast/experts/operands.py": "operation/test_expert_layers.py",
     "lora_fast/operation/expert_validation.py": "operation/test_expert_layers.py",
     "lora_fast/backends/torch_gated.py": "operation/test_gated_mlp.py",
-    "lora_fast/backends/torch_layer.py": "backends/test_torch_products.py",
     "lora_fast/backends/torch_gated_rows.py": "operation/test_gated_mlp.py",
     "lora_fast/backends/torch_opaque.py": "operation/test_low_rank.py",
     "lora_fast/backends/triton_opaque.py": "operation/test_low_rank.py",
