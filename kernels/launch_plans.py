@@ -255,7 +255,9 @@ class Recorder:
         lines.append(f"return {found}")
         operands = ", ".join(f"e{i}" for i in range(self._count))
         words = ", ".join([f"seed_low_{i}, seed_high_{i}" for i in range(len(self._seeds))])
-        body = "\n    ".join([f"{operands}, = e", f"{words} = seeds", *lines])
+        # An activation whose layers are all computed elsewhere has no seeds.
+        given_words = [f"{words} = seeds"] if words else []
+        body = "\n    ".join([f"{operands}, = e", *given_words, *lines])
         names = {"new": tuple.__new__, "described": plan_memory.described}
         names |= {"address": address, "view": plan_memory.view()} | self._constants
         # Defaults, since what Python learns of global names holds for one of the plans that share

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lora_fast
 from bench.instruments.accuracy import assert_same_bits
-from lora_fast.functional import Member, adapted_linear, adapted_linears
+from lora_fast.functional import Member, adapted_linear, adapted_linears, gated_mlp
 
 pytestmark = pytest.mark.offline
 M, K, N, R = 40, 64, 48, 8
@@ -95,6 +95,16 @@ def test_the_third_call_launches_the_same_without_the_binder(
         assert one.constexprs == other.constexprs
         assert one.kernel is other.kernel
         assert one.arguments.get("seed_low") == other.arguments.get("seed_low")
+
+
+def test_an_activation_alone_is_repeated(launches: Any, bound: list[str]) -> None:
+    """Of layers that are all computed elsewhere, as DoRA's are: no seeds, no low rank."""
+    x = torch.zeros(2, 40, K, dtype=BF16)
+    for _ in range(3):
+        gate, up = (torch.zeros(2, 40, N, dtype=BF16, requires_grad=True) for _ in range(2))
+        h = gated_mlp(x, gate, up, None, "silu")
+        torch.autograd.grad(h, [gate, up], torch.zeros_like(h))
+    assert launches and 3 * len(bound) == 2 * len(launches)
 
 
 @pytest.mark.parametrize(
