@@ -49,6 +49,11 @@ def cpu_legs() -> list[Leg]:
         Leg("default", f"{unmarked} and not gpu and not exhaustive"),
         Leg("interpreter", "interpreter and not gpu and not exhaustive", {"TRITON_INTERPRET": "1"}),
         Leg("compiled", "(compiled or offline) and not gpu and not exhaustive"),
+        Leg(
+            "pretended",
+            "pretended and not exhaustive",
+            {"PYTEST_PLUGINS": "tests.pretended_gpu.device"},
+        ),
     ]
 
 
@@ -107,8 +112,8 @@ def main() -> int:
     parser.add_argument(
         "--leg",
         action="append",
-        choices=["default", "interpreter", "compiled", "exhaustive", "gpu"],
-        help="run this leg (repeatable); without it: default, interpreter, compiled",
+        choices=["default", "interpreter", "compiled", "pretended", "exhaustive", "gpu"],
+        help="run this leg (repeatable); without it: default, interpreter, compiled, pretended",
     )
     parser.add_argument(
         "--cpu-kind",

@@ -332,6 +332,7 @@ def test_the_rule_notices_a_dropped_bias_and_swapped_nibbles(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.pretended
 def test_dropout_seed_on_a_gpu_follows_its_generator():
     """The same state gives the same seed, every draw another one; nothing waits for the device."""
     device = torch.device("cuda")

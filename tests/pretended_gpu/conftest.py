@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 import lora_fast
-from lora_fast.backends import selection
 from tests import ptx_executor
+from tests.ptx_executor.launching import driver
 
 from . import device
 
@@ -20,7 +20,8 @@ def _auto(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not device.is_loaded():
             yield
             return
-        selection._triton.cache_clear()
+        # The executor's device has the number of its architecture.
+        monkeypatch.setattr(driver.PTXDriver, "get_current_device", lambda self: 0)
         reachable = ("cpu", "cuda")
         with ptx_executor.installed(device.ARCH, check_global_race=True, devices=reachable):
             yield

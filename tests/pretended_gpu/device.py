@@ -115,7 +115,7 @@ class Event:
 
 
 class Generator:
-    """The numbers of a CUDA generator: a seed and an offset. Kernels of PyTorch draw from the CPU's."""
+    """The numbers of a CUDA generator: a seed and an offset. PyTorch draws from the CPU's."""
 
     def __init__(self) -> None:
         self.offset = 0
@@ -217,6 +217,12 @@ def answer() -> None:
     }
     for name, value in answers.items():
         setattr(cuda, name, value)
+
+    def new(shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
+        """What inductor's code allocates by."""
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+    torch._C._dynamo.guards._empty_strided_cuda = new  # type: ignore[attr-defined]
     torch.histc = histogram  # type: ignore[assignment]
     torch.version.cuda = "13.0"  # type: ignore[assignment]
 

@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.pretended]
 GPU = torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 VOCABULARY, LINEARS = 64, r".*_proj"
-# More than one step of each shape, for launches are repeated by plans; shapes that come again.
-BATCHES = [(2, 40), (2, 40), (2, 40), (1, 13), (1, 13), (3, 30), (1, 1), (2, 40)]
+# From the third step of a shape on launches are repeated by plans.
+BATCHES = [(2, 40), (2, 40), (2, 40), (1, 13), (1, 13), (1, 13), (3, 30), (1, 1), (2, 40)]
 
 
 def llama(kind: str, dtype: torch.dtype) -> nn.Module:
@@ -138,7 +138,7 @@ def test_repeated_steps_with_dropout_have_the_same_bits(kind: str) -> None:
     """The first of them launches, the others repeat the launches; masks follow the generator."""
     model = lora_fast.accelerate(with_adapters(llama(kind, BF16), "lora", 0.1).to(GPU))
     masked = []
-    for ids in list(batches())[1:4]:
+    for ids in list(batches())[2:4]:
         for seed in (1, 1, 1, 2):
             torch.manual_seed(seed)
             torch.cuda.manual_seed(seed)

@@ -43,6 +43,7 @@ class Options:
     slice_blocks        basic blocks after which a batch of CTAs gives way
     max_live            batches under way before a new one waits for all of them to block
     max_blocks          basic blocks without a change in global memory after which to give up
+    devices             types of devices whose memory the CPU can read
     """
 
     check_shared: bool = True
@@ -60,6 +61,7 @@ class Options:
     slice_blocks: int = 50_000
     max_live: int = 16
     max_blocks: int = 5_000_000
+    devices: tuple[str, ...] = ("cpu",)
 
     def __post_init__(self) -> None:
         schedules = r"lockstep|sequential|reverse|random:\d+"

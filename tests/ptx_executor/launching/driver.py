@@ -159,7 +159,7 @@ class PTXDriver:
         memory = GlobalMemory(
             self.opts.unique_bytes, self.opts.check_global_race, program.global_granule
         )
-        binder = Binder(memory, self.opts.bounds)
+        binder = Binder(memory, self.opts.bounds, self.opts.devices)
         layouts = list(getattr(metadata, "tensordesc_meta", None) or [])
         binder.add_arguments(launcher.source.signature, args, layouts)
         for tensor in self.registered:

@@ -74,16 +74,19 @@ def _pack(param: Param, value: Value) -> bytes:
 class Binder:
     """Turns arguments into values of parameters and registers their tensors in `memory`.
 
-    `bounds`: what a tensor makes accessible, its "storage" or what the "tensor" covers.
+    `bounds`: what a tensor makes accessible, its "storage" or what the "tensor" covers. `devices`:
+    those whose memory the CPU can read.
     """
 
-    def __init__(self, memory: GlobalMemory, bounds: str) -> None:
-        self._memory, self._bounds = memory, bounds
+    def __init__(
+        self, memory: GlobalMemory, bounds: str, devices: tuple[str, ...] = ("cpu",)
+    ) -> None:
+        self._memory, self._bounds, self._devices = memory, bounds, devices
         self.values: list[Value] = []
 
     def add_tensor(self, tensor: torch.Tensor, name: str) -> None:
         """Let the kernel reach a tensor. TypeError unless it is on the CPU."""
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in self._devices:
             raise TypeError(f"`{name}` must be a CPU tensor, got one on {tensor.device}")
         if self._bounds == "storage":
             storage = tensor.untyped_storage()

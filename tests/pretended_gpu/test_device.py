@@ -1,0 +1,38 @@
+"""The pretended device does what a GPU does with tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.pretended]
+GPU = torch.device("cuda")
+
+
+def test_operands_on_two_devices_are_refused() -> None:
+    there, here = torch.ones(2, 3, device=GPU), torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="same device"):
+        there @ here
+    # A number may lie anywhere.
+    assert (there * torch.tensor(2.0)).device.type == "cuda"
+
+
+def test_views_writes_and_gradients() -> None:
+    base = torch.arange(12.0, device=GPU).view(3, 4)
+    view = base.t()[1:3]
+    view.zero_()
+    assert view.is_cuda and base[:, 1:3].sum() == 0 and base.sum() == 3 + 4 + 7 + 8 + 11
+    x = torch.full((3, 4), 2.0, device=GPU, requires_grad=True)
+    x.square().sum().backward()
+    assert x.grad is not None and x.grad.is_cuda
+    assert torch.equal(x.grad.cpu(), torch.full((3, 4), 4.0))
+    out = torch.empty(0, device=GPU)
+    torch.mul(base, 2.0, out=out)
+    assert out.shape == base.shape and torch.equal(out.cpu(), 2.0 * base.cpu())
+
+
+def test_layers_move_and_are_cast() -> None:
+    layer = torch.nn.Linear(4, 3).to(GPU, torch.bfloat16)
+    with torch.autocast("cuda", torch.float16):
+        y = layer(torch.ones(2, 4, device=GPU))
+    assert layer.weight.is_cuda and (y.device.type, y.dtype) == ("cuda", torch.float16)
