@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import FUSES
 from model_families import EXPERTS_ARE_PARAMETERS, inputs, tiny_model
 from peft import PeftModel
 
@@ -20,6 +21,7 @@ from lora_fast.methods.table import METHODS, completed
 from lora_fast.methods.targets import about_left_out
 
 pytestmark = pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="experts are a list of modules")
+names_experts = pytest.mark.skipif(not FUSES, reason="this PEFT knows no names of experts")
 # Routers as linear layers, as parameters, and both.
 FAMILIES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "mixtral", "gpt_oss")
 
@@ -65,6 +67,7 @@ def test_the_adapter_without_routers_loads_in_stock_peft(tmp_path: Path) -> None
     assert torch.equal(loaded(**inputs()).logits, model.eval()(**inputs()).logits)
 
 
+@names_experts
 @pytest.mark.parametrize(("method", "options"), [("dora", {}), ("lora", {"dropout": 0.1})])
 def test_what_peft_refuses_on_experts_says_what_to_train_instead(
     method: str, options: dict[str, Any]
@@ -77,6 +80,7 @@ def test_what_peft_refuses_on_experts_says_what_to_train_instead(
     assert {n.rpartition(".")[2] for n in layers_of(model)} == set(names[0].split(","))
 
 
+@names_experts
 @pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
 def test_layers_that_lost_their_names_to_experts_are_named(family: str) -> None:
     model = trained(family)

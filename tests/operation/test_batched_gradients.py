@@ -28,9 +28,8 @@ def _mlp(kind: str = "dense") -> Model:
 
 
 def _experts() -> Model:
-    _, fused = expert_models.pair("qwen3_moe")
-    block = next(m for m in fused.modules() if hasattr(m, "experts"))
-    return block, torch.randn(1, 6, fused.config.hidden_size)
+    _, block = expert_models.fused_blocks("qwen3_moe")
+    return block, torch.randn(1, 6, 32)
 
 
 MODELS: dict[str, Callable[[], Model]] = {

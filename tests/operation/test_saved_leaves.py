@@ -25,11 +25,7 @@ def _copied(stock: nn.Module, width: int) -> Pair:
 
 
 def _experts() -> Pair:
-    stock, fused = (
-        next(m for m in model.modules() if hasattr(m, "experts"))
-        for model in expert_models.pair("qwen3_moe")
-    )
-    return stock, fused, torch.randn(2, 3, 32)
+    return *expert_models.fused_blocks("qwen3_moe"), torch.randn(2, 3, 32)
 
 
 MODELS: dict[str, Callable[[], Pair]] = {

@@ -24,11 +24,7 @@ from lora_fast.operation.selective import is_observed, unobserved
 
 
 def _experts() -> tuple[nn.Module, nn.Module, int]:
-    stock, fused = (
-        next(m for m in model.modules() if hasattr(m, "experts"))
-        for model in expert_models.pair("qwen3_moe")
-    )
-    return stock, fused, 32
+    return *expert_models.fused_blocks("qwen3_moe"), 32
 
 
 def _copied(stock: nn.Module, width: int) -> tuple[nn.Module, nn.Module, int]:
@@ -72,7 +68,8 @@ def _gradients(model: nn.Module, x: Tensor, policy: str) -> list[Tensor | None]:
 def test_whatever_a_policy_saves(name: str, policy: str) -> None:
     stock, fused, width = MODELS[name]()
     x = torch.randn(2, 5, width)
-    torch.testing.assert_close(_gradients(fused, x, policy), _gradients(stock, x, policy))
+    # Stock PEFT itself raises where a policy saves what bitsandbytes writes to.
+    torch.testing.assert_close(_gradients(fused, x, policy), _gradients(stock, x, "nothing"))
     layers = [m for m in fused.modules() if "_lora_fast_calls" in m.__dict__]
     assert layers and all(layer._lora_fast_calls.fused for layer in layers)
 

@@ -7,6 +7,7 @@ import inspect
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from model_families import EXPERTS_ARE_PARAMETERS, FAMILIES, inputs, tiny_config
 from peft import LoraConfig, get_peft_model
@@ -90,6 +91,16 @@ def pair(family: str, **options: Any) -> tuple[Any, Any]:
     """The same model, stock and accelerated."""
     stock = adapted(expert_base(family, **options))
     return stock, lora_fast.accelerate(copy.deepcopy(stock))
+
+
+def fused_blocks(family: str) -> tuple[nn.Module, nn.Module]:
+    """The first module around experts of :func:`pair`; skips where nothing fuses them."""
+    if not FUSES:
+        pytest.skip("PEFT or transformers lacks what experts need")
+    stock, fused = (
+        next(m for m in model.modules() if hasattr(m, "experts")) for model in pair(family)
+    )
+    return stock, fused
 
 
 def results(model: nn.Module, **sizes: int) -> dict[str, Tensor | None]:
