@@ -108,6 +108,7 @@ class Images {
       const auto cpu = storage(ours.nbytes(), std::move(data), c10::GetAllocator(DeviceType::CPU));
       found = cpu_.emplace(ours.unsafeGetStorageImpl(), cpu).first;
       device_.emplace(cpu.unsafeGetStorageImpl(), ours);
+      if (!t.is_inference()) ordinary_.insert(cpu.unsafeGetStorageImpl());
     }
     return laid_out(t, found->second, kCpu);
   }
@@ -120,6 +121,8 @@ class Images {
       const auto ours = storage(t.storage().nbytes(), owning(t.storage()), &memory);
       found = device_.emplace(impl, ours).first;
     }
+    // In inference mode a view of an ordinary tensor is an ordinary one.
+    c10::InferenceMode mode(c10::InferenceMode::is_enabled() && ordinary_.count(impl) == 0);
     return laid_out(t, found->second, kOurs);
   }
 
@@ -156,6 +159,7 @@ class Images {
   }
 
   std::unordered_map<c10::StorageImpl*, c10::Storage> cpu_, device_;
+  std::set<c10::StorageImpl*> ordinary_;
 };
 
 // Operations that take indices, or the source of a copy, on the CPU.

@@ -149,6 +149,11 @@ def _on_the_cpu(name: str) -> Any:
     return computed
 
 
+def _product(a: Any, b: Any, out_dtype: Any) -> Any:
+    """A product that is not rounded to the dtype of its operands, which the CPU does not have."""
+    return a.to(out_dtype) @ b.to(out_dtype)
+
+
 def answer() -> None:
     """Let torch.cuda speak of the device."""
     import torch
@@ -161,6 +166,8 @@ def answer() -> None:
             for kind in ("4bit", "blockwise"):
                 name = f"bitsandbytes::{way}_{kind}"
                 torch.library.impl(name, "CUDA")(_on_the_cpu(name))
+    for name in ("aten::mm.dtype", "aten::bmm.dtype"):
+        torch.library.impl(name, "CUDA")(_product)
 
     cuda, stream, generator = torch.cuda, Stream(), Generator()
     properties = SimpleNamespace(

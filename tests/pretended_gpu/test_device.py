@@ -36,3 +36,18 @@ def test_layers_move_and_are_cast() -> None:
     with torch.autocast("cuda", torch.float16):
         y = layer(torch.ones(2, 4, device=GPU))
     assert layer.weight.is_cuda and (y.device.type, y.dtype) == ("cuda", torch.float16)
+
+
+def test_inference_mode_keeps_views_of_ordinary_tensors_ordinary() -> None:
+    ordinary = torch.ones(3, 4, device=GPU)
+    with torch.inference_mode():
+        assert not ordinary[0].is_inference()
+        made = ordinary + ordinary
+        assert made.is_inference() and made[0].is_inference()
+        assert torch.nn.functional.embedding(torch.tensor([[1, 2]], device=GPU), made).is_cuda
+
+
+def test_a_product_of_narrow_operands_is_not_rounded_to_their_dtype() -> None:
+    row = torch.tensor([[1.0, 2.0**-10]], dtype=torch.bfloat16, device=GPU)
+    found = torch.mm(row, torch.ones_like(row).t(), out_dtype=torch.float32)
+    assert found.is_cuda and found.item() == 1.0 + 2.0**-10

@@ -82,10 +82,10 @@ def train_together(models: list[Any], step: int) -> None:
                     p += change.to(p.device, p.dtype)
 
 
-def assert_trained_as_stock(stock: Any, *, autocast: bool = False) -> None:
+def assert_trained_as_stock(stock: Any, *, autocast: bool = False, backend: str = "triton") -> None:
     exact, fused = float64_copy(stock), lora_fast.accelerate(copy.deepcopy(stock).to(GPU))
     stock = stock.to(GPU)
-    assert backend_for(GPU).name == "triton"
+    assert backend_for(GPU).name == backend
     for step, ids in enumerate(batches()):
         found = gradients(fused, ids, autocast)
         eager = gradients(stock, ids, autocast)
@@ -119,6 +119,12 @@ def test_adapters_in_the_dtype_of_the_base() -> None:
     assert_trained_as_stock(
         with_adapters(llama("dense", BF16), "lora", autocast_adapter_dtype=False)
     )
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_the_torch_backend(kind: str) -> None:
+    with lora_fast.set_backend("torch"):
+        assert_trained_as_stock(with_adapters(llama(kind, BF16), "lora"), backend="torch")
 
 
 def test_autocast() -> None:
