@@ -70,6 +70,9 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
   Device getDeviceFromPtr(void*) const override { return kDevice; }
+  c10::Allocator* getPinnedMemoryAllocator() const override {
+    return c10::GetAllocator(DeviceType::CPU);
+  }
 };
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
@@ -259,6 +262,19 @@ at::Scalar number(const Tensor& t) {
   return at::_local_scalar_dense(images.on_cpu(t));
 }
 
+Tensor& set_part(Tensor& t, c10::Storage storage, c10::SymInt offset, c10::SymIntArrayRef size,
+                 c10::SymIntArrayRef stride) {
+  auto* impl = t.unsafeGetTensorImpl();
+  impl->set_storage_keep_dtype(std::move(storage));
+  impl->set_sizes_and_strides(size, stride, offset);
+  return t;
+}
+
+Tensor& set_whole(Tensor& t, c10::Storage storage) {
+  const c10::SymInt size = storage.nbytes() / t.itemsize(), stride = 1;
+  return set_part(t, std::move(storage), 0, {&size, 1}, {&stride, 1});
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
@@ -270,4 +286,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("empty_strided", make_strided);
   library.impl("copy_", copy);
   library.impl("_local_scalar_dense", number);
+  library.impl("set_.source_Storage", set_whole);
+  library.impl("set_.source_Storage_storage_offset", set_part);
 }

@@ -98,6 +98,19 @@ class Stream:
         pass
 
 
+class Current:
+    """Which device is current makes no difference."""
+
+    def __init__(self, device: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class Event:
     """The host's clock."""
 
@@ -130,6 +143,19 @@ class Generator:
 
     def set_offset(self, offset: int) -> None:
         self.offset = offset
+
+    def manual_seed(self, seed: int) -> None:
+        self.offset = 0
+
+    def get_state(self) -> Any:
+        import torch
+
+        return torch.tensor([self.offset]).view(torch.uint8)
+
+    def set_state(self, state: Any) -> None:
+        import torch
+
+        self.offset = int(state.view(torch.int64))
 
 
 def _on_the_cpu(name: str) -> Any:
@@ -206,15 +232,10 @@ def answer() -> None:
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "stream": lambda stream: stream,
-        # Which device is current makes no difference.
-        "device": lambda device: stream,
+        "device": Current,
         "Stream": Stream,
         "Event": Event,
         "default_generators": (generator,),
-        "get_rng_state": lambda device=None: torch.tensor([generator.offset]),
-        "set_rng_state": lambda state, device=None: generator.set_offset(int(state[0])),
-        "manual_seed": lambda seed: generator.set_offset(0),
-        "manual_seed_all": lambda seed: generator.set_offset(0),
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
@@ -224,12 +245,27 @@ def answer() -> None:
     }
     for name, value in answers.items():
         setattr(cuda, name, value)
+    cuda.random.device_count = answers["device_count"]
 
     def new(shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
         """What inductor's code allocates by."""
         return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 
+    def whole(storage: torch.UntypedStorage) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+    def cloned(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """PyTorch cannot allocate storage on the device without a tensor."""
+        return whole(storage).clone().untyped_storage()
+
+    def loaded(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+        """What torch.load has read on the CPU."""
+        return whole(storage).cuda().untyped_storage() if location.startswith("cuda") else None
+
+    torch.UntypedStorage.clone = cloned  # type: ignore[method-assign]
+    torch.serialization.register_package(0, lambda storage: None, loaded)
     torch._C._dynamo.guards._empty_strided_cuda = new  # type: ignore[attr-defined]
+    torch._C._cuda_getDevice = lambda: 0  # type: ignore[attr-defined]
     torch.histc = histogram  # type: ignore[assignment]
     torch.version.cuda = "13.0"  # type: ignore[assignment]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 
@@ -51,3 +54,33 @@ def test_a_product_of_narrow_operands_is_not_rounded_to_their_dtype() -> None:
     row = torch.tensor([[1.0, 2.0**-10]], dtype=torch.bfloat16, device=GPU)
     found = torch.mm(row, torch.ones_like(row).t(), out_dtype=torch.float32)
     assert found.is_cuda and found.item() == 1.0 + 2.0**-10
+
+
+def test_copies_files_and_pinned_memory() -> None:
+    x = torch.arange(12.0, device=GPU).view(3, 4)
+    file = io.BytesIO()
+    torch.save({"whole": x, "part": x[1:]}, file)
+    for device in (None, "cpu"):
+        file.seek(0)
+        found = torch.load(file, map_location=device)
+        assert found["part"].is_cuda == (device is None)
+        assert torch.equal(found["part"].cpu(), x[1:].cpu())
+        assert found["part"].untyped_storage().data_ptr() == found["whole"].data_ptr()
+    copied = copy.deepcopy(x)
+    x.zero_()
+    assert copied.is_cuda and copied.sum() == 66
+    assert copied.cpu().pin_memory().to(GPU).sum() == 66
+
+
+def test_the_state_of_the_generator() -> None:
+    torch.manual_seed(1)
+    state = torch.cuda.get_rng_state()
+    generator = torch.cuda.default_generators[0]
+    assert (generator.initial_seed(), generator.get_offset()) == (1, 0)
+    generator.set_offset(generator.get_offset() + 8)
+    assert not torch.equal(torch.cuda.get_rng_state(), state)
+    torch.cuda.set_rng_state(state)
+    assert generator.get_offset() == 0
+    generator.set_offset(4)
+    torch.manual_seed(1)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
