@@ -1,10 +1,10 @@
 """The short way of a LoRA layer's forward: one plain adapter on a frozen layer, and no hooks.
 
 Most calls of most models are of this kind, and their checks are the time of a small layer. So the
-layer is read here at one go, without PEFT's properties, nn.Module's lookups of attributes and a
-function for each condition. Nothing of a layer is kept between calls. Whatever is not recognised at
-once takes the long way (fused_forward.py, lora_state.py), which knows all cases and words the
-obstacles.
+layer is read here in one function, without PEFT's properties, nn.Module's attribute lookups and a
+call for each condition. Nothing of a layer is kept between calls. Whatever is not recognised here
+takes the long way (fused_forward.py, lora_state.py), which knows all cases and gives the reason for
+a fallback.
 """
 
 from __future__ import annotations
