@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..acceleration.report import adapted_layers
 from ..errors import RunFailure
+from ..gated_mlps.discovery import STATE
 from .events import Observer
 from .measurement import synchronize
 
@@ -67,7 +68,8 @@ class StepClock(TrainerCallback, ExportableState):
 
 
 class CallCounter(TrainerCallback, ExportableState):
-    """Continues the counts of the layers' fused and plain calls from a checkpoint."""
+    """Continues the counts of the fused and plain calls, of layers and gated MLPs, from a
+    checkpoint."""
 
     def __init__(self, model: Any, stored: dict[str, Any]) -> None:
         self._calls: dict[str, Any] = {
@@ -75,6 +77,9 @@ class CallCounter(TrainerCallback, ExportableState):
             for name, layer in adapted_layers(model)
             if hasattr(layer, "_lora_fast_calls")
         }
+        for name, module in model.named_modules():
+            if STATE in module.__dict__:
+                self._calls[name] = module.__dict__[STATE].calls
         for name, counts in stored.get("calls", {}).items():
             if name in self._calls:
                 self._calls[name].restore(counts)

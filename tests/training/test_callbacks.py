@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gated_models
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -114,6 +115,16 @@ def test_the_counts_of_calls_of_a_resumed_run_go_on(tmp_path: Path) -> None:
     assert CallCounter(model(), {}).state()["attributes"]["calls"].keys() == {
         layer.name for layer in found.layers
     }
+
+
+def test_so_do_those_of_gated_mlps() -> None:
+    first, second = (lora_fast.accelerate(gated_models.stock_model()) for _ in range(2))
+    for _ in range(2):
+        first(torch.zeros(2, 3, gated_models.H))
+    CallCounter(second, CallCounter(first, {}).state()["attributes"])
+    assert lora_fast.report(second) == lora_fast.report(first)
+    second(torch.zeros(2, 3, gated_models.H))
+    assert [mlp.fused_calls for mlp in lora_fast.report(second).mlps] == [3]
 
 
 def test_progress_tells_every_step() -> None:
