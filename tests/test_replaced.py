@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,6 +149,8 @@ def test_graphs_are_made_again_once_a_function_is_replaced(
     reason: str, surroundings: Surroundings, kind: str, options: dict[str, Any]
 ) -> None:
     """Which those of stock PEFT do not always notice."""
+    if reason.startswith("cast") and sys.version_info[:3] == (3, 13, 0):
+        pytest.skip("on Python 3.13.0 torch.compile does not watch the attributes of base classes")
     # In a graph the masks of dropout are others, and in evaluation bitsandbytes packs its weights.
     stock = peft_model(kind, **options).train(options is not DROPS)
     fused = accelerated_copy(stock)
