@@ -101,20 +101,52 @@ def _repeated(
     tensors: Sequence[Tensor | None],
     projections: Sequence[Projection],
     compute: Callable[[], Any],
+    remembering: tuple[bool, ...] | None = None,
 ) -> Any:
-    """compute(), or what a plan of it gives; with the W of weights that are to remember it."""
-    remembering = _remembering(projections, tensors)
-    if remembering:
-        outputs, weights = _planned(
-            (key, remembering), tensors, projections,
-            lambda: (compute(), [_remembered(p) for p in projections]),
-        )  # fmt: skip
-        for p, W in zip(projections, weights, strict=True):
-            decoded = _memory_of(p)
-            if decoded is not None and W is not None:
-                decoded.offer(W)
-        return outputs
-    return _planned(key, tensors, projections, compute)
+    """compute(), or what a plan of it gives. `remembering`: of each projection whether W is part of
+    what compute() returns; None if that is not known yet."""
+    if remembering is None:
+        for p in projections:
+            if type(p[0]) is NF4Experts and p[0].decoded is not None:
+                remembering = _remembering(projections, tensors)
+                break
+        if remembering:
+            return _with_weights(key, tensors, projections, compute, remembering)
+    operands, about = [*tensors], [key, remembering]
+    for weight, bias, A, B, scaling in projections:
+        about.append(scaling)
+        if isinstance(weight, NF4Experts):
+            state = weight.quant_state
+            second = state.state2.blocksize if state.nested else None
+            about += (weight.transposed, tuple(state.shape), state.blocksize, second)
+            operands += parts_of(weight)
+        else:
+            operands.append(weight)
+        operands += (bias, A, B)
+    for t in operands:
+        if t is not None and type(t) not in PLAIN_TENSORS:
+            launch_plans.give_up()
+            return compute()
+    return repeated((*about, of_any(operands, ())), operands, NO_SEED, compute)
+
+
+def _with_weights(
+    key: Any,
+    tensors: Sequence[Tensor | None],
+    projections: Sequence[Projection],
+    compute: Callable[[], Any],
+    remembering: tuple[bool, ...],
+) -> Any:
+    """:func:`_repeated` of weights that are to remember their W, which a plan gives as well."""
+    outputs, weights = _repeated(
+        key, tensors, projections,
+        lambda: (compute(), [_remembered(p) for p in projections]), remembering,
+    )  # fmt: skip
+    for p, W in zip(projections, weights, strict=True):
+        decoded = _memory_of(p)
+        if decoded is not None and W is not None:
+            decoded.offer(W)
+    return outputs
 
 
 def _remembering(
@@ -138,27 +170,3 @@ def _memory_of(p: Projection) -> Decoded | None:
 def _remembered(p: Projection) -> Tensor | None:
     decoded = _memory_of(p)
     return None if decoded is None else decoded.dense
-
-
-def _planned(
-    key: Any,
-    tensors: Sequence[Tensor | None],
-    projections: Sequence[Projection],
-    compute: Callable[[], Any],
-) -> Any:
-    operands, about = [*tensors], [key]
-    for weight, bias, A, B, scaling in projections:
-        about.append(scaling)
-        if isinstance(weight, NF4Experts):
-            state = weight.quant_state
-            second = state.state2.blocksize if state.nested else None
-            about += (weight.transposed, tuple(state.shape), state.blocksize, second)
-            operands += parts_of(weight)
-        else:
-            operands.append(weight)
-        operands += (bias, A, B)
-    for t in operands:
-        if t is not None and type(t) not in PLAIN_TENSORS:
-            launch_plans.give_up()
-            return compute()
-    return repeated((*about, of_any(operands, ())), operands, NO_SEED, compute)
