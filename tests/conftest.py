@@ -213,6 +213,19 @@ def cpu_kind(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def released_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No limit of decoded weights, nothing that another test left, and nothing left afterwards."""
+    from lora_fast.four_bit import decoded
+
+    gc.collect()
+    assert decoded.bytes_saved.saved == 0
+    monkeypatch.setattr(decoded.bytes_saved, "told", 1 << 40)
+    yield
+    gc.collect()
+    assert decoded.bytes_saved.saved == 0, "a decoded weight was not released"
+
+
+@pytest.fixture
 def libraries_as_before() -> Iterator[None]:
     """A run silences the libraries; the next test finds them as they were."""
     from tiny_runs import library_logging

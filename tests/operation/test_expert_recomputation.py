@@ -3,8 +3,7 @@ backward pass, within the limit, and released."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,17 +22,8 @@ from lora_fast.four_bit import decoded
 from lora_fast.functional import adapted_experts
 from lora_fast.nf4 import NF4Weight
 
+pytestmark = pytest.mark.usefixtures("released_weights")
 HIDDEN, INNER, R = 32, 32, 16
-
-
-@pytest.fixture(autouse=True)
-def _limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    gc.collect()
-    assert decoded.bytes_saved.saved == 0
-    monkeypatch.setattr(decoded.bytes_saved, "told", 1 << 40)
-    yield
-    gc.collect()
-    assert decoded.bytes_saved.saved == 0, "a decoded weight was not released"
 
 
 def values_of(transposed: bool) -> Any:

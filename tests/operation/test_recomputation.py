@@ -3,7 +3,6 @@ backward pass, with the same bits, within the limit, and released."""
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,21 +25,11 @@ pytest.importorskip("triton")
 from lora_fast.backends.triton_ops import TritonBackend
 from lora_fast.tuning.plans import AUGMENTED, HYBRID, Plan
 
+pytestmark = pytest.mark.usefixtures("released_weights")
 M, K = 40, 64
 WIDTHS = (72, 40, 64)
 # Decoded bytes in bfloat16 of all weights.
 EVERYTHING = 2 * K * sum(WIDTHS)
-
-
-@pytest.fixture(autouse=True)
-def _limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No limit, and nothing that another test left."""
-    gc.collect()
-    assert decoded.bytes_saved.saved == 0
-    monkeypatch.setattr(decoded.bytes_saved, "told", 1 << 40)
-    yield
-    gc.collect()
-    assert decoded.bytes_saved.saved == 0, "a decoded weight was not released"
 
 
 class Step:

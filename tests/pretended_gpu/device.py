@@ -162,14 +162,13 @@ def _on_the_cpu(name: str) -> Any:
     """An operation of bitsandbytes, which has code for this device that PyTorch would compile."""
     import torch
 
+    operation = getattr(torch.ops.bitsandbytes, name)
+
     def moved(value: Any, device: str) -> Any:
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     def computed(*operands: Any) -> Any:
-        package, _, operation = name.partition("::")
-        found = getattr(getattr(torch.ops, package), operation)(
-            *(moved(v, "cpu") for v in operands)
-        )
+        found = operation(*(moved(value, "cpu") for value in operands))
         return tuple(moved(t, "cuda") for t in found) if type(found) is tuple else found.to("cuda")
 
     return computed
@@ -190,8 +189,8 @@ def answer() -> None:
 
         for way in ("quantize", "dequantize"):
             for kind in ("4bit", "blockwise"):
-                name = f"bitsandbytes::{way}_{kind}"
-                torch.library.impl(name, "CUDA")(_on_the_cpu(name))
+                name = f"{way}_{kind}"
+                torch.library.impl(f"bitsandbytes::{name}", "CUDA")(_on_the_cpu(name))
     for name in ("aten::mm.dtype", "aten::bmm.dtype"):
         torch.library.impl(name, "CUDA")(_product)
 
